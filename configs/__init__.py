@@ -1,0 +1,1 @@
+"""Shipped configurations: `train/` for runs, `accelerate/` for launchers."""

@@ -1,0 +1,1 @@
+"""Preference training: objectives, data, model head, trainer, command line and reports."""

@@ -1,0 +1,1 @@
+"""Preference data: sources, rendering, tokenization and collation."""
