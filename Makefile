@@ -1,0 +1,65 @@
+# Everything runs from .venv. Two stamps there record what is installed, so that reruns are instant:
+# the base install (quickstart) and the one with the development tools (lint, test, bench).
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+OUT ?= outputs/bench-gpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow lint format bench bench-gpu clean distclean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  Variables: PYTHON=$(PYTHON) (>= 3.10)  PIP_ARGS= (say, an index)  PYTEST_ARGS=  OUT=$(OUT)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.10; name another with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(BASE): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[dev]'
+	@touch $(BASE) $@
+
+setup: $(DEV) ## Create .venv with the package and the development tools
+
+quickstart: $(BASE) ## Train a small model on this machine and write a report
+	$(BIN)/widemargin quickstart
+
+test: $(DEV) ## Run the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(DEV) ## Run the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(DEV) ## ruff check, ruff format --check, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(DEV) ## Format and apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV) ## Benchmark the head on this CPU
+	$(BIN)/python -m bench.head
+
+bench-gpu: $(DEV) ## Test and benchmark the kernels on this machine's GPU, into OUT
+	PYTHON=$(CURDIR)/$(BIN)/python bash bench/gpu.sh "$$(git rev-parse HEAD)" "$(OUT)"
+
+clean: ## Remove caches and build products; distclean removes .venv too
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
