@@ -1,0 +1,129 @@
+"""gamma-PO, arXiv 2506.03690: target margins that a pair earns among others.
+
+    loss = -log sigmoid(D_i - gamma_i)                         (gamma-simpo)
+
+A set of n gaps holds the global micro-batch's own, by pair id, and gaps sampled from a queue of
+the last 2048, 256 in all. From p_j = 1/n, 20 times:
+
+    gamma_j = g * n * p_j                                      g = beta * gamma_beta_ratio
+    grad_j  = tau * (1 + log(n * (p_j + 1e-10))) + g * sigmoid(gamma_j - D_j)
+    p       = p * exp(-lr * grad), normalised                  lr = min(0.5 / tau, 1)
+
+and gamma_i is the last pass's, before its update. Unlike in the released trainer, the queue is the
+same on every rank, starts empty rather than with random numbers, is fed in training only, and
+nothing is read back to the host.
+
+Margins are fp64: a few hundred numbers. Shapes: P pairs of this rank, G rows over all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Pairs, Terms, margin_terms
+from .gather import GlobalPairs, pad_to_multiple, padded_sum
+from .settings import setting
+from .simpo import MarginHyperparameters
+from .state import State, draw_uniform, seeded_generator
+
+QUEUE_SIZE = 2048
+SET_SIZE = 256
+PASSES = 20
+
+
+@dataclass(frozen=True)
+class GammaHyperparameters(MarginHyperparameters):
+    tau: float = setting(10.0, "how strongly margins are held near each other", above=0)
+    sampling_seed: int = setting(0, "seed of the draws from the queue of past gaps", at_least=0)
+
+
+def initial_state(hp: GammaHyperparameters) -> State:
+    return {
+        "queue": torch.zeros(QUEUE_SIZE, dtype=torch.float64),
+        "head": torch.zeros((), dtype=torch.int64),  # the slot to write next
+        "fill": torch.zeros((), dtype=torch.int64),  # slots in use: the first ones
+        "generator": seeded_generator(hp.sampling_seed),
+    }
+
+
+def gamma_simpo_terms(pairs: Pairs, hp: GammaHyperparameters, state: State) -> Terms:
+    chosen_means, rejected_means = pairs.means.detach().chunk(2)
+    gaps = hp.beta * (chosen_means - rejected_means)
+    margins, state = dynamic_margins(pairs, gaps, hp, state)
+    return margin_terms(pairs, hp.beta, margins, state=state)
+
+
+@torch.no_grad()
+def dynamic_margins(
+    pairs: Pairs, gaps: Tensor, hp: GammaHyperparameters, state: State
+) -> tuple[Tensor, State]:
+    """Target margins [P] fp64 of pairs with these ``gaps`` [P], and the next state.
+
+    A pair whose gap is not finite is in no set; it gets the margin of one that stands alone.
+    """
+    current = pairs.gather(gaps)
+    keys, generator = draw_uniform(state["generator"], QUEUE_SIZE, gaps.device)
+    values, count = joint_set(current, keys, state)
+    margins = solve_margins(values, count, hp.gamma, hp.tau)[current.mine]
+    margins = torch.where(current.used[current.mine], margins, hp.gamma)
+    return margins, pushed(current, state) | {"generator": generator}
+
+
+def joint_set(current: GlobalPairs, keys: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """The current gaps, then gaps of the filled slots with the smallest ``keys`` [2048].
+
+    Returns values [max(256, G rounded up to 256)] and how many of them count. The number of keys is
+    fixed, so what is sampled depends on the current pairs only through their number.
+    """
+    slots = torch.arange(QUEUE_SIZE, device=keys.device)
+    order = keys.masked_fill(slots >= state["fill"], torch.inf).argsort(stable=True)
+    sampled = state["queue"][order[:SET_SIZE]]
+    extra = (SET_SIZE - current.count).clamp(min=0).minimum(state["fill"])
+    own = pad_to_multiple(current.values[:, 0])
+    places = torch.arange(len(own), device=keys.device)
+    values = torch.where(
+        places < current.count, own, sampled[(places - current.count).clamp(0, SET_SIZE - 1)]
+    )
+    count = current.count + extra
+    return torch.where(places < count, values, 0.0), count
+
+
+def solve_margins(gaps: Tensor, count: Tensor, gamma: float, tau: float) -> Tensor:
+    """gamma_j of the first ``count`` of ``gaps`` [G]; what follows them is padding.
+
+    Works on ``log(n p)``: 0 at the start, minus infinity for padding, which then adds exact zeros.
+    """
+    used = torch.arange(len(gaps), device=gaps.device) < count
+    n = count.clamp(min=1).to(gaps.dtype)
+    lr = min(0.5 / tau, 1.0)
+    log_ratios = torch.zeros_like(gaps).masked_fill(~used, -torch.inf)
+    for _ in range(PASSES - 1):
+        ratios = log_ratios.exp()
+        push = gamma * torch.sigmoid(gamma * ratios - gaps)
+        grad = push + tau * (1 + (ratios + 1e-10 * n).log())
+        log_ratios = log_ratios.sub(grad, alpha=lr)
+        top = log_ratios.amax()
+        log_ratios = log_ratios - (top + (padded_sum((log_ratios - top).exp()) / n).log())
+    return gamma * log_ratios.exp()
+
+
+def pushed(current: GlobalPairs, state: State) -> State:
+    """The state with the current gaps in the queue; of more than 2048, the last 2048.
+
+    Each slot looks up the last gap that lands on it: a gather, so its order is defined and nothing
+    is written for the rows that do not count.
+    """
+    count, head = current.count, state["head"]
+    slots = torch.arange(QUEUE_SIZE, device=head.device)
+    first = (slots - head) % QUEUE_SIZE
+    rounds = (count - 1 - first).div(QUEUE_SIZE, rounding_mode="floor").clamp(min=0)
+    own = pad_to_multiple(current.values[:, 0])
+    landing = own[(first + rounds * QUEUE_SIZE).clamp(max=len(own) - 1)]
+    return {
+        "queue": torch.where(first < count, landing, state["queue"]),
+        "head": (head + count) % QUEUE_SIZE,
+        "fill": (state["fill"] + count).clamp(max=QUEUE_SIZE),
+    }

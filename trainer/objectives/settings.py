@@ -1,0 +1,91 @@
+"""Hyperparameters of objectives: declared, documented and validated in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from ..errors import UserError
+
+T = TypeVar("T")
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+) -> T:
+    """A documented dataclass field; its type is the default's, its range the bounds given."""
+    bounds = {">": above, ">=": at_least, "<": below, "<=": at_most}
+    metadata = {
+        "help": help,
+        "bounds": {sign: bound for sign, bound in bounds.items() if bound is not None},
+        "choices": choices,
+    }
+    return cast(T, dataclasses.field(default=default, metadata=metadata))
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What every objective has; each adds its own fields. Constructing one validates it."""
+
+    beta: float = setting(2.0, "scale of the rewards", above=0)
+    sft_weight: float = setting(
+        0.0, "this multiple of minus the chosen mean logp is added to each loss", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, validated(field, getattr(self, field.name)))
+
+
+def validated(field: dataclasses.Field[Any], value: Any) -> Any:
+    """``value`` as the field's type, or a UserError that says what the field takes."""
+    kind = type(field.default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    choices = field.metadata["choices"]
+    bounds = field.metadata["bounds"]
+    if (
+        type(value) is kind
+        and (choices is None or value in choices)
+        and not (kind is float and not math.isfinite(value))
+        and all(_holds(value, sign, bound) for sign, bound in bounds.items())
+    ):
+        return value
+    raise UserError(
+        f"{field.name} ({field.metadata['help']}): expected {_expected(kind, choices, bounds)}, "
+        f"got {value!r}; the default is {field.default!r}"
+    )
+
+
+def _holds(value: float, sign: str, bound: float) -> bool:
+    if sign == ">":
+        return value > bound
+    if sign == ">=":
+        return value >= bound
+    return value < bound if sign == "<" else value <= bound
+
+
+def _expected(kind: type, choices: tuple[Any, ...] | None, bounds: dict[str, float]) -> str:
+    if choices is not None:
+        return "one of " + ", ".join(map(str, choices))
+    noun = {float: "a number", int: "a whole number", bool: "true or false"}[kind]
+    return " ".join([noun, " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items())])
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not known: the nearest known one, then all of them."""
+    known = list(known)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return UserError(f"{what} {name!r} is not known; {hint}Known: {', '.join(known)}")
