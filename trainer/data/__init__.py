@@ -1,1 +1,20 @@
 """Preference data: sources, rendering, tokenization and collation."""
+
+from .collate import PairCollator
+from .mixing import is_tokenized
+from .pairs import PairData, load_pairs, tokenize_pairs
+from .preflight import preflight_lines
+from .report import DataReport, SplitReport
+from .settings import DataSettings
+
+__all__ = [
+    "DataReport",
+    "DataSettings",
+    "PairCollator",
+    "PairData",
+    "SplitReport",
+    "is_tokenized",
+    "load_pairs",
+    "preflight_lines",
+    "tokenize_pairs",
+]

@@ -1,0 +1,178 @@
+"""One raw row -> a pair to tokenize, whatever format it came in.
+
+Formats, told apart row by row:
+
+==================  =======================================  ====================================
+``prompt``          ``chosen``, ``rejected``                 becomes
+==================  =======================================  ====================================
+text                text                                     plain text, no chat template
+messages            messages of the answer                   conversation
+messages            whole conversations, prompt included     conversation
+messages            text                                     conversation
+text                whole conversations                      conversation; the prompt text is
+                                                             theirs already and is ignored
+text                messages of the answer                   conversation of one user message
+absent              conversations sharing their beginning    conversation
+absent              texts sharing their beginning            plain text
+==================  =======================================  ====================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Messages = list[dict[str, Any]]
+
+RAW_COLUMNS = ("prompt", "chosen", "rejected")
+
+MISSING = "missing value"
+WRONG_TYPE = "wrong type"
+EMPTY_COMPLETION = "empty completion"
+IDENTICAL = "identical sides"
+NO_SHARED_PROMPT = "no shared prompt"
+
+# Text transcripts in the Anthropic style start the answer after this mark.
+ANSWER_MARK = "\n\nAssistant:"
+
+
+class RowProblem(Exception):
+    """A row that cannot train: why, in the words of the report, and what was seen."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass
+class Pair:
+    """A row ready to tokenize: three texts, or (``conversation``) three lists of messages."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+    conversation: bool
+
+    @property
+    def several_turns(self) -> bool:
+        """Whether a completion goes on past the first user turn, which it then also learns."""
+        sides = (self.chosen, self.rejected) if self.conversation else ()
+        return any(message["role"] == "user" for side in sides for message in side)
+
+
+def read_row(row: dict[str, Any]) -> Pair:
+    """The pair in ``row``, or ``RowProblem``. An absent ``prompt`` is what the sides share."""
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise RowProblem(MISSING, f"{name} is missing")
+    if "prompt" in row and row["prompt"] is None:
+        raise RowProblem(MISSING, "prompt is missing")
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
+        return _text_pair(prompt, chosen, rejected)
+    return _conversation_pair(prompt, chosen, rejected)
+
+
+def _text_pair(prompt: Any, chosen: str, rejected: str) -> Pair:
+    _check_sides(chosen.strip(), rejected.strip(), chosen == rejected)
+    if prompt is None:
+        start = _shared_text(chosen, rejected)
+        prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+        if not prompt:
+            raise RowProblem(NO_SHARED_PROMPT, f"chosen starts {chosen[:40]!r}")
+        _check_sides(chosen.strip(), rejected.strip(), False)
+    elif not isinstance(prompt, str):
+        raise RowProblem(WRONG_TYPE, f"prompt is {_kind(prompt)}")
+    return Pair(prompt, chosen, rejected, conversation=False)
+
+
+def _shared_text(chosen: str, rejected: str) -> int:
+    """Length of the shared beginning, back to a word boundary, or to the last answer mark in it."""
+    shared = chosen[: common_prefix(chosen, rejected)]
+    mark = shared.rfind(ANSWER_MARK)
+    if mark >= 0:
+        return mark + len(ANSWER_MARK)
+    inside_word = any(
+        len(side) > len(shared) and not side[len(shared)].isspace() for side in (chosen, rejected)
+    )
+    while inside_word and shared and not shared[-1].isspace():
+        shared = shared[:-1]
+    # A space belongs to the word after it, as tokenizers have it.
+    return len(shared.removesuffix(" "))
+
+
+def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
+    chosen = _messages("chosen", chosen)
+    rejected = _messages("rejected", rejected)
+    if isinstance(prompt, str):
+        answers_only = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
+        prompt = [{"role": "user", "content": prompt}] if answers_only else None
+    if prompt is None or prompt == []:
+        _check_sides(chosen, rejected, chosen == rejected)
+        shared = _shared_messages(chosen, rejected)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    else:
+        prompt = _messages("prompt", prompt)
+        if prompt and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    _check_sides(_says_something(chosen), _says_something(rejected), chosen == rejected)
+    if not prompt or any(side[0]["role"] in ("user", "system") for side in (chosen, rejected)):
+        raise RowProblem(
+            NO_SHARED_PROMPT,
+            f"after {len(prompt)} shared messages, chosen goes on with a {chosen[0]['role']!r} "
+            f"message and rejected with a {rejected[0]['role']!r} one",
+        )
+    return Pair(prompt, chosen, rejected, conversation=True)
+
+
+def _shared_messages(chosen: Messages, rejected: Messages) -> int:
+    """Messages both sides begin with, leaving each side one."""
+    return min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+
+
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items ``a`` and ``b`` share at their beginning."""
+    if b[: len(a)] == a:
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
+
+
+def _messages(name: str, value: Any) -> Messages:
+    """``value`` as messages without empty fields; a text is one assistant message."""
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    if not isinstance(value, list):
+        raise RowProblem(WRONG_TYPE, f"{name} is {_kind(value)}")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise RowProblem(WRONG_TYPE, f"{name}[{i}] is {_kind(message)}, not a message")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str):
+            raise RowProblem(WRONG_TYPE, f"{name}[{i}] has role {_kind(role)}")
+        if content is None and not message.get("tool_calls"):
+            raise RowProblem(MISSING, f"{name}[{i}] has no content")
+        if content is not None and not isinstance(content, str | list):
+            raise RowProblem(WRONG_TYPE, f"{name}[{i}] has content {_kind(content)}")
+    return [{k: v for k, v in message.items() if v is not None} for message in value]
+
+
+def _says_something(messages: Messages) -> bool:
+    def content(message: dict[str, Any]) -> Any:
+        text = message.get("content")
+        return text.strip() if isinstance(text, str) else text
+
+    return any(content(message) or message.get("tool_calls") for message in messages)
+
+
+def _check_sides(chosen: Any, rejected: Any, identical: bool) -> None:
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side:
+            raise RowProblem(EMPTY_COMPLETION, f"{name} is empty")
+    if identical:
+        raise RowProblem(IDENTICAL, "chosen and rejected are the same")
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"of type {type(value).__name__}"

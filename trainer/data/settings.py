@@ -1,0 +1,112 @@
+"""What a user can say about preference data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ..errors import UserError
+
+DEFAULT_SPLITS = ["train", "test"]
+TRUNCATION_MODES = ("keep_end", "keep_start")
+
+
+@dataclass
+class DataSettings:
+    """Where pairs come from, how they are cut to length, and what happens to bad rows."""
+
+    #: One data set to train on: file, folder or hub name; short for ``dataset_mixer: {it: 1.0}``.
+    #: A file, or a folder of one saved table, is for training whatever its name.
+    dataset: str | None = None
+    #: One data set to evaluate on, in place of the evaluation splits of the training sets.
+    eval_dataset: str | None = None
+    #: File, folder or hub name -> fraction, 0 to 1, of each of its training splits to use, from
+    #: its beginning. Evaluation splits are used whole.
+    dataset_mixer: dict[str, float] = field(default_factory=dict)
+    #: Splits to read. A name containing "train" is for training, every other one for evaluation.
+    dataset_splits: list[str] = field(default_factory=lambda: list(DEFAULT_SPLITS))
+    #: Most tokens in prompt and completion together; None for no limit.
+    max_length: int | None = 2048
+    #: Most tokens in a prompt; None for no limit.
+    max_prompt_length: int | None = 1800
+    #: Most tokens in a completion; None for no limit of its own.
+    max_completion_length: int | None = None
+    #: Which side of a prompt over its limit stays: "keep_end" or "keep_start". BOS always stays.
+    truncation_mode: str = "keep_end"
+    #: A Jinja chat template, or the path of a file with one, in place of the tokenizer's own.
+    chat_template: str | None = None
+    #: Make a row that cannot train an error instead of skipping and counting it.
+    strict_data: bool = False
+    #: Processes that tokenize; None for this one alone, with the tokenizer's own threads.
+    preprocessing_num_workers: int | None = None
+    #: Label noise: the probability, in [0, 1], that a training pair has its sides swapped.
+    flip: float = 0.0
+    #: Shuffle the mixed data sets once before training (the order of each epoch is drawn later).
+    shuffle: bool = True
+    #: Seed of that shuffle and of ``flip``. 42 gives the published mixtures' order.
+    mix_seed: int = 42
+    #: Use at most this many rows for training, counted after the shuffle; None for all.
+    max_train_samples: int | None = None
+    #: Use at most this many rows for evaluation, counted after the shuffle; None for all.
+    max_eval_samples: int | None = None
+
+    def check(self) -> None:
+        """Raise ``UserError`` for the first value out of range."""
+        for name in ("max_length", "max_prompt_length", "max_completion_length"):
+            _check_count(name, getattr(self, name), "tokens")
+        for name in ("max_train_samples", "max_eval_samples"):
+            _check_count(name, getattr(self, name), "rows")
+        _check_count("preprocessing_num_workers", self.preprocessing_num_workers, "processes")
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise UserError(
+                f"truncation_mode: expected one of {', '.join(TRUNCATION_MODES)}, "
+                f"got {self.truncation_mode!r}"
+            )
+        if not _is_number(self.flip) or not 0 <= self.flip <= 1:
+            raise UserError(f"flip: expected a probability from 0 to 1, got {self.flip!r}")
+        if not isinstance(self.mix_seed, int) or self.mix_seed < 0:
+            raise UserError(f"mix_seed: expected a whole number from 0 on, got {self.mix_seed!r}")
+        if not isinstance(self.dataset_splits, list) or not all(
+            isinstance(split, str) and split for split in self.dataset_splits
+        ):
+            raise UserError(
+                "dataset_splits: expected a list of split names such as [train, test], "
+                f"got {self.dataset_splits!r}"
+            )
+
+    def mixture(self) -> dict[str, float]:
+        """The training data sets and their fractions, from ``dataset`` or ``dataset_mixer``."""
+        if self.dataset and self.dataset_mixer:
+            raise UserError(
+                "dataset and dataset_mixer are both given; keep one (dataset: X is short for "
+                "dataset_mixer: {X: 1.0})"
+            )
+        if self.dataset:
+            return {self.dataset: 1.0}
+        if not isinstance(self.dataset_mixer, dict):
+            raise UserError(
+                "dataset_mixer: expected data sets and fractions, such as {data.jsonl: 1.0}, "
+                f"got {self.dataset_mixer!r}"
+            )
+        for name, fraction in self.dataset_mixer.items():
+            if not _is_number(fraction) or not 0 <= fraction <= 1:
+                raise UserError(
+                    f"dataset_mixer: expected a fraction from 0 to 1 for {name!r}, got {fraction!r}"
+                )
+        return self.dataset_mixer
+
+
+def is_training_split(split: str) -> bool:
+    """Whether a split trains: "train", "train_prefs", ... do; "test", "eval", ... evaluate."""
+    return "train" in split
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(name: str, value: object, unit: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name}: expected a number of {unit} from 1 on, or null, got {value!r}")

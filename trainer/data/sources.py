@@ -1,0 +1,128 @@
+"""Names of data sets -> raw ``datasets.Dataset`` tables, one per split.
+
+A name is a file, a folder or a hub name. A folder is, in this order: something ``save_to_disk``
+wrote; folders it wrote, named as splits; files named as splits (``train.jsonl``,
+``pairs_test.parquet``, ``train-00000-of-00004.parquet``); or whatever ``load_dataset`` makes of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_ENDINGS = (*_BUILDERS, ".jsonl.gz", ".json.gz")
+
+#: The split name of a source that is one table, such as a file.
+WHOLE = ""
+
+
+def open_source(name: str, splits: list[str]) -> dict[str, Dataset]:
+    """The tables of ``name`` by split, at least those of ``splits`` that it has.
+
+    A source of one table gives it under the name ``WHOLE``.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return {WHOLE: _load_files(name, [path])}
+    if os.path.isdir(path):
+        return _open_folder(name, path, splits)
+    if _looks_like_path(name):
+        raise UserError(
+            f"data set {name!r}: no such file or folder, as seen from {os.getcwd()}; "
+            "correct the path, or give a hub name such as owner/data"
+        )
+    return _load_dataset(
+        name,
+        "it is no local file or folder, and the hub did not give it; check the name, the network, "
+        "and access rights (hf auth login)",
+    )
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.endswith((*_ENDINGS, "/"))
+        or "\\" in name
+        or name.count("/") > 1
+    )
+
+
+def _open_folder(name: str, path: str, splits: list[str]) -> dict[str, Dataset]:
+    from datasets import Dataset
+
+    if _is_saved(path):
+        saved = _load_saved(name, path)
+        return {WHOLE: saved} if isinstance(saved, Dataset) else dict(saved)
+    subfolders = {s: os.path.join(path, s) for s in splits if _is_saved(os.path.join(path, s))}
+    if subfolders:
+        return {split: _load_saved(name, folder) for split, folder in subfolders.items()}
+    files = {split: _split_files(path, split) for split in splits}
+    if any(files.values()):
+        return {split: _load_files(name, paths) for split, paths in files.items() if paths}
+    return _load_dataset(
+        path, f"it has no files named as the splits {', '.join(splits)}, and is no data set folder"
+    )
+
+
+def _is_saved(path: str) -> bool:
+    """Whether ``save_to_disk`` wrote ``path``."""
+    return any(os.path.isfile(os.path.join(path, f)) for f in ("dataset_dict.json", "state.json"))
+
+
+def _split_files(folder: str, split: str) -> list[str]:
+    """The data files of ``folder`` whose names end with the split's, shard number aside."""
+    pattern = re.compile(rf"(.*[-_.])?{re.escape(split)}(-\d+-of-\d+)?")
+    stems = {file: _stem(file) for file in sorted(os.listdir(folder)) if file.endswith(_ENDINGS)}
+    return [os.path.join(folder, file) for file, stem in stems.items() if pattern.fullmatch(stem)]
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(file.removesuffix(".gz"))[0]
+
+
+def _load_files(name: str, paths: list[str]) -> Dataset:
+    from datasets import load_dataset
+
+    endings = {os.path.splitext(path.removesuffix(".gz"))[1] for path in paths}
+    if len(endings) > 1 or not endings <= _BUILDERS.keys():
+        raise UserError(
+            f"data set {name!r}: cannot read {', '.join(sorted(map(os.path.basename, paths)))}; "
+            f"expected files of one kind: {', '.join(_ENDINGS)}"
+        )
+    try:
+        return load_dataset(_BUILDERS[endings.pop()], data_files=paths, split="train")
+    except Exception as error:  # pyarrow, json and datasets each have their own
+        raise UserError(f"data set {name!r}: cannot be read: {_cause(error)}") from error
+
+
+def _load_saved(name: str, path: str) -> Any:
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(path)
+    except Exception as error:
+        raise UserError(f"data set {name!r}: cannot be read: {_cause(error)}") from error
+
+
+def _load_dataset(name: str, advice: str) -> dict[str, Dataset]:
+    from datasets import load_dataset
+
+    try:
+        return {str(split): table for split, table in load_dataset(name).items()}
+    except Exception as error:  # connection, permission, builder: a dozen types, one meaning
+        raise UserError(f"data set {name!r}: {advice} ({_cause(error)})") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error at the root of ``error``."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
