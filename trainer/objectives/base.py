@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,17 +34,13 @@ class Pairs:
     token_logps: Tensor  # [N]
     cu_seqlens: Tensor  # [2P + 1]
     sums: Tensor  # [2P] fp32, or fp64 for fp64
+    means: Tensor  # [2P] per token; 0 for an empty completion
     lengths: Tensor  # [2P] int
     reference_sums: Tensor | None  # [2P] of the frozen model
     ids: Tensor  # [P] int64, negative for a filler pair
     group: dist.ProcessGroup | None
     max_pairs_per_rank: int | None
     training: bool
-
-    @cached_property
-    def means(self) -> Tensor:
-        """[2P] logp per token; 0 for an empty completion."""
-        return self.sums / self.lengths.clamp(min=1)
 
     @property
     def real(self) -> Tensor:
@@ -202,6 +197,7 @@ class Objective:
             token_logps=token_logps,
             cu_seqlens=cu_seqlens,
             sums=sums,
+            means=sums / lengths.clamp(min=1),
             lengths=lengths,
             reference_sums=None if reference is None else reference.detach().to(sums.dtype),
             ids=pair_ids,

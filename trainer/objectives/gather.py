@@ -44,9 +44,7 @@ def gather_pairs(
     usable = (ids >= 0) & values.isfinite().all(1)
     # An id up to 2**53 is exact in fp64, so one tensor carries it along; -1 marks an unused row.
     packed = torch.cat([values, ids[:, None].double()], 1)
-    unused = torch.zeros_like(packed)
-    unused[:, -1] = -1.0
-    packed = torch.where(usable[:, None], packed, unused)
+    packed = torch.where(usable[:, None], packed, _unused_rows(packed, len(packed)))
     first = 0
     if group is not None:
         capacity = max_pairs_per_rank
@@ -78,11 +76,17 @@ def _all_gather(packed: Tensor, capacity: int, group: dist.ProcessGroup) -> Tens
             f"max_pairs_per_rank: {capacity}, but this rank has {pairs} pairs; raise it to the "
             "largest number of pairs a rank can get"
         )
-    mine = packed.new_full((capacity, packed.shape[1]), -1.0)
-    mine[:pairs] = packed
-    everyone = packed.new_empty((capacity * dist.get_world_size(group), packed.shape[1]))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    return everyone
+    mine = torch.cat([packed, _unused_rows(packed, capacity - pairs)])
+    ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, mine, group=group)
+    return torch.cat(ranks)
+
+
+def _unused_rows(like: Tensor, count: int) -> Tensor:
+    """[count, C + 1]: zeros, which add nothing to a sum, with the id -1."""
+    rows = like.new_zeros((count, like.shape[1]))
+    rows[:, -1] = -1.0
+    return rows
 
 
 def padded_sum(x: Tensor) -> Tensor:

@@ -34,6 +34,6 @@ def draw_uniform(generator_state: Tensor, size: int, device: torch.device) -> tu
 def to_device(state: State, device: torch.device) -> State:
     """The state on ``device``, but for generators (uint8), which stay on the CPU."""
     return {
-        key: value if value.dtype == torch.uint8 else value.to(device, non_blocking=True)
+        key: value if value.dtype == torch.uint8 else value.to(device)
         for key, value in state.items()
     }
