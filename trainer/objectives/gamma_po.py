@@ -75,7 +75,7 @@ def dynamic_margins(
 def joint_set(current: GlobalPairs, keys: Tensor, state: State) -> tuple[Tensor, Tensor]:
     """The current gaps, then gaps of the filled slots with the smallest ``keys`` [2048].
 
-    Returns values [max(256, G rounded up to 256)] and how many of them count. The number of keys is
+    Returns values [G, rounded up to a multiple of 256] and how many count. The number of keys is
     fixed, so what is sampled depends on the current pairs only through their number.
     """
     slots = torch.arange(QUEUE_SIZE, device=keys.device)
@@ -87,8 +87,7 @@ def joint_set(current: GlobalPairs, keys: Tensor, state: State) -> tuple[Tensor,
     values = torch.where(
         places < current.count, own, sampled[(places - current.count).clamp(0, SET_SIZE - 1)]
     )
-    count = current.count + extra
-    return torch.where(places < count, values, 0.0), count
+    return values, current.count + extra
 
 
 def solve_margins(gaps: Tensor, count: Tensor, gamma: float, tau: float) -> Tensor:
