@@ -40,6 +40,7 @@ def training(step: int) -> dict[str, Any]:
         "step": step,
         "loss": 3.0 / step,
         "grad_norm": 1.5,
+        "learning_rate": 3e-3,
         "rewards/accuracies": 0.75,
         "rewards/margins": 2.0,
         "logps/chosen": -2.0,
@@ -123,6 +124,7 @@ def test_every_chart_is_well_formed_and_stays_in_its_box(tmp_path: Path) -> None
         "Lengths",
         "Throughput",
         "Gradient norm",
+        "Learning rate",
     ]
     assert len(charts) == len(titles)
     for chart in charts:
@@ -170,7 +172,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     plain = Tags(read_report(make_run(tmp_path / "plain", logs[:-1])))
     tags = Tags(page)
     assert {tag for tag, _ in tags.seen} <= {tag for tag, _ in plain.seen} | {
-        "details", "summary", "div", "dl", "dt", "dd", "p",
+        "details", "summary", "wbr", "div", "dl", "dt", "dd", "p",
     }  # fmt: skip
     assert not any(name.startswith("on") for _, attrs in tags.seen for name in attrs)
     assert "<script" not in page

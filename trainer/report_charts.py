@@ -16,7 +16,7 @@ Colour = Literal["accent", "muted", "chosen", "rejected"]
 Style = Literal["line", "dotted", "dots"]  # a line, a line with a dot each value, dots alone
 
 WIDTH, HEIGHT = 400.0, 210.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 26.0
+LEFT, RIGHT, TOP, BOTTOM = 48.0, 14.0, 10.0, 28.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def run_charts(run: Run) -> list[Chart]:
               [Line("pairs per second", "accent", run.series("pairs_per_s"))], low=0.0),
         Chart("Gradient norm", "before clipping",
               [Line("training", "accent", run.series("grad_norm"))], low=0.0),
+        Chart("Learning rate", "", [Line("training", "accent", run.series("learning_rate"))],
+              low=0.0),
     ]  # fmt: skip
     filled = [_without_empty(chart) for chart in charts]
     return [chart for chart in filled if chart.lines]
@@ -110,7 +112,7 @@ def svg(chart: Chart, last_step: float) -> str:
     for tick in ticks:
         y = frame.y(tick)
         parts.append(f'<path class="grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>')
-        parts.append(_text(LEFT - 7, y + 3.5, tick_label(tick, ticks), "end"))
+        parts.append(_text(LEFT - 7, y + 4, tick_label(tick, ticks), "end"))
     steps = [t for t in nice_ticks(0.0, last_step, 5) if t <= last_step]
     for step in steps:
         parts.append(_text(frame.x(step), HEIGHT - 8, f"{step:g}", "middle"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
@@ -38,7 +39,7 @@ padding:0;list-style:none}
 vertical-align:middle;background:currentColor}
 .legend i.dots{width:7px;height:7px;border-radius:50%}
 svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{fill:var(--soft);font:11.5px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;
+svg text{fill:var(--soft);font:12.5px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;
 font-variant-numeric:tabular-nums}
 svg .grid{stroke:var(--rule);stroke-width:1;fill:none}
 svg .reference{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 4;fill:none}
@@ -76,7 +77,7 @@ def text(value: object) -> str:
     if isinstance(value, (Mapping, list, tuple)):
         value = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, float):
-        value = figure(value) if math.isfinite(value) else str(value)
+        value = f"{value:.6g}"
     if value is None:
         value = "none"
     return escape(str(value), quote=True)
@@ -110,9 +111,9 @@ def changes_table(changes: list[Change], first: str, last: str) -> str:
     with_before = any(change.before is not None for change in changes)
     rows = []
     for change in changes:
-        before = "" if change.before is None else text(change.before)
+        before = "" if change.before is None else figure(change.before)
         cells = f'<td class="n">{before}</td>' if with_before else ""
-        cells += f'<td class="n"><b>{text(change.after)}</b></td>'
+        cells += f'<td class="n"><b>{figure(change.after)}</b></td>'
         rows.append(f"<tr><th>{text(change.label)}</th>{cells}</tr>")
     head = f'<th class="n">{text(first)}</th>' if with_before else ""
     head += f'<th class="n">{text(last)}</th>'
@@ -130,7 +131,7 @@ def chart_card(chart: Chart, last_step: float) -> str:
         mark = ' class="dots"' if line.style == "dots" else ""
         entries.append(
             f'<li><span class="{line.colour}"><i{mark}></i></span>{text(line.label)} '
-            f"<b>{text(value)}</b></li>"
+            f"<b>{figure(value)}</b></li>"
         )
     return (
         f'<section class="card chart"><h3>{text(chart.title)}</h3><p>{text(chart.note)}</p>'
@@ -143,12 +144,18 @@ def details(title: str, values: Mapping[str, Any], *, is_open: bool = False) -> 
     if not values:
         return ""
     rows = "".join(
-        f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in flatten(values)
+        f"<tr><th>{_breakable(name)}</th><td>{_breakable(value)}</td></tr>"
+        for name, value in flatten(values)
     )
     return (
         f'<details class="card"{" open" if is_open else ""}><summary>{text(title)}</summary>'
         f'<table class="pairs"><tbody>{rows}</tbody></table></details>'
     )
+
+
+def _breakable(value: object) -> str:
+    """Escaped text that may wrap after the marks that join a path's or a setting's words."""
+    return re.sub(r"([_./])", r"\1<wbr>", text(value))
 
 
 def sample_card(sample: Mapping[str, Any]) -> str:
