@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ from .display import printable
 from .mixing import Part
 from .report import EXAMPLES_SHOWN, LengthStats, SourceCount, SplitReport
 from .settings import DataSettings
-from .tokenizing import FLAGS, OK, TOKEN_COLUMNS
+from .tokenizing import FLAGS, MISMATCH, OK, TOKEN_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -91,15 +91,21 @@ def _report(
     trains: np.ndarray,
 ) -> SplitReport:
     skipped = Counter(status for status in arrow["status"].to_pylist() if status != OK)
-    shown = [int(i) for i in np.flatnonzero(~trains)[:EXAMPLES_SHOWN]]
+    mismatches = trains & (arrow["flags"].to_numpy() >> FLAGS.index(MISMATCH) & 1 > 0)
+
+    def first(rows: np.ndarray, why: Callable[[int], str]) -> list[str]:
+        shown = [int(i) for i in np.flatnonzero(rows)[:EXAMPLES_SHOWN]]
+        return [f"{row_names[i][0].row_name(row_names[i][1])}: {why(i)}" for i in shown]
+
     return SplitReport(
         split,
         sources,
         rows=len(trains),
         pairs=int(trains.sum()),
         skipped=dict(skipped.most_common()),
-        examples=[f"{row_names[i][0].row_name(row_names[i][1])}: {_why(arrow, i)}" for i in shown],
+        examples=first(~trains, lambda i: _why(arrow, i)),
         flags=_flag_counts(arrow, trains),
+        mismatches=first(mismatches, lambda i: arrow["detail"][i].as_py()),
         lengths=_lengths(arrow, trains),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .display import printable
-from .tokenizing import CHOSEN_CUT, REJECTED_CUT
+from .tokenizing import CHOSEN_CUT, MISMATCH, REJECTED_CUT
 
 EXAMPLES_SHOWN = 3
 END_LOST = (CHOSEN_CUT, REJECTED_CUT)
@@ -58,6 +58,8 @@ class SplitReport:
     examples: list[str]
     #: Name (see ``tokenizing.FLAGS``) -> pairs kept of which it is true, those that occur.
     flags: dict[str, int]
+    #: The first few prompt mismatches, each with its row.
+    mismatches: list[str]
     #: "prompt", "chosen", "rejected" -> statistics.
     lengths: dict[str, LengthStats]
     #: Pairs whose sides were swapped by ``flip``.
@@ -74,6 +76,8 @@ class SplitReport:
         for name, count in self.flags.items():
             lost = " (end-of-turn token lost)" if name in END_LOST else ""
             yield f"  {name}: {count:,} pairs{lost}"
+            if name == MISMATCH:
+                yield from (f"    {printable(example, 300)}" for example in self.mismatches)
         if self.flipped:
             yield f"  sides swapped by flip: {self.flipped:,} pairs"
         yield from (f"  tokens, {part}: {stats}" for part, stats in self.lengths.items())
