@@ -268,7 +268,7 @@ def test_ticks_enclose_the_values(low: float, span: float, count: int) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [(0.0, "0"), (0.9682, "0.968"), (-4.7, "-4.70"), (22.66, "22.7"), (312.4, "312"),
-     (1250.4, "1250"), (3e-6, "3e-06"), (5.0, "5"), (2.5e9, "2.5e+09")],
+     (1250.4, "1250"), (0.0025, "0.0025"), (3e-6, "3e-06"), (5.0, "5"), (2.5e9, "2.5e+09")],
 )  # fmt: skip
 def test_figures_are_short(value: float, expected: str) -> None:
     assert figure(value) == expected

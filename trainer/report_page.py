@@ -84,12 +84,12 @@ def text(value: object) -> str:
 
 
 def figure(value: float) -> str:
-    """A number with the digits a reader wants: 0.968, -4.70, 22.7, 1250, 3e-06."""
+    """A number with the digits a reader wants: 0.968, -4.70, 22.7, 1250, 0.0025, 3e-06."""
     size = abs(value)
     if value == int(value) and size < 1e9:
         return f"{value:.0f}"
-    if size >= 1e6 or size < 1e-3:
-        return f"{value:.2g}" if size < 1e-3 else f"{value:.3g}"
+    if size >= 1e6 or size < 0.1:
+        return f"{value:.3g}"
     decimals = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
     return f"{value:.{decimals}f}"
 
