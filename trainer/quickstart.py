@@ -47,6 +47,7 @@ def quickstart(folder: Path = DEFAULT_FOLDER, seed: int = 0, overrides: Sequence
     from .cli import main as widemargin
 
     train, test = make_pairs(seed)
+    _no_loading_bars()
     _say(f"Writing {len(train)} training pairs and {len(test)} held-out pairs to {folder}/data")
     write_dataset(folder / "data", train, test)
     _say(f"Writing a tokenizer and a model with random weights to {folder}/model")
@@ -71,6 +72,13 @@ def quickstart(folder: Path = DEFAULT_FOLDER, seed: int = 0, overrides: Sequence
     _say("", *summary_lines(folder / "run"), "", *_comparison(scored, before, after))
     _say("", f"Report: {report}", f"Next: {_command(config, settings)} --beta=4")
     return 0
+
+
+def _no_loading_bars() -> None:
+    """Progress bars of saving and loading a tiny model say nothing; training keeps its own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def answers(model_folder: Path, pairs: Sequence[Pair]) -> list[str]:
