@@ -157,12 +157,17 @@ def test_a_merge_across_the_prompt_boundary_is_a_mismatch_and_stays_consistent()
     )
 
 
-def test_a_mismatch_with_one_side_only_still_gives_both_sides_one_prompt() -> None:
-    pair = {"prompt": "It is:", "chosen": "::::", "rejected": " no"}
-    (row,) = tokenize(pair)
-    whole = tiny_tokenizer()("It is:::::")["input_ids"]
-    assert row["prompt_ids"] + row["chosen_ids"] == [*whole, EOS]
-    assert text(row["prompt_ids"] + row["rejected_ids"]) == "<s>It is: no</s>"
+@pytest.mark.parametrize(("chosen", "rejected"), [("s", " no"), (" no", "s")])
+def test_a_merge_with_one_side_only_still_gives_both_sides_one_prompt(
+    chosen: str, rejected: str
+) -> None:
+    (row,) = tokenize({"prompt": "no, ye", "chosen": chosen, "rejected": rejected})
+    assert row["flags"] == {tokenizing.MISMATCH}
+    prompt, *sides = ids(row)
+    for answer, side in zip((chosen, rejected), sides, strict=True):
+        whole: Any = tiny_tokenizer()("no, ye" + answer)["input_ids"]
+        assert prompt + side == [*whole, EOS]
+    assert text(prompt) == "<s>no,"
 
 
 def test_bos_is_never_doubled() -> None:
