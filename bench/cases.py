@@ -1,0 +1,63 @@
+"""Named cases of the head benchmarks."""
+
+from dataclasses import dataclass
+
+import torch
+
+from bench.peaked import Distribution, PeakedCase, peaked_case
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and contents of one head's inputs; `dtype` is the name of a torch dtype."""
+
+    name: str
+    tokens: int
+    hidden_size: int
+    vocab: int
+    dtype: str = "float32"
+    distribution: Distribution = "peaked"
+    entropy: float = 1.5
+    seed: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def logits_bytes(self) -> int:
+        """Size of the logits in fp32, the dtype of a softmax: what memory is compared with."""
+        return 4 * self.tokens * self.vocab
+
+    @property
+    def gradient_bytes(self) -> int:
+        return (self.tokens + self.vocab) * self.hidden_size * self.torch_dtype.itemsize
+
+    def build(self, device: torch.device | str) -> PeakedCase:
+        return peaked_case(
+            self.tokens,
+            self.hidden_size,
+            self.vocab,
+            dtype=self.torch_dtype,
+            device=device,
+            distribution=self.distribution,
+            entropy=self.entropy,
+            seed=self.seed,
+        )
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("tiny", 96, 64, 2000),
+        Case("cpu", 1024, 512, 131072),
+        Case("cpu-flat", 1024, 512, 131072, distribution="flat"),
+        Case("cpu-shuffled", 1024, 512, 131072, distribution="shuffled"),
+        Case("cpu-bf16", 1024, 512, 131072, "bfloat16"),
+        Case("llama3-8b", 8192, 4096, 128256, "bfloat16"),
+        Case("llama3-8b-flat", 8192, 4096, 128256, "bfloat16", "flat"),
+        Case("llama3-8b-shuffled", 8192, 4096, 128256, "bfloat16", "shuffled"),
+        Case("gemma2-2b", 8192, 2304, 256000, "bfloat16"),
+        Case("qwen2.5-7b", 8192, 3584, 152064, "bfloat16"),
+    )
+}
