@@ -1,0 +1,225 @@
+"""Measure providers on one case: correctness gate, interleaved cold timings, peak memory, rows.
+
+A row is a dict for JSON; bench/README.md says what its keys mean. Tables are made from rows and
+from nothing else (`bench.table`).
+"""
+
+import dataclasses
+import math
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import Case
+from bench.exact import Exact, exact, relative_error
+from bench.memory import ROOT, cpu_peak_extra, cuda_peak_extra
+from bench.peaked import PeakedCase
+from bench.providers import BASELINE, Provider, backward
+from bench.timing import ColdTimer, device_name, spread
+
+SCHEMA = 1
+MEMORY_PROCESSES = 2  # at a time: memory, unlike time, does not depend on the neighbours
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "numpy")
+STATS = ("active_fraction", "averaged_mass_mean", "averaged_mass_max", "dense")
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """The code that was measured; `dirty` when the tree differs from the commit."""
+
+    commit: str | None
+    dirty: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    device: str = "cpu"
+    repeats: int = 3
+    warmup: int = 0  # rounds beyond the gate's run, which already loads and compiles everything
+    budget_s: float = math.inf  # no further round begins past this, once there are two
+    memory: bool = True
+
+
+def find_commit(given: str | None = None) -> Commit:
+    """From git, or the given one where there is no repository. Files of results do not count."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(ROOT), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
+    if head is None:
+        return Commit(given, dirty=given is None)
+    if given is not None and not head.startswith(given):
+        raise ValueError(f"--commit is {given}, but the repository is at {head}: leave it out")
+    return Commit(head, dirty=bool(git("status", "--porcelain", "--", ".", ":!bench/results")))
+
+
+def measure(
+    case: Case, providers: Iterable[Provider], settings: Settings, commit: Commit
+) -> list[Row]:
+    """One row per provider, those that cannot run or fail the gate included, with the reason."""
+    inputs = case.build(settings.device)
+    shared = _shared_fields(case, inputs, settings, commit)
+    wanted = exact(inputs)
+    rows: dict[str, Row] = {}
+    admitted: list[Provider] = []
+    for provider in providers:
+        row = rows[provider.name] = {**shared, "provider": provider.name}
+        row |= gate(provider, case, inputs, wanted, settings.device)
+        if row["gate"] == "passed":
+            admitted.append(provider)
+    del wanted
+    for name, times in _timings(admitted, inputs, settings).items():
+        rows[name] |= times
+    if settings.memory:
+        for name, memory in _memory(admitted, case, inputs, settings.device).items():
+            rows[name] |= memory
+    _add_ratios(rows)
+    return list(rows.values())
+
+
+def gate(
+    provider: Provider, case: Case, inputs: PeakedCase, wanted: Exact, device: str
+) -> dict[str, Any]:
+    """Errors against fp64 and whether they are within the provider's bounds."""
+    if reason := provider.available(case, device):
+        return {"gate": "not available", "reason": reason}
+    try:
+        found = provider.run(inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients)
+    except Exception as error:  # a peer's failure of any kind is a result to list
+        return {"gate": "failed to run", "reason": f"{type(error).__name__}: {error}"[:300]}
+    names = ("logp", "dhidden", "dweight")
+    references = (wanted.logp, wanted.dhidden, wanted.dweight)
+    pairs = zip(names, found, references, strict=True)
+    errors = {name: relative_error(a, b) for name, a, b in pairs}
+    bounds = dict(zip(names, provider.bounds(case), strict=True))
+    over = [f"{n} {errors[n]:.1e} > {bounds[n]:.0e}" for n in names if not errors[n] <= bounds[n]]
+    row = {"gate": "wrong" if over else "passed", "errors": errors, "bounds": bounds}
+    return row | ({"reason": "error beyond the bound: " + ", ".join(over)} if over else {})
+
+
+def _timings(
+    providers: list[Provider], inputs: PeakedCase, settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """Providers take turns, in an order that rotates, each half after an eviction of the cache."""
+    timer = ColdTimer(settings.device)
+    hidden = inputs.hidden.requires_grad_()
+    weight = inputs.weight.requires_grad_()
+    times: dict[str, list[tuple[float, float]]] = {provider.name: [] for provider in providers}
+    stats: dict[str, dict[str, Any]] = {}
+    begin = time.monotonic()
+    for turn in range(settings.warmup + settings.repeats):
+        if turn >= settings.warmup + 2 and time.monotonic() - begin > settings.budget_s:
+            break
+        shift = turn % max(1, len(providers))
+        for provider in providers[shift:] + providers[:shift]:
+            timer.evict()
+            (logp, found), forward_ms = timer.time(
+                lambda provider=provider: provider.forward(hidden, weight, inputs.targets)
+            )
+            timer.evict()
+            _, backward_ms = timer.time(
+                lambda logp=logp: backward(logp, hidden, weight, inputs.coefficients)
+            )
+            stats[provider.name] = _head_stats(found)
+            del logp
+            if turn >= settings.warmup:
+                times[provider.name].append((forward_ms, backward_ms))
+    inputs.hidden.requires_grad_(False)
+    inputs.weight.requires_grad_(False)
+    return {
+        name: {
+            "forward_ms": spread([forward for forward, _ in pairs]),
+            "backward_ms": spread([back for _, back in pairs]),
+            "total_ms": spread([forward + back for forward, back in pairs]),
+            "repeats": len(pairs),
+            "cold_cache_mib": timer.evict_bytes // 2**20,
+            **stats[name],
+        }
+        for name, pairs in times.items()
+    }
+
+
+def _memory(
+    providers: list[Provider], case: Case, inputs: PeakedCase, device: str
+) -> dict[str, dict[str, Any]]:
+    """Peaks by provider's name; a failure here is noted in the row and costs no timings."""
+    logits_mib = case.logits_bytes / 2**20
+
+    def fields(provider: Provider) -> dict[str, Any]:
+        try:
+            if device == "cuda":
+                peaks = cuda_peak_extra(provider, inputs)
+            else:
+                peaks = cpu_peak_extra(provider.name, path)
+        except (RuntimeError, subprocess.SubprocessError) as error:
+            return {"memory_reason": f"{type(error).__name__}: {error}"[:300]}
+        percent = round(100 * peaks["allocator"] / logits_mib, 2)
+        return {"peak_extra_mib": peaks, "peak_extra_percent_of_logits": percent}
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "inputs.pt"
+        if device != "cuda":
+            tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+            torch.save(tensors, path)
+        with ThreadPoolExecutor(1 if device == "cuda" else MEMORY_PROCESSES) as pool:
+            names = [provider.name for provider in providers]
+            return dict(zip(names, pool.map(fields, providers), strict=True))
+
+
+def _head_stats(stats: Any) -> dict[str, float | None]:
+    """A HeadStats as plain numbers, after backward; nothing for providers without."""
+    if stats is None:
+        return {}
+    values = {name: float(getattr(stats, name)) for name in STATS}
+    return {name: value if value == value else None for name, value in values.items()}
+
+
+def _add_ratios(rows: dict[str, Row]) -> None:
+    """Times of full logits in the same run over this provider's: above 1 is faster."""
+    base = rows.get(BASELINE, {})
+    for row in rows.values():
+        if "total_ms" in row and "total_ms" in base:
+            row["speedup"] = {
+                half: round(base[f"{half}_ms"]["median"] / row[f"{half}_ms"]["median"], 3)
+                for half in ("forward", "backward", "total")
+            }
+
+
+def _shared_fields(case: Case, inputs: PeakedCase, settings: Settings, commit: Commit) -> Row:
+    return {
+        "op": "linear_logprob",
+        "case": case.name,
+        **{k: v for k, v in dataclasses.asdict(case).items() if k not in ("name", "entropy")},
+        "entropy": round(inputs.entropy, 3),
+        "sharpness": round(inputs.sharpness, 3),
+        "device": settings.device,
+        "device_name": device_name(settings.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        **dataclasses.asdict(commit),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"torch": str(torch.__version__)}

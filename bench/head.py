@@ -1,0 +1,92 @@
+"""Benchmark the head: hidden states to per-token log-probabilities and back.
+
+`python -m bench.head` from the repository root measures every provider on this CPU in under two
+minutes and prints a table; `--case`, `--providers` and `--device` choose others. Exit status 1: one
+of our own heads failed its gate.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import CASES
+from bench.harness import ROOT, SCHEMA, Settings, find_commit, measure
+from bench.providers import PROVIDERS
+from bench.table import table
+
+RESULTS = ROOT / "bench" / "results"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.head", description=__doc__)
+    parser.add_argument("--case", nargs="+", choices=CASES, help="default: cpu, or llama3-8b")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, help="timed rounds (default 3, or 10 on cuda)")
+    parser.add_argument(
+        "--budget-s", type=float, default=45, help="begin no further round after this (default 45)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--out", type=Path, help="default: bench/results/head_<device>.json")
+    parser.add_argument("--commit", help="what is measured, where there is no git repository")
+    parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
+    parser.add_argument("--list", action="store_true", help="list cases and providers, and stop")
+    return parser.parse_args(arguments)
+
+
+def show_choices(device: str) -> None:
+    for case in CASES.values():
+        shape = f"{case.tokens} x {case.hidden_size} x {case.vocab}"
+        print(f"case      {case.name:28} {shape:22} {case.dtype} {case.distribution}")
+    some = CASES["tiny"]
+    for provider in PROVIDERS.values():
+        print(f"provider  {provider.name:28} {provider.available(some, device) or 'available'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.list:
+        show_choices(options.device)
+        return 0
+    cuda = options.device == "cuda"
+    out = (options.out or RESULTS / f"head_{options.device}.json").resolve()
+    commit = find_commit(options.commit)
+    if commit.dirty and out.is_relative_to(RESULTS) and not options.allow_dirty:
+        print(
+            "error: the tree has uncommitted changes, so nothing is written to bench/results: "
+            "commit first, or name another --out, or pass --allow-dirty",
+            file=sys.stderr,
+        )
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    repeats = options.repeats or (10 if cuda else 3)
+    settings = Settings(
+        options.device, repeats, 2 * cuda, options.budget_s, memory=not options.no_memory
+    )
+    providers = [PROVIDERS[name] for name in options.providers or PROVIDERS]
+    rows: list[dict[str, Any]] = []
+    for name in options.case or ["llama3-8b" if cuda else "cpu"]:
+        rows += measure(CASES[name], providers, settings, commit)
+    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"schema": SCHEMA, "created": created, "rows": rows}, indent=1))
+    print(table(rows))
+    bad = {
+        row["provider"]: row["reason"]
+        for row in rows
+        if row["provider"].startswith("widemargin") and row["gate"] in ("wrong", "failed to run")
+    }
+    for name, reason in bad.items():
+        print(f"error: {name} was not timed: {reason}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Peak memory of one forward and backward beyond the inputs and the two gradients.
+
+Two numbers, each with its blind spot:
+- *allocator*: the most that torch's allocator had out at any moment, not counting the gradients
+  that are returned. Exact and repeatable; on a CPU it does not see buffers that a library such as
+  oneDNN allocates itself.
+- *rss* (CPU): the peak of resident memory in a fresh process, less its level with the inputs and
+  both gradients there: what a machine must have beyond those. Sees everything, with some tens of
+  MiB for the profiler and the libraries; what is alive only before the gradients counts less.
+
+`python -m bench.memory INPUTS PROVIDER` is the fresh process; it prints one line of JSON.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from bench.peaked import PeakedCase
+from bench.providers import PROVIDERS, Provider
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 2**20
+
+
+def cuda_peak_extra(provider: Provider, case: PeakedCase) -> dict[str, float]:
+    """Mebibytes in this process; run it after a warm-up."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = _allocator_peak(provider, case)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before - case.hidden.nbytes - case.weight.nbytes
+    return _mebibytes({"allocator": found, "cuda_peak": max(0, peak)})
+
+
+def cpu_peak_extra(provider_name: str, inputs: Path, timeout_s: float = 300) -> dict[str, float]:
+    """Mebibytes, from a fresh process that loads `inputs` (written by `torch.save`)."""
+    command = [sys.executable, "-m", "bench.memory", str(inputs), provider_name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(f"exit status {done.returncode}: {' '.join(last)}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _cpu_peaks(provider: Provider, case: PeakedCase) -> dict[str, float]:
+    _allocator_peak(provider, _small(case))
+    gradients = [torch.zeros_like(case.hidden), torch.zeros_like(case.weight)]
+    level = _status_bytes("VmRSS")
+    gradients.clear()
+    allocator = _allocator_peak(provider, case)
+    return _mebibytes({"allocator": allocator, "rss": max(0, _status_bytes("VmHWM") - level)})
+
+
+def _small(case: PeakedCase, tokens: int = 16, vocab: int = 512) -> PeakedCase:
+    """A piece of the case, to load libraries with before anything is measured."""
+    return replace(
+        case,
+        hidden=case.hidden[:tokens],
+        weight=case.weight[:vocab],
+        targets=case.targets[:tokens] % vocab,
+        coefficients=case.coefficients[:tokens],
+    )
+
+
+def _allocator_peak(provider: Provider, case: PeakedCase) -> int:
+    """Bytes at the highest point of allocations minus frees, the returned gradients apart."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
+        _, *gradients = provider.run(case.hidden, case.weight, case.targets, case.coefficients)
+    kept = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    allocations = _allocations(profiled, case.hidden.device.type)
+    # A gradient's address may have been in use before: its allocation is the last one there.
+    last = {pointer: i for i, (pointer, size) in enumerate(allocations) if size > 0}
+    level = peak = 0
+    for i, (pointer, size) in enumerate(allocations):
+        if pointer not in kept or i < last[pointer]:
+            level += size
+            peak = max(peak, level)
+    return peak
+
+
+def _allocations(profiled: torch.profiler.profile, device: str) -> list[tuple[int, int]]:
+    """(address, bytes) in order of time; a free has negative bytes."""
+    # The tree of events has no public accessor.
+    pending = list(cast(Any, profiled).profiler.kineto_results.experimental_event_tree())
+    found = []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        fields = event.extra_fields
+        if event.name == "[memory]" and fields.device.type == device:
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    if not found:
+        raise RuntimeError(f"the profiler saw no allocation on {device}")
+    return [(pointer, size) for _, pointer, size in sorted(found, key=lambda event: event[0])]
+
+
+def _mebibytes(sizes: dict[str, int]) -> dict[str, float]:
+    return {name: round(size / MIB, 2) for name, size in sizes.items()}
+
+
+def _status_bytes(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (highest) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{field} is not in /proc/self/status")
+
+
+def main(inputs: str, provider_name: str) -> None:
+    case = PeakedCase(**torch.load(inputs, weights_only=True))
+    print(json.dumps(_cpu_peaks(PROVIDERS[provider_name], case)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
