@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
+# An editable install maps the folders by an import hook, which pyright cannot run: it reads these.
+LINKS := $(VENV)/links/widemargin
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
@@ -29,6 +31,8 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[dev]'
+	@mkdir -p $(LINKS)
+	@for name in kernels trainer configs; do ln -sfn "$(CURDIR)/$$name" "$(LINKS)/$$name"; done
 	@touch $(BASE) $@
 
 setup: $(DEV) ## Create .venv with the package and the development tools
