@@ -1,0 +1,94 @@
+"""The `widemargin` command: train, report, quickstart."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+TRAIN_HELP = """\
+Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,
+data and objective, and all of transformers.TrainingArguments. Any of them can be overridden:
+
+  widemargin train configs/train/quickstart.yaml --beta=2.5 --learning_rate=1e-6
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 when all went well, 2 for input that does not fit."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    parser = _parser()
+    if argv[:1] == ["quickstart"]:
+        from .quickstart import main as quickstart
+
+        return quickstart(argv[1:])
+    options, overrides = parser.parse_known_args(argv)
+    if options.command == "train":
+        return _train(options.config, overrides, preflight=options.preflight)
+    if overrides:
+        raise UserError(f"unknown arguments: {' '.join(overrides)}; see widemargin --help")
+    return _report(options.run, options.out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="widemargin", description="Margin-based preference tuning without logits."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train as a YAML file says",
+        description=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument("config", metavar="CONFIG.yaml")
+    train.add_argument(
+        "--preflight",
+        action="store_true",
+        help="show the settings, the data's counts and the first pair's tokens, and stop",
+    )
+    report = commands.add_parser(
+        "report", help="write a run's report", description="Write a run's report as one HTML file."
+    )
+    report.add_argument("run", type=Path, metavar="RUN", help="a run's output folder")
+    report.add_argument("--out", type=Path, help="where to write (default: RUN/report.html)")
+    commands.add_parser("quickstart", help="make data and a tiny model, train it, show a report")
+    return parser
+
+
+def _train(config: str, overrides: Sequence[str], *, preflight: bool) -> int:
+    from .config_file import load_config
+    from .run import preflight as run_preflight
+    from .run import train
+
+    settings = load_config(config, overrides)
+    if preflight:
+        run_preflight(settings)
+    else:
+        train(settings)
+    return 0
+
+
+def _report(run: Path, out: Path | None) -> int:
+    from .report import summary_lines, write_report
+
+    path = write_report(run, out)
+    print("\n".join([*summary_lines(run), "", f"Report: {path}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Every setting of a run: model, data, objective and transformers' own training arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .data import DataSettings
+from .errors import UserError
+from .objectives import Objective, build_objective, hyperparameters_of
+
+TAILS = ("mean", "exact", "drop")
+BACKENDS = ("auto", "triton", "torch")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelSettings:
+    """Which model to load, and how."""
+
+    #: Folder or hub name of the model to train.
+    model_name_or_path: str | None = None
+    #: Branch, tag or commit on the hub.
+    model_revision: str = "main"
+    #: Folder or hub name of the tokenizer; None for the model's own.
+    tokenizer_name_or_path: str | None = None
+    #: Dtype to load the weights in: "auto" (as saved), "float32", "bfloat16", "float16".
+    dtype: str = "auto"
+    #: "eager", "sdpa", "flash_attention_2", ...; None for transformers' choice.
+    attn_implementation: str | None = None
+    #: Run Python code that comes with the model. Off unless you trust where it comes from.
+    trust_remote_code: bool = False
+
+    def check_model(self) -> None:
+        """Raise ``UserError`` for the first value out of range."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass
+class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
+    """Settings of a preference run; all of `transformers.TrainingArguments` included.
+
+    Defaults differ from transformers' where preference tuning wants otherwise: logs every 10
+    steps, evaluation in the batch size of training, non-reentrant checkpointing, no silent
+    replacement of non-finite losses.
+    """
+
+    #: Name of the objective, a key of ``widemargin.trainer.objectives.OBJECTIVES``.
+    objective: str | None = None
+    #: Scale of the rewards; None for the objective's default.
+    beta: float | None = None
+    #: Base target margin as a share of beta; None for the objective's default.
+    gamma_beta_ratio: float | None = None
+    #: Any other hyperparameters of the objective by name. In a YAML file or on the command line
+    #: they may stand beside the other settings.
+    objective_args: dict[str, Any] = field(default_factory=dict)
+    #: What the head's backward does with negligible probability mass: "mean", "exact", "drop".
+    head_tail: str = "mean"
+    #: Mass from which the head's backward computes a block of vocabulary, in (0, 1).
+    head_tail_eps: float = 2**-11
+    #: Where the head runs: "auto", "triton", "torch".
+    head_backend: str = "auto"
+    #: Set every dropout probability to zero, so that a log-prob is one number.
+    disable_dropout: bool = True
+    #: Write report.html when training ends.
+    write_report: bool = True
+
+    output_dir: str = "outputs/run"  # pyright: ignore[reportIncompatibleVariableOverride]
+    logging_steps: float = 10
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    per_device_eval_batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if not self.per_device_eval_batch_size:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        self.check()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise UserError(" ".join(str(error).split())) from error
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+
+    def check(self) -> None:
+        """Raise ``UserError`` for the first of this project's settings that is out of range."""
+        super().check()
+        self.check_model()
+        for name, known in (("head_tail", TAILS), ("head_backend", BACKENDS)):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if not isinstance(self.head_tail_eps, float) or not 0 < self.head_tail_eps < 1:
+            raise UserError(
+                f"head_tail_eps: expected a probability in (0, 1), got {self.head_tail_eps!r}"
+            )
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}: expected a whole number from 1 on, got {value!r}")
+
+    def build_objective(self) -> Objective:
+        """The objective these settings name, with its hyperparameters."""
+        if self.objective is None:
+            from .objectives import OBJECTIVES
+
+            raise UserError(
+                f"objective: none is named; set objective: to one of {', '.join(OBJECTIVES)}"
+            )
+        common = {"beta": self.beta, "gamma_beta_ratio": self.gamma_beta_ratio}
+        given = {name: value for name, value in common.items() if value is not None}
+        return build_objective(self.objective, **given, **self.objective_args)
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimizer step, over all ranks and accumulation steps."""
+        per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return per_rank * max(1, self.world_size)
+
+
+def objective_keys(objective: str) -> set[str]:
+    """Hyperparameters that belong in ``objective_args``: those without a field of their own."""
+    return set(hyperparameters_of(objective)) - {"beta", "gamma_beta_ratio"}

@@ -1,0 +1,168 @@
+"""From a YAML file and ``--key=value`` overrides to a checked `PreferenceConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import PreferenceConfig, objective_keys
+from .errors import UserError
+from .objectives import OBJECTIVES
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",
+    "overwrite_output_dir": None,
+}
+"""Published keys and what they are called now; None for those that no longer do anything."""
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PreferenceConfig:
+    """The settings in the YAML file ``path``, with ``--key=value`` overrides applied.
+
+    Raises:
+        UserError: no such file, no mapping, an unknown key (the nearest is named) or a value of
+            the wrong type.
+    """
+    settings = read_yaml(Path(path))
+    settings.update(parse_overrides(overrides))
+    return build_config(settings)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, read without running anything in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"config {path}: {reason}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path}: not a text file; give a YAML file in UTF-8") from error
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config {path}: not valid YAML: {reason}") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UserError(f"config {path}: expected settings as `key: value` lines")
+    return settings
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
+    """``--key=value`` arguments; values are read as YAML."""
+    settings = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals or not key:
+            raise UserError(f"argument {argument!r}: expected --key=value, such as --beta=2.5")
+        try:
+            settings[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"argument {argument!r}: the value is not valid YAML") from error
+    return settings
+
+
+def build_config(settings: dict[str, Any]) -> PreferenceConfig:
+    """`PreferenceConfig` from plain settings, old key names and the objective's own included."""
+    settings = _renamed(settings)
+    fields = _config_fields()
+    objective = settings.get("objective")
+    if objective is None:
+        raise UserError(
+            f"objective: none is named; add objective: with one of {', '.join(OBJECTIVES)}"
+        )
+    own = objective_keys(str(objective))
+    arguments = dict(settings.pop("objective_args", None) or {})
+    for key in list(settings):
+        if key in own:
+            arguments[key] = _as_number(settings.pop(key))
+        elif key not in fields:
+            raise _unknown_key(key, [*fields, *own, *RENAMED])
+    values = {key: _coerced(key, value, fields[key]) for key, value in settings.items()}
+    return PreferenceConfig(**values, objective_args=arguments)
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    renamed = {}
+    for key, value in settings.items():
+        new = RENAMED.get(key, key)
+        if new is None:
+            continue
+        if new in settings and new != key:
+            raise UserError(f"{key} and {new} are both given and mean the same; keep {new}")
+        renamed[new] = value
+    return renamed
+
+
+def _config_fields() -> dict[str, Any]:
+    """Name -> type of every setting that can be given."""
+    hints = typing.get_type_hints(PreferenceConfig)
+    return {f.name: hints[f.name] for f in dataclasses.fields(PreferenceConfig) if f.init}
+
+
+def _unknown_key(key: str, known: list[str]) -> UserError:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    return UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")
+
+
+def _coerced(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as the field's type: 1e-6 as a number, whole numbers for floats, one for a list."""
+    kinds = set(_kinds(hint))
+    if value is None or not kinds & {int, float, bool, str, list, dict}:
+        return value
+    if float in kinds or int in kinds:
+        value = _as_number(value) if str not in kinds else value
+        if float in kinds and type(value) is int and int not in kinds:
+            value = float(value)
+        if kinds & {int} and float not in kinds and type(value) is float and value.is_integer():
+            value = int(value)
+    if list in kinds and isinstance(value, str) and str not in kinds:
+        value = [value]
+    if str in kinds and type(value) is bool and bool not in kinds and key.endswith("_strategy"):
+        value = "steps" if value else "no"  # YAML 1.1 reads a bare no as false
+    allowed = tuple(kinds | ({int} if float in kinds else set()))
+    if isinstance(value, allowed) and not (type(value) is bool and bool not in kinds):
+        return value
+    names = " or ".join(sorted({_NAMES[kind] for kind in kinds if kind in _NAMES}))
+    if any(kind not in _NAMES for kind in kinds):
+        return value
+    raise UserError(f"{key}: expected {names}, got {value!r}")
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _as_number(value: Any) -> Any:
+    """Text such as "1e-6", which YAML 1.1 does not read as a number, as one."""
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        number = float(value)
+        return int(value) if re.fullmatch(r"[-+]?\d+", value.strip()) else number
+    return value
+
+
+def _kinds(hint: Any) -> Iterable[Any]:
+    """The plain types in a hint; subscripted ones by their origin."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _kinds(part)
+    elif hint is not type(None):
+        yield origin or hint

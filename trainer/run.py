@@ -1,0 +1,164 @@
+"""One run from settings to a trained model: what `widemargin train` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .config import PreferenceConfig
+from .console import ConsoleProgress
+from .data import PairData, load_pairs, preflight_lines
+from .errors import UserError
+from .model import load_model, load_model_config, load_tokenizer, vocabulary_size
+from .objectives import Objective
+from .report import summary_lines, write_report
+from .trainer import PreferenceTrainer
+
+PACKAGES = ("widemargin", "torch", "triton", "transformers", "accelerate", "datasets", "peft")
+SECRETS = ("token", "password", "secret")
+
+
+def preflight(config: PreferenceConfig) -> None:
+    """Print the settings in effect, what becomes of the data and the first pair; train nothing."""
+    objective = config.build_objective()
+    tokenizer = load_tokenizer(config)
+    vocabulary = load_model_config(config).get_text_config().vocab_size
+    data = load_pairs(config, tokenizer, vocabulary)
+    print("Settings that differ from their defaults")
+    for name, value in changed_settings(config).items():
+        print(f"  {name}: {value}")
+    print(f"\nObjective {objective.name}: {objective.spec.formula}")
+    for name, value in dataclasses.asdict(objective.hyperparameters).items():
+        print(f"  {name}: {value}")
+    print(f"\nPairs per optimizer step: {config.pairs_per_step}")
+    print("\nData")
+    print("\n".join(data.report.lines()))
+    if data.train is not None:
+        print("\nFirst pair")
+        print("\n".join(preflight_lines(data.train[0], tokenizer)))
+
+
+def train(config: PreferenceConfig) -> None:
+    """Load, train (resuming if told to), evaluate, save, and write ``run.json`` and the report."""
+    objective = config.build_objective()
+    checkpoint = find_checkpoint(config)
+    tokenizer = load_tokenizer(config)
+    model = load_model(config)
+    data = load_pairs(config, tokenizer, vocabulary_size(model))
+    if data.train is None:
+        raise UserError("dataset_splits: none of them is for training; name a train split")
+    main = config.process_index == 0
+    if main:
+        print("\n".join(data.report.lines()), flush=True)
+    trainer = PreferenceTrainer(
+        model,
+        config,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+    )
+    _use_console(trainer)
+    record = RunRecord(config, objective, data)
+    if main:
+        record.write()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if not main:
+        return
+    record.write(
+        train_seconds=result.metrics["train_runtime"],
+        train_loss=result.training_loss,
+        steps=result.global_step,
+    )
+    print("\n" + "\n".join(summary_lines(Path(config.output_dir))))
+    print(f"\nModel: {config.output_dir}")
+    if config.write_report:
+        print(f"Report: {write_report(Path(config.output_dir))}")
+
+
+def find_checkpoint(config: PreferenceConfig) -> str | None:
+    """The checkpoint that ``resume_from_checkpoint`` names; the newest one for ``true``."""
+    wanted = config.resume_from_checkpoint
+    if wanted in (None, False, "false", "False"):
+        return None
+    if wanted in (True, "true", "True"):
+        folder = config.output_dir
+        newest = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        if newest is None:
+            raise UserError(
+                f"resume_from_checkpoint: {folder} holds no checkpoint; leave it out to start anew"
+            )
+        return newest
+    if not os.path.isdir(wanted):
+        raise UserError(f"resume_from_checkpoint: {wanted} is not a folder")
+    return wanted
+
+
+class RunRecord:
+    """``run.json``: what the report and a reader need to know of a run."""
+
+    def __init__(self, config: PreferenceConfig, objective: Objective, data: PairData) -> None:
+        self.path = Path(config.output_dir) / "run.json"
+        self.content: dict[str, Any] = {
+            "settings": changed_settings(config),
+            "objective": {
+                "name": objective.name,
+                **dataclasses.asdict(objective.hyperparameters),
+            },
+            "data": data.report.as_dict(),
+            "versions": versions(),
+            "device": str(config.device),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "summary": {},
+        }
+
+    def write(self, **summary: float) -> None:
+        self.content["summary"].update(summary)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+        aside.replace(self.path)
+
+
+def changed_settings(config: PreferenceConfig) -> dict[str, Any]:
+    """Settings that differ from their defaults, as plain values; secrets are left out."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = getattr(config, field.name, default)
+        value = value.value if isinstance(value, Enum) else value
+        plain = value if isinstance(value, int | float | str | list | dict | None) else str(value)
+        if value != default and not any(secret in field.name for secret in SECRETS):
+            changed[field.name] = plain
+    return changed
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a run depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _use_console(trainer: PreferenceTrainer) -> None:
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ConsoleProgress())
+    else:
+        trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,298 @@
+"""`PreferenceTrainer`: transformers' training loop around the head without logits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from .config import PreferenceConfig
+from .data import PairCollator, is_tokenized, tokenize_pairs
+from .data.report import SplitReport
+from .errors import UserError
+from .head import check_head, patch_head
+from .metrics import PreferenceMetrics
+from .model import disable_dropout, load_model, load_tokenizer, vocabulary_size
+from .sampler import PairBatches, PairRows
+from .throughput import Throughput, peak_memory_mib
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OBJECTIVE_FILE = "objective.safetensors"
+logger = logging.getLogger(__name__)
+
+
+class PreferenceTrainer(Trainer):
+    """A `transformers.Trainer` for preference pairs.
+
+    Args:
+        model: a causal language model, or the name or folder of one. It is patched in place, see
+            `patch_head`; without targets it behaves as before.
+        args: every setting; its ``objective`` must be named.
+        train_dataset, eval_dataset: pairs, raw (``prompt``, ``chosen``, ``rejected``; tokenized
+            here by ``args``) or tokenized (``prompt_ids``, ``chosen_ids``, ``rejected_ids``).
+        processing_class: the tokenizer; the model's own if None.
+        ref_model: a frozen model, for objectives with a reference.
+        peft_config: wrap the model in this adapter; not on lm_head.
+        data_collator: in place of `PairCollator`, with the same output.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        UserError: settings, data or a model that do not fit; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: PreferenceConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        ref_model: PreTrainedModel | None = None,
+        peft_config: Any = None,
+        data_collator: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        self.objective = args.build_objective()
+        if ref_model is not None and not self.objective.needs_reference:
+            raise UserError(f"ref_model: {self.objective.name} uses none; leave it out")
+        if isinstance(model, str):
+            args.model_name_or_path = model
+        lm: PreTrainedModel = load_model(args) if isinstance(model, str) else model
+        if processing_class is None:
+            args.model_name_or_path = args.model_name_or_path or lm.config._name_or_path
+            processing_class = load_tokenizer(args)
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise UserError(
+                "eval_strategy: there is no evaluation data; give some (a test split, "
+                "eval_dataset) or set eval_strategy: no"
+            )
+        if args.disable_dropout:
+            disable_dropout(lm)
+        self.scoring = patch_head(
+            lm, tail=args.head_tail, tail_eps=args.head_tail_eps, backend=args.head_backend
+        )
+        if peft_config is not None:
+            lm = _with_adapter(lm, peft_config)
+        if args.n_gpu > 1:
+            logger.warning(
+                "Using one of %d GPUs; for all of them start with accelerate launch", args.n_gpu
+            )
+            args._n_gpu = 1
+        self.data_reports: dict[str, SplitReport] = {}
+        tokenizing = {
+            "tokenizer": processing_class,
+            "settings": args,
+            "vocab_size": vocabulary_size(lm),
+        }
+        super().__init__(
+            model=lm,
+            args=args,
+            train_dataset=self._pairs(train_dataset, "train_dataset", **tokenizing),
+            eval_dataset=self._pairs(eval_dataset, "eval_dataset", **tokenizing),
+            processing_class=processing_class,
+            data_collator=data_collator or PairCollator(_pad_token(processing_class)),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Losses are scaled here, over the step's pairs; the second name is transformers < 5.20's.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_head(lm)
+        self._metrics = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
+        self._throughput = Throughput(lm, self.args.device, self.args.world_size)
+        self.add_callback(_Clock(self))
+
+    def _pairs(self, dataset: Any, name: str, **tokenizing: Any) -> Any:
+        """A data set as the sampler reads it, tokenized if it is not yet."""
+        if dataset is None or isinstance(dataset, PairRows):
+            return dataset
+        if not hasattr(dataset, "column_names"):
+            raise UserError(f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}")
+        if not is_tokenized(dataset):
+            training = name == "train_dataset"
+            dataset, self.data_reports[name] = tokenize_pairs(
+                dataset, training=training, name=name, **tokenizing
+            )
+        return PairRows(dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairBatches:
+        args = self.args
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        self._train_batches = PairBatches(
+            len(dataset),
+            args.train_batch_size,
+            rank=args.process_index,
+            ranks=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self._train_batches
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> PairBatches:
+        args = self.args
+        return PairBatches(
+            len(eval_dataset),
+            args.eval_batch_size,
+            rank=args.process_index,
+            ranks=args.world_size,
+            seed=None,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Pairs of this optimizer step over all ranks, as a device scalar."""
+        pairs = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            pairs += (batch["pair_ids"] >= 0).sum().to(device)
+        if self.args.world_size > 1:
+            dist.all_reduce(pairs)
+        return pairs
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the mean over the step's pairs (``num_items_in_batch``).
+
+        Without that number, as in evaluation, the mean over the micro-batch's own pairs.
+        """
+        cu_seqlens = inputs["cu_seqlens"]
+        scored = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            select=inputs["select"],
+            targets=inputs["targets"],
+        )
+        distributed = self.args.world_size > 1 and self.objective.couples_pairs
+        batch_size = self.args.train_batch_size if model.training else self.args.eval_batch_size
+        self.objective.max_pairs_per_rank = batch_size
+        out = self.objective.train(model.training)(
+            scored.token_logps,
+            cu_seqlens,
+            pair_ids=inputs["pair_ids"],
+            group=dist.group.WORLD if distributed else None,
+        )
+        metrics = self._metrics["train" if model.training else "eval"]
+        metrics.add_pairs(out, scored.mean_logits, cu_seqlens)
+        metrics.add(tokens=inputs["attention_mask"])
+        loss = out.loss
+        if num_items_in_batch is not None:
+            loss = out.losses.sum() * self.args.world_size / num_items_in_batch
+        return (loss, {"pairs": out}) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        stats, self.scoring.stats = self.scoring.stats, None
+        if stats is not None:
+            self._metrics["train"].add(
+                batches=torch.ones_like(stats.active_fraction),
+                **{
+                    "head/active_fraction": stats.active_fraction,
+                    "head/averaged_mass": stats.averaged_mass_mean,
+                },
+            )
+        return loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the means over pairs of all metrics."""
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        self._metrics["eval"] = PreferenceMetrics()
+        with self._throughput.paused():
+            output: Any = super().evaluation_loop(*args, **kwargs)
+        means, _ = self._metrics["eval"].report(f"{prefix}_")
+        output.metrics.update(means)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add this project's metrics to what is logged after training steps."""
+        if "loss" in logs:
+            means, counts = self._metrics["train"].report()
+            means.pop("loss", None)
+            rates = self._throughput.report(counts.get("tokens", 0.0), counts.get("pairs", 0.0))
+            logs.update(means, **rates, peak_memory_mib=peak_memory_mib(self.args.device))
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._throughput.paused():
+            super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.objective.state_dict()
+        if state and self.args.should_save:
+            save_file({k: v.cpu().contiguous() for k, v in state.items()}, _state_file(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = _state_file(checkpoint)
+        if path.is_file():
+            self.objective.load_state_dict(load_file(path))
+        elif self.objective.state_dict():
+            raise UserError(
+                f"checkpoint {checkpoint}: it has no {OBJECTIVE_FILE}, which "
+                f"{self.objective.name} needs to go on; was it saved with another objective?"
+            )
+
+
+class _Clock(TrainerCallback):
+    """Starts the clock with training, and every epoch's order where it belongs."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._throughput.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._throughput.pause()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """transformers' own `set_epoch` misses the sampler after a resume on several ranks."""
+        self.trainer._train_batches.set_epoch(int(state.epoch or 0))
+
+
+def _state_file(folder: str) -> Path:
+    return Path(folder) / OBJECTIVE_FILE
+
+
+def _pad_token(tokenizer: Any) -> int:
+    if tokenizer.pad_token_id is None:
+        raise UserError("processing_class: the tokenizer has no padding token; set pad_token")
+    return tokenizer.pad_token_id
+
+
+def _with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
+    """The patched model in an adapter that leaves its head alone."""
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_output_embeddings()
+    adapted = get_peft_model(model, peft_config)
+    now = model.get_output_embeddings()
+    if now is not head or isinstance(now, BaseTunerLayer):
+        raise UserError(
+            "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
+            "take; leave lm_head out of target_modules and modules_to_save"
+        )
+    return adapted
