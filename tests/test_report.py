@@ -274,6 +274,18 @@ def test_figures_are_short(value: float, expected: str) -> None:
     assert figure(value) == expected
 
 
+def test_speed_counts_slow_stretches_by_their_time(tmp_path: Path) -> None:
+    logs = [{"step": 1, "pairs_per_s": 300.0}, {"step": 2, "pairs_per_s": 100.0}]
+    run = load_run(make_run(tmp_path, [*logs, {"step": 3, "pairs_per_s": math.nan}]))
+    assert run.pairs_per_s() == pytest.approx(150.0)
+
+
+def test_empty_parts_of_the_notes_are_left_out(tmp_path: Path) -> None:
+    page = read_report(make_run(tmp_path, data={"skipped": {}, "notes": [], "strict": False}))
+    assert "<th>strict</th><td>false</td>" in page
+    assert "<th>notes" not in page
+
+
 def test_durations_read_naturally() -> None:
-    said = [duration(seconds) for seconds in (0.04, 8.44, 9.96, 61.3, 119.9, 720, 12_000)]
-    assert said == ["0.0 s", "8.4 s", "10 s", "61 s", "2 min", "12 min", "3 h 20 min"]
+    said = [duration(seconds) for seconds in (0.04, 8.44, 9.96, 61.3, 150.2, 179.9, 720, 12_000)]
+    assert said == ["0.0 s", "8.4 s", "10 s", "61 s", "150 s", "3 min", "12 min", "3 h 20 min"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from .quickstart_data import Pair, make_pairs, write_dataset
 from .quickstart_model import write_model
-from .report import summary_lines, write_report
+from .report import write_report
 
 DEFAULT_FOLDER = Path("outputs/quickstart")
 SCORED_PROMPTS = 64
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quickstart(folder: Path = DEFAULT_FOLDER, seed: int = 0, overrides: Sequence[str] = ()) -> int:
-    """Write data/ and model/ to `folder`, train into run/, and print what training did."""
+    """Write data/ and model/ to `folder`, train into run/, and show answers before and after.
+
+    Training prints the table of metrics itself.
+    """
     from .cli import main as widemargin
 
     train, test = make_pairs(seed)
@@ -69,8 +72,13 @@ def quickstart(folder: Path = DEFAULT_FOLDER, seed: int = 0, overrides: Sequence
     after = answers(folder / "run", scored)
     add_samples(folder / "run", scored, before, after)
     report = write_report(folder / "run")
-    _say("", *summary_lines(folder / "run"), "", *_comparison(scored, before, after))
-    _say("", f"Report: {report}", f"Next: {_command(config, settings)} --beta=4")
+    _say(
+        "",
+        *_comparison(scored, before, after),
+        "",
+        f"Report: {report}",
+        f"Next: {_command(config, settings)} --beta=4",
+    )
     return 0
 
 

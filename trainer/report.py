@@ -58,10 +58,10 @@ def headline(run: Run) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader says them: 8.4 s, 61 s, 12 min, 3 h 20 min."""
+    """Seconds as a reader says them: 8.4 s, 150 s, 12 min, 3 h 20 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    if seconds < 119.5:
+    if seconds < 179.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -78,8 +78,8 @@ def text(value: object) -> str:
         value = json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, float):
         value = f"{value:.6g}"
-    if value is None:
-        value = "none"
+    if value is None or isinstance(value, bool):
+        value = str(value).lower()
     return escape(str(value), quote=True)
 
 

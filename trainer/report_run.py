@@ -74,9 +74,12 @@ class Run:
         return self._final("train_runtime")
 
     def pairs_per_s(self) -> float | None:
-        """Pairs per second: the median of what was logged, or the overall rate."""
-        logged = sorted(value for _, value in self.series("pairs_per_s") if math.isfinite(value))
-        return logged[len(logged) // 2] if logged else self._final("train_samples_per_second")
+        """Pairs per second of training over the whole run: slow stretches count by their time."""
+        rates = [value for _, value in self.series("pairs_per_s") if value > 0]
+        finite = [rate for rate in rates if math.isfinite(rate)]
+        if not finite:
+            return self._final("train_samples_per_second")
+        return len(finite) / sum(1 / rate for rate in finite)
 
     def _final(self, key: str) -> float | None:
         found = [number(entry.get(key)) for entry in [self.summary, *self.history]]
@@ -130,13 +133,13 @@ def thin(points: list[Point]) -> list[Point]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as (dotted name, value) rows."""
+    """Nested mappings as (dotted name, value) rows, without those that are empty."""
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             rows += flatten(value, f"{name}.")
-        else:
+        elif value != []:
             rows.append((name, value))
     return rows
 
