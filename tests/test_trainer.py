@@ -1,0 +1,228 @@
+"""The trainer: exact means, trajectories, resume, metrics, distribution of pairs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_models import (
+    TOKENIZER,
+    parameters_of,
+    tiny_config,
+    tiny_model,
+    tiny_pairs,
+    tiny_trainer,
+)
+from transformers import AutoModelForCausalLM
+from widemargin.kernels import reference
+from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.sampler import FILLER_ID, PairBatches, PairRows
+
+
+def trained(folder, **settings) -> torch.Tensor:
+    trainer = tiny_trainer(folder, **settings)
+    trainer.train()
+    return parameters_of(trainer.model)
+
+
+def test_a_step_by_hand(tmp_path):
+    """One SGD step equals one written plainly with full logits and the definition of the loss."""
+    model = tiny_model()
+    trainer = tiny_trainer(tmp_path, model=tiny_model(), max_steps=1, beta=2.0, pairs=4)
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    losses = []
+    for row in rows:
+        rewards = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([*row["prompt_ids"], *row[side]])
+            n = len(row[side])
+            hidden = model.model(ids[None]).last_hidden_state[0, -n - 1 : -1]
+            logps = reference.linear_logprob(hidden, model.lm_head.weight, ids[-n:])
+            rewards.append(2.0 * logps.mean())
+        losses.append(torch.nn.functional.softplus(-(rewards[0] - rewards[1] - 1.0)))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(parameters_of(trainer.model), parameters_of(model))
+
+
+def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path):
+    common = {"max_steps": 10, "pairs": 30, "objective": "simpo"}
+    whole = trained(tmp_path, per_device_train_batch_size=8, **common)
+    cut = trained(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8, **common)
+    assert (whole - cut).abs().max() < 1e-5
+    assert (whole - parameters_of(tiny_model())).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("objective", ["lmpo", "gamma-simpo", "simpo"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, objective):
+    """Stopped in the middle of the second epoch, with the last step of each epoch ragged."""
+    common = {
+        "objective": objective, "max_steps": 9, "pairs": 10, "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 5,
+        "optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+        "head_tail": "mean",
+    }  # fmt: skip
+    uninterrupted = trained(tmp_path / "whole", **common)
+    trainer = tiny_trainer(tmp_path / "again", model=tiny_model(seed=7), **common)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert torch.equal(parameters_of(trainer.model), uninterrupted)
+
+
+def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trained(tmp_path, objective="simpo", **settings)
+    trainer = tiny_trainer(tmp_path / "other", objective="lmpo", **settings)
+    with pytest.raises(UserError, match="another objective"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_metrics_and_evaluation(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, objective="lmpo", eval_pairs=7, eval_strategy="steps", eval_steps=2,
+        eval_on_start=True, max_steps=4, logging_steps=2, head_tail="mean",
+    )  # fmt: skip
+    trainer.train()
+    history = trainer.state.log_history
+    logs = next(entry for entry in history if "loss" in entry)
+    expected = {
+        "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected",
+        "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen",
+        "logits/rejected", "lengths/chosen", "lengths/rejected", "margin/mean", "margin/std",
+        "tokens_per_s", "pairs_per_s", "peak_memory_mib", "head/averaged_mass",
+        "head/active_fraction",
+    }  # fmt: skip
+    assert expected <= logs.keys()
+    held_out = [entry for entry in history if "eval_loss" in entry]
+    assert [entry["step"] for entry in held_out] == [0, 2, 4]
+    lengths = [len(row["chosen_ids"]) for row in trainer.eval_dataset]
+    for entry in held_out:
+        assert entry["eval_lengths/chosen"] == pytest.approx(sum(lengths) / len(lengths))
+        assert entry["eval_rewards/accuracies"] * 7 == pytest.approx(
+            round(entry["eval_rewards/accuracies"] * 7)
+        )
+        margin = entry["eval_rewards/chosen"] - entry["eval_rewards/rejected"]
+        assert entry["eval_rewards/margins"] == pytest.approx(margin)
+
+
+def test_evaluation_is_the_mean_over_pairs_and_changes_nothing(tmp_path):
+    trainer = tiny_trainer(tmp_path, objective="lmpo", eval_pairs=7, max_steps=2)
+    trainer.train()
+    state = {k: v.clone() for k, v in trainer.objective.state_dict().items()}
+    sizes = []
+    for size in (1, 3, 7):
+        trainer.args.per_device_eval_batch_size = size
+        sizes.append(trainer.evaluate()["eval_loss"])
+    assert sizes == pytest.approx([sizes[0]] * 3, rel=1e-5)
+    assert all(torch.equal(state[k], v) for k, v in trainer.objective.state_dict().items())
+
+
+def test_saved_model_loads_and_generates(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(parameters_of(model), parameters_of(trainer.model))
+    assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=3).shape[1] > 2
+
+
+def test_lora(tmp_path):
+    from peft import LoraConfig
+
+    model = tiny_model()
+    frozen = model.lm_head.weight.detach().clone()
+    trainer = PreferenceTrainer(
+        model,
+        tiny_config(tmp_path, max_steps=2),
+        train_dataset=tiny_pairs(),
+        processing_class=TOKENIZER,
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], r=2),
+    )
+    trainer.train()
+    moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
+    assert all((p != 0).any() for p in moved)
+    assert torch.equal(model.lm_head.weight, frozen)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = trained(tmp_path, max_steps=2)
+    checkpointed = trained(tmp_path, max_steps=2, gradient_checkpointing=True)
+    torch.testing.assert_close(plain, checkpointed)
+
+
+def test_tokenized_data_gives_the_same(tmp_path):
+    from widemargin.trainer.data import tokenize_pairs
+
+    settings = tiny_config(tmp_path)
+    pairs, _ = tokenize_pairs(tiny_pairs(), TOKENIZER, settings)
+    trainer = PreferenceTrainer(
+        tiny_model(), settings, train_dataset=pairs, processing_class=TOKENIZER
+    )
+    trainer.train()
+    assert torch.equal(parameters_of(trainer.model), trained(tmp_path))
+
+
+def test_errors(tmp_path):
+    with pytest.raises(UserError, match="none is named"):
+        tiny_trainer(tmp_path, objective=None)
+    with pytest.raises(UserError, match="no evaluation data"):
+        tiny_trainer(tmp_path, eval_strategy="steps")
+    with pytest.raises(UserError, match="ref_model"):
+        PreferenceTrainer(
+            tiny_model(), tiny_config(tmp_path), tiny_pairs(), None, TOKENIZER, tiny_model()
+        )
+    with pytest.raises(UserError, match="train_dataset"):
+        PreferenceTrainer(tiny_model(), tiny_config(tmp_path), [1, 2], None, TOKENIZER)
+    with pytest.raises(UserError, match="vocabulary"):
+        PreferenceTrainer(
+            tiny_model(vocab_size=20), tiny_config(tmp_path), tiny_pairs(), None, TOKENIZER
+        )
+
+
+@pytest.mark.parametrize(("pairs", "per_rank"), [(24, 2), (25, 2), (3, 4), (1, 1), (17, 3)])
+def test_ranks_share_the_same_global_micro_batches(pairs, per_rank):
+    """Any number of ranks sees the same pairs together, in the same order, each exactly once."""
+    size = 12 * per_rank
+    together = {}
+    for ranks in (1, 2, 3, 12):
+        batches = [
+            list(PairBatches(pairs, size // ranks, rank=rank, ranks=ranks, seed=3))
+            for rank in range(ranks)
+        ]
+        assert len({len(b) for b in batches}) == 1
+        together[ranks] = [
+            sorted(i for rank in step for i in rank if i >= 0)
+            for step in zip(*batches, strict=True)
+        ]
+        assert sorted(i for step in together[ranks] for i in step) == list(range(pairs))
+        assert all(rank for step in zip(*batches, strict=True) for rank in step)
+    assert len({json.dumps(steps) for steps in together.values()}) == 1
+
+
+def test_epochs_differ_and_repeat():
+    sampler = PairBatches(20, 4, seed=1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == first != second
+
+
+def test_fillers_weigh_nothing(tmp_path):
+    trainer = tiny_trainer(tmp_path, pairs=3)
+    rows = PairRows(trainer.train_dataset.dataset)
+    plain = trainer.data_collator(rows.__getitems__([0, 2]))
+    filled = trainer.data_collator(rows.__getitems__([0, 2, FILLER_ID - 1]))
+    assert filled["pair_ids"].tolist() == [0, 2, FILLER_ID]
+    items = trainer._get_num_items_in_batch([filled], torch.device("cpu"))
+    assert items == 2
+    model = trainer.model.train()
+    losses = [trainer.compute_loss(model, b, num_items_in_batch=items) for b in (plain, filled)]
+    torch.testing.assert_close(losses[0], losses[1])
