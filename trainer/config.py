@@ -12,7 +12,7 @@ from .errors import UserError
 from .objectives import Objective, build_objective, hyperparameters_of
 
 TAILS = ("mean", "exact", "drop")
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "torch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -61,12 +61,15 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
     head_tail: str = "mean"
     #: Mass from which the head's backward computes a block of vocabulary, in (0, 1).
     head_tail_eps: float = 2**-11
-    #: Where the head runs: "auto", "triton", "torch".
+    #: Where the head runs: "auto" or "torch".
     head_backend: str = "auto"
     #: Set every dropout probability to zero, so that a log-prob is one number.
     disable_dropout: bool = True
     #: Write report.html when training ends.
     write_report: bool = True
+
+    #: A checkpoint's folder to go on from, or true for the newest in ``output_dir``.
+    resume_from_checkpoint: str | bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     output_dir: str = "outputs/run"  # pyright: ignore[reportIncompatibleVariableOverride]
     logging_steps: float = 10

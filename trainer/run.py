@@ -90,9 +90,9 @@ def train(config: PreferenceConfig) -> None:
 def find_checkpoint(config: PreferenceConfig) -> str | None:
     """The checkpoint that ``resume_from_checkpoint`` names; the newest one for ``true``."""
     wanted = config.resume_from_checkpoint
-    if wanted in (None, False, "false", "False"):
+    if wanted is None or wanted is False:
         return None
-    if wanted in (True, "true", "True"):
+    if wanted is True:
         folder = config.output_dir
         newest = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         if newest is None:
