@@ -22,7 +22,7 @@ routing, the exact target and the averaged tail are this project's (docs/ and be
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -196,6 +196,38 @@ def _backward(ctx, grad, *_):
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    tail: Tail = ...,
+    tail_eps: float = ...,
+    backend: Backend = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    tail: Tail = ...,
+    tail_eps: float = ...,
+    backend: Backend = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, HeadStats]: ...
 
 
 def linear_logprob(

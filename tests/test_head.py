@@ -53,6 +53,7 @@ def test_equals_the_models_own_logits(family, changes):
     expected.backward(grad)
     for (name, got), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
         if wanted.grad is not None:
+            assert got.grad is not None, name
             error = (got.grad - wanted.grad).norm() / wanted.grad.norm().clamp_min(1e-6)
             assert error < 1e-4, name
     check_head(model)

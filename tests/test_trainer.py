@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_metrics_and_evaluation(tmp_path):
     assert expected <= logs.keys()
     held_out = [entry for entry in history if "eval_loss" in entry]
     assert [entry["step"] for entry in held_out] == [0, 2, 4]
-    lengths = [len(row["chosen_ids"]) for row in trainer.eval_dataset]
+    lengths = [len(trainer.eval_dataset[i]["chosen_ids"]) for i in range(7)]
     for entry in held_out:
         assert entry["eval_lengths/chosen"] == pytest.approx(sum(lengths) / len(lengths))
         assert entry["eval_rewards/accuracies"] * 7 == pytest.approx(
@@ -128,7 +129,7 @@ def test_saved_model_loads_and_generates(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1)
     trainer.train()
     trainer.save_model()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(parameters_of(model), parameters_of(trainer.model))
     assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=3).shape[1] > 2
 
@@ -217,7 +218,8 @@ def test_epochs_differ_and_repeat():
 
 def test_fillers_weigh_nothing(tmp_path):
     trainer = tiny_trainer(tmp_path, pairs=3)
-    rows = PairRows(trainer.train_dataset.dataset)
+    rows: Any = trainer.train_dataset
+    assert isinstance(rows, PairRows)
     plain = trainer.data_collator(rows.__getitems__([0, 2]))
     filled = trainer.data_collator(rows.__getitems__([0, 2, FILLER_ID - 1]))
     assert filled["pair_ids"].tolist() == [0, 2, FILLER_ID]

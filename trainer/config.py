@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..kernels.linear_logprob import Backend, Tail
 from .data import DataSettings
 from .errors import UserError
 from .objectives import Objective, build_objective, hyperparameters_of
@@ -58,11 +59,11 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
     #: they may stand beside the other settings.
     objective_args: dict[str, Any] = field(default_factory=dict)
     #: What the head's backward does with negligible probability mass: "mean", "exact", "drop".
-    head_tail: str = "mean"
+    head_tail: Tail = "mean"
     #: Mass from which the head's backward computes a block of vocabulary, in (0, 1).
     head_tail_eps: float = 2**-11
     #: Where the head runs: "auto" or "torch".
-    head_backend: str = "auto"
+    head_backend: Backend = "auto"
     #: Set every dropout probability to zero, so that a log-prob is one number.
     disable_dropout: bool = True
     #: Write report.html when training ends.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from ..kernels.linear_logprob import HeadStats, linear_logprob
+from ..kernels.linear_logprob import Backend, HeadStats, Tail, linear_logprob
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -42,15 +42,19 @@ class Scoring:
 
     logit_scale: float
     softcap: float | None
-    tail: str
+    tail: Tail
     tail_eps: float
-    backend: str
+    backend: Backend
     stats: HeadStats | None = None
     """Of the last call with gradients; backward fills it."""
 
 
 def patch_head(
-    model: PreTrainedModel, *, tail: str = "mean", tail_eps: float = 2**-11, backend: str = "auto"
+    model: PreTrainedModel,
+    *,
+    tail: Tail = "mean",
+    tail_eps: float = 2**-11,
+    backend: Backend = "auto",
 ) -> Scoring:
     """Teach ``model`` to return log-probs of given tokens; see the module's docstring.
 
@@ -101,19 +105,18 @@ def _head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> A
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(self.weight.dtype)
     bias = getattr(self, "bias", None)
-    scored: Any = linear_logprob(
+    token_logps, stats = linear_logprob(
         hidden,
         self.weight,
         targets,
         bias=bias,
         logit_scale=scoring.logit_scale,
         softcap=scoring.softcap,
-        tail=scoring.tail,  # pyright: ignore[reportArgumentType]
+        tail=scoring.tail,
         tail_eps=scoring.tail_eps,
-        backend=scoring.backend,  # pyright: ignore[reportArgumentType]
+        backend=scoring.backend,
         return_stats=True,
     )
-    token_logps, stats = scored
     if torch.is_grad_enabled():
         scoring.stats = stats
     return token_logps, _mean_logits(hidden, self.weight, bias, scoring.logit_scale)
