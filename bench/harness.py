@@ -6,6 +6,7 @@ from nothing else (`bench.table`).
 
 import dataclasses
 import math
+import os
 import platform
 import subprocess
 import tempfile
@@ -210,6 +211,7 @@ def _shared_fields(case: Case, inputs: PeakedCase, settings: Settings, commit: C
         "device": settings.device,
         "device_name": device_name(settings.device),
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version(), **_versions()},
         **dataclasses.asdict(commit),
     }

@@ -29,10 +29,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _heading(row: dict[str, Any]) -> str:
     commit = (row["commit"] or "no commit")[:9] + (", dirty" if row["dirty"] else "")
+    # What else ran on the machine: the rows of a busy one are not worth much.
+    busy = f", load {row['load_average']:.1f}" if row["device"] == "cpu" else ""
     return (
         f"{row['case']}: N {row['tokens']}, H {row['hidden_size']}, V {row['vocab']}, "
         f"{row['dtype']}, {row['distribution']}, entropy {row['entropy']:.2f}; "
-        f"{row['device_name']}, {row['threads']} threads; "
+        f"{row['device_name']}, {row['threads']} threads{busy}; "
         f"torch {row['versions']['torch']}; {commit}"
     )
 
