@@ -19,7 +19,7 @@ from .routing import BLOCK, num_blocks
 
 ROWS = 1024
 """Tokens per product: a chunk of logits [ROWS, COLUMNS] stays in a core's cache."""
-COLUMNS = 8 * BLOCK
+COLUMNS = 16 * BLOCK
 """Vocabulary rows per product."""
 
 
@@ -49,9 +49,18 @@ class Head:
         return tensor.to(self.compute_dtype).to(self.operand_dtype)
 
     def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """``left @ right`` in `dtype`, into ``out`` if given."""
         if left.dtype == self.dtype:
             return torch.mm(left, right, out=out)
-        return torch.mm(left, right, out_dtype=self.dtype)
+        result = torch.mm(left, right, out_dtype=self.dtype)
+        return result if out is None else out.copy_(result)
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """``total += left @ right``."""
+        if left.dtype == self.dtype:
+            total.addmm_(left, right)
+        else:
+            total += self.product(left, right)
 
     def logits(
         self, hidden: Tensor, weight: Tensor, start: int, out: Tensor | None = None
@@ -106,7 +115,8 @@ def forward(head: Head, targets: Tensor, *, keep: bool, profile: bool) -> tuple[
         here = slice(row, row + len(hidden))
         for start in range(0, vocabulary, COLUMNS):
             weight = head.operand(head.weight[start : start + COLUMNS])
-            z = head.logits(hidden, weight, start, _as_buffer(buffer, hidden, weight))
+            chunk = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+            z = head.logits(hidden, weight, start, chunk)
             _pick_targets(z, targets[here], start, target_logits[here])
             slope = head.softcap_slope(z) if profile and head.softcap is not None else None
             blocks = slice(start // BLOCK, num_blocks(start + len(weight)))
@@ -118,13 +128,6 @@ def forward(head: Head, targets: Tensor, *, keep: bool, profile: bool) -> tuple[
     column_sums /= counts.clamp_min_(1)
     profiles = column_sums.view(-1)[:vocabulary] if profile else column_sums.view(-1)
     return target_logits - lse, lse, partial_lse if keep else partial_lse[:0], profiles
-
-
-def _as_buffer(buffer: Tensor, hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Memory for a chunk of logits, reused so that it stays in cache; None where dtypes differ."""
-    if hidden.dtype != buffer.dtype:
-        return None
-    return buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
 
 
 def _pick_targets(z: Tensor, targets: Tensor, start: int, out: Tensor) -> None:

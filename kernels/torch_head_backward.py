@@ -6,7 +6,7 @@ Shapes: N tokens, H hidden, V vocabulary, B blocks of ``BLOCK`` vocabulary rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -37,35 +37,48 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class Span:
-    """Vocabulary rows [start, stop) needed by the same tokens.
+class Span(NamedTuple):
+    """Consecutive vocabulary blocks [first, last) treated together.
 
-    rows: groups of tokens, one product each: slices, or indices; empty where none is active.
+    Either all of them are active for all tokens (``full``), or each for tokens of its own.
     """
 
-    start: int
-    stop: int
-    rows: list[slice] | list[Tensor]
+    first: int
+    last: int
+    full: bool
 
 
-def spans(active: Tensor, vocabulary: int) -> Iterator[Span]:
-    """Cut the vocabulary into runs of full or of empty blocks, and single blocks in between."""
-    tokens = active.shape[1]
-    everyone = [slice(row, row + ROWS) for row in range(0, tokens, ROWS)]
-    counts = active.sum(1).tolist()
-    block = 0
-    while block < len(counts):
-        first, count = block, counts[block]
-        block += 1
-        if count in (0, tokens):
-            limit = min(first + COLUMNS // BLOCK, len(counts))
-            while block < limit and counts[block] == count:
-                block += 1
-            rows = everyone if count else []
-        else:
-            rows = list(active[first].nonzero()[:, 0].split(ROWS))
-        yield Span(first * BLOCK, min(block * BLOCK, vocabulary), rows)
+def spans(full: list[bool]) -> Iterator[Span]:
+    """Cut the blocks into runs of full and of other ones, of at most ``COLUMNS`` rows."""
+    first = 0
+    while first < len(full):
+        last = first + 1
+        while last < min(len(full), first + COLUMNS // BLOCK) and full[last] == full[first]:
+            last += 1
+        yield Span(first, last, full[first])
+        first = last
+
+
+class Piece(NamedTuple):
+    """Up to ``ROWS`` active pairs of a span: tokens [n], and the blocks they belong to.
+
+    blocks: [n], counted from the span's first. segments: (block, begin, end) of each run of pairs.
+    """
+
+    tokens: Tensor
+    blocks: Tensor
+    segments: list[tuple[int, int, int]]
+
+
+def pieces(active: Tensor) -> Iterator[Piece]:
+    """The pairs of ``active`` [b, N] in order of block, then token."""
+    ends = active.sum(1).cumsum(0).tolist()
+    blocks, tokens = active.nonzero(as_tuple=True)
+    for start in range(0, len(tokens), ROWS):
+        stop = min(start + ROWS, len(tokens))
+        bounds = enumerate(pairwise([0, *ends]))
+        cut = [(b, max(lo, start) - start, min(hi, stop) - start) for b, (lo, hi) in bounds]
+        yield Piece(tokens[start:stop], blocks[start:stop], [s for s in cut if s[1] < s[2]])
 
 
 class Backward:
@@ -90,19 +103,23 @@ class Backward:
         counts = torch.bincount(blocks, minlength=num_blocks(len(head.weight)))
         self.target_bounds = [0, *counts.cumsum(0).tolist()]
 
+        width = head.hidden.shape[1]
         self.d_hidden = grad.new_zeros(head.hidden.shape) if needs[0] else None
         self.d_weight = torch.empty_like(head.weight) if needs[1] else None
         self.d_bias = grad.new_zeros(len(head.weight)) if needs[2] else None
         self.in_place = head.weight.dtype == grad.dtype
-        shape = (COLUMNS, head.hidden.shape[1])
-        self.scratch = None if self.in_place or not needs[1] else grad.new_empty(shape)
+        self.scratch = None if self.in_place or not needs[1] else grad.new_empty(COLUMNS, width)
+        self.gathered = self.hidden.new_empty(ROWS, width)
+        self.logits = grad.new_empty(ROWS * COLUMNS)
+        self.added = grad.new_empty(ROWS if needs[0] else 0, width)
         self.pull: Tensor | None = None
 
     def run(self, routed: Routed) -> Gradients:
-        if self.saved.profile.numel() and not bool(routed.active.all()):
+        full = routed.active.all(1).tolist()
+        if self.saved.profile.numel() and not all(full):
             self._tail(routed.averaged * self.grad)
-        for span in spans(routed.active, len(self.head.weight)):
-            self._span(span)
+        for span in spans(full):
+            self._span(span, routed.active[span.first : span.last])
         d_hidden, d_bias, bias = self.d_hidden, self.d_bias, self.head.bias
         return Gradients(
             None if d_hidden is None else d_hidden.to(self.head.hidden.dtype),
@@ -125,77 +142,92 @@ class Backward:
         if self.d_weight is not None:
             self.pull = (weighted @ self.hidden.to(weighted.dtype)).neg_()
 
-    def _span(self, span: Span) -> None:
+    def _span(self, span: Span, active: Tensor) -> None:
         """The products and targets of one span, and its rows of dW from first to last."""
-        weight = self.head.operand(self.head.weight[span.start : span.stop])
-        d_rows = self._first_rows(span) if self.d_weight is not None else None
-        for rows in span.rows:
-            self._products(rows, weight, span.start, d_rows)
-        first, last = span.start // BLOCK, num_blocks(span.stop)
-        targeted = self.by_target[self.target_bounds[first] : self.target_bounds[last]]
+        start = span.first * BLOCK
+        weight = self.head.operand(self.head.weight[start : span.last * BLOCK])
+        d_rows = None if self.d_weight is None else self._first_rows(span, len(weight))
+        if span.full:
+            for row in range(0, len(self.hidden), ROWS):
+                self._everyone(slice(row, row + ROWS), weight, start, d_rows)
+        else:
+            for piece in pieces(active):
+                self._piece(piece, weight, start, d_rows)
+        targeted = self.by_target[self.target_bounds[span.first] : self.target_bounds[span.last]]
         if len(targeted):
-            self._targets(targeted, weight, span.start, d_rows)
+            self._targets(targeted, weight, start, d_rows)
         if self.d_weight is not None and d_rows is not None and not self.in_place:
-            self.d_weight[span.start : span.stop] = d_rows
+            self.d_weight[start : start + len(weight)] = d_rows
 
-    def _first_rows(self, span: Span) -> Tensor:
-        """The span's rows of dW [v, H] as the tail leaves them: minus profile times pull."""
-        rows = span.stop - span.start
+    def _first_rows(self, span: Span, rows: int) -> Tensor:
+        """The span's rows of dW [v, H] as the tail leaves them: profile times ``pull``."""
         assert self.d_weight is not None
-        source = self.d_weight[span.start :] if self.scratch is None else self.scratch
-        d_rows = source[:rows]
-        if self.pull is None:
+        start = span.first * BLOCK
+        d_rows = (self.d_weight[start:] if self.scratch is None else self.scratch)[:rows]
+        if self.pull is None or span.full:
             return d_rows.zero_()
-        profile = self.saved.profile[span.start : span.stop]
-        pull = self.pull[span.start // BLOCK : num_blocks(span.stop)]
-        if len(pull) == 1:
-            return torch.mul(profile[:, None], pull, out=d_rows)
+        profile, pull = self.saved.profile[start : start + rows], self.pull[span.first : span.last]
         whole = rows // BLOCK * BLOCK
         blocked = d_rows[:whole].view(-1, BLOCK, d_rows.shape[1])
         torch.mul(profile[:whole].view(-1, BLOCK, 1), pull[: len(blocked), None], out=blocked)
         torch.mul(profile[whole:, None], pull[-1:], out=d_rows[whole:])
         return d_rows
 
-    def _products(
-        self, rows: slice | Tensor, weight: Tensor, start: int, d_rows: Tensor | None
-    ) -> None:
-        """Recompute the logits of some tokens over some vocabulary rows; add to dH, dW, db."""
+    def _everyone(self, rows: slice, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
+        """Add to dH, dW, db what some tokens contribute over all of ``weight`` [v, H]."""
         head, hidden = self.head, self.hidden[rows]
-        z = head.logits(hidden, weight, start)
-        coefficients = self._logit_gradient(z, rows, start)
-        if self.d_bias is not None:
-            self.d_bias[start : start + len(weight)] += coefficients.sum(0)
-        coefficients = coefficients.to(weight.dtype)
+        buffer = self.logits[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+        z = head.logits(hidden, weight, start, buffer)
+        self._logit_gradient(z, rows, start)
+        coefficients = z.to(weight.dtype)
         if self.d_hidden is not None:
-            if isinstance(rows, slice) and weight.dtype == self.d_hidden.dtype:
-                self.d_hidden[rows].addmm_(coefficients, weight)
-            elif isinstance(rows, slice):
-                self.d_hidden[rows] += head.product(coefficients, weight)
-            else:
-                self.d_hidden.index_add_(0, rows, head.product(coefficients, weight))
+            head.add_product(self.d_hidden[rows], coefficients, weight)
         if d_rows is not None:
-            if weight.dtype == d_rows.dtype:
-                d_rows.addmm_(coefficients.T, hidden)
-            else:
-                d_rows += head.product(coefficients.T, hidden)
+            head.add_product(d_rows, coefficients.T, hidden)
+        if self.d_bias is not None:
+            self.d_bias[start : start + len(weight)] += z.sum(0)
 
-    def _logit_gradient(self, z: Tensor, rows: slice | Tensor, start: int) -> Tensor:
-        """-g p times the softcap's slope, [n, v], over logits ``z``; 0 at the targets.
+    def _piece(self, piece: Piece, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
+        """Add to dH, dW, db what some pairs contribute, each token gathered per block."""
+        head, (tokens, blocks, segments) = self.head, piece
+        hidden = torch.index_select(self.hidden, 0, tokens, out=self.gathered[: len(tokens)])
+        z = self.logits[: len(tokens) * BLOCK].view(len(tokens), BLOCK)
+        cut = [(slice(BLOCK * b, BLOCK * b + BLOCK), slice(lo, hi)) for b, lo, hi in segments]
+        for columns, rows in cut:
+            part = weight[columns]
+            head.logits(hidden[rows], part, start + columns.start, z[rows, : len(part)])
+        self._logit_gradient(z, tokens, start + BLOCK * blocks)
+        coefficients = z.to(weight.dtype)
+        for columns, rows in cut:
+            part = weight[columns]
+            mine = coefficients[rows, : len(part)]
+            if self.d_hidden is not None:
+                head.product(mine, part, self.added[rows])
+            if d_rows is not None:
+                head.add_product(d_rows[columns], mine.T, hidden[rows])
+            if self.d_bias is not None:
+                first = start + columns.start
+                self.d_bias[first : first + len(part)] += z[rows, : len(part)].sum(0)
+        if self.d_hidden is not None:
+            self.d_hidden.index_add_(0, tokens, self.added[: len(tokens)])
+
+    def _logit_gradient(self, z: Tensor, rows: slice | Tensor, start: int | Tensor) -> None:
+        """Turn logits ``z`` [n, v] into -g p times the softcap's slope; 0 at the targets.
 
         The targets' own element is g (1 - p), which `_targets` adds from 1 - p as such: no
         cancellation where p is close to 1.
+
+        Args:
+            start: the vocabulary row of the first column, of all or [n] of each.
         """
         slope = None if self.head.softcap is None else self.head.softcap_slope(z)
-        coefficients = z.sub_(self.saved.lse[rows, None]).exp_().mul_(-self.grad[rows, None])
+        z.sub_(self.saved.lse[rows, None]).exp_().mul_(-self.grad[rows, None])
         if slope is not None:
-            coefficients *= slope
-        first, last = start // BLOCK, num_blocks(start + z.shape[1])
-        if self.target_bounds[first] < self.target_bounds[last]:
-            column = self.saved.targets[rows, None] - start
-            outside = (column < 0) | (column >= z.shape[1])
-            column.clamp_(0, z.shape[1] - 1)
-            coefficients.scatter_(1, column, coefficients.gather(1, column) * outside)
-        return coefficients
+            z *= slope
+        column = (self.saved.targets[rows] - start)[:, None]
+        outside = (column < 0) | (column >= z.shape[1])
+        column.clamp_(0, z.shape[1] - 1)
+        z.scatter_(1, column, z.gather(1, column) * outside)
 
     def _targets(self, rows: Tensor, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
         """Add the targets' own elements for tokens ``rows`` [n], whose targets lie here."""
