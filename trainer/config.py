@@ -79,8 +79,7 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
     per_device_eval_batch_size: int = 0
 
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        self._name_checkpointing_as_installed()
         if not self.per_device_eval_batch_size:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         self.check()
@@ -90,6 +89,18 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
             raise UserError(" ".join(str(error).split())) from error
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+
+    def _name_checkpointing_as_installed(self) -> None:
+        """Old and new transformers differ in the name; non-reentrant unless told otherwise."""
+        if not self.gradient_checkpointing:
+            return
+        name = "activation_checkpointing"
+        if not hasattr(self, name):
+            name = "gradient_checkpointing"
+        kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None  # pyright: ignore
+        setattr(self, name, True)
+        setattr(self, f"{name}_kwargs", kwargs)
 
     def check(self) -> None:
         """Raise ``UserError`` for the first of this project's settings that is out of range."""
