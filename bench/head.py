@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, help="timed rounds (default 3, or 10 on cuda)")
     parser.add_argument(
-        "--budget-s", type=float, default=45, help="begin no further round after this (default 45)"
+        "--budget-s", type=float, default=30, help="begin no further round after this (default 30)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")

@@ -97,7 +97,7 @@ def _widemargin_unavailable(case: Case, device: str) -> str | None:
 def _torch_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> tuple[Tensor, None]:
-    # The default chunk for V >> H is a few tokens, thirty times slower on a CPU (bench/LOG.md).
+    # The default chunk for V >> H is a few tokens, twenty times slower on a CPU (bench/LOG.md).
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
     losses = torch.nn.functional.linear_cross_entropy(
         hidden, weight, targets, reduction="none", options=options

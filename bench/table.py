@@ -1,10 +1,15 @@
-"""A Markdown table from rows of JSON: `python -m bench.table RESULTS.json ...`."""
+"""A Markdown table from rows of JSON: `python -m bench.table RESULTS.json ... [--into README.md]`.
 
+With `--into` the table replaces what stands between `<!-- table:head -->` and `<!-- /table -->`.
+"""
+
+import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+OPEN, CLOSE = "<!-- table:head -->", "<!-- /table -->"
 
 COLUMNS = (
     ("provider", "---"),
@@ -65,10 +70,26 @@ def _join(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main(paths: list[str]) -> None:
-    rows = [row for path in paths for row in json.loads(Path(path).read_text())["rows"]]
-    print(table(rows))
+def write_into(path: Path, text: str) -> None:
+    """Put ``text`` between the markers of a Markdown file."""
+    before, opened, rest = path.read_text(encoding="utf-8").partition(OPEN)
+    _, closed, after = rest.partition(CLOSE)
+    if not opened or not closed:
+        raise SystemExit(f"error: {path} has no {OPEN} ... {CLOSE}")
+    path.write_text(f"{before}{OPEN}\n{text}\n{CLOSE}{after}", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--into", type=Path, help="a Markdown file with the markers")
+    options = parser.parse_args(arguments)
+    rows = [row for path in options.results for row in json.loads(path.read_text())["rows"]]
+    if options.into is None:
+        print(table(rows))
+    else:
+        write_into(options.into, table(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
