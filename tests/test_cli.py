@@ -98,6 +98,11 @@ BAD = [
     pytest.param({"beta": -1.5}, "beta", id="beta negative"),
     pytest.param({"beta": "big"}, "beta", id="beta text"),
     pytest.param({"margin_power": 4}, "margin_power", id="objective's own"),
+    pytest.param({"objective_args": [1]}, "objective_args", id="arguments in a list"),
+    pytest.param({"objective_args": {"beta": 1}}, "beta: given", id="beta twice"),
+    pytest.param(
+        {"objective_args": {"margin_weight": 1}, "margin_weight": 2}, "keep one", id="weight twice"
+    ),
     pytest.param({"dataset": "missing.jsonl"}, "missing.jsonl", id="missing file"),
     pytest.param({"dataset": ...}, "dataset", id="no data"),
     pytest.param({"model_name_or_path": "/no/such/model"}, "no such folder", id="missing model"),
@@ -127,7 +132,13 @@ def assert_one_line_error(argv: list[str], named: str, capsys) -> None:
 
 def test_missing_and_broken_config(tmp_path, capsys):
     assert_one_line_error(["train", str(tmp_path / "none.yaml")], "none.yaml", capsys)
-    for text in ("a: [1, 2", "just words", "- 1\n- 2", "!!python/object/apply:os.system ['true']"):
+    for text in (
+        "a: [1, 2",
+        "just words",
+        "- 1\n- 2",
+        "!!python/object/apply:os.system ['true']",
+        "a: 1\nb: 2\na: 3",
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         assert_one_line_error(["train", str(tmp_path / "bad.yaml")], "bad.yaml", capsys)
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
@@ -181,6 +192,10 @@ def test_as_a_module(place, tmp_path):
         ({"overwrite_output_dir": True}, "objective", "simpo"),
         ({"num_train_epochs": 1}, "num_train_epochs", 1),
         ({"max_steps": 3.0}, "max_steps", 3),
+        ({"torch_dtype": None}, "dtype", "auto"),
+        ({"learning_rate": None}, "learning_rate", 5e-5),
+        ({"seed": None}, "seed", 42),
+        ({"max_length": None}, "max_length", None),
         ({"dataset_splits": ["train_prefs"]}, "dataset_splits", ["train_prefs"]),
         ({"dataset_mixer": {"a/b": 1}}, "dataset_mixer", {"a/b": 1}),
     ],
@@ -192,6 +207,12 @@ def test_values_are_read_as_users_mean_them(given, field, value):
 def test_overrides_win(place):
     config = load_config(place / "config.yaml", ["--beta=5", "--eval-steps=7", "--run_name=a b"])
     assert (config.beta, config.eval_steps, config.run_name) == (5.0, 7, "a b")
+
+
+def test_an_override_wins_under_either_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: simpo\nuse_cpu: true\nevaluation_strategy: 'no'\n")
+    for name in ("eval_strategy", "evaluation_strategy"):
+        assert load_config(tmp_path / "c.yaml", [f"--{name}=epoch"]).eval_strategy == "epoch"
 
 
 def test_every_setting_of_ours_is_read_somewhere():

@@ -129,6 +129,8 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
             )
         common = {"beta": self.beta, "gamma_beta_ratio": self.gamma_beta_ratio}
         given = {name: value for name, value in common.items() if value is not None}
+        for name in given.keys() & self.objective_args.keys():
+            raise UserError(f"{name}: given beside objective_args and in it; keep one")
         return build_objective(self.objective, **given, **self.objective_args)
 
     @property

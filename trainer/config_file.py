@@ -35,9 +35,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PreferenceCo
         UserError: no such file, no mapping, an unknown key (the nearest is named) or a value of
             the wrong type.
     """
-    settings = read_yaml(Path(path))
-    settings.update(parse_overrides(overrides))
-    return build_config(settings)
+    settings = _renamed(read_yaml(Path(path)))
+    return build_config(settings | _renamed(parse_overrides(overrides)))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -50,13 +49,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"config {path}: not a text file; give a YAML file in UTF-8") from error
     try:
-        settings = yaml.safe_load(text)
+        settings = yaml.load(text, _EachKeyOnce)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config {path}: not valid YAML: {reason}") from error
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError(f"config {path}: expected settings as `key: value` lines")
     return settings
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML readers silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given twice; keep one", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
@@ -83,13 +96,23 @@ def build_config(settings: dict[str, Any]) -> PreferenceConfig:
             f"objective: none is named; add objective: with one of {', '.join(OBJECTIVES)}"
         )
     own = objective_keys(str(objective))
-    arguments = dict(settings.pop("objective_args", None) or {})
+    arguments = settings.pop("objective_args", None) or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
+    arguments = dict(arguments)
     for key in list(settings):
+        if key in own and key in arguments:
+            raise UserError(f"{key}: given beside objective_args and in it; keep one")
         if key in own:
             arguments[key] = _as_number(settings.pop(key))
         elif key not in fields:
             raise _unknown_key(key, [*fields, *own, *RENAMED])
-    values = {key: _coerced(key, value, fields[key]) for key, value in settings.items()}
+    # A null stands for the default where it is no value of its own, as in published files.
+    values = {
+        key: _coerced(key, value, fields[key])
+        for key, value in settings.items()
+        if value is not None or type(None) in typing.get_args(fields[key])
+    }
     return PreferenceConfig(**values, objective_args=arguments)
 
 
