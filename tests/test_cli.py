@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from widemargin.trainer.cli import main
 from widemargin.trainer.config import PreferenceConfig
 from widemargin.trainer.config_file import build_config, load_config
+from widemargin.trainer.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,21 @@ BAD = [
     pytest.param({"eval_strategy": "sometimes"}, "sometimes", id="bad choice"),
     pytest.param({"head_tail": "mode"}, "head_tail", id="bad tail"),
     pytest.param({"per_device_train_batch_size": 0}, "per_device_train", id="batch of none"),
+    pytest.param({"per_device_eval_batch_size": -1}, "per_device_eval", id="negative batch"),
+    pytest.param({"learning_rate": -1}, "learning_rate", id="negative rate"),
+    pytest.param({"learning_rate": ".nan"}, "learning_rate", id="rate not a number"),
+    pytest.param({"adam_beta2": 1}, "adam_beta2", id="beta2 one"),
+    pytest.param({"seed": -1}, "seed", id="negative seed"),
+    pytest.param({"dataloader_num_workers": -1}, "dataloader_num_workers", id="negative workers"),
+    pytest.param({"max_steps": 0}, "max_steps", id="no steps"),
+    pytest.param({"max_steps": ..., "num_train_epochs": 0}, "num_train_epochs", id="no epochs"),
+    pytest.param({"report_to": "nonsense"}, "report_to", id="unknown tracker"),
+    pytest.param({"label_smoothing_factor": 0.1}, "label_smoothing", id="smoothing of tokens"),
+    pytest.param({"train_sampling_strategy": "group_by_length"}, "random", id="other order"),
+    pytest.param({"metric_for_best_model": "acc"}, "rewards/accuracies", id="unknown metric"),
+    pytest.param({"save_strategy": "best"}, "metric_for_best_model", id="best of nothing"),
+    pytest.param({"accelerator_config": {"x": 1}}, "'x'", id="unknown in accelerator_config"),
+    pytest.param({"accelerator_config": {"split_batches": True}}, "split_batches", id="split"),
     pytest.param({"dtype": "float8"}, "dtype", id="bad dtype"),
     pytest.param({"resume_from_checkpoint": "nowhere"}, "nowhere", id="missing checkpoint"),
 ]
@@ -213,6 +229,27 @@ def test_an_override_wins_under_either_name(tmp_path):
     (tmp_path / "c.yaml").write_text("objective: simpo\nuse_cpu: true\nevaluation_strategy: 'no'\n")
     for name in ("eval_strategy", "evaluation_strategy"):
         assert load_config(tmp_path / "c.yaml", [f"--{name}=epoch"]).eval_strategy == "epoch"
+
+
+def test_trackers_and_kernels_that_are_not_installed(monkeypatch):
+    from transformers.integrations import integration_utils
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: False)
+    for name, value in (("report_to", "tensorboard"), ("use_liger_kernel", True)):
+        with pytest.raises(UserError, match=f"{name}.*not installed"):
+            PreferenceConfig(objective="simpo", use_cpu=True, **{name: value})
+
+
+def test_liger_leaves_the_head_alone(monkeypatch):
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: True)
+    config = PreferenceConfig(
+        objective="simpo", use_cpu=True, use_liger_kernel=True, liger_kernel_config={"rope": False}
+    )
+    assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
 
 
 def test_every_setting_of_ours_is_read_somewhere():

@@ -129,6 +129,20 @@ def test_evaluation_is_the_mean_over_pairs_and_changes_nothing(tmp_path):
     assert all(torch.equal(state[k], v) for k, v in trainer.objective.state_dict().items())
 
 
+def test_evaluation_reports_the_metrics_by_their_names(tmp_path):
+    from widemargin.trainer.metrics import NAMES
+
+    reported = tiny_trainer(tmp_path, eval_pairs=3).evaluate()
+    names = {name.removeprefix("eval_") for name in reported}
+    assert names >= set(NAMES)
+    ours = {name for name in names if "/" in name}
+    assert ours <= set(NAMES)
+
+
+def test_unused_columns_are_no_matter(tmp_path):
+    assert torch.equal(trained(tmp_path), trained(tmp_path, remove_unused_columns=True))
+
+
 def test_saved_model_loads_and_generates(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1)
     trainer.train()

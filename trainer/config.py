@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..kernels.linear_logprob import Backend, Tail
+from .checks import check_environment, check_training
 from .data import DataSettings
 from .errors import UserError
 from .objectives import Objective, build_objective, hyperparameters_of
@@ -80,13 +81,18 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._name_checkpointing_as_installed()
+        self.remove_unused_columns = False  # the data set has only those that are used
+        if self.use_liger_kernel:  # its own head, put on after ours, would take its place
+            liger = self.liger_kernel_config or {}
+            self.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
         if not self.per_device_eval_batch_size:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         self.check()
         try:
             super().__post_init__()
-        except (ValueError, ImportError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from error
+        check_environment(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
@@ -114,10 +120,9 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
             raise UserError(
                 f"head_tail_eps: expected a probability in (0, 1), got {self.head_tail_eps!r}"
             )
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}: expected a whole number from 1 on, got {value!r}")
+        if not isinstance(self.objective_args, dict):
+            raise UserError(f"objective_args: expected a mapping, got {self.objective_args!r}")
+        check_training(self)
 
     def build_objective(self) -> Objective:
         """The objective these settings name, with its hyperparameters."""

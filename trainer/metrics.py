@@ -10,6 +10,17 @@ from torch import Tensor
 
 from .objectives import ObjectiveOutput
 
+SIDES = ("chosen", "rejected")
+NAMES = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    *(f"{what}/{side}" for what in ("rewards", "logps", "logits", "lengths") for side in SIDES),
+    "margin/mean",
+    "margin/std",
+)
+"""What `PreferenceMetrics` reports, of training and of evaluation."""
+
 
 class PreferenceMetrics:
     """Sums over the pairs since the last report, for training or for evaluation.
@@ -70,7 +81,7 @@ class PreferenceMetrics:
             return {}, counts
         square = total.pop("margin/square") / pairs
         variance = square - (total["margin/mean"] / pairs) ** 2
-        scored = {side: total[f"lengths/{side}"] for side in ("chosen", "rejected")}
+        scored = {side: total[f"lengths/{side}"] for side in SIDES}
         means = {
             name: value / (counts["batches"] if name.startswith("head/") else pairs)
             for name, value in total.items()

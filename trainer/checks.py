@@ -1,0 +1,96 @@
+"""Settings that transformers refuses only when training starts, or that would do nothing here."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+from .metrics import NAMES
+
+if TYPE_CHECKING:
+    from .config import PreferenceConfig
+
+WHOLE = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}
+"""Whole numbers and the least each can be."""
+
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")
+BELOW_ONE = ("adam_beta1", "adam_beta2")
+
+WITHOUT_EFFECT = {
+    "label_smoothing_factor": "use label_smoothing, a hyperparameter of simpo",
+    "train_sampling_strategy": "pairs are always drawn in random order",
+}
+"""transformers' settings that this trainer has no use for, and what to do instead."""
+
+
+def check_training(config: PreferenceConfig) -> None:
+    """Raise ``UserError`` for the first of transformers' settings that cannot work here."""
+    for name, least in WHOLE.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name}: expected a whole number from {least} on, got {value!r}")
+    for name in (*NOT_NEGATIVE, *BELOW_ONE):
+        value = getattr(config, name)
+        if not 0 <= value < (1 if name in BELOW_ONE else math.inf):
+            limit = ", below 1" if name in BELOW_ONE else ""
+            raise UserError(f"{name}: expected a number from 0 on{limit}, got {value!r}")
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise UserError(
+            f"max_steps: expected a number of steps from 1 on, or -1 for num_train_epochs instead, "
+            f"got {config.max_steps!r}"
+        )
+    if config.max_steps == -1 and not 0 < config.num_train_epochs < math.inf:
+        raise UserError(
+            f"num_train_epochs: expected a number above 0, got {config.num_train_epochs!r}"
+        )
+    defaults = type(config).__dataclass_fields__
+    for name, advice in WITHOUT_EFFECT.items():
+        if name in defaults and getattr(config, name) != defaults[name].default:
+            raise UserError(f"{name}: does nothing in preference training; {advice}")
+    _check_best(config)
+
+
+def check_environment(config: PreferenceConfig) -> None:
+    """Raise ``UserError`` for what a setting needs and this machine or launch lacks."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+    from transformers.utils.import_utils import is_liger_kernel_available
+
+    available = get_available_reporting_integrations()
+    for name in config.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise UserError(f"report_to: {name!r} is not known; expected none or some of {known}")
+        if name not in available and name != "flyte":  # which that list leaves out
+            raise UserError(
+                f"report_to: {name} is not installed; install it or set report_to: none"
+            )
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("use_liger_kernel: it is not installed; pip install 'widemargin[liger]'")
+    accelerator = config.accelerator_config
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(accelerator, name, None):
+            raise UserError(
+                f"accelerator_config: {name} would deal pairs over the ranks a second time; "
+                "leave it out"
+            )
+
+
+def _check_best(config: PreferenceConfig) -> None:
+    """The metric that decides which checkpoint is the best one."""
+    name = config.metric_for_best_model
+    if name is None and str(getattr(config.save_strategy, "value", config.save_strategy)) == "best":
+        raise UserError("metric_for_best_model: save_strategy: best needs one, such as loss")
+    if name is not None and name.removeprefix("eval_") not in NAMES:
+        raise UserError(
+            f"metric_for_best_model: {name!r} is not known; expected one of {', '.join(NAMES)}"
+        )
