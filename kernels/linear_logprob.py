@@ -27,14 +27,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from . import torch_head, torch_head_backward
+from .head_inputs import Backend, Tail, choose_backend, compute_dtype_of, validate
 from .reference import IGNORE_INDEX
-from .routing import num_blocks, route, routing_stats
-from .torch_head import Head, forward, ieee_products
-from .torch_head_backward import FULL_FRACTION, Backward, Saved
-
-Tail = Literal["exact", "mean", "drop"]
-Backend = Literal["auto", "triton", "torch"]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .routing import num_blocks
+from .torch_head import Head, ieee_products
+from .torch_head_backward import Saved
 
 
 class HeadStats:
@@ -76,21 +74,37 @@ def _forward_op(
     tail: str,
     tail_eps: float,
     compute_dtype: torch.dtype,
+    backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps [N], lse [N], partial_lse [B, N], profile [V]; without ``keep`` the last two empty."""
     head = Head(hidden, weight, bias, logit_scale, softcap, compute_dtype)
     ignored = targets == IGNORE_INDEX
+    targets = targets.masked_fill(ignored, 0)
+    forward = torch_head.forward
+    if backend == "triton":
+        from .triton_forward import forward
     with torch.autocast(hidden.device.type, enabled=False), ieee_products():
         logps, lse, partial_lse, profile = forward(
-            head, targets.masked_fill(ignored, 0), keep=keep, profile=keep and tail == "mean"
+            head, targets, keep=keep, profile=keep and tail == "mean"
         )
     return logps.masked_fill_(ignored, 0.0), lse, partial_lse, profile
 
 
 @_forward_op.register_fake
 def _(
-    hidden, weight, targets, bias, stats, logit_scale, softcap, tail, tail_eps, compute_dtype, keep
+    hidden,
+    weight,
+    targets,
+    bias,
+    stats,
+    logit_scale,
+    softcap,
+    tail,
+    tail_eps,
+    compute_dtype,
+    backend,
+    keep,
 ):
     dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     rows, vocabulary = len(hidden), len(weight)
@@ -124,6 +138,7 @@ def _backward_op(
     tail: str,
     tail_eps: float,
     compute_dtype: torch.dtype,
+    backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dH, dW and db; empty where ``needs`` (hidden, weight, bias) says so. Fills ``stats``."""
@@ -131,45 +146,28 @@ def _backward_op(
     scored = targets != IGNORE_INDEX
     targets = targets.masked_fill(~scored, 0)
     grad = torch.where(scored, grad.to(lse.dtype), 0.0)
+    saved = Saved(targets, logps, lse, partial_lse, profile)
+    backward = torch_head_backward.backward
+    if backend == "triton":
+        from .triton_backward import backward
     with torch.autocast(hidden.device.type, enabled=False), ieee_products():
-        routed = route(
-            partial_lse,
-            lse,
-            logps,
-            targets,
+        gradients, routing = backward(
+            head,
+            saved,
             grad,
             scored,
             0.0 if tail == "exact" else tail_eps,
-            FULL_FRACTION,
+            (needs[0], needs[1], needs[2]),
         )
-        if stats is not None:
-            stats.copy_(routing_stats(routed, scored))
-        saved = Saved(targets, logps, lse, partial_lse, profile)
-        gradients = Backward(head, saved, grad, (needs[0], needs[1], needs[2])).run(routed)
+    if stats is not None:
+        stats.copy_(routing)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return d_hidden, d_weight, d_bias
 
 
 @_backward_op.register_fake
-def _(
-    grad,
-    hidden,
-    weight,
-    targets,
-    bias,
-    stats,
-    logps,
-    lse,
-    partial_lse,
-    profile,
-    logit_scale,
-    softcap,
-    tail,
-    tail_eps,
-    compute_dtype,
-    needs,
-):
-    wanted = zip((hidden, weight, bias), needs, strict=True)
+def _(grad, hidden, weight, targets, bias, *rest):
+    wanted = zip((hidden, weight, bias), rest[-1], strict=True)
     return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for x, need in wanted)
 
 
@@ -184,7 +182,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
-    none = (None,) * 11
+    none = (None,) * 12
     if grad is None:
         return none
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
@@ -271,10 +269,9 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit.
     """
-    compute_dtype = _compute_dtype(hidden, weight)
-    _validate(hidden, weight, targets, bias, softcap, tail, tail_eps, compute_dtype)
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend: expected 'auto' or 'torch', got {backend!r}; {_NO_TRITON}")
+    compute_dtype = compute_dtype_of(hidden, weight)
+    validate(hidden, weight, targets, bias, softcap, tail, tail_eps, compute_dtype)
+    chosen = choose_backend(backend, hidden, compute_dtype)
     inputs = (hidden, weight, bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -290,60 +287,7 @@ def linear_logprob(
         tail,
         tail_eps,
         compute_dtype,
+        chosen,
         keep,
     )[0]
     return logps if stats is None else (logps, HeadStats(stats))
-
-
-_NO_TRITON = "the Triton kernels are not part of this version"
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype inputs are rounded to before products: autocast's, or their own."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
-def _validate(hidden, weight, targets, bias, softcap, tail, tail_eps, compute_dtype) -> None:
-    def expect(fine: bool, name: str, expected: str, got: object) -> None:
-        if not fine:
-            raise ValueError(f"{name}: expected {expected}, got {got}")
-
-    expect(hidden.dim() == 2, "hidden", "[N, H]; flatten batch and sequence", list(hidden.shape))
-    width = hidden.shape[1]
-    expect(
-        weight.dim() == 2 and weight.shape[1] == width,
-        "weight",
-        f"[V, {width}]",
-        list(weight.shape),
-    )
-    expect(
-        len(weight) > 0,
-        "weight",
-        "at least one vocabulary row (under ZeRO-3 or FSDP, call "
-        "inside the lm_head module's forward, where it is gathered)",
-        list(weight.shape),
-    )
-    expect(targets.shape == hidden.shape[:1], "targets", f"[{len(hidden)}]", list(targets.shape))
-    expect(targets.dtype == torch.int64, "targets", "int64 token ids", targets.dtype)
-    expect(hidden.dtype in DTYPES, "hidden", "fp32, bf16, fp16 or fp64", hidden.dtype)
-    autocast = compute_dtype != hidden.dtype or compute_dtype != weight.dtype
-    expect(weight.dtype in DTYPES, "weight", "fp32, bf16, fp16 or fp64", weight.dtype)
-    fits = weight.dtype == hidden.dtype or (
-        autocast and torch.is_autocast_enabled(hidden.device.type)
-    )
-    expect(
-        fits,
-        "weight",
-        f"hidden's dtype {hidden.dtype}; cast one of them or use autocast",
-        weight.dtype,
-    )
-    if bias is not None:
-        expect(bias.shape == weight.shape[:1], "bias", f"[{len(weight)}]", list(bias.shape))
-    devices = {x.device for x in (hidden, weight, targets, bias) if x is not None}
-    expect(len(devices) == 1, "devices", "all inputs on one device", sorted(map(str, devices)))
-    expect(softcap is None or softcap > 0, "softcap", "a positive number or None", softcap)
-    expect(tail in ("exact", "mean", "drop"), "tail", "'exact', 'mean' or 'drop'", repr(tail))
-    expect(0 < tail_eps < 1, "tail_eps", "a probability in (0, 1)", tail_eps)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .routing import BLOCK, Routed, num_blocks
+from .routing import BLOCK, Routed, num_blocks, route, routing_stats
 from .torch_head import COLUMNS, ROWS, Head
 
 FULL_FRACTION = 0.75
@@ -97,7 +97,7 @@ class Backward:
         self.hidden = head.operand(head.hidden)
         self.own = self.grad * -torch.expm1(saved.logps)
         if head.softcap is not None:
-            self.own = self.own * head.softcap_slope(saved.logps + saved.lse)
+            self.own = self.own * head.target_slopes(saved.targets)
         blocks = saved.targets // BLOCK
         self.by_target = torch.argsort(blocks, stable=True)
         counts = torch.bincount(blocks, minlength=num_blocks(len(head.weight)))
@@ -239,6 +239,26 @@ class Backward:
             d_rows.index_add_(0, local, own * self.hidden[rows])
         if self.d_bias is not None:
             self.d_bias.index_add_(0, local + start, own[:, 0])
+
+
+def backward(
+    head: Head,
+    saved: Saved,
+    grad: Tensor,
+    scored: Tensor,
+    tail_eps: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Gradients, Tensor]:
+    """Gradients for ``grad`` [N] of the log-probs, and the routing's statistics [4].
+
+    Args:
+        grad: 0 where not ``scored`` [N]. tail_eps: 0 computes every pair.
+        needs: whether hidden, weight and bias want a gradient.
+    """
+    pairs = (saved.partial_lse, saved.lse, saved.logps, saved.targets)
+    routed = route(*pairs, grad, scored, tail_eps, FULL_FRACTION)
+    stats = routing_stats(routed, scored)
+    return Backward(head, saved, grad, needs).run(routed), stats
 
 
 def profile_means(head: Head, profile: Tensor) -> Tensor:

@@ -1,0 +1,224 @@
+"""The head's Triton kernels against the reference: interpreted on a CPU, native with CUDA."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from test_linear_logprob import VARIANTS, gradients, make, relative, split
+from widemargin.kernels import cells, reference, triton_backward
+from widemargin.kernels.linear_logprob import linear_logprob
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [
+    pytest.param(1, 16, 300, id="one token"),
+    pytest.param(7, 33, 1009, id="prime sizes"),
+    pytest.param(5, 16, 77, id="vocabulary below a block"),
+    pytest.param(129, 24, 128, id="exactly one block, one token past a tile"),
+    pytest.param(300, 40, 650, id="three tiles"),
+]
+
+
+def inputs_of(n, h, v, **options):
+    hidden, weight, targets, bias, grad = make(n, h, v, torch.float32, **options)
+    leaves = [
+        x if x is None else x.detach().to(DEVICE).requires_grad_() for x in (hidden, weight, bias)
+    ]
+    return leaves[0], leaves[1], targets.to(DEVICE), leaves[2], grad.to(DEVICE)
+
+
+def in_fp64(inputs):
+    wide = [x if x is None or x.dtype == torch.int64 else x.detach().double() for x in inputs]
+    return [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in wide]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("n", "h", "v"), SHAPES)
+def test_exact_within_twice_torchs_error(n, h, v, variant):
+    bias, options = split(variant)
+    *inputs, grad = inputs_of(n, h, v, bias=bias)
+    inputs[2][1::3] = -100
+    expected, expected_grads = gradients(
+        reference.linear_logprob, *in_fp64(inputs), grad, **options
+    )
+    logps, grads = gradients(
+        linear_logprob, *inputs, grad, backend="triton", tail="exact", **options
+    )
+    assert (logps - expected).abs().max() < 2e-5
+    _, torch_grads = gradients(reference.linear_logprob, *inputs, grad, **options)
+    for got, wanted, peer in zip(grads, expected_grads, torch_grads, strict=True):
+        assert relative(got, wanted) <= 2 * relative(peer, wanted) + 2e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tail", ["mean", "drop"])
+def test_tails_by_definition(tail, variant, monkeypatch):
+    """Cells as `choose_cells` says; every other pair's mass spread by the profile, or dropped."""
+    bias, options = split(variant)
+    *inputs, grad = inputs_of(300, 16, 1100, bias=bias, sharp=2.0)
+    eps, chosen = 2**-4, []
+    choose = cells.choose_cells
+
+    def spy(*args):
+        result = choose(*args)
+        chosen.append(result[0].active.clone())
+        return result
+
+    monkeypatch.setattr(triton_backward, "choose_cells", spy)
+    _, grads = gradients(
+        linear_logprob, *inputs, grad, backend="triton", tail=tail, tail_eps=eps, **options
+    )
+    active = chosen[0]
+    assert 0.01 < active.double().mean() < 0.99
+    hidden, weight, targets, offset = in_fp64(inputs)
+    assert targets is not None
+    with torch.no_grad():
+        scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
+        z = reference.head_logits(hidden, weight, offset, scale, cap)
+        slope = 1 - (z / cap) ** 2 if cap else torch.ones_like(z)
+        p = z.softmax(-1)
+        rows = torch.arange(300, device=DEVICE)
+        d_logits = torch.zeros_like(z)
+        for b in range(9):
+            block = slice(128 * b, min(128 * b + 128, 1100))
+            mass = p[:, block].sum(-1)
+            profile = (p[:, block] / mass[:, None] * slope[:, block]).mean(0)
+            held = targets // 128 == b
+            rest = torch.where(held, mass - p[rows, targets], mass)
+            own = -p[:, block] * slope[:, block]
+            here = held & active[b]
+            own[here, targets[here] - 128 * b] = 0
+            spread = -rest[:, None] * profile if tail == "mean" else torch.zeros_like(own)
+            d_logits[:, block] = torch.where(active[b][:, None], own, spread)
+        d_logits[rows, targets] += (1 - p[rows, targets]) * slope[rows, targets]
+        d_logits *= grad[:, None] * scale
+        expected = [d_logits @ weight, d_logits.T @ hidden, d_logits.sum(0)]
+    for got, wanted in zip(grads, expected, strict=False):
+        assert relative(got, wanted) < 2e-5
+
+
+def test_a_workspace_of_a_few_cells_changes_nothing(monkeypatch):
+    *inputs, grad = inputs_of(300, 16, 1100, bias=True, sharp=2.0)
+    settings = {"backend": "triton", "tail_eps": 2**-4}
+    _, whole = gradients(linear_logprob, *inputs, grad, **settings)
+    monkeypatch.setattr(triton_backward, "WORKSPACE_BYTES", 5 * 128 * 128 * 4)
+    _, cut = gradients(linear_logprob, *inputs, grad, **settings)
+    for a, b in zip(cut, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_same_bits_every_time():
+    *inputs, grad = inputs_of(150, 16, 700, sharp=2.0)
+    first = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
+    again = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("tail", ["exact", "mean", "drop"])
+def test_no_tokens_and_frozen_sides(tail):
+    *inputs, grad = inputs_of(0, 8, 300, bias=True)
+    logps, grads = gradients(linear_logprob, *inputs, grad, backend="triton", tail=tail)
+    assert logps.shape == (0,)
+    assert all((g == 0).all() for g in grads)
+    hidden, weight, targets, bias, grad = inputs_of(20, 8, 400, bias=True)
+    full = gradients(
+        linear_logprob, hidden, weight, targets, bias, grad, backend="triton", tail=tail
+    )[1]
+    for kept in ("h", "w", "b"):
+        leaves = dict(zip("hwb", (x.detach() for x in (hidden, weight, bias)), strict=True))
+        leaves[kept].requires_grad_()
+        out = linear_logprob(
+            leaves["h"], leaves["w"], targets, bias=leaves["b"], backend="triton", tail=tail
+        )
+        out.backward(grad.float())
+        torch.testing.assert_close(leaves[kept].grad, full["hwb".index(kept)])
+
+
+def test_poisoned_memory_and_one_bad_token(monkeypatch):
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        fresh = new_empty(self, *args, **kwargs)
+        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    hidden, weight, targets, _, grad = inputs_of(140, 8, 600, sharp=2.0)
+    for tail in ("exact", "mean", "drop"):
+        settings = {"backend": "triton", "tail": tail}
+        clean, clean_grads = gradients(
+            linear_logprob, hidden, weight, targets, None, grad, **settings
+        )
+        assert all(torch.isfinite(g).all() for g in clean_grads)
+        bad = hidden.detach().clone()
+        bad[3, 0] = float("nan")
+        bad.requires_grad_()
+        logps, grads = gradients(linear_logprob, bad, weight, targets, None, grad, **settings)
+        others = torch.arange(140, device=DEVICE) != 3
+        assert not torch.isfinite(logps[3])
+        torch.testing.assert_close(logps[others], clean[others])
+        assert torch.isfinite(grads[0][others]).all()
+
+
+def test_strided_inputs_and_stats():
+    hidden, weight, targets, _, grad = inputs_of(40, 24, 500, sharp=2.0)
+    wide = torch.zeros(40, 48, device=DEVICE)
+    wide[:, ::2] = hidden.detach()
+    strided = wide[:, ::2].requires_grad_()
+    turned = weight.detach().T.contiguous().T.requires_grad_()
+    expected = gradients(linear_logprob, hidden, weight, targets, None, grad, tail="exact")
+    got = gradients(
+        linear_logprob, strided, turned, targets, None, grad, tail="exact", backend="triton"
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    logps, stats = linear_logprob(hidden, weight, targets, backend="triton", return_stats=True)
+    logps.sum().backward()
+    assert 0 < stats.active_fraction <= 1
+
+
+@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
+def test_compiles_as_one_graph(mode):
+    hidden, weight, targets, _, _ = inputs_of(12, 8, 300)
+
+    def scored(hidden, weight):
+        return (linear_logprob(hidden * 1.5, weight, targets, backend="triton") ** 2).sum()
+
+    expected = torch.autograd.grad(scored(hidden, weight), (hidden, weight))
+    compiled = torch.compile(scored, fullgraph=True, backend=mode)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), expected
+    )
+
+
+def test_lists_of_cells():
+    """Every flagged cell is listed once, by block and by tile, within its slice."""
+    generator = torch.Generator().manual_seed(0)
+    for density in (0.0, 0.2, 1.0):
+        flags = torch.rand(23, 5, generator=generator) < density
+        for capacity in (6, 9, 200):
+            listed = cells.list_cells(flags, torch.arange(5), capacity)
+            count = int(flags.sum())
+            pairs = list(
+                zip(listed.blocks[:count].tolist(), listed.tiles[:count].tolist(), strict=True)
+            )
+            assert pairs == [tuple(p) for p in flags.nonzero().tolist()]
+            slices = listed.slices.tolist()
+            assert slices[0] == 0
+            assert slices[-1] == count
+            assert max(b - a for a, b in pairwise(slices)) <= capacity
+            seen = []
+            for tile in range(5):
+                for piece in range(len(slices) - 1):
+                    begin, end = listed.tile_bounds[tile, piece : piece + 2].tolist()
+                    mine = listed.by_tile[begin:end].tolist()
+                    assert all(pairs[c][1] == tile for c in mine)
+                    assert all(slices[piece] <= c < slices[piece + 1] for c in mine)
+                    assert all(listed.block_slices[pairs[c][0]] == piece for c in mine)
+                    seen += mine
+            assert sorted(seen) == list(range(count))
+
+
+def test_explicit_triton_on_inputs_it_cannot_take():
+    hidden, weight, targets, _, _ = make(3, 4, 50)
+    with pytest.raises(ValueError, match="fp64"):
+        linear_logprob(hidden, weight, targets, backend="triton")
