@@ -12,9 +12,6 @@ import yaml
 from tiny_models import TOKENIZER, tiny_model, tiny_pairs
 from transformers import AutoModelForCausalLM
 from widemargin.trainer.cli import main
-from widemargin.trainer.config import PreferenceConfig
-from widemargin.trainer.config_file import build_config, load_config
-from widemargin.trainer.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +124,46 @@ BAD = [
     pytest.param({"save_strategy": "best"}, "metric_for_best_model", id="best of nothing"),
     pytest.param({"accelerator_config": {"x": 1}}, "'x'", id="unknown in accelerator_config"),
     pytest.param({"accelerator_config": {"split_batches": True}}, "split_batches", id="split"),
+    pytest.param({"eval_dataset": ..., "dataset_splits": ["train"]}, "eval_", id="no held-out"),
+    pytest.param(
+        {"dataset_splits": ["train"], "eval_strategy": "no"}, "eval_on_start", id="none at start"
+    ),
+    pytest.param({"dataset_splits": ["test"]}, "train split", id="no train split"),
+    pytest.param({"output_dir": "/dev/null/run"}, "/dev/null", id="output under a file"),
     pytest.param({"dtype": "float8"}, "dtype", id="bad dtype"),
     pytest.param({"resume_from_checkpoint": "nowhere"}, "nowhere", id="missing checkpoint"),
 ]
 
 
+@pytest.mark.parametrize("preflight", [[], ["--preflight"]], ids=["train", "preflight"])
 @pytest.mark.parametrize(("changes", "named"), BAD)
-def test_bad_settings(place, tmp_path, capsys, changes, named):
-    assert_one_line_error(
-        ["train", write_config(tmp_path / "c.yaml", place, **changes)], named, capsys
-    )
+def test_bad_settings(place, tmp_path, capsys, changes, named, preflight):
+    config = write_config(tmp_path / "c.yaml", place, **changes)
+    assert_one_line_error(["train", config, *preflight], named, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optim_args": "words"}, "optim"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"output_dir": "/proc/run"}, "/proc/run"),
+    ],
+)
+def test_what_only_training_finds(place, tmp_path, capsys, changes, named):
+    config = write_config(tmp_path / "c.yaml", place, **changes)
+    assert_one_line_error(["train", config], named, capsys)
+
+
+def test_interrupted(place, monkeypatch, capsys):
+    from widemargin.trainer.trainer import PreferenceTrainer
+
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreferenceTrainer, "train", interrupt)
+    assert main(["train", str(place / "config.yaml")]) == 130
+    assert "resume_from_checkpoint" in capsys.readouterr().err
 
 
 def assert_one_line_error(argv: list[str], named: str, capsys) -> None:
@@ -187,6 +214,11 @@ def test_bad_arguments(place, capsys):
     assert_one_line_error(["report", str(place / "model")], "model", capsys)
 
 
+def test_report_where_it_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
+    assert_one_line_error(["report", str(tmp_path), "--out", str(tmp_path)], "cannot be", capsys)
+
+
 def test_as_a_module(place, tmp_path):
     """The launchers' form; a mistake ends in exit code 2, without a traceback."""
     command = [sys.executable, "-m", "widemargin.trainer", str(place / "config.yaml"), "--beta=-1"]
@@ -194,78 +226,6 @@ def test_as_a_module(place, tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().startswith("error: beta")
-
-
-@pytest.mark.parametrize(
-    ("given", "field", "value"),
-    [
-        ({"learning_rate": "1e-6"}, "learning_rate", 1e-6),
-        ({"learning_rate": 1}, "learning_rate", 1.0),
-        ({"evaluation_strategy": "no"}, "eval_strategy", "no"),
-        ({"save_strategy": False}, "save_strategy", "no"),
-        ({"torch_dtype": "bfloat16"}, "dtype", "bfloat16"),
-        ({"warmup_ratio": 0.1}, "warmup_steps", 0.1),
-        ({"overwrite_output_dir": True}, "objective", "simpo"),
-        ({"num_train_epochs": 1}, "num_train_epochs", 1),
-        ({"max_steps": 3.0}, "max_steps", 3),
-        ({"torch_dtype": None}, "dtype", "auto"),
-        ({"learning_rate": None}, "learning_rate", 5e-5),
-        ({"seed": None}, "seed", 42),
-        ({"max_length": None}, "max_length", None),
-        ({"dataset_splits": ["train_prefs"]}, "dataset_splits", ["train_prefs"]),
-        ({"dataset_mixer": {"a/b": 1}}, "dataset_mixer", {"a/b": 1}),
-    ],
-)  # fmt: skip
-def test_values_are_read_as_users_mean_them(given, field, value):
-    assert getattr(build_config({"objective": "simpo", "use_cpu": True, **given}), field) == value
-
-
-def test_overrides_win(place):
-    config = load_config(place / "config.yaml", ["--beta=5", "--eval-steps=7", "--run_name=a b"])
-    assert (config.beta, config.eval_steps, config.run_name) == (5.0, 7, "a b")
-
-
-def test_an_override_wins_under_either_name(tmp_path):
-    (tmp_path / "c.yaml").write_text("objective: simpo\nuse_cpu: true\nevaluation_strategy: 'no'\n")
-    for name in ("eval_strategy", "evaluation_strategy"):
-        assert load_config(tmp_path / "c.yaml", [f"--{name}=epoch"]).eval_strategy == "epoch"
-
-
-def test_trackers_and_kernels_that_are_not_installed(monkeypatch):
-    from transformers.integrations import integration_utils
-    from transformers.utils import import_utils
-
-    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", list)
-    monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: False)
-    for name, value in (("report_to", "tensorboard"), ("use_liger_kernel", True)):
-        with pytest.raises(UserError, match=f"{name}.*not installed"):
-            PreferenceConfig(objective="simpo", use_cpu=True, **{name: value})
-
-
-def test_liger_leaves_the_head_alone(monkeypatch):
-    from transformers.utils import import_utils
-
-    monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: True)
-    config = PreferenceConfig(
-        objective="simpo", use_cpu=True, use_liger_kernel=True, liger_kernel_config={"rope": False}
-    )
-    assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
-
-
-def test_every_setting_of_ours_is_read_somewhere():
-    """No option that does nothing: each field's name occurs outside the place that declares it."""
-    import dataclasses
-
-    from transformers import TrainingArguments
-
-    package = Path(sys.modules[PreferenceConfig.__module__].__file__ or "").parent
-    sources = {path: path.read_text() for path in package.rglob("*.py")}
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for field in dataclasses.fields(PreferenceConfig):
-        if field.name in inherited:
-            continue
-        uses = sum(text.count(f".{field.name}") for text in sources.values())
-        assert uses, f"{field.name} is never read"
 
 
 def test_help_is_quick_and_names_the_commands(capsys):

@@ -97,11 +97,11 @@ def test_a_copy_is_its_own_model():
 
 def test_lora_in_attention_trains_and_on_the_head_is_refused():
     from peft import LoraConfig
-    from widemargin.trainer.trainer import _with_adapter
+    from widemargin.trainer.model import with_adapter
 
     model = tiny_model()
     patch_head(model, tail="exact")
-    adapted = _with_adapter(model, LoraConfig(target_modules=["q_proj"], r=2))
+    adapted = with_adapter(model, LoraConfig(target_modules=["q_proj"], r=2))
     tokens, mask, select, targets = batch()
     adapted(
         input_ids=tokens, attention_mask=mask, select=select, targets=targets
@@ -113,7 +113,7 @@ def test_lora_in_attention_trains_and_on_the_head_is_refused():
         fresh = tiny_model()
         patch_head(fresh)
         with pytest.raises(UserError, match="lm_head"):
-            _with_adapter(fresh, LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | refused))
+            with_adapter(fresh, LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | refused))
 
 
 def test_models_it_cannot_take():

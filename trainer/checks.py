@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 from .errors import UserError
@@ -83,6 +84,26 @@ def check_environment(config: PreferenceConfig) -> None:
                 f"accelerator_config: {name} would deal pairs over the ranks a second time; "
                 "leave it out"
             )
+
+
+def check_evaluation(config: PreferenceConfig, evaluation: object) -> None:
+    """Raise ``UserError`` where evaluation is wanted and there is no data for it."""
+    for name in ("eval_strategy", "eval_on_start"):
+        if evaluation is None and getattr(config, name) not in ("no", False):
+            raise UserError(
+                f"{name}: there is no evaluation data; give some (a test split, eval_dataset) or "
+                f"set {name}: {'no' if name == 'eval_strategy' else 'false'}"
+            )
+
+
+def check_output(config: PreferenceConfig) -> None:
+    """Raise ``UserError`` where ``output_dir`` is not a folder that can be made and written."""
+    folder = os.path.abspath(config.output_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        problem = "cannot be written" if os.path.isdir(folder) else "is not a folder"
+        raise UserError(f"output_dir: {config.output_dir}: {folder} {problem}; name another")
 
 
 def _check_best(config: PreferenceConfig) -> None:

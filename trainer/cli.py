@@ -19,13 +19,17 @@ data and objective, and all of transformers.TrainingArguments. Any of them can b
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 for input that does not fit."""
+    """Run the command line; 0 when all went well, 2 for bad input, 130 when interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        hint = "--resume_from_checkpoint=true goes on from the last checkpoint, if one was saved"
+        print(f"\ninterrupted; {hint}", file=sys.stderr)
+        return 130
 
 
 def _run(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ModelSettings
-from .errors import UserError
+from .errors import UserError, refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +63,28 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is None:
+        raise UserError("processing_class: the tokenizer has no padding token; set pad_token")
+    return tokenizer.pad_token_id  # pyright: ignore
+
+
+def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
+    """The patched model in an adapter that leaves its head alone."""
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_output_embeddings()
+    adapted = get_peft_model(model, peft_config)
+    now = model.get_output_embeddings()
+    if now is not head or isinstance(now, BaseTunerLayer):
+        raise UserError(
+            "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
+            "take; leave lm_head out of target_modules and modules_to_save"
+        )
+    return adapted
+
+
 def _model_name(settings: ModelSettings) -> str:
     if not settings.model_name_or_path:
         raise UserError("model_name_or_path: none is given; set it to a folder or a hub name")
@@ -77,13 +99,10 @@ def _load(loader: Any, name: str, settings: ModelSettings, what: str, **options:
         raise UserError(f"{what} {name}: no such folder")
     if path.is_dir() and not (path / "config.json").is_file() and what == "model":
         raise UserError(f"model {name}: the folder has no config.json; give a saved model's folder")
-    try:
+    with refusals(f"{what} {name}: cannot be loaded", OSError, ValueError, ImportError, KeyError):
         return loader.from_pretrained(
             str(path.expanduser()) if looks_local else name,
             revision=settings.model_revision,
             trust_remote_code=settings.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{what} {name}: cannot be loaded: {reason[:400]}") from error

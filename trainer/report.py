@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .errors import refusals
 from .report_charts import run_charts
 from .report_page import (
     changes_table,
@@ -23,8 +24,9 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the report of the run in `run_dir`, to `run_dir/report.html` unless told otherwise."""
     run = load_run(Path(run_dir))
     out = Path(run_dir) / "report.html" if out is None else Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(run), encoding="utf-8")
+    with refusals(f"report {out}: cannot be written", OSError):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(render(run), encoding="utf-8")
     return out
 
 

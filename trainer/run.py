@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from .checks import check_evaluation, check_output
 from .config import PreferenceConfig
 from .console import ConsoleProgress
 from .data import PairData, load_pairs, preflight_lines
@@ -31,6 +32,8 @@ SECRETS = ("token", "password", "secret")
 def preflight(config: PreferenceConfig) -> None:
     """Print the settings in effect, what becomes of the data and the first pair; train nothing."""
     objective = config.build_objective()
+    check_output(config)
+    checkpoint = find_checkpoint(config)
     tokenizer = load_tokenizer(config)
     vocabulary = load_model_config(config).get_text_config().vocab_size
     data = load_pairs(config, tokenizer, vocabulary)
@@ -41,25 +44,28 @@ def preflight(config: PreferenceConfig) -> None:
     for name, value in dataclasses.asdict(objective.hyperparameters).items():
         print(f"  {name}: {value}")
     print(f"\nPairs per optimizer step: {config.pairs_per_step}")
+    if checkpoint is not None:
+        print(f"Would go on from {checkpoint}")
     print("\nData")
     print("\n".join(data.report.lines()))
     if data.train is not None:
         print("\nFirst pair")
         print("\n".join(preflight_lines(data.train[0], tokenizer)))
+    check_data(config, data)
 
 
 def train(config: PreferenceConfig) -> None:
     """Load, train (resuming if told to), evaluate, save, and write ``run.json`` and the report."""
     objective = config.build_objective()
+    check_output(config)
     checkpoint = find_checkpoint(config)
     tokenizer = load_tokenizer(config)
     model = load_model(config)
     data = load_pairs(config, tokenizer, vocabulary_size(model))
-    if data.train is None:
-        raise UserError("dataset_splits: none of them is for training; name a train split")
     main = config.process_index == 0
     if main:
         print("\n".join(data.report.lines()), flush=True)
+    check_data(config, data)
     trainer = PreferenceTrainer(
         model,
         config,
@@ -85,6 +91,13 @@ def train(config: PreferenceConfig) -> None:
     print(f"\nModel: {config.output_dir}")
     if config.write_report:
         print(f"Report: {write_report(Path(config.output_dir))}")
+
+
+def check_data(config: PreferenceConfig, data: PairData) -> None:
+    """Raise ``UserError`` where the splits lack what the settings want."""
+    if data.train is None:
+        raise UserError("dataset_splits: none of them is for training; name a train split")
+    check_evaluation(config, data.evaluation)
 
 
 def find_checkpoint(config: PreferenceConfig) -> str | None:

@@ -12,13 +12,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from .checks import check_evaluation
 from .config import PreferenceConfig
 from .data import PairCollator, is_tokenized, tokenize_pairs
 from .data.report import SplitReport
-from .errors import UserError
+from .errors import UserError, refusals
 from .head import check_head, patch_head
 from .metrics import PreferenceMetrics
-from .model import disable_dropout, load_model, load_tokenizer, vocabulary_size
+from .model import (
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    pad_token,
+    vocabulary_size,
+    with_adapter,
+)
 from .sampler import PairBatches, PairRows
 from .throughput import Throughput, peak_memory_mib
 
@@ -70,18 +78,14 @@ class PreferenceTrainer(Trainer):
         if processing_class is None:
             args.model_name_or_path = args.model_name_or_path or lm.config._name_or_path
             processing_class = load_tokenizer(args)
-        if args.eval_strategy != "no" and eval_dataset is None:
-            raise UserError(
-                "eval_strategy: there is no evaluation data; give some (a test split, "
-                "eval_dataset) or set eval_strategy: no"
-            )
+        check_evaluation(args, eval_dataset)
         if args.disable_dropout:
             disable_dropout(lm)
         self.scoring = patch_head(
             lm, tail=args.head_tail, tail_eps=args.head_tail_eps, backend=args.head_backend
         )
         if peft_config is not None:
-            lm = _with_adapter(lm, peft_config)
+            lm = with_adapter(lm, peft_config)
         if args.n_gpu > 1:
             logger.warning(
                 "Using one of %d GPUs; for all of them start with accelerate launch", args.n_gpu
@@ -93,16 +97,19 @@ class PreferenceTrainer(Trainer):
             "settings": args,
             "vocab_size": vocabulary_size(lm),
         }
-        super().__init__(
-            model=lm,
-            args=args,
-            train_dataset=self._pairs(train_dataset, "train_dataset", **tokenizing),
-            eval_dataset=self._pairs(eval_dataset, "eval_dataset", **tokenizing),
-            processing_class=processing_class,
-            data_collator=data_collator or PairCollator(_pad_token(processing_class)),
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        train_dataset = self._pairs(train_dataset, "train_dataset", **tokenizing)
+        eval_dataset = self._pairs(eval_dataset, "eval_dataset", **tokenizing)
+        with refusals("settings", ValueError, ImportError, OSError):
+            super().__init__(
+                model=lm,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                data_collator=data_collator or PairCollator(pad_token(processing_class)),
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         # Losses are scaled here, over the step's pairs; the second name is transformers < 5.20's.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -116,14 +123,20 @@ class PreferenceTrainer(Trainer):
         """A data set as the sampler reads it, tokenized if it is not yet."""
         if dataset is None or isinstance(dataset, PairRows):
             return dataset
-        if not hasattr(dataset, "column_names"):
-            raise UserError(f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}")
         if not is_tokenized(dataset):
             training = name == "train_dataset"
             dataset, self.data_reports[name] = tokenize_pairs(
                 dataset, training=training, name=name, **tokenizing
             )
         return PairRows(dataset)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with refusals("optim", ValueError, TypeError, ImportError):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with refusals("lr_scheduler_type", ValueError, TypeError):
+            return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairBatches:
         args = self.args
@@ -274,25 +287,3 @@ class _Clock(TrainerCallback):
 
 def _state_file(folder: str) -> Path:
     return Path(folder) / OBJECTIVE_FILE
-
-
-def _pad_token(tokenizer: Any) -> int:
-    if tokenizer.pad_token_id is None:
-        raise UserError("processing_class: the tokenizer has no padding token; set pad_token")
-    return tokenizer.pad_token_id
-
-
-def _with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
-    """The patched model in an adapter that leaves its head alone."""
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    head = model.get_output_embeddings()
-    adapted = get_peft_model(model, peft_config)
-    now = model.get_output_embeddings()
-    if now is not head or isinstance(now, BaseTunerLayer):
-        raise UserError(
-            "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
-            "take; leave lm_head out of target_modules and modules_to_save"
-        )
-    return adapted

@@ -1,0 +1,79 @@
+"""Settings: how values are read, overrides, and that each of ours does something."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.utils import import_utils
+from widemargin.trainer.config import PreferenceConfig
+from widemargin.trainer.config_file import build_config, load_config
+from widemargin.trainer.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ({"learning_rate": "1e-6"}, "learning_rate", 1e-6),
+        ({"learning_rate": 1}, "learning_rate", 1.0),
+        ({"evaluation_strategy": "no"}, "eval_strategy", "no"),
+        ({"save_strategy": False}, "save_strategy", "no"),
+        ({"torch_dtype": "bfloat16"}, "dtype", "bfloat16"),
+        ({"warmup_ratio": 0.1}, "warmup_steps", 0.1),
+        ({"overwrite_output_dir": True}, "objective", "simpo"),
+        ({"num_train_epochs": 1}, "num_train_epochs", 1),
+        ({"max_steps": 3.0}, "max_steps", 3),
+        ({"torch_dtype": None}, "dtype", "auto"),
+        ({"learning_rate": None}, "learning_rate", 5e-5),
+        ({"seed": None}, "seed", 42),
+        ({"max_length": None}, "max_length", None),
+        ({"dataset_splits": ["train_prefs"]}, "dataset_splits", ["train_prefs"]),
+        ({"dataset_mixer": {"a/b": 1}}, "dataset_mixer", {"a/b": 1}),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_users_mean_them(given, field, value):
+    assert getattr(build_config({"objective": "simpo", "use_cpu": True, **given}), field) == value
+
+
+def test_overrides_win(tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: simpo\nbeta: 2\nuse_cpu: true\n")
+    config = load_config(tmp_path / "c.yaml", ["--beta=5", "--eval-steps=7", "--run_name=a b"])
+    assert (config.beta, config.eval_steps, config.run_name) == (5.0, 7, "a b")
+
+
+def test_an_override_wins_under_either_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: simpo\nuse_cpu: true\nevaluation_strategy: 'no'\n")
+    for name in ("eval_strategy", "evaluation_strategy"):
+        assert load_config(tmp_path / "c.yaml", [f"--{name}=epoch"]).eval_strategy == "epoch"
+
+
+def test_trackers_and_kernels_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: False)
+    for name, value in (("report_to", "tensorboard"), ("use_liger_kernel", True)):
+        with pytest.raises(UserError, match=f"{name}.*not installed"):
+            PreferenceConfig(objective="simpo", use_cpu=True, **{name: value})
+
+
+def test_liger_leaves_the_head_alone(monkeypatch):
+    monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: True)
+    config = PreferenceConfig(
+        objective="simpo", use_cpu=True, use_liger_kernel=True, liger_kernel_config={"rope": False}
+    )
+    assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+
+
+def test_every_setting_of_ours_is_read_somewhere():
+    """No option that does nothing: each field's name occurs outside the place that declares it."""
+    package = Path(sys.modules[PreferenceConfig.__module__].__file__ or "").parent
+    sources = {path: path.read_text() for path in package.rglob("*.py")}
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for field in dataclasses.fields(PreferenceConfig):
+        if field.name in inherited:
+            continue
+        uses = sum(text.count(f".{field.name}") for text in sources.values())
+        assert uses, f"{field.name} is never read"
