@@ -1,7 +1,14 @@
-"""Tests marked `gpu` are skipped where there is no CUDA device."""
+"""Where there is no CUDA device, tests marked `gpu` are skipped and Triton kernels interpreted."""
+
+import os
 
 import pytest
 import torch
+
+# Triton reads this when it is imported, which torch and transformers put off: so before any test
+# module. Compile tests run in processes of their own, without it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,8 @@
-"""margin_loss and sequence_logps against their plain definitions, and what they promise."""
+"""margin_loss and sequence_logps against their plain definitions, and what they promise.
+
+Both backends take the same tests: torch on the CPU; Triton natively where there is a CUDA device,
+else in its interpreter (conftest.py).
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preference_batches import Pair, gap, nll, pack, random_pairs
+from preference_batches import Pair, gap, nll, pack, random_pairs, sigmoid
 from torch._subclasses.fake_tensor import FakeTensorMode
 from widemargin.kernels import reference
-from widemargin.kernels.margin_loss import margin_loss, sequence_logps
+from widemargin.kernels.margin_loss import TRITON_DTYPES, margin_loss, sequence_logps
 
+DEVICES = {"torch": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 KINDS = [("sigmoid", 0.0), ("sigmoid", 0.1), ("hinge", 0.0)]
 BATCHES: dict[str, list[Pair]] = {
     "one token each": [([-0.5], [-1.5])],
     "mixed": random_pairs(np.random.default_rng(0), 5),
     "long": random_pairs(np.random.default_rng(1), 3, longest=700),
+    "empty chosen": [([], [-0.5, -3.0]), ([-0.1], [-0.2, -0.3])],
     "empty rejected": [([-1.0, -2.0], []), ([-0.1], [-0.2, -0.3])],
     "empty pair": [([], []), ([-0.1], [-0.2, -0.3])],
     "no tokens at all": [([], [])],
@@ -26,22 +32,29 @@ BATCHES: dict[str, list[Pair]] = {
 }
 # Per dtype: how far a loss or a gradient may be from the definition in fp64.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+CASES = [("torch", dtype) for dtype in TOLERANCE] + [("triton", dtype) for dtype in TRITON_DTYPES]
+
+
+def losses_of(backend, tokens, cu_seqlens, margins, **options) -> torch.Tensor:
+    """Losses on the CPU, computed by ``backend`` on its device; gradients find their way back."""
+    there = [t.to(DEVICES[backend]) for t in (tokens, cu_seqlens, margins)]
+    return margin_loss(there[0], there[1], there[2], backend=backend, **options).cpu()
 
 
 def margins_for(pairs: list[Pair]) -> torch.Tensor:
     return torch.linspace(-1, 2, len(pairs), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize(("kind", "smoothing"), KINDS)
 @pytest.mark.parametrize("name", BATCHES)
-def test_matches_the_definition(name, kind, smoothing, dtype):
+def test_matches_the_definition(name, kind, smoothing, backend, dtype):
     pairs = BATCHES[name]
     tokens, cu_seqlens = pack(pairs, dtype)
     exact = tokens.detach().double().requires_grad_()
     margins = margins_for(pairs)
     options = {"beta": 2.5, "kind": kind, "label_smoothing": smoothing}
-    losses = margin_loss(tokens, cu_seqlens, margins, **options)
+    losses = losses_of(backend, tokens, cu_seqlens, margins, **options)
     expected = reference.margin_loss(exact, cu_seqlens, margins, **options)
     assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(losses.double(), expected, rtol=TOLERANCE[dtype], atol=1e-12)
@@ -78,6 +91,22 @@ def test_sequence_logps(name):
     assert lengths.dtype == torch.int32
 
 
+@pytest.mark.parametrize("name", BATCHES)
+def test_sequence_logps_in_triton(name):
+    tokens, cu_seqlens = pack(BATCHES[name], torch.float32)
+    exact = tokens.detach().double().requires_grad_()
+    sums, lengths = sequence_logps(
+        tokens.to(DEVICES["triton"]), cu_seqlens.to(DEVICES["triton"]), backend="triton"
+    )
+    expected_sums, expected_lengths = reference.sequence_logps(exact, cu_seqlens)
+    torch.testing.assert_close(sums.cpu().double(), expected_sums, rtol=1e-6, atol=1e-6)
+    assert torch.equal(lengths.cpu(), expected_lengths)
+    weights = torch.linspace(0.5, 1.5, len(expected_sums))
+    (sums.cpu() * weights).sum().backward()
+    (expected_sums * weights).sum().backward()
+    torch.testing.assert_close(tokens.grad.double(), exact.grad, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("kind", "smoothing"), KINDS)
 def test_gradcheck(kind, smoothing):
     tokens, cu_seqlens = pack(BATCHES["mixed"])
@@ -102,16 +131,39 @@ def test_far_from_the_margin(distance):
     assert tokens.grad[0].item() == pytest.approx(slope, rel=1e-9, abs=1e-300)
 
 
+@pytest.mark.parametrize(
+    "distance", [-800.0, -50.0, -25.0, -7.0, 0.0, 1e-4, 7.0, 25.0, 50.0, 800.0]
+)
+@pytest.mark.parametrize("backend", DEVICES)
+def test_far_from_the_margin_in_fp32(distance, backend):
+    tokens, cu_seqlens = pack([([distance], [0.0])], torch.float32)
+    loss = losses_of(backend, tokens, cu_seqlens, torch.zeros(1), beta=1.0)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(nll(distance), rel=1e-5, abs=1e-38)
+    assert tokens.grad[0].item() == pytest.approx(-sigmoid(-distance), rel=1e-5, abs=1e-38)
+    assert tokens.grad[1].item() == -tokens.grad[0].item()
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float64), ("triton", torch.float32)]
+)
+@pytest.mark.parametrize(("kind", "smoothing"), KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_bad_token_stays_in_its_pair(bad):
+def test_a_bad_token_stays_in_its_pair(bad, kind, smoothing, backend, dtype):
     pairs = random_pairs(np.random.default_rng(3), 4)
-    clean, cu_seqlens = pack(pairs)
+    clean, cu_seqlens = pack(pairs, dtype)
     pairs[1][1][0] = bad
-    dirty, _ = pack(pairs)
+    dirty, _ = pack(pairs, dtype)
     others = [0, 2, 3]
+    options = {"beta": 2.0, "kind": kind, "label_smoothing": smoothing}
+    losses = []
     for tokens in (clean, dirty):
-        margin_loss(tokens, cu_seqlens, margins_for(pairs), beta=2.0).sum().backward()
-    losses = [margin_loss(t, cu_seqlens, margins_for(pairs), beta=2.0) for t in (clean, dirty)]
+        losses.append(losses_of(backend, tokens, cu_seqlens, margins_for(pairs), **options))
+        losses[-1].sum().backward()
+    expected = losses_of("torch", dirty, cu_seqlens, margins_for(pairs), **options)
+    torch.testing.assert_close(losses[1], expected, equal_nan=True)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), dirty)
+    torch.testing.assert_close(dirty.grad, expected_grad, equal_nan=True)
     assert torch.equal(losses[0][others], losses[1][others])
     assert clean.grad is not None
     assert dirty.grad is not None
@@ -177,7 +229,9 @@ CU = torch.tensor([0, 1, 2], dtype=torch.int32)
         ({"label_smoothing": 0.6}, "label_smoothing"),
         ({"kind": "hinge", "label_smoothing": 0.1}, "hinge"),
         ({"backend": "cuda"}, "auto, triton, torch"),
-        ({"backend": "triton"}, "not in this version"),
+        ({"backend": "triton", "token_logps": torch.zeros(2, dtype=torch.float64)}, "bf16 or fp16"),
+        ({"cu_seqlens": CU.to("meta")}, "device of token_logps"),
+        ({"target_margins": torch.zeros(1, device="meta")}, "device of token_logps"),
     ],
 )
 def test_errors_name_the_argument(change, message):
