@@ -130,6 +130,7 @@ BAD = [
     ),
     pytest.param({"dataset_splits": ["test"]}, "train split", id="no train split"),
     pytest.param({"output_dir": "/dev/null/run"}, "/dev/null", id="output under a file"),
+    pytest.param({"head_backend": "triton"}, "CUDA", id="triton on a CPU"),
     pytest.param({"dtype": "float8"}, "dtype", id="bad dtype"),
     pytest.param({"resume_from_checkpoint": "nowhere"}, "nowhere", id="missing checkpoint"),
 ]
@@ -153,6 +154,14 @@ def test_bad_settings(place, tmp_path, capsys, changes, named, preflight):
 def test_what_only_training_finds(place, tmp_path, capsys, changes, named):
     config = write_config(tmp_path / "c.yaml", place, **changes)
     assert_one_line_error(["train", config], named, capsys)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_weights_too_coarse_for_small_steps(place, tmp_path, capsys, dtype):
+    config = write_config(tmp_path / "c.yaml", place, dtype=dtype, max_steps=1)
+    for preflight in ([], ["--preflight"]):
+        assert main(["train", config, *preflight]) == 0
+        assert ("rounded away" in capsys.readouterr().out) == (dtype == "bfloat16")
 
 
 def test_interrupted(place, monkeypatch, capsys):

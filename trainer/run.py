@@ -35,8 +35,10 @@ def preflight(config: PreferenceConfig) -> None:
     check_output(config)
     checkpoint = find_checkpoint(config)
     tokenizer = load_tokenizer(config)
-    vocabulary = load_model_config(config).get_text_config().vocab_size
-    data = load_pairs(config, tokenizer, vocabulary)
+    model_config = load_model_config(config).get_text_config()
+    data = load_pairs(config, tokenizer, model_config.vocab_size)
+    saved_dtype = str(model_config.dtype).removeprefix("torch.")
+    data.report.notes += weight_notes(saved_dtype if config.dtype == "auto" else config.dtype)
     print("Settings that differ from their defaults")
     for name, value in changed_settings(config).items():
         print(f"  {name}: {value}")
@@ -62,6 +64,8 @@ def train(config: PreferenceConfig) -> None:
     tokenizer = load_tokenizer(config)
     model = load_model(config)
     data = load_pairs(config, tokenizer, vocabulary_size(model))
+    if not (config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+        data.report.notes += weight_notes(str(model.dtype).removeprefix("torch."))
     main = config.process_index == 0
     if main:
         print("\n".join(data.report.lines()), flush=True)
@@ -98,6 +102,19 @@ def check_data(config: PreferenceConfig, data: PairData) -> None:
     if data.train is None:
         raise UserError("dataset_splits: none of them is for training; name a train split")
     check_evaluation(config, data.evaluation)
+
+
+def weight_notes(dtype: str) -> list[str]:
+    """A remark where the optimizer's small steps would vanish in the weights' rounding.
+
+    DeepSpeed keeps weights in fp32 beside those that compute, whatever their dtype.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return []
+    return [
+        f"the weights are updated in {dtype}, where steps of the usual learning rates (1e-6) are "
+        "mostly rounded away; set dtype: float32, and bf16: true to compute in bfloat16"
+    ]
 
 
 def find_checkpoint(config: PreferenceConfig) -> str | None:
