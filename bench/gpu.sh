@@ -53,7 +53,11 @@ fi
 
 tests=(tests/test_*linear_logprob*.py tests/test_*margin_loss*.py tests/test_*reference*.py
     tests/test_*kernel*.py tests/test_*triton*.py tests/test_*routing*.py)
-step tests 190 "$python" -m pytest -p no:cacheprovider -m "gpu or not slow" "${tests[@]}"
+# Most of the tests' time is Triton compiling: several processes where pytest-xdist is there.
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+step tests 190 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" -m "gpu or not slow" \
+    "${tests[@]}"
 step head 130 "$python" -m bench.head --device cuda --commit "$commit" --out "$out/head_cuda.json"
 step head-extremes 120 "$python" -m bench.head --device cuda --commit "$commit" --repeats 5 \
     --case llama3-8b-shuffled llama3-8b-flat --out "$out/head_cuda_extremes.json"

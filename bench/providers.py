@@ -94,6 +94,12 @@ def _widemargin_unavailable(case: Case, device: str) -> str | None:
     return None
 
 
+def _triton_unavailable(case: Case, device: str) -> str | None:
+    if device != "cuda":
+        return "the Triton kernels need a CUDA device"
+    return _widemargin_unavailable(case, device)
+
+
 def _torch_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> tuple[Tensor, None]:
@@ -141,6 +147,15 @@ PROVIDERS = {
                 bound=tail,
             )
             for tail in ("exact", "mean", "drop")
+        ),
+        *(
+            Provider(
+                f"widemargin-triton-{tail}",
+                partial(_widemargin, tail, "triton"),
+                _triton_unavailable,
+                bound=tail,
+            )
+            for tail in ("exact", "mean")
         ),
         Provider(
             "torch-linear-cross-entropy",

@@ -14,7 +14,7 @@ from .errors import UserError
 from .objectives import Objective, build_objective, hyperparameters_of
 
 TAILS = ("mean", "exact", "drop")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "triton", "torch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -63,7 +63,7 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
     head_tail: Tail = "mean"
     #: Mass from which the head's backward computes a block of vocabulary, in (0, 1).
     head_tail_eps: float = 2**-11
-    #: Where the head runs: "auto" or "torch".
+    #: What runs the head: "triton" (CUDA only), "torch", or "auto", the first that can.
     head_backend: Backend = "auto"
     #: Set every dropout probability to zero, so that a log-prob is one number.
     disable_dropout: bool = True
@@ -93,6 +93,8 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from error
         check_environment(self)
+        if self.head_backend == "triton" and self.device.type != "cuda":
+            raise UserError("head_backend: triton needs a CUDA device; leave it at auto")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
 
