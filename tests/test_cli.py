@@ -69,6 +69,15 @@ def test_train_and_report(place, capsys):
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_figures_are_shown_with_and_without_a_bar(place, tmp_path, capsys, disable_tqdm):
+    config = write_config(tmp_path / "c.yaml", place, disable_tqdm=disable_tqdm)
+    assert main(["train", config]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines if "training" in line] == ["1", "2"]
+    assert [line.split()[1] for line in lines if "held out" in line] == ["0", "1", "2"]
+
+
 def test_preflight_trains_nothing(place, capsys, tmp_path):
     config = write_config(tmp_path / "c.yaml", place)
     assert main(["train", config, "--preflight", "--beta=3.5"]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 
 COLUMNS = [
     ("loss", "loss", "{:.4f}"),
@@ -28,6 +28,14 @@ class ConsoleProgress(ProgressCallback):
         line = log_line(state.global_step, logs)
         if line:
             self.training_bar.write(line)
+
+
+class ConsoleLines(TrainerCallback):
+    """The same figures where ``disable_tqdm`` asks for no bar, as in the logs of a cluster."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and (line := log_line(state.global_step, logs)):
+            print(line, flush=True)
 
 
 def log_line(step: int, logs: dict[str, Any]) -> str:

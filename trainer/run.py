@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .checks import check_evaluation, check_output
 from .config import PreferenceConfig
-from .console import ConsoleProgress
+from .console import ConsoleLines, ConsoleProgress
 from .data import PairData, load_pairs, preflight_lines
 from .errors import UserError
 from .model import load_model, load_model_config, load_tokenizer, vocabulary_size
@@ -188,7 +188,6 @@ def versions() -> dict[str, str]:
 
 
 def _use_console(trainer: PreferenceTrainer) -> None:
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ConsoleProgress())
-    else:
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
+    bar = trainer.pop_callback(ProgressCallback) is not None
+    trainer.add_callback(ConsoleProgress() if bar else ConsoleLines())
