@@ -199,7 +199,7 @@ def test_errors(tmp_path):
         PreferenceTrainer(
             tiny_model(), tiny_config(tmp_path), tiny_pairs(), None, TOKENIZER, tiny_model()
         )
-    with pytest.raises(UserError, match="train_dataset.*from_list"):
+    with pytest.raises(UserError, match=r"train_dataset.*from_list"):
         PreferenceTrainer(tiny_model(), tiny_config(tmp_path), [1, 2], None, TOKENIZER)
     with pytest.raises(UserError, match="vocabulary"):
         PreferenceTrainer(
