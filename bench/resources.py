@@ -76,10 +76,84 @@ def _margin(kernel: str, dtype: str) -> Callable[[], Source]:
     return source
 
 
+def _head(kernel: str, dtype: str, arch: int, softcap: bool = False) -> Callable[[], Source]:
+    """A kernel of the head with the tile that `tiles.py` gives it."""
+
+    def source() -> Source:
+        import triton.language as tl
+        from widemargin.kernels import tiles, triton_backward, triton_forward
+        from widemargin.kernels.routing import BLOCK
+
+        fn = getattr(triton_forward, kernel, None) or getattr(triton_backward, kernel)
+        table = tiles.FULL if dtype == "fp32" else tiles.HALF[arch]
+        tile = getattr(table, FIELDS[kernel])
+        if kernel == "_forward_kernel" and softcap:
+            tile = tile._replace(columns=BLOCK)
+        inputs = ("hidden_ptr", "weight_ptr", "bias_ptr", "work_ptr", "d_weight_ptr")
+        counts = ("blocks_ptr", "tiles_ptr", "by_tile_ptr", "slices_ptr", "target_bounds_ptr")
+        counts += ("block_bounds_ptr", "block_slices_ptr", "tile_bounds_ptr")
+        types = dict.fromkeys(inputs, f"*{dtype}") | dict.fromkeys(counts, "*i32")
+        types |= {"targets_ptr": "*i64", "by_target_ptr": "*i64"}
+        types |= {"logit_scale": "fp32", "softcap": "fp32"}
+        constants = {
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "DEPTH": tile.depth,
+            "WIDTH": BLOCK,
+            "TILE": BLOCK,
+            "BLOCK": BLOCK,
+            "HAS_BIAS": False,
+            "HAS_SOFTCAP": softcap,
+            "PROFILE": True,
+            "TAIL": True,
+            "D_BIAS": False,
+            "ROUND": tl.float32 if dtype == "fp32" else tl.bfloat16,
+        }
+        arguments = [name for name in fn.arg_names if name not in constants]
+        signature = {
+            name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in arguments
+        }
+        # As at a launch: pointers, and sizes of real models, are multiples of 16.
+        multiples = {"stride_hn", "stride_wv", "H", "V"}
+        return Source(
+            fn,
+            signature,
+            {name: constants[name] for name in fn.arg_names if name in constants},
+            aligned(*(name for name in arguments if name.endswith("_ptr") or name in multiples)),
+            {"num_warps": tile.warps, "num_stages": tile.stages},
+        )
+
+    return source
+
+
+FIELDS = {
+    "_forward_kernel": "forward",
+    "_recompute_kernel": "recompute",
+    "_weight_kernel": "d_weight",
+    "_hidden_kernel": "d_hidden",
+}
+
 KERNELS: list[Kernel] = [
     Kernel(f"margin{kernel} {dtype}", _margin(kernel, dtype), needs_tensor_cores=False)
     for kernel in ("_loss_kernel", "_loss_backward_kernel", "_sums_kernel", "_sums_backward_kernel")
     for dtype in ("fp32", "bf16")
+]
+
+
+KERNELS += [
+    Kernel(
+        f"head {FIELDS[kernel]} {dtype}" + (" softcap" if softcap else ""),
+        _head(kernel, dtype, arch, softcap),
+        archs=(arch,),
+        needs_tensor_cores=dtype != "fp32",
+    )
+    for kernel in FIELDS
+    for dtype in ("bf16", "fp32")
+    for softcap in (False, True)
+    for arch in (80, 90)
+    # Only these two see the softcap. In fp32, which no tensor core serves, they spill a few bytes
+    # with it in every tile tried.
+    if not softcap or (kernel in ("_forward_kernel", "_recompute_kernel") and dtype == "bf16")
 ]
 
 
