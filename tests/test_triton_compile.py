@@ -62,7 +62,7 @@ def test_compiles_fits_and_does_not_spill(kernel: Kernel, arch: int, measured) -
 
 
 def test_names_are_unique() -> None:
-    names = [kernel.name for kernel in KERNELS]
+    names = [(kernel.name, arch) for kernel in KERNELS for arch in kernel.archs]
     assert len(set(names)) == len(names)
 
 
