@@ -27,7 +27,7 @@ from widemargin.trainer.errors import UserError
         ({"overwrite_output_dir": True}, "objective", "simpo"),
         ({"num_train_epochs": 1}, "num_train_epochs", 1),
         ({"max_steps": 3.0}, "max_steps", 3),
-        ({"torch_dtype": None}, "dtype", "auto"),
+        ({"torch_dtype": None}, "dtype", "float32"),
         ({"learning_rate": None}, "learning_rate", 5e-5),
         ({"seed": None}, "seed", 42),
         ({"max_length": None}, "max_length", None),

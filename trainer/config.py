@@ -28,8 +28,10 @@ class ModelSettings:
     model_revision: str = "main"
     #: Folder or hub name of the tokenizer; None for the model's own.
     tokenizer_name_or_path: str | None = None
-    #: Dtype to load the weights in: "auto" (as saved), "float32", "bfloat16", "float16".
-    dtype: str = "auto"
+    #: Dtype to load and update the weights in: "float32", "bfloat16", "float16", or "auto" (as
+    #: saved). In bfloat16 steps of 1e-6 round away unless DeepSpeed keeps fp32 weights beside;
+    #: ``bf16: true`` computes in bfloat16 with any of them.
+    dtype: str = "float32"
     #: "eager", "sdpa", "flash_attention_2", ...; None for transformers' choice.
     attn_implementation: str | None = None
     #: Run Python code that comes with the model. Off unless you trust where it comes from.
