@@ -128,6 +128,7 @@ BAD = [
     pytest.param({"max_steps": ..., "num_train_epochs": 0}, "num_train_epochs", id="no epochs"),
     pytest.param({"report_to": "nonsense"}, "report_to", id="unknown tracker"),
     pytest.param({"label_smoothing_factor": 0.1}, "label_smoothing", id="smoothing of tokens"),
+    pytest.param({"auto_find_batch_size": True}, "gradient_accumulation", id="batch by trial"),
     pytest.param({"train_sampling_strategy": "group_by_length"}, "random", id="other order"),
     pytest.param({"metric_for_best_model": "acc"}, "rewards/accuracies", id="unknown metric"),
     pytest.param({"save_strategy": "best"}, "metric_for_best_model", id="best of nothing"),

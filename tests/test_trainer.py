@@ -294,3 +294,14 @@ def test_two_ranks_equal_one(tmp_path):
     assert len(logs[0]) == len(logs[1])
     for first, second in zip(*logs, strict=True):
         assert first == pytest.approx(second, abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_operations_of_decoder_and_head(tied):
+    """By hand: 6 per weight that multiplies a token; the head only where a completion is scored."""
+    from widemargin.trainer.throughput import flops_per_token
+
+    model = tiny_model(tie_word_embeddings=tied)
+    inner = [*model.model.layers.parameters(), *model.model.norm.parameters()]
+    head = model.lm_head.weight.numel()
+    assert flops_per_token(model) == (6 * sum(p.numel() for p in inner), 6 * head)

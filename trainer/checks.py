@@ -25,6 +25,7 @@ NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 WITHOUT_EFFECT = {
+    "auto_find_batch_size": "choose per_device_train_batch_size and gradient_accumulation_steps",
     "label_smoothing_factor": "use label_smoothing, a hyperparameter of simpo",
     "train_sampling_strategy": "pairs are always drawn in random order",
 }

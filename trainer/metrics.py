@@ -66,7 +66,7 @@ class PreferenceMetrics:
         self.add(**{"logits/chosen": chosen, "logits/rejected": rejected})
 
     def report(self, prefix: str = "") -> tuple[dict[str, float], dict[str, float]]:
-        """Means over all ranks under ``prefix``, totals of pairs and tokens; then a fresh start."""
+        """Means over all ranks under ``prefix``, totals of pairs and tokens; then anew."""
         sums, self._sums = self._sums, {}
         if not sums:
             return {}, {}
@@ -82,6 +82,7 @@ class PreferenceMetrics:
         square = total.pop("margin/square") / pairs
         variance = square - (total["margin/mean"] / pairs) ** 2
         scored = {side: total[f"lengths/{side}"] for side in SIDES}
+        counts["scored"] = sum(scored.values())
         means = {
             name: value / (counts["batches"] if name.startswith("head/") else pairs)
             for name, value in total.items()

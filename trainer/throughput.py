@@ -23,7 +23,7 @@ class Throughput:
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, ranks: int) -> None:
-        self._flops = flops_per_token(model)
+        self._decoder_flops, self._head_flops = flops_per_token(model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
         self._peak = None if peak is None else peak * 1e12 * ranks
@@ -50,15 +50,20 @@ class Throughput:
             if running:
                 self.start()
 
-    def report(self, tokens: float, pairs: float) -> dict[str, float]:
-        """Rates for what was done since the last report."""
+    def report(self, pairs: float, tokens: float, scored: float) -> dict[str, float]:
+        """Rates for what was done since the last report.
+
+        Args:
+            tokens: through the decoder, padding left out. scored: of those, through the head.
+        """
         with self.paused():
             seconds, self._seconds = self._seconds, 0.0
         if seconds <= 0 or not pairs:
             return {}
         rates = {"tokens_per_s": tokens / seconds, "pairs_per_s": pairs / seconds}
         if self._peak is not None:
-            rates["mfu"] = self._flops * tokens / seconds / self._peak
+            flops = self._decoder_flops * tokens + self._head_flops * scored
+            rates["mfu"] = flops / seconds / self._peak
         return rates
 
 
@@ -71,9 +76,14 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def flops_per_token(model: PreTrainedModel) -> float:
-    """6 operations per parameter that multiplies a token, forward and backward; no attention."""
+def flops_per_token(model: PreTrainedModel) -> tuple[float, float]:
+    """Operations of the decoder per token and of the head per scored token.
+
+    The usual count: forward and backward take 6 per parameter that multiplies the token (frozen
+    ones too, so a LoRA run's share is overstated), attention scores and recomputation left out.
+    """
     total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     config = model.config.get_text_config()
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return 6.0 * (total - embedding)
+    head = config.vocab_size * config.hidden_size
+    tables = head if config.tie_word_embeddings else 2 * head
+    return 6.0 * (total - tables), 6.0 * head

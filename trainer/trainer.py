@@ -240,7 +240,9 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:
             means, counts = self._metrics["train"].report()
             means.pop("loss", None)
-            rates = self._throughput.report(counts.get("tokens", 0.0), counts.get("pairs", 0.0))
+            rates = self._throughput.report(
+                *(counts.get(n, 0.0) for n in ("pairs", "tokens", "scored"))
+            )
             logs.update(means, **rates, peak_memory_mib=peak_memory_mib(self.args.device))
         super().log(logs, start_time)
 
