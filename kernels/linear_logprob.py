@@ -17,7 +17,7 @@ exact probability of block b for token i, and real models put nearly all of it o
 Shapes: N tokens, H hidden, V vocabulary, B = ceil(V / 128) blocks. Saved for backward: the inputs
 (the original weight, never a cast copy), logp, lse [N], partial_lse [B, N], profile [V].
 Source: Cut Cross-Entropy (arXiv 2411.09009) for the idea of skipping negligible blocks; the
-routing, the exact target and the averaged tail are this project's (docs/ and bench/ measure them).
+routing, the exact target and the averaged tail are this project's (bench/ measures them).
 """
 
 from __future__ import annotations
