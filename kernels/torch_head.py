@@ -80,6 +80,11 @@ class Head:
         assert self.softcap is not None
         return 1.0 - (logits / self.softcap).square_()
 
+    def own_coefficients(self, grad: Tensor, logps: Tensor, targets: Tensor) -> Tensor:
+        """``g (1 - p)`` [N], the targets' own elements of G, from 1 - p as such; with softcap."""
+        own = grad * -torch.expm1(logps)
+        return own if self.softcap is None else own * self.target_slopes(targets)
+
     def target_slopes(self, targets: Tensor) -> Tensor:
         """Derivative of the softcap at each token's target [N], from the logit before it.
 

@@ -95,9 +95,7 @@ class Backward:
         self.head, self.saved = head, saved
         self.grad = grad * head.logit_scale
         self.hidden = head.operand(head.hidden)
-        self.own = self.grad * -torch.expm1(saved.logps)
-        if head.softcap is not None:
-            self.own = self.own * head.target_slopes(saved.targets)
+        self.own = head.own_coefficients(self.grad, saved.logps, saved.targets)
         blocks = saved.targets // BLOCK
         self.by_target = torch.argsort(blocks, stable=True)
         counts = torch.bincount(blocks, minlength=num_blocks(len(head.weight)))

@@ -191,9 +191,7 @@ def backward(
     capacity = min(capacity, blocks * token_tiles + token_tiles + 1)
     cells = list_cells(flags, order, capacity)
     grad = grad * head.logit_scale
-    own = grad * -torch.expm1(saved.logps)
-    if head.softcap is not None:
-        own = own * head.target_slopes(saved.targets)
+    own = head.own_coefficients(grad, saved.logps, saved.targets)
     weighted = routed.averaged.mul_(grad) if saved.profile.numel() and tail_eps else None
     run = _Launches(head, saved, cells, grad, own, weighted, capacity, blocks)
     d_hidden = run.first_d_hidden() if needs[0] else None

@@ -41,7 +41,7 @@ def command_lines(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return 0
 
     stand_in = ModuleType("widemargin.trainer.cli")
-    stand_in.main = main  # type: ignore[attr-defined]
+    vars(stand_in)["main"] = main
     monkeypatch.setitem(sys.modules, "widemargin.trainer.cli", stand_in)
     monkeypatch.setattr(quickstart, "SCORED_PROMPTS", 4)
     return called

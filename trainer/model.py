@@ -51,11 +51,12 @@ def disable_dropout(model: PreTrainedModel) -> None:
     """Set the probability of every dropout layer, and of attention's own, to zero."""
     from torch import nn
 
-    for module in model.modules():
+    whole: Any = model  # families name their own attributes
+    for module in whole.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010
+            module.attention_dropout = 0.0
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
