@@ -55,7 +55,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
     for module in whole.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
+        elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
 
 
