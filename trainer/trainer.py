@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .checks import check_evaluation
 from .config import PreferenceConfig
-from .data import PairCollator, is_tokenized, tokenize_pairs
+from .data import PairCollator, is_tokenized, model_inputs, tokenize_pairs
 from .data.report import SplitReport
 from .errors import UserError, refusals
 from .head import check_head, patch_head
@@ -182,12 +182,7 @@ class PreferenceTrainer(Trainer):
         Without that number, as in evaluation, the mean over the micro-batch's own pairs.
         """
         cu_seqlens = inputs["cu_seqlens"]
-        scored = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            select=inputs["select"],
-            targets=inputs["targets"],
-        )
+        scored = model(**model_inputs(inputs))
         distributed = self.args.world_size > 1 and self.objective.couples_pairs
         batch_size = self.args.train_batch_size if model.training else self.args.eval_batch_size
         self.objective.max_pairs_per_rank = batch_size

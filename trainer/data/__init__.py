@@ -1,6 +1,6 @@
 """Preference data: sources, rendering, tokenization and collation."""
 
-from .collate import PairCollator
+from .collate import PairCollator, model_inputs
 from .mixing import is_tokenized
 from .pairs import PairData, load_pairs, tokenize_pairs
 from .preflight import preflight_lines
@@ -15,6 +15,7 @@ __all__ = [
     "SplitReport",
     "is_tokenized",
     "load_pairs",
+    "model_inputs",
     "preflight_lines",
     "tokenize_pairs",
 ]

@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "select", "targets")
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a collated batch a patched model's forward takes."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
 class PairCollator:
     """Collates P rows with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
 
