@@ -46,6 +46,15 @@ class Case:
         )
 
 
+_HEADS = {
+    # tokens, hidden size, vocabulary
+    "llama3-8b": (8192, 4096, 128256),
+    "llama3-1b": (8192, 2048, 128256),
+    "qwen2.5-7b": (4096, 3584, 152064),
+    "gemma2-2b": (8192, 2304, 256000),
+    "llama3-8b-16k": (16384, 4096, 128256),
+}
+
 CASES = {
     case.name: case
     for case in (
@@ -54,10 +63,11 @@ CASES = {
         Case("cpu-flat", 1024, 512, 131072, distribution="flat"),
         Case("cpu-shuffled", 1024, 512, 131072, distribution="shuffled"),
         Case("cpu-bf16", 1024, 512, 131072, "bfloat16"),
-        Case("llama3-8b", 8192, 4096, 128256, "bfloat16"),
-        Case("llama3-8b-flat", 8192, 4096, 128256, "bfloat16", "flat"),
-        Case("llama3-8b-shuffled", 8192, 4096, 128256, "bfloat16", "shuffled"),
-        Case("gemma2-2b", 8192, 2304, 256000, "bfloat16"),
-        Case("qwen2.5-7b", 8192, 3584, 152064, "bfloat16"),
+        *(Case(name, *sizes, "bfloat16") for name, sizes in _HEADS.items()),
+        *(Case(f"{name}-flat", *sizes, "bfloat16", "flat") for name, sizes in _HEADS.items()),
+        *(
+            Case(f"{name}-shuffled", *sizes, "bfloat16", "shuffled")
+            for name, sizes in _HEADS.items()
+        ),
     )
 }

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.cases import Case
 from bench.exact import Exact, exact, relative_error
 from bench.memory import ROOT, cpu_peak_extra, cuda_peak_extra
-from bench.peaked import PeakedCase
-from bench.providers import BASELINE, Provider, backward
+from bench.peaked import CHUNK_BYTES, PeakedCase, fp32_logits
+from bench.providers import BASELINE, Provider
 from bench.timing import ColdTimer, device_name, spread
 
 SCHEMA = 1
 MEMORY_PROCESSES = 2  # at a time: memory, unlike time, does not depend on the neighbours
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
 STATS = ("active_fraction", "averaged_mass_mean", "averaged_mass_max", "dense")
 Row = dict[str, Any]
 
@@ -74,8 +75,9 @@ def measure(
 ) -> list[Row]:
     """One row per provider, those that cannot run or fail the gate included, with the reason."""
     inputs = case.build(settings.device)
-    shared = _shared_fields(case, inputs, settings, commit)
     wanted = exact(inputs)
+    shared = _shared_fields(case, inputs, settings, commit)
+    shared["fp32_logits_logp_error"] = relative_error(_fp32_logits_logp(inputs), wanted.logp)
     rows: dict[str, Row] = {}
     admitted: list[Provider] = []
     for provider in providers:
@@ -84,8 +86,11 @@ def measure(
         if row["gate"] == "passed":
             admitted.append(provider)
     del wanted
-    for name, times in _timings(admitted, inputs, settings).items():
+    product, timed = _timings(admitted, inputs, settings)
+    for name, times in timed.items():
         rows[name] |= times
+        rows[name]["product_ms"] = product
+        rows[name]["products"] = round(times["total_ms"]["median"] / product["median"], 3)
     if settings.memory:
         for name, memory in _memory(admitted, case, inputs, settings.device).items():
             rows[name] |= memory
@@ -101,6 +106,8 @@ def gate(
         return {"gate": "not available", "reason": reason}
     try:
         found = provider.run(inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients)
+        if provider.reference is not None:
+            wanted = provider.reference(inputs, wanted)
     except Exception as error:  # a peer's failure of any kind is a result to list
         return {"gate": "failed to run", "reason": f"{type(error).__name__}: {error}"[:300]}
     names = ("logp", "dhidden", "dweight")
@@ -113,11 +120,28 @@ def gate(
     return row | ({"reason": "error beyond the bound: " + ", ".join(over)} if over else {})
 
 
+@torch.no_grad()
+def _fp32_logits_logp(inputs: PeakedCase) -> Tensor:
+    """logps [N] as torch makes them from logits that are fp32: what rounding alone costs."""
+    rows = max(1, CHUNK_BYTES // (4 * len(inputs.weight)))
+    found = []
+    for hidden, targets in zip(inputs.hidden.split(rows), inputs.targets.split(rows), strict=True):
+        logps = fp32_logits(hidden, inputs.weight).log_softmax(-1)
+        found.append(logps.gather(1, targets[:, None])[:, 0])
+    return torch.cat(found)
+
+
 def _timings(
     providers: list[Provider], inputs: PeakedCase, settings: Settings
-) -> dict[str, dict[str, Any]]:
-    """Providers take turns, in an order that rotates, each half after an eviction of the cache."""
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Providers take turns, in an order that rotates, each half after an eviction of the cache.
+
+    Returns:
+        times of one bare product hidden @ weight.T, which has a turn of its own; by provider.
+    """
     timer = ColdTimer(settings.device)
+    logits = inputs.hidden.new_empty(len(inputs.hidden), len(inputs.weight))
+    product: list[float] = []
     hidden = inputs.hidden.requires_grad_()
     weight = inputs.weight.requires_grad_()
     times: dict[str, list[tuple[float, float]]] = {provider.name: [] for provider in providers}
@@ -126,6 +150,11 @@ def _timings(
     for turn in range(settings.warmup + settings.repeats):
         if turn >= settings.warmup + 2 and time.monotonic() - begin > settings.budget_s:
             break
+        timer.evict()
+        with torch.no_grad():
+            _, product_ms = timer.time(lambda: torch.mm(hidden, weight.T, out=logits))
+        if turn >= settings.warmup:
+            product.append(product_ms)
         shift = turn % max(1, len(providers))
         for provider in providers[shift:] + providers[:shift]:
             timer.evict()
@@ -134,7 +163,9 @@ def _timings(
             )
             timer.evict()
             _, backward_ms = timer.time(
-                lambda logp=logp: backward(logp, hidden, weight, inputs.coefficients)
+                lambda provider=provider, logp=logp: provider.backward(
+                    logp, hidden, weight, inputs.coefficients
+                )
             )
             stats[provider.name] = _head_stats(found)
             del logp
@@ -142,7 +173,7 @@ def _timings(
                 times[provider.name].append((forward_ms, backward_ms))
     inputs.hidden.requires_grad_(False)
     inputs.weight.requires_grad_(False)
-    return {
+    return spread(product), {
         name: {
             "forward_ms": spread([forward for forward, _ in pairs]),
             "backward_ms": spread([back for _, back in pairs]),

@@ -72,11 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     providers = [PROVIDERS[name] for name in options.providers or PROVIDERS]
     rows: list[dict[str, Any]] = []
-    for name in options.case or ["llama3-8b" if cuda else "cpu"]:
-        rows += measure(CASES[name], providers, settings, commit)
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"schema": SCHEMA, "created": created, "rows": rows}, indent=1))
+    for name in options.case or ["llama3-8b" if cuda else "cpu"]:
+        rows += measure(CASES[name], providers, settings, commit)
+        # After every case, so that a run that is cut short loses only the one it was at.
+        out.write_text(json.dumps({"schema": SCHEMA, "created": created, "rows": rows}, indent=1))
     print(table(rows))
     bad = {
         row["provider"]: row["reason"]

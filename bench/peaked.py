@@ -82,7 +82,7 @@ def peaked_case(
 def mean_entropy(hidden: Tensor, weight: Tensor) -> float:
     """Mean entropy in nats of softmax(hidden @ weight.T), a chunk of tokens at a time."""
     chunk = max(1, CHUNK_BYTES // (4 * len(weight)))
-    sums = [_entropies(_logits(part, weight)).sum() for part in hidden.split(chunk)]
+    sums = [_entropies(fp32_logits(part, weight)).sum() for part in hidden.split(chunk)]
     return float(torch.stack(sums).sum()) / len(hidden)
 
 
@@ -112,7 +112,7 @@ def _solve_sharpness(
     difference that all tokens show.
     """
     some = min(SOLVE_TOKENS, len(base))
-    base_logits, pull_logits = _logits(base[:some], weight), _logits(pull[:some], weight)
+    base_logits, pull_logits = fp32_logits(base[:some], weight), fp32_logits(pull[:some], weight)
     aim, sharpness, reached = target, 0.0, math.inf
     for _ in range(4):
         sharpness = _bisect(base_logits, pull_logits, aim)
@@ -141,8 +141,8 @@ def _bisect(base_logits: Tensor, pull_logits: Tensor, aim: float) -> float:
     return middle
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[n, V] fp32; on a CPU, half-precision weights are widened in pieces."""
+def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T [n, V] in fp32; on a CPU, half-precision weights are widened in pieces."""
     if hidden.is_cuda and weight.dtype != torch.float32:
         return torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[1]))

@@ -2,11 +2,10 @@
 
 A peer that cannot run is listed with the reason, never dropped. To add one: write a function from
 (hidden [N, H], weight [V, H], targets [N]) to logps [N] (and statistics or None), say when it
-cannot run, and append it to `PROVIDERS`.
+cannot run (`peers.py`), and append it to `PROVIDERS`.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import peers
 from bench.cases import Case
+from bench.exact import Exact
+from bench.peaked import PeakedCase
 
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]]
 
@@ -24,6 +26,8 @@ BOUNDS = {
     # Half-precision gradients are rounded once (2e-3); peers may also round logits, and torch's
     # log_softmax sums a row of the vocabulary in plain fp32 (1e-5 at V = 131072).
     "peer": {"float32": (1e-4, 1e-3, 1e-3), "half": (1e-2, 1e-2, 1e-2)},
+    # Skips gradients by design, like our tails: timed as long as something of them is left.
+    "filtered": {"float32": (1e-4, 5e-2, 5e-2), "half": (1e-2, 5e-2, 5e-2)},
     "exact": {"float32": (1e-5, 1e-4, 1e-4), "half": (1e-4, 1e-2, 1e-2)},
     "mean": {"float32": (1e-5, 1e-2, 5e-3), "half": (1e-4, 1e-2, 5e-3)},
     # Off the peaked case the tail holds more mass, and no bound is promised.
@@ -35,12 +39,17 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Provider:
-    """A head. `unavailable(case, device)` is None or the reason why it cannot run."""
+    """A head. `unavailable(case, device)` is None or the reason why it cannot run.
+
+    With a `reference`, forward gives one loss [1] in place of logps, and `reference` says what the
+    loss and its gradients are, from the case and the exact answer to it.
+    """
 
     name: str
     forward: Forward
     unavailable: Callable[[Case, str], str | None]
     bound: str = "peer"
+    reference: Callable[[PeakedCase, Exact], Exact] | None = None
 
     def bounds(self, case: Case) -> tuple[float, float, float]:
         kind = self.bound
@@ -58,14 +67,14 @@ class Provider:
         """(logp [N], dhidden [N, H], dweight [V, H]); the harness times the two halves apart."""
         hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         logp, _ = self.forward(hidden, weight, targets)
-        return logp.detach(), *backward(logp, hidden, weight, coefficients)
+        return logp.detach(), *self.backward(logp, hidden, weight, coefficients)
 
-
-def backward(
-    logp: Tensor, hidden: Tensor, weight: Tensor, coefficients: Tensor
-) -> tuple[Tensor, Tensor]:
-    dhidden, dweight = torch.autograd.grad(logp, (hidden, weight), coefficients.to(logp.dtype))
-    return dhidden, dweight
+    def backward(
+        self, logp: Tensor, hidden: Tensor, weight: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad = torch.ones_like(logp) if self.reference else coefficients.to(logp.dtype)
+        dhidden, dweight = torch.autograd.grad(logp, (hidden, weight), grad)
+        return dhidden, dweight
 
 
 def _always(case: Case, device: str) -> str | None:
@@ -100,40 +109,6 @@ def _triton_unavailable(case: Case, device: str) -> str | None:
     return _widemargin_unavailable(case, device)
 
 
-def _torch_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, None]:
-    # The default chunk for V >> H is a few tokens, twenty times slower on a CPU (bench/LOG.md).
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-    losses = torch.nn.functional.linear_cross_entropy(
-        hidden, weight, targets, reduction="none", options=options
-    )
-    return -losses, None
-
-
-def _torch_linear_cross_entropy_unavailable(case: Case, device: str) -> str | None:
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return f"torch {torch.__version__} has no nn.LinearCrossEntropyOptions (2.13 has)"
-    return None
-
-
-def _trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, None]:
-    module = importlib.import_module("trl.kernels.chunked_logprob")
-    function = module.ChunkedLogProbFunction
-    return function.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ())[0], None
-
-
-def _trl_unavailable(case: Case, device: str) -> str | None:
-    if importlib.util.find_spec("trl") is None:
-        return "trl is not installed (the bench extra has it)"
-    try:
-        importlib.import_module("trl.kernels.chunked_logprob")
-        importlib.import_module("trl.trainer.utils")
-    except Exception as error:  # trl imports much: whatever stops it is the reason to print
-        return f"trl cannot be imported: {error}"
-    return None
-
-
 BASELINE = "full-logits"
 PROVIDERS = {
     provider.name: provider
@@ -159,9 +134,36 @@ PROVIDERS = {
         ),
         Provider(
             "torch-linear-cross-entropy",
-            _torch_linear_cross_entropy,
-            _torch_linear_cross_entropy_unavailable,
+            peers.torch_linear_cross_entropy,
+            peers.torch_linear_cross_entropy_unavailable,
         ),
-        Provider("trl-chunked", _trl_chunked, _trl_unavailable),
+        Provider("trl-chunked", peers.trl_chunked, peers.trl_unavailable),
+        Provider(
+            "liger-simpo",
+            peers.liger_simpo,
+            peers.liger_simpo_unavailable,
+            reference=peers.liger_simpo_reference,
+        ),
+        Provider("liger-ce", peers.liger_linear_cross_entropy, peers.liger_unavailable),
+        Provider(
+            "liger-ce-mean",
+            peers.liger_mean_cross_entropy,
+            peers.liger_unavailable,
+            reference=peers.mean_cross_entropy_reference,
+        ),
+        Provider(
+            "liger-scaled-ce", peers.liger_scaled_cross_entropy, peers.liger_scaled_unavailable
+        ),
+        Provider(
+            "cut-cross-entropy",
+            partial(peers.cut_cross_entropy, filter_eps="high"),
+            peers.cut_cross_entropy_unavailable,
+            bound="filtered",
+        ),
+        Provider(
+            "cut-cross-entropy-exact",
+            partial(peers.cut_cross_entropy, filter_eps=None),
+            peers.cut_cross_entropy_unavailable,
+        ),
     )
 }

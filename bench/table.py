@@ -17,6 +17,7 @@ COLUMNS = (
     ("backward ms", "---:"),
     ("total ms (min–max)", "---:"),
     ("× full logits", "---:"),
+    ("products", "---:"),
     ("extra memory, % of logits", "---:"),
     ("error logp / dH / dW", "---:"),
     ("active", "---:"),
@@ -49,7 +50,7 @@ def _line(row: dict[str, Any]) -> str:
     shown = " / ".join(f"{error:.0e}" for error in errors.values()) if errors else "–"
     if "total_ms" not in row:
         reason = f"{row['gate']}: {row.get('reason', '')}".replace("|", "/")
-        return _join([row["provider"], "–", "–", reason, "–", "–", shown, "–"])
+        return _join([row["provider"], "–", "–", reason, "–", "–", "–", shown, "–"])
     total = row["total_ms"]
     active = row.get("active_fraction")
     return _join(
@@ -59,6 +60,7 @@ def _line(row: dict[str, Any]) -> str:
             f"{row['backward_ms']['median']:.1f}",
             f"{total['median']:.1f} ({total['min']:.1f}–{total['max']:.1f})",
             f"{row['speedup']['total']:.2f}" if "speedup" in row else "–",
+            f"{row['products']:.2f}" if "products" in row else "–",
             f"{row['peak_extra_percent_of_logits']:.1f}" if "peak_extra_mib" in row else "–",
             shown,
             "–" if active is None else f"{active:.3f}",

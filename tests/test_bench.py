@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import head, table
+from bench import head, peers, table
 from bench.cases import CASES, Case
 from bench.exact import exact, relative_error
 from bench.harness import Commit, Settings, measure
@@ -60,6 +60,46 @@ def test_exact_agrees_with_autograd_in_fp64() -> None:
     found = PROVIDERS[BASELINE].run(hidden, weight, case.targets, coefficients)
     for one, other in zip(found, (wanted.logp, wanted.dhidden, wanted.dweight), strict=True):
         assert relative_error(one, other) < 1e-5  # the baseline's softmax is fp32
+
+
+def test_losses_and_coefficients_of_heads_that_give_one_loss() -> None:
+    case = SMALL.build("cpu")
+    wanted = exact(case)
+    hidden, weight = (x.double().requires_grad_() for x in (case.hidden, case.weight))
+    logp = (hidden @ weight.T).log_softmax(-1).gather(1, case.targets[:, None])[:, 0]
+    means = logp.view(2, -1).mean(1)
+    gap = peers.SIMPO["beta"] * (means[0] - means[1]) - peers.SIMPO["gamma"]
+    losses = {
+        peers.liger_simpo_reference: torch.nn.functional.softplus(-gap),
+        peers.mean_cross_entropy_reference: -logp.mean(),
+    }
+    for reference, loss in losses.items():
+        found = reference(case, wanted)
+        torch.testing.assert_close(found.logp, loss.detach().view(1))
+        expected = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        torch.testing.assert_close((found.dhidden, found.dweight), expected)
+
+
+def test_gate_compares_a_whole_loss_with_its_own_reference() -> None:
+    def mean_loss(hidden, weight, targets):
+        logp = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])
+        return -logp.mean().view(1), None
+
+    provider = Provider(
+        "mean-loss", mean_loss, lambda *_: None, reference=peers.mean_cross_entropy_reference
+    )
+    (row,) = measure(SMALL, [provider], Settings(repeats=1, memory=False), COMMIT)
+    assert row["gate"] == "passed"
+    assert row["products"] > 0
+    assert row["fp32_logits_logp_error"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["liger-simpo", "liger-scaled-ce", "trl-chunked"])
+def test_peers_that_run_on_a_cpu_pass_the_gate(name: str) -> None:
+    if reason := PROVIDERS[name].available(SMALL, "cpu"):
+        pytest.skip(reason)
+    (row,) = measure(SMALL, [PROVIDERS[name]], Settings(repeats=1, memory=False), COMMIT)
+    assert row["gate"] == "passed", row.get("reason")
 
 
 def test_relative_error_of_nan_is_infinite() -> None:
