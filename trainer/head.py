@@ -23,6 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..kernels.linear_logprob import Backend, HeadStats, Tail, linear_logprob
 from .errors import UserError
+from .packing import packed_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +61,9 @@ def patch_head(
 
     The model then takes ``select`` [N] int64, flat positions in [batch * length] whose hidden
     states predict, and ``targets`` [N] int64, the tokens they should predict; it returns
-    `ScoredTokens`. Patching twice replaces the settings.
+    `ScoredTokens`. Rows that pack several sequences, or pairs that share their prompt, come with
+    ``position_ids``, ``segment_ids`` and ``branch_ids`` [batch, length] and no attention mask; see
+    `PairCollator`, which makes all of these. Patching twice replaces the settings.
 
     Raises:
         UserError: an encoder-decoder model, a mixture of experts that wants its auxiliary loss, an
@@ -85,8 +88,12 @@ def _model_forward(
     *args: Any,
     select: Tensor | None = None,
     targets: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    branch_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
+    if segment_ids is not None or kwargs.get("cu_seq_lens_q") is not None:
+        kwargs = packed_arguments(self, kwargs, segment_ids, branch_ids) | {"use_cache": False}
     if targets is None:
         return self.unpatched_forward(*args, **kwargs)
     if select is None:

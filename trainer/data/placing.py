@@ -1,0 +1,115 @@
+"""Where the tokens of a packed batch go, in numpy: rows, runs, and what each token belongs to."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+import numpy as np
+
+BLOCK = 128
+"""Tokens of one block of flex attention's masks."""
+
+
+def place_dense(
+    lengths: np.ndarray, area_cost: float, multiple: int = 1
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Segments into B rows of T tokens, where attention computes all T² entries of a row's mask.
+
+    Few long rows waste attention, many short ones padding: of every B the cheapest is taken, by
+    B·T + area_cost·B·T² with segments dealt longest first to the emptiest row.
+
+    Args:
+        lengths: [S] tokens of each segment. area_cost: of one entry, in tokens through the decoder.
+        multiple: T is rounded up to one.
+
+    Returns:
+        The flat beginning in [B·T] of every segment [S], and (B, T).
+    """
+    order = np.argsort(-lengths, kind="stable").tolist()
+    sizes = lengths.tolist()
+    best: tuple[float, list[tuple[int, int]], tuple[int, int]] | None = None
+    for count in range(1, len(sizes) + 1):
+        places, width = _deal(order, sizes, count)
+        width = -(-width // multiple) * multiple
+        cost = count * width * (1 + area_cost * width)
+        if best is None or cost < best[0]:
+            best = cost, places, (count, width)
+    assert best is not None
+    _, places, (count, width) = best
+    return np.array([row * width + offset for row, offset in places], np.int64), (count, width)
+
+
+def dense_cost(lengths: np.ndarray, area_cost: float) -> float:
+    """Cost of the rows that `place_dense` makes, in tokens through the decoder."""
+    _, (count, width) = place_dense(lengths, area_cost)
+    return count * width * (1 + area_cost * width)
+
+
+def _deal(order: list[int], sizes: list[int], rows: int) -> tuple[list[tuple[int, int]], int]:
+    """(row, offset) of every segment, and the tokens of the fullest row."""
+    loads = [(0, row) for row in range(rows)]
+    places = [(0, 0)] * len(sizes)
+    for segment in order:
+        load, row = heapq.heappop(loads)
+        places[segment] = row, load
+        heapq.heappush(loads, (load + sizes[segment], row))
+    return places, max(load for load, _ in loads)
+
+
+def row_length(tokens: int, shortest: int = BLOCK) -> int:
+    """The length to pad one row of ``tokens`` to: few values, at most a quarter apart.
+
+    Multiples of 128 that grow by about a quarter each, from ``shortest`` (rounded up) on. Flex
+    attention compiles anew for every length it meets, and torch gives up after eight.
+    """
+    length = -(-max(shortest, 1) // BLOCK) * BLOCK
+    while length < tokens:
+        length += max(BLOCK, length // 4 // BLOCK * BLOCK)
+    return length
+
+
+def runs(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """``begin, begin + 1, ...`` of each length, one run after another: [sum of lengths] int64."""
+    shifts = begins - (np.cumsum(lengths) - lengths)
+    return np.arange(int(lengths.sum())) + np.repeat(shifts, lengths)
+
+
+def alternate(*parts: np.ndarray) -> np.ndarray:
+    """The first of each part, then the second of each, ...: [number of parts · length]."""
+    return np.stack(parts, axis=1).ravel()
+
+
+def token_ids(
+    shape: tuple[int, int],
+    begins: np.ndarray,
+    lengths: np.ndarray,
+    segments: np.ndarray,
+    offsets: np.ndarray,
+    branches: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Position, segment and branch of every token of [B, T], from those of its part.
+
+    Each part begins at the flat position ``begins``; its first token has position ``offsets``.
+    Tokens of no part are padding: segment -1.
+    """
+    where = runs(begins, lengths)
+    ids = {
+        "position_ids": np.zeros(shape, np.int64),
+        "segment_ids": np.full(shape, -1, np.int32),
+        "branch_ids": np.zeros(shape, np.int32),
+    }
+    ids["position_ids"].reshape(-1)[where] = runs(offsets, lengths)
+    ids["segment_ids"].reshape(-1)[where] = np.repeat(segments, lengths)
+    ids["branch_ids"].reshape(-1)[where] = np.repeat(branches, lengths)
+    return ids
+
+
+def varlen_lengths(queries: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
+    """What varlen attention wants to know of S sequences of so many queries and keys each."""
+    batch: dict[str, Any] = {}
+    for name, lengths in (("q", queries), ("k", keys)):
+        batch[f"cu_seq_lens_{name}"] = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=batch[f"cu_seq_lens_{name}"][1:])
+        batch[f"max_length_{name}"] = int(lengths.max())
+    return batch
