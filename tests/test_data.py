@@ -25,6 +25,7 @@ from widemargin.trainer.data import (
     DataSettings,
     SplitReport,
     caching,
+    fitting,
     is_tokenized,
     load_pairs,
     tokenize_pairs,
@@ -126,14 +127,14 @@ def test_tokenized_data_is_recognised_checked_and_cut() -> None:
     )
     cut, report = tokenize_pairs(ids, tiny_tokenizer(), DataSettings(max_length=5))
     assert cut["chosen_ids"][:] == [[4] * 3]
-    assert report.skipped == {tokenizing.NO_PROMPT_TOKEN: 1, "wrong type": 1}
+    assert report.skipped == {fitting.NO_PROMPT_TOKEN: 1, "wrong type": 1}
 
 
 def test_cache_key_is_content() -> None:
     raw = Dataset.from_list(make_rows(5))
-    limits = tokenizing.Limits(9, 5, None, "keep_end")
+    limits = fitting.Limits(9, 5, None, "keep_end")
 
-    def key(tokenizer: Any = None, data: Dataset = raw, at: tokenizing.Limits = limits) -> str:
+    def key(tokenizer: Any = None, data: Dataset = raw, at: fitting.Limits = limits) -> str:
         return caching.fingerprint(data, tokenizer or tiny_tokenizer(), at)
 
     used = tiny_tokenizer()
@@ -158,8 +159,8 @@ def test_cache_key_is_the_same_in_another_process(tmp_path: Path) -> None:
     Dataset.from_list(make_rows(5)).save_to_disk(tmp_path / "raw")
     program = (
         "import sys; from datasets import load_from_disk; from transformers import AutoTokenizer\n"
-        "from widemargin.trainer.data import caching, tokenizing\n"
-        "limits = tokenizing.Limits(9, 5, None, 'keep_end')\n"
+        "from widemargin.trainer.data import caching, fitting\n"
+        "limits = fitting.Limits(9, 5, None, 'keep_end')\n"
         "raw = load_from_disk(sys.argv[1] + '/raw')\n"
         "key = caching.fingerprint(raw, AutoTokenizer.from_pretrained(sys.argv[1]), limits)\n"
         "print('key', key)\n"
@@ -231,7 +232,7 @@ def test_chat_template_setting(tmp_path: Path) -> None:
         tokenizer = tiny_tokenizer(None)
         _, report = tokenize_pairs(raw, tokenizer, DataSettings(chat_template=value))
         assert tokenizer.chat_template == MERGING
-        assert report.flags == {tokenizing.MISMATCH: 1}
+        assert report.flags == {fitting.MISMATCH: 1}
         assert report.mismatches[0].startswith("row 0 of train_dataset: the last 1 of")
     with pytest.raises(UserError, match="neither a Jinja template"):
         tokenize_pairs(raw, tiny_tokenizer(), DataSettings(chat_template="chatml"))

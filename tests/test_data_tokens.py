@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import MERGING, TEMPLATES, WITH_BOS, WITHOUT_END, tiny_tokenizer
-from widemargin.trainer.data import rows, tokenizing
-from widemargin.trainer.data.tokenizing import FLAGS, OK, Limits, PairTokenizer
+from widemargin.trainer.data import fitting, rows
+from widemargin.trainer.data.fitting import FLAGS, OK, Limits
+from widemargin.trainer.data.tokenizing import PairTokenizer
 from widemargin.trainer.errors import UserError
 
 Row = dict[str, Any]
@@ -135,7 +136,7 @@ def test_tokens_are_those_of_the_whole_conversation(template: str) -> None:
 
 def test_a_template_without_an_end_of_turn_is_counted() -> None:
     (row,) = tokenize(SAME_PAIR["messages"], template=WITHOUT_END)
-    assert {tokenizing.CHOSEN_NO_END, tokenizing.REJECTED_NO_END} == row["flags"]
+    assert {fitting.CHOSEN_NO_END, fitting.REJECTED_NO_END} == row["flags"]
 
 
 def test_an_end_token_inside_an_answer_does_not_end_it() -> None:
@@ -147,7 +148,7 @@ def test_an_end_token_inside_an_answer_does_not_end_it() -> None:
 def test_a_merge_across_the_prompt_boundary_is_a_mismatch_and_stays_consistent() -> None:
     tokenizer: Any = tiny_tokenizer(MERGING)
     (row,) = tokenize(SAME_PAIR["messages"], template=MERGING)
-    assert row["flags"] == {tokenizing.MISMATCH}
+    assert row["flags"] == {fitting.MISMATCH}
     assert "1 of 12 prompt tokens" in row["detail"]
     rendered = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_dict=False)
     assert row["prompt_ids"] == rendered[:-1]
@@ -162,7 +163,7 @@ def test_a_merge_with_one_side_only_still_gives_both_sides_one_prompt(
     chosen: str, rejected: str
 ) -> None:
     (row,) = tokenize({"prompt": "no, ye", "chosen": chosen, "rejected": rejected})
-    assert row["flags"] == {tokenizing.MISMATCH}
+    assert row["flags"] == {fitting.MISMATCH}
     prompt, *sides = ids(row)
     for answer, side in zip((chosen, rejected), sides, strict=True):
         whole: Any = tiny_tokenizer()("no, ye" + answer)["input_ids"]
@@ -174,7 +175,7 @@ def test_bos_is_never_doubled() -> None:
     plain = {"prompt": "<s>Is water wet?", "chosen": " yes", "rejected": " no"}
     (row,) = tokenize(plain)
     assert text(row["prompt_ids"]) == "<s>Is water wet?"
-    assert row["flags"] == {tokenizing.BOS_DOUBLED}
+    assert row["flags"] == {fitting.BOS_DOUBLED}
     (row,) = tokenize(SAME_PAIR["messages"], template="{{ bos_token }}" + WITH_BOS)
     assert row["prompt_ids"].count(BOS) == 1
 
@@ -202,7 +203,7 @@ def test_truncation_keeps_bos_and_the_named_side_then_cuts_completions() -> None
     assert (len(prompt), len(chosen), len(rejected)) == (5, 5, 4)
     (row,) = tokenize(LONG, limits=Limits(None, 3, None, "keep_end"))
     assert ids(row) == ([BOS, *prompt[3:]], chosen, rejected)
-    assert row["flags"] == {tokenizing.PROMPT_CUT}
+    assert row["flags"] == {fitting.PROMPT_CUT}
     (row,) = tokenize(LONG, limits=Limits(None, 3, None, "keep_start"))
     assert row["prompt_ids"] == prompt[:3]
     (row,) = tokenize(LONG, limits=Limits(None, 1, None, "keep_end"))
@@ -211,10 +212,10 @@ def test_truncation_keeps_bos_and_the_named_side_then_cuts_completions() -> None
     assert row["prompt_ids"] == prompt[3:]
     (row,) = tokenize(LONG, limits=Limits(9, None, None, "keep_end"))
     assert ids(row) == (prompt, chosen[:4], rejected)
-    assert row["flags"] == {tokenizing.CHOSEN_CUT}
+    assert row["flags"] == {fitting.CHOSEN_CUT}
     (row,) = tokenize(LONG, limits=Limits(6, 3, 3, "keep_end"))
     assert [len(part) for part in ids(row)] == [3, 3, 3]
-    cut = {tokenizing.PROMPT_CUT, tokenizing.CHOSEN_CUT, tokenizing.REJECTED_CUT}
+    cut = {fitting.PROMPT_CUT, fitting.CHOSEN_CUT, fitting.REJECTED_CUT}
     assert row["flags"] == cut
 
 
@@ -252,12 +253,12 @@ def test_rows_that_cannot_train_have_a_reason(row: Row, reason: str) -> None:
 
 def test_limits_that_leave_nothing() -> None:
     (row,) = tokenize(LONG, limits=Limits(4, None, None, "keep_end"))
-    assert row["status"] == tokenizing.NOTHING_LEFT
+    assert row["status"] == fitting.NOTHING_LEFT
     same_start = {"prompt": "a", "chosen": " yes yes no", "rejected": " yes yes yes"}
     (row,) = tokenize(same_start, limits=Limits(None, None, 2, "keep_end"))
-    assert row["status"] == tokenizing.IDENTICAL_CUT
+    assert row["status"] == fitting.IDENTICAL_CUT
     (row,) = tokenize({"prompt": "", "chosen": "a", "rejected": "b"}, adds_bos=False)
-    assert row["status"] == tokenizing.NO_PROMPT_TOKEN
+    assert row["status"] == fitting.NO_PROMPT_TOKEN
 
 
 TEXTS = st.one_of(
@@ -278,7 +279,7 @@ VALUES = st.one_of(st.none(), TEXTS, MESSAGES, st.integers(), st.booleans())
 SIDES = st.one_of(TEXTS, MESSAGES, VALUES)
 REASONS = {
     value
-    for module in (rows, tokenizing)
+    for module in (rows, fitting)
     for name, value in vars(module).items()
     if name.isupper() and isinstance(value, str)
 } | {"refused by the chat template"}

@@ -11,10 +11,11 @@ import numpy as np
 from ..errors import UserError
 from .caching import cached_map
 from .display import printable
+from .fitting import FLAGS, MISMATCH, OK
 from .mixing import Part
 from .report import EXAMPLES_SHOWN, LengthStats, SourceCount, SplitReport
 from .settings import DataSettings
-from .tokenizing import FLAGS, MISMATCH, OK, TOKEN_COLUMNS
+from .tokenizing import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow

@@ -1,9 +1,10 @@
 """Tokenization once: kept on disk under a hash of everything the tokens depend on.
 
 The hash covers the raw rows (the data set's own fingerprint), the tokenizer's content and
-template, and the limits; never the identity of an object, nor the truncation and padding that a
-tokenizer remembers from its last call. So the next run finds the result, and so do the other
-processes of this one: they wait for the first on a lock file, not in a collective that times out.
+template, the rendering and the limits; never the identity of an object, nor the truncation and
+padding that a tokenizer remembers from its last call. So the next run finds the result, and so do
+the other processes of this one: they wait for the first on a lock file, not in a collective that
+times out.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .chat import only_id
-from .tokenizing import TOKEN_COLUMNS, Limits, PairTokenizer, TokenizedReader, features
+from .chat import Rendering, only_id
+from .fitting import Limits
+from .tokenizing import TOKEN_COLUMNS, PairTokenizer, TokenizedReader, features
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
     from .settings import DataSettings
 
-# Raise it when the same rows, tokenizer and limits come to give other tokens or counts.
-_VERSION = 1
+# Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
+_VERSION = 2
 
 
 def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Dataset:
@@ -31,8 +33,8 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
     from datasets import config
     from filelock import FileLock
 
-    limits = Limits.of(settings)
-    key = fingerprint(raw, tokenizer, limits)
+    limits, rendering = Limits.of(settings), Rendering.of(settings)
+    key = fingerprint(raw, tokenizer, limits, rendering)
     folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"pairs-{key}.arrow")
@@ -41,7 +43,7 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
         return raw.map(
             TokenizedReader(limits, only_id(tokenizer.bos_token_id))
             if tokenized
-            else PairTokenizer(tokenizer, limits),
+            else PairTokenizer(tokenizer, limits, rendering),
             batched=True,
             remove_columns=raw.column_names,
             features=features(),
@@ -52,27 +54,32 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
         )
 
 
-def fingerprint(raw: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str:
+def fingerprint(
+    raw: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    rendering: Rendering | None = None,
+) -> str:
     """The hash of all that decides the tokens of ``raw``."""
     import tokenizers
     import transformers
     from datasets.fingerprint import Hasher
 
     versions = [_VERSION, transformers.__version__, tokenizers.__version__]
-    facts = [versions, raw._fingerprint, _tokenizer_content(tokenizer), asdict(limits)]
+    settings = [asdict(limits), asdict(rendering or Rendering())]
+    facts = [versions, raw._fingerprint, _tokenizer_content(tokenizer), settings]
     return Hasher.hash(json.dumps(facts, sort_keys=True, default=str))
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: Any
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        content: dict[str, Any] = {
-            "vocabulary": tokenizer.get_vocab(),
-            "init": tokenizer.init_kwargs,
-        }
+        content = {"vocabulary": tokenizer.get_vocab(), "init": tokenizer.init_kwargs}
     else:
-        content = json.loads(backend.to_str())
-        del content["truncation"], content["padding"]
+        backend.no_truncation()  # left from its last call, and set anew by the next one
+        backend.no_padding()
+        content = backend.to_str()
     return {
         "class": type(tokenizer).__name__,
         "content": content,

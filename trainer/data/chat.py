@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -11,21 +13,43 @@ from .rows import Messages, RowProblem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .settings import DataSettings
+
 TEMPLATE_REFUSED = "refused by the chat template"
 _PROBE = "PROBE"
+_SHIPPED = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """The settings that decide which text a conversation becomes; see `DataSettings`."""
+
+    separate: bool = False
+    empty_system: bool = False
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> Rendering:
+        return cls(settings.chat_rendering == "separate", settings.auto_insert_empty_system_msg)
 
 
 def read_chat_template(value: str) -> str:
-    """The template that the setting ``chat_template`` means: itself, or the file it names."""
+    """The template that the setting ``chat_template`` means: itself, a shipped one, or a file."""
     if "{{" in value or "{%" in value:
         return value
-    if os.path.isfile(value):
-        with open(value, encoding="utf-8") as file:
-            return file.read()
-    raise UserError(
-        f"chat_template: {value!r} is neither a Jinja template (no {{{{ or {{% in it) "
-        "nor an existing file; give the template itself or its path"
-    )
+    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.jinja"))}
+    path = shipped.get(value, Path(os.path.expanduser(value)))
+    if not path.is_file():
+        raise UserError(
+            f"chat_template: {value!r} is neither a Jinja template (no {{{{ or {{% in it) nor an "
+            f"existing file nor a shipped template; give the template itself, its path, or one of "
+            f"{', '.join(shipped)}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"chat_template: {value}: cannot be read as UTF-8 text ({error}); name another file"
+        ) from error
 
 
 def render(
@@ -62,6 +86,50 @@ def _apply(
     )
 
 
+def example_prompt(tokenizer: PreTrainedTokenizerBase, generation: bool) -> str | None:
+    """A short rendered prompt, to see what this template's prompts end with."""
+    prompt = [{"role": "user", "content": _PROBE}]
+    text = render(tokenizer, [prompt], generation)[0]
+    return text if isinstance(text, str) else None
+
+
+def takes_empty_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template mentions system messages and does not refuse them."""
+    if not mentions_system(tokenizer):
+        return False
+    probe = [{"role": "system", "content": ""}, {"role": "user", "content": _PROBE}]
+    return isinstance(render(tokenizer, [probe], generation=False)[0], str)
+
+
+def mentions_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """The alignment handbook's test for a template that has a place for system messages."""
+    template = tokenizer.get_chat_template()
+    return "system" in template or "<|im_start|>" in template
+
+
+def answer_preamble(tokenizer: PreTrainedTokenizerBase) -> str | RowProblem:
+    """What the template writes before an answer rendered alone, and not before one in its place.
+
+    "" for most, a default system prompt for some; ``RowProblem`` where it refuses such an answer.
+    BOS is left out.
+    """
+    answer = {"role": "assistant", "content": _PROBE}
+    ask = {"role": "user", "content": "?"}
+    alone, joint = render(tokenizer, [[answer], [ask, answer]], generation=False)
+    if isinstance(alone, RowProblem):
+        return alone
+    alone = without_bos(tokenizer, alone)
+    if isinstance(joint, RowProblem) or _PROBE not in joint:
+        return ""
+    ends = (len(alone) - i for i in range(len(alone) + 1) if joint.endswith(alone[i:]))
+    return alone[: len(alone) - next(ends)]
+
+
+def without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """``text`` without the BOS it may begin with."""
+    return text.removeprefix(str(tokenizer.bos_token)) if tokenizer.bos_token else text
+
+
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token the chat template closes an answer with, where generation stops; None without one.
 
@@ -91,8 +159,8 @@ def plain_text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def template_writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a rendered conversation begins with BOS."""
-    rendered = render(tokenizer, [[{"role": "user", "content": _PROBE}]], generation=True)[0]
-    return isinstance(rendered, str) and rendered.startswith(str(tokenizer.bos_token))
+    rendered = example_prompt(tokenizer, generation=True)
+    return rendered is not None and rendered.startswith(str(tokenizer.bos_token))
 
 
 def only_id(token_id: Any) -> int | None:

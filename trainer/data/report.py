@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .display import printable
-from .tokenizing import CHOSEN_CUT, MISMATCH, REJECTED_CUT
+from .fitting import CHOSEN_CUT, MISMATCH, REJECTED_CUT
 
 EXAMPLES_SHOWN = 3
 END_LOST = (CHOSEN_CUT, REJECTED_CUT)

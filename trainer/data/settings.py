@@ -9,6 +9,7 @@ from ..errors import UserError
 
 DEFAULT_SPLITS = ["train", "test"]
 TRUNCATION_MODES = ("keep_end", "keep_start")
+RENDERINGS = ("joint", "separate")
 
 
 @dataclass
@@ -33,8 +34,15 @@ class DataSettings:
     max_completion_length: int | None = None
     #: Which side of a prompt over its limit stays: "keep_end" or "keep_start". BOS always stays.
     truncation_mode: str = "keep_end"
-    #: A Jinja chat template, or the path of a file with one, in place of the tokenizer's own.
+    #: A Jinja chat template, the path of a file with one, or the name of one shipped here
+    #: ("mistral", "zephyr"), in place of the tokenizer's own.
     chat_template: str | None = None
+    #: "joint": prompt and answer as one conversation. "separate": each answer alone, as the
+    #: published SimPO, LMPO and gamma-PO scripts did, with their tokens and their truncation.
+    chat_rendering: str = "joint"
+    #: Put an empty system message before a prompt that has none, where the template mentions
+    #: "system". It keeps a template's default system prompt out.
+    auto_insert_empty_system_msg: bool = False
     #: Make a row that cannot train an error instead of skipping and counting it.
     strict_data: bool = False
     #: Processes that tokenize; None for this one alone, with the tokenizer's own threads.
@@ -57,10 +65,14 @@ class DataSettings:
         for name in ("max_train_samples", "max_eval_samples"):
             _check_count(name, getattr(self, name), "rows")
         _check_count("preprocessing_num_workers", self.preprocessing_num_workers, "processes")
-        if self.truncation_mode not in TRUNCATION_MODES:
+        for name, known in (("truncation_mode", TRUNCATION_MODES), ("chat_rendering", RENDERINGS)):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if not isinstance(self.auto_insert_empty_system_msg, bool):
             raise UserError(
-                f"truncation_mode: expected one of {', '.join(TRUNCATION_MODES)}, "
-                f"got {self.truncation_mode!r}"
+                "auto_insert_empty_system_msg: expected true or false, "
+                f"got {self.auto_insert_empty_system_msg!r}"
             )
         if not _is_number(self.flip) or not 0 <= self.flip <= 1:
             raise UserError(f"flip: expected a probability from 0 to 1, got {self.flip!r}")

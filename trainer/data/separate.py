@@ -1,0 +1,90 @@
+"""``chat_rendering: separate``: pairs as the published SimPO, LMPO and gamma-PO scripts made them.
+
+What they did (princeton-nlp/SimPO, ``run_simpo.py`` and ``simpo_trainer.py``; the others took it
+over), row by row:
+
+- The prompt's messages are rendered without a generation prompt, each answer as a conversation of
+  its own, less its BOS. So an answer brings what opens its turn (``<|im_start|>assistant``), and is
+  scored on it; a default system prompt of the template comes with it too.
+- Without a prompt of messages, a conversation's last message is the answer and the rest the prompt.
+- Prompt and prompt + answer are tokenized. The answer's tokens are those past the length of the
+  prompt's, one earlier where the two differ, since a last token can merge with the answer.
+- BOS is put in front unless it is there, EOS at the end unless it is there.
+
+Where chosen and rejected merge with the prompt's end differently, the published trainer kept two
+prompts; here they share what is the same, and the row is counted as a prompt mismatch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .chat import render, without_bos
+from .fitting import MISMATCH, SEVERAL_TURNS, Tokens
+from .rows import Messages, Pair, RowProblem, common_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .encoding import Triple
+
+
+def last_turns(pair: Pair, row: dict[str, Any]) -> Pair:
+    """The pair with prompt and answers where the published scripts cut ``row``."""
+    if not pair.conversation or (isinstance(row.get("prompt"), list) and row["prompt"]):
+        return pair
+    prompt = pair.prompt + pair.chosen[:-1]
+    return Pair(prompt, pair.chosen[-1:], pair.rejected[-1:], conversation=True)
+
+
+def render_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Messages, Messages, Messages]]
+) -> list[Triple | RowProblem]:
+    """Prompt, prompt with chosen and prompt with rejected of each pair, as text."""
+    prompts, chosen, rejected = (
+        render(tokenizer, [pair[part] for pair in pairs], generation=False) for part in range(3)
+    )
+    texts: list[Triple | RowProblem] = []
+    for prompt, *sides in zip(prompts, chosen, rejected, strict=True):
+        if isinstance(prompt, RowProblem):
+            texts.append(prompt)
+            continue
+        refused = next((side for side in sides if isinstance(side, RowProblem)), None)
+        if refused is not None:
+            texts.append(
+                RowProblem(
+                    refused.reason,
+                    f"an answer alone, as chat_rendering: separate has it: {refused.detail}",
+                )
+            )
+            continue
+        first, second = (prompt + without_bos(tokenizer, str(side)) for side in sides)
+        texts.append((prompt, first, second))
+    return texts
+
+
+def split(
+    pair: Pair,
+    prompt: list[int],
+    chosen: list[int],
+    rejected: list[int],
+    bos_id: int | None,
+    eos_id: int | None,
+) -> Tokens:
+    """Prompt and answers from the ids of the three texts `render_pairs` gives."""
+    size = len(prompt)
+    starts = [size if ids[:size] == prompt else max(size - 1, 0) for ids in (chosen, rejected)]
+    shared = min(*starts, common_prefix(chosen, rejected))
+    flags = {SEVERAL_TURNS} if pair.several_turns else set()
+    detail = ""
+    if shared < size:
+        flags.add(MISMATCH)
+        detail = f"the last {size - shared} of {size} prompt tokens are the answers'"
+    sides = []
+    for side in (chosen[shared:], rejected[shared:]):
+        ends = eos_id is None or side[-1:] == [eos_id]
+        sides.append(side if ends else [*side, eos_id])
+    head = chosen[:shared]
+    if bos_id is not None and head[:1] != [bos_id]:
+        head = [bos_id, *head]
+    return Tokens(head, sides[0], sides[1], flags, detail)
