@@ -1,19 +1,16 @@
-"""Random packed micro-batches, and objectives computed plainly from lists of Python floats.
-
-What is here shares nothing with the package: it is the second opinion the tests compare with.
-"""
+"""Random packed micro-batches, and the small formulas of preference losses in Python floats."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Pair = tuple[list[float], list[float]]  # token logps of chosen and of rejected
+Sums = tuple[float, float]  # the same under a reference model, summed
 
 
 def random_pairs(rng: np.random.Generator, count: int, longest: int = 12) -> list[Pair]:
@@ -31,6 +28,21 @@ def pack(pairs: Sequence[Pair], dtype: torch.dtype = torch.float64) -> tuple[Ten
     cu_seqlens = np.cumsum([0] + [len(sequence) for sequence in sequences])
     tokens = torch.tensor([x for sequence in sequences for x in sequence], dtype=dtype)
     return tokens.requires_grad_(), torch.tensor(cu_seqlens, dtype=torch.int32)
+
+
+def references(pairs: Sequence[Pair]) -> list[Sums]:
+    """Sums under a made-up reference model, near the policy's: a function of each completion."""
+
+    def total(tokens: list[float]) -> float:
+        policy = math.fsum(tokens)
+        return 0.9 * policy - 0.3 * math.sin(37 * policy)
+
+    return [(total(chosen), total(rejected)) for chosen, rejected in pairs]
+
+
+def reference_sums(pairs: Sequence[Pair], dtype: torch.dtype = torch.float64) -> Tensor:
+    """`references` as objectives take them, [2P]."""
+    return torch.tensor(references(pairs), dtype=dtype).reshape(-1, 2).T.reshape(-1)
 
 
 def rounded(pairs: Sequence[Pair], dtype: torch.dtype) -> list[Pair]:
@@ -57,98 +69,3 @@ def nll(x: float) -> float:
 
 def gap(pair: Pair, beta: float) -> float:
     return beta * (mean(pair[0]) - mean(pair[1]))
-
-
-@dataclass
-class PlainLmpo:
-    """Target margins of LMPO, batch after batch."""
-
-    beta: float = 2.0
-    ratio: float = 0.5
-    weight: float = 0.2
-    shape: str = "power"
-    power: int = 5
-    length_norm: bool = True
-    decay: float = 0.9
-    correct: bool = True
-    means: list[float] = field(default_factory=list)
-    stds: list[float] = field(default_factory=list)
-
-    def raw(self, pair: Pair) -> float:
-        average = (len(pair[0]) + len(pair[1])) / 2
-        p_w, p_l = (
-            math.exp(mean(y) * (average / len(y) if self.length_norm else 1.0)) for y in pair
-        )
-        d = p_w - p_l
-        if self.shape == "power":
-            phi = (1 - d**self.power) / 2
-        elif self.shape == "sigmoid":
-            phi = sigmoid(-10 * d)
-        else:
-            phi = 0.5 + math.log((1 - d + 1e-8) / (1 + d + 1e-8)) / 5
-        return (1 - p_w) * phi
-
-    def running(self, history: list[float]) -> float:
-        value = 0.0
-        for item in history:
-            value = self.decay * value + (1 - self.decay) * item
-        return value / (1 - self.decay ** len(history)) if self.correct else value
-
-    def margins(self, pairs: Sequence[Pair], training: bool = True) -> list[float]:
-        raw = [self.raw(pair) for pair in pairs]
-        if training and raw:
-            self.means.append(float(np.mean(raw)))
-        if training and len(raw) > 1:
-            self.stds.append(float(np.std(raw, ddof=1)))
-        z = [0.0] * len(raw)
-        if self.stds:
-            a, b = self.running(self.means), self.running(self.stds)
-            z = [(m - a) / (b + 1e-6) for m in raw]
-        return [self.beta * self.ratio + self.weight * value for value in z]
-
-
-@dataclass
-class PlainGamma:
-    """Target margins of gamma-PO, batch after batch, with p itself rather than its logarithm."""
-
-    beta: float = 2.0
-    ratio: float = 0.5
-    tau: float = 10.0
-    seed: int = 0
-    queue: dict[int, float] = field(default_factory=dict)  # slot -> gap
-    pushes: int = 0
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def sample(self, count: int, training: bool) -> list[float]:
-        before = self.generator.get_state()
-        keys = torch.rand(2048, generator=self.generator, dtype=torch.float64).tolist()
-        if not training:
-            self.generator.set_state(before)
-        slots = sorted(self.queue, key=lambda slot: keys[slot])
-        return [self.queue[slot] for slot in slots[: max(count, 0)]]
-
-    def solve(self, gaps: list[float]) -> list[float]:
-        g0, n = self.beta * self.ratio, len(gaps)
-        lr = min(0.5 / self.tau, 1.0)
-        p, gammas = [1 / n] * n, []
-        for _ in range(20):
-            gammas = [g0 * n * p_j for p_j in p]
-            grads = [
-                self.tau * (1 + math.log(n * (p_j + 1e-10))) + g0 * sigmoid(gamma - d)
-                for p_j, gamma, d in zip(p, gammas, gaps, strict=True)
-            ]
-            p = [p_j * math.exp(-lr * grad) for p_j, grad in zip(p, grads, strict=True)]
-            total = math.fsum(p)
-            p = [p_j / total for p_j in p]
-        return gammas
-
-    def margins(self, pairs: Sequence[Pair], training: bool = True) -> list[float]:
-        own = [gap(pair, self.beta) for pair in pairs]
-        margins = self.solve(own + self.sample(256 - len(own), training))[: len(own)]
-        if training:
-            for value in own:
-                self.queue[self.pushes % 2048] = value
-                self.pushes += 1
-        return margins

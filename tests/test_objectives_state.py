@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from preference_batches import Pair, pack, random_pairs
+from preference_batches import Pair, pack, random_pairs, reference_sums
 from safetensors.torch import load, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.spawn import spawn
@@ -24,7 +24,15 @@ from widemargin.trainer.objectives import (
     hyperparameters_of,
 )
 
-STATEFUL = ["lmpo", "gamma-simpo"]
+STATEFUL = [name for name in OBJECTIVES if build_objective(name).state_dict()]
+COUPLED = [name for name, spec in OBJECTIVES.items() if spec.couples_pairs]
+
+Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def called(pairs: list[Pair]) -> Call:
+    """What an objective is called with: token logps, boundaries, the reference model's sums."""
+    return *pack(pairs), reference_sums(pairs)
 
 
 def through_torch(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -45,7 +53,7 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("transport", [through_torch, through_safetensors])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_resumed_equals_uninterrupted(name, transport):
-    batches = [pack(random_pairs(np.random.default_rng(i), 40 + i)) for i in range(16)]
+    batches = [called(random_pairs(np.random.default_rng(i), 40 + i)) for i in range(16)]
     whole = build_objective(name)
     expected = [whole(*batch) for batch in batches]
     first = build_objective(name)
@@ -61,7 +69,7 @@ def test_resumed_equals_uninterrupted(name, transport):
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_saved_state_is_a_copy(name):
     objective = build_objective(name)
-    batch = pack(random_pairs(np.random.default_rng(0), 5))
+    batch = called(random_pairs(np.random.default_rng(0), 5))
     saved = objective.state_dict()
     untouched = build_objective(name).state_dict()
     objective(*batch)
@@ -77,7 +85,7 @@ def test_a_saved_state_is_a_copy(name):
 def test_evaluation_leaves_the_state_alone(name):
     rng = np.random.default_rng(1)
     objective, undisturbed = build_objective(name), build_objective(name)
-    batches = [pack(random_pairs(rng, size)) for size in (200, 100, 30)]
+    batches = [called(random_pairs(rng, size)) for size in (200, 100, 30)]
     for batch in batches:
         objective(*batch)
         undisturbed(*batch)
@@ -135,20 +143,23 @@ def run_rank(rank: int, folder: Path, capacity: int | None) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
     results = {}
-    for name in STATEFUL:
+    for name in COUPLED:
         objective = build_objective(name)
         objective.max_pairs_per_rank = capacity
-        margins = []
+        outs = []
         for step, (pairs, ids, split) in enumerate(global_batches()):
             objective.train(step != 5)
             mine = slice(0, split) if rank == 0 else slice(split, None)
             if pairs[mine]:
-                batch, own_ids = pack(pairs[mine]), ids[mine]
+                batch, own_ids = called(pairs[mine]), ids[mine]
+            elif step % 2:
+                batch, own_ids = called([([-1.0], [-2.0])]), [-1]
             else:
-                batch, own_ids = pack([([-1.0], [-2.0])]), [-1]
-            out = objective(*batch, pair_ids=torch.tensor(own_ids), group=dist.group.WORLD)
-            margins.append(out.target_margins[out.real])
-        results[name] = margins, objective.state_dict()
+                batch, own_ids = called([]), []
+            own = torch.tensor(own_ids, dtype=torch.int64)
+            out = objective(*batch, pair_ids=own, group=dist.group.WORLD)
+            outs.append(torch.stack([out.target_margins, out.losses.detach()])[:, out.real])
+        results[name] = outs, objective.state_dict()
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -157,12 +168,14 @@ def run_rank(rank: int, folder: Path, capacity: int | None) -> None:
 def test_two_processes_equal_one(tmp_path, capacity):
     spawn(run_rank, (tmp_path, capacity), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    for name in STATEFUL:
+    for name in COUPLED:
         objective = build_objective(name)
         for step, (pairs, ids, _) in enumerate(global_batches()):
-            out = objective.train(step != 5)(*pack(pairs), pair_ids=torch.tensor(ids))
-            both = torch.cat([rank[name][0][step] for rank in ranks])
-            assert torch.equal(both, out.target_margins), (name, step)
+            out = objective.train(step != 5)(*called(pairs), pair_ids=torch.tensor(ids))
+            margins, losses = torch.cat([rank[name][0][step] for rank in ranks], 1)
+            assert torch.equal(margins, out.target_margins), (name, step)
+            # Vector instructions round log1p otherwise than the loop over what they leave.
+            torch.testing.assert_close(losses, out.losses, rtol=1e-14, atol=0)
         for rank in ranks:
             assert same_state(rank[name][1], objective.state_dict())
 
@@ -185,13 +198,14 @@ class NoReadBack(TorchDispatchMode):
 @pytest.mark.parametrize("training", [True, False])
 def test_reads_nothing_back_to_the_host(name, training):
     objective = build_objective(name, sft_weight=0.1).train(training)
-    tokens, cu_seqlens = pack(random_pairs(np.random.default_rng(5), 3))
+    batch = called(random_pairs(np.random.default_rng(5), 3))
     ids = torch.tensor([4, -1, 2])
     with NoReadBack():
-        objective(tokens, cu_seqlens, pair_ids=ids).loss.backward()
+        objective(*batch, pair_ids=ids).loss.backward()
     with FakeTensorMode(allow_non_fake_inputs=True):  # holds no values: reading one raises
         fake = torch.randn(30, requires_grad=True)
-        out = objective(fake, torch.zeros(7, dtype=torch.int32), pair_ids=torch.zeros(3).long())
+        boundaries, ids = torch.zeros(7, dtype=torch.int32), torch.zeros(3).long()
+        out = objective(fake, boundaries, reference=torch.zeros(6), pair_ids=ids)
         out.loss.backward()
 
 
@@ -201,16 +215,16 @@ def test_on_a_gpu_without_waiting_for_it(name):
     here, there = build_objective(name), build_objective(name)
     for step in range(4):
         pairs = random_pairs(np.random.default_rng(step), 150)
-        tokens, cu_seqlens = pack(pairs)
+        tokens, cu_seqlens, reference = called(pairs)
         ids = torch.arange(len(pairs))
-        expected = here(tokens, cu_seqlens, pair_ids=ids)
-        moved = [tensor.detach().cuda() for tensor in (tokens, cu_seqlens, ids)]
+        expected = here(tokens, cu_seqlens, reference, pair_ids=ids)
+        moved = [tensor.detach().cuda() for tensor in (tokens, cu_seqlens, reference, ids)]
         moved[0].requires_grad_()
         torch.cuda.synchronize()
         # The first call moves the state over, from memory that is not pinned.
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
-            out = there(moved[0], moved[1], pair_ids=moved[2])
+            out = there(*moved[:3], pair_ids=moved[3])
             out.loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -218,16 +232,28 @@ def test_on_a_gpu_without_waiting_for_it(name):
 
 
 def test_names():
-    assert list(OBJECTIVES) == ["simpo", "hinge", "lmpo", "gamma-simpo"]
+    assert set(OBJECTIVES) == {
+        *("simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo", "beta-dpo"),
+        *("dpo", "r-dpo", "ipo", "kto", "cpo", "orpo"),
+    }
+    published = {"gm-simpo": "gamma-simpo", "gm-dpo": "gamma-dpo"}
+    published |= {"b-simpo": "beta-simpo", "b-dpo": "beta-dpo", "sigmoid": "simpo"}
+    assert published == ALIASES
     for alias, name in ALIASES.items():
         assert alias not in OBJECTIVES
         assert build_objective(alias).name == canonical_name(alias) == name
 
 
+WITH_MARGIN = ["simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo"]
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_hyperparameters_are_documented(name):
     fields = hyperparameters_of(name)
-    assert {"beta", "gamma_beta_ratio", "sft_weight"} <= fields.keys()
+    assert "sft_weight" in fields
+    assert ("beta" in fields) == (name != "orpo")
+    assert ("gamma_beta_ratio" in fields) == (name in WITH_MARGIN)
+    assert "length_norm" in fields or not OBJECTIVES[name].needs_reference
     assert all(field.metadata["help"] for field in fields.values())
     assert build_objective(name).hyperparameters == OBJECTIVES[name].hyperparameters()
 
@@ -245,6 +271,9 @@ OTHER_VALUES = {
     "zscore_bias_correction": False,
     "tau": 1.0,
     "sampling_seed": 1,
+    "sample_fraction": 0.5,
+    "gap_decay": 0.5,
+    "alpha": 0.5,
 }
 
 
@@ -252,9 +281,11 @@ OTHER_VALUES = {
     ("name", "key"), [(n, k) for n in OBJECTIVES for k in hyperparameters_of(n)]
 )
 def test_every_hyperparameter_matters(name, key):
-    usual, changed = build_objective(name), build_objective(name, **{key: OTHER_VALUES[key]})
+    usual = build_objective(name)
+    value = OTHER_VALUES[key] if key in OTHER_VALUES else not getattr(usual.hyperparameters, key)
+    changed = build_objective(name, **{key: value})
     for size in (300, 4):
-        batch = pack(random_pairs(np.random.default_rng(size), size))
+        batch = called(random_pairs(np.random.default_rng(size), size))
         losses, others = usual(*batch).losses, changed(*batch).losses
     assert not torch.equal(losses, others)
 
@@ -281,6 +312,15 @@ def test_every_hyperparameter_matters(name, key):
         ("lmpo", {"zscore_decay": 1.0}, ">= 0 and < 1"),
         ("lmpo", {"zscore_bias_correction": 1}, "true or false"),
         ("gamma-simpo", {"tau": 0}, "tau"),
+        ("dpo", {"gamma_beta_ratio": 0.5}, "hyperparameter of dpo 'gamma_beta_ratio' is not known"),
+        ("kto", {"gamma_beta_ratio": 0.5}, "hyperparameter of kto 'gamma_beta_ratio'"),
+        ("beta-dpo", {"gamma_beta_ratio": 0.5}, "hyperparameter of beta-dpo"),
+        ("ipo", {"label_smoothing": 0.1}, "hyperparameter of ipo"),
+        ("orpo", {"beta": 0.1}, "hyperparameter of orpo 'beta' is not known.*alpha"),
+        ("orpo", {"alpha": 0}, "alpha"),
+        ("b-dpo", {"sample_fraction": 0.0}, "> 0 and <= 1"),
+        ("b-dpo", {"gap_decay": 1}, "gap_decay"),
+        ("dpo", {"length_norm": 1}, "true or false"),
         ("gamma-simpo", {"sampling_seed": -1}, "a whole number >= 0"),
     ],
 )
@@ -300,3 +340,7 @@ def test_calls_check_shapes():
     with pytest.raises(ValueError, match="cu_seqlens"):
         objective(tokens, cu_seqlens[:-1])
     assert objective(tokens, cu_seqlens, reference=torch.zeros(6)).loss.isfinite()
+    for name, spec in OBJECTIVES.items():
+        if spec.needs_reference:
+            with pytest.raises(UserError, match=f"reference: {name} needs the frozen model's"):
+                build_objective(name)(tokens, cu_seqlens)

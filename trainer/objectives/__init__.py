@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from . import gamma_po, lmpo, simpo
+from . import beta_po, cpo, dpo, gamma_po, kto, lmpo, orpo, simpo
 from .base import Objective, ObjectiveOutput, ObjectiveSpec
 from .settings import unknown_name
 
@@ -44,14 +44,80 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     ),
     "gamma-simpo": ObjectiveSpec(
         "-log sigmoid(D - gamma_i)",
-        gamma_po.GammaHyperparameters,
+        gamma_po.GammaSimpoHyperparameters,
         gamma_po.gamma_simpo_terms,
         gamma_po.initial_state,
         couples_pairs=True,
     ),
+    "gamma-dpo": ObjectiveSpec(
+        "-(1-e) log sigmoid(R - (gamma_i - g)) - e log sigmoid((gamma_i - g) - R)",
+        gamma_po.GammaDpoHyperparameters,
+        gamma_po.gamma_dpo_terms,
+        gamma_po.initial_state,
+        couples_pairs=True,
+        needs_reference=True,
+    ),
+    "beta-simpo": ObjectiveSpec(
+        "simpo of the pairs drawn, with beta_used",
+        beta_po.BetaSimpoHyperparameters,
+        beta_po.beta_simpo_terms,
+        beta_po.initial_state,
+        couples_pairs=True,
+    ),
+    "beta-dpo": ObjectiveSpec(
+        "dpo of the pairs drawn, with beta_used",
+        beta_po.BetaDpoHyperparameters,
+        beta_po.beta_dpo_terms,
+        beta_po.initial_state,
+        couples_pairs=True,
+        needs_reference=True,
+    ),
+    "dpo": ObjectiveSpec(
+        "-(1-e) log sigmoid(R) - e log sigmoid(-R)",
+        dpo.DpoHyperparameters,
+        dpo.dpo_terms,
+        needs_reference=True,
+    ),
+    "r-dpo": ObjectiveSpec(
+        "-log sigmoid(R + alpha (n_w - n_l))",
+        dpo.RdpoHyperparameters,
+        dpo.rdpo_terms,
+        needs_reference=True,
+    ),
+    "ipo": ObjectiveSpec(
+        "(R / beta - 1 / (2 beta))^2, R per token",
+        dpo.IpoHyperparameters,
+        dpo.ipo_terms,
+        needs_reference=True,
+    ),
+    "kto": ObjectiveSpec(
+        "mean of 1 - sigmoid(r_w - beta KL_l) and 1 - sigmoid(beta KL_w - r_l)",
+        dpo.ReferenceHyperparameters,
+        kto.kto_terms,
+        couples_pairs=True,
+        needs_reference=True,
+    ),
+    "cpo": ObjectiveSpec(
+        "-log sigmoid(beta (s_w - s_l)) - alpha mean_w",
+        cpo.CpoHyperparameters,
+        cpo.cpo_terms,
+    ),
+    "orpo": ObjectiveSpec(
+        "-mean_w - alpha log sigmoid(log_odds_w - log_odds_l)",
+        orpo.OrpoHyperparameters,
+        orpo.orpo_terms,
+    ),
 }
+"""By name. In the formulas D is the gap of mean logps times beta, R that of rewards
+``r = beta (s - s_ref)``, g the base target margin and e the label smoothing."""
 
-ALIASES = {"sigmoid": "simpo", "gm-simpo": "gamma-simpo"}
+ALIASES = {
+    "sigmoid": "simpo",
+    "gm-simpo": "gamma-simpo",
+    "gm-dpo": "gamma-dpo",
+    "b-simpo": "beta-simpo",
+    "b-dpo": "beta-dpo",
+}
 
 
 def canonical_name(name: str) -> str:

@@ -33,10 +33,10 @@ class Pairs:
 
     token_logps: Tensor  # [N]
     cu_seqlens: Tensor  # [2P + 1]
-    sums: Tensor  # [2P] fp32, or fp64 for fp64
-    means: Tensor  # [2P] per token; 0 for an empty completion
+    sums: Tensor  # [2P] fp32, or fp64 for fp64; 0 for a filler pair
+    means: Tensor  # [2P] per token; 0 for an empty completion or a filler pair
     lengths: Tensor  # [2P] int
-    reference_sums: Tensor | None  # [2P] of the frozen model
+    reference_sums: Tensor | None  # [2P] of the frozen model; 0 for a filler pair
     ids: Tensor  # [P] int64, negative for a filler pair
     group: dist.ProcessGroup | None
     max_pairs_per_rank: int | None
@@ -92,6 +92,11 @@ class ObjectiveOutput:
     chosen_lengths: Tensor  # int
     rejected_lengths: Tensor  # int
     real: Tensor  # bool, False for a filler pair
+
+
+def constant_margins(pairs: Pairs, margin: float) -> Tensor:
+    """[P] of one target margin."""
+    return torch.full_like(pairs.ids, margin, dtype=pairs.sums.dtype)
 
 
 def margin_terms(
@@ -193,13 +198,18 @@ class Objective:
             raise UserError(
                 f"pair_ids: expected shape [{count}], one id per pair, got {list(pair_ids.shape)}"
             )
+        # A filler is a copy of some pair; with zeros for it no formula can make it infinite.
+        real = (pair_ids >= 0).repeat(2)
+        sums = torch.where(real, sums, 0.0)
+        if reference is not None:
+            reference = torch.where(real, reference.detach().to(sums.dtype), 0.0)
         return Pairs(
             token_logps=token_logps,
             cu_seqlens=cu_seqlens,
             sums=sums,
             means=sums / lengths.clamp(min=1),
             lengths=lengths,
-            reference_sums=None if reference is None else reference.detach().to(sums.dtype),
+            reference_sums=reference,
             ids=pair_ids,
             group=group,
             max_pairs_per_rank=self.max_pairs_per_rank,

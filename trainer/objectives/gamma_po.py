@@ -1,6 +1,7 @@
 """gamma-PO, arXiv 2506.03690: target margins that a pair earns among others.
 
-    loss = -log sigmoid(D_i - gamma_i)                         (gamma-simpo)
+    gamma-simpo:  -log sigmoid(D_i - gamma_i)
+    gamma-dpo:    dpo's loss of D_i - (gamma_i - g), D_i the gap to the reference model
 
 A set of n gaps holds the global micro-batch's own, by pair id, and gaps sampled from a queue of
 the last 2048, 256 in all. From p_j = 1/n, 20 times:
@@ -11,7 +12,7 @@ the last 2048, 256 in all. From p_j = 1/n, 20 times:
 
 and gamma_i is the last pass's, before its update. Unlike in the released trainer, the queue is the
 same on every rank, starts empty rather than with random numbers, is fed in training only, and
-nothing is read back to the host.
+nothing is read back to the host. Its label smoothing turns gamma's sign; this one is dpo's.
 
 Margins are fp64: a few hundred numbers. Shapes: P pairs of this rank, G rows over all ranks.
 """
@@ -24,23 +25,37 @@ import torch
 from torch import Tensor
 
 from .base import Pairs, Terms, margin_terms
-from .gather import GlobalPairs, pad_to_multiple, padded_sum
-from .settings import setting
+from .dpo import DpoHyperparameters, log_ratios, reward_terms
+from .gather import GlobalPairs, pad_to_multiple
+from .settings import Hyperparameters, setting
 from .simpo import MarginHyperparameters
 from .state import State, draw_uniform, seeded_generator
 
 QUEUE_SIZE = 2048
 SET_SIZE = 256
 PASSES = 20
+_EPS = 1e-10
 
 
 @dataclass(frozen=True)
-class GammaHyperparameters(MarginHyperparameters):
+class DynamicMargin(Hyperparameters):
     tau: float = setting(10.0, "how strongly margins are held near each other", above=0)
     sampling_seed: int = setting(0, "seed of the draws from the queue of past gaps", at_least=0)
 
 
-def initial_state(hp: GammaHyperparameters) -> State:
+@dataclass(frozen=True)
+class GammaSimpoHyperparameters(DynamicMargin, MarginHyperparameters):
+    pass
+
+
+@dataclass(frozen=True)
+class GammaDpoHyperparameters(DynamicMargin, DpoHyperparameters):
+    """A ratio of 10 makes g 1, as gamma-simpo's defaults do."""
+
+    gamma_beta_ratio: float = setting(10.0, "average target margin divided by beta", at_least=0)
+
+
+def initial_state(hp: DynamicMargin) -> State:
     return {
         "queue": torch.zeros(QUEUE_SIZE, dtype=torch.float64),
         "head": torch.zeros((), dtype=torch.int64),  # the slot to write next
@@ -49,26 +64,35 @@ def initial_state(hp: GammaHyperparameters) -> State:
     }
 
 
-def gamma_simpo_terms(pairs: Pairs, hp: GammaHyperparameters, state: State) -> Terms:
-    chosen_means, rejected_means = pairs.means.detach().chunk(2)
+def gamma_simpo_terms(pairs: Pairs, hp: GammaSimpoHyperparameters, state: State) -> Terms:
+    chosen_means, rejected_means = pairs.means.chunk(2)
     gaps = hp.beta * (chosen_means - rejected_means)
-    margins, state = dynamic_margins(pairs, gaps, hp, state)
+    margins, state = dynamic_margins(pairs, gaps, hp.gamma, hp.tau, state)
     return margin_terms(pairs, hp.beta, margins, state=state)
+
+
+def gamma_dpo_terms(pairs: Pairs, hp: GammaDpoHyperparameters, state: State) -> Terms:
+    rewards = hp.beta * log_ratios(pairs, hp.length_norm)
+    chosen, rejected = rewards.chunk(2)
+    gamma = hp.beta * hp.gamma_beta_ratio
+    margins, state = dynamic_margins(pairs, chosen - rejected, gamma, hp.tau, state)
+    return reward_terms(rewards, margins - gamma, hp.label_smoothing, state)
 
 
 @torch.no_grad()
 def dynamic_margins(
-    pairs: Pairs, gaps: Tensor, hp: GammaHyperparameters, state: State
+    pairs: Pairs, gaps: Tensor, gamma: float, tau: float, state: State
 ) -> tuple[Tensor, State]:
     """Target margins [P] fp64 of pairs with these ``gaps`` [P], and the next state.
 
-    A pair whose gap is not finite is in no set; it gets the margin of one that stands alone.
+    The margins of a set average to ``gamma``. A pair whose gap is not finite is in no set; it gets
+    the margin of one that stands alone.
     """
     current = pairs.gather(gaps)
     keys, generator = draw_uniform(state["generator"], QUEUE_SIZE, gaps.device)
     values, count = joint_set(current, keys, state)
-    margins = solve_margins(values, count, hp.gamma, hp.tau)[current.mine]
-    margins = torch.where(current.used[current.mine], margins, hp.gamma)
+    margins = solve_margins(values, count, gamma, tau)[current.mine]
+    margins = torch.where(current.used[current.mine], margins, gamma)
     return margins, pushed(current, state) | {"generator": generator}
 
 
@@ -93,20 +117,21 @@ def joint_set(current: GlobalPairs, keys: Tensor, state: State) -> tuple[Tensor,
 def solve_margins(gaps: Tensor, count: Tensor, gamma: float, tau: float) -> Tensor:
     """gamma_j of the first ``count`` of ``gaps`` [G]; what follows them is padding.
 
-    Works on ``log(n p)``: 0 at the start, minus infinity for padding, which then adds exact zeros.
+    Keeps log p up to a constant, which softmax takes out along with the constants of grad: seven
+    small operations a pass. Padding is at minus infinity, so softmax adds exact zeros for it; up
+    to 512 rows on a GPU and always on a CPU, it does so in an order that does not change with G.
     """
     used = torch.arange(len(gaps), device=gaps.device) < count
-    n = count.clamp(min=1).to(gaps.dtype)
+    negated, scale = -gaps, gamma * count.to(gaps.dtype)
     lr = min(0.5 / tau, 1.0)
-    log_ratios = torch.zeros_like(gaps).masked_fill(~used, -torch.inf)
+    log_p = torch.zeros_like(gaps).masked_fill(~used, -torch.inf)
+    p = log_p.softmax(0)
     for _ in range(PASSES - 1):
-        ratios = log_ratios.exp()
-        push = gamma * torch.sigmoid(gamma * ratios - gaps)
-        grad = push + tau * (1 + (ratios + 1e-10 * n).log())
-        log_ratios = log_ratios.sub(grad, alpha=lr)
-        top = log_ratios.amax()
-        log_ratios = log_ratios - (top + (padded_sum((log_ratios - top).exp()) / n).log())
-    return gamma * log_ratios.exp()
+        push = torch.addcmul(negated, scale, p).sigmoid()
+        pull = (p + _EPS).log()
+        log_p = log_p.sub(push, alpha=lr * gamma).sub(pull, alpha=lr * tau)
+        p = log_p.softmax(0)
+    return scale * p
 
 
 def pushed(current: GlobalPairs, state: State) -> State:

@@ -31,6 +31,15 @@ class GlobalPairs:
         """[G] bool."""
         return torch.arange(len(self.values), device=self.values.device) < self.count
 
+    def mean(self, column: int = 0) -> Tensor:
+        """[] mean of a column; 0 without pairs."""
+        return padded_sum(self.values[:, column]) / self.count.clamp(min=1)
+
+    def std(self, column: int = 0) -> Tensor:
+        """[] unbiased standard deviation of a column; 0 for fewer than two pairs."""
+        squares = torch.where(self.used, (self.values[:, column] - self.mean(column)) ** 2, 0.0)
+        return (padded_sum(squares) / (self.count - 1).clamp(min=1)).sqrt()
+
 
 def gather_pairs(
     values: Tensor, ids: Tensor, group: dist.ProcessGroup | None, max_pairs_per_rank: int | None

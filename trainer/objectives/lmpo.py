@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import Pairs, Terms, margin_terms
-from .gather import GlobalPairs, padded_sum
+from .gather import GlobalPairs
 from .settings import setting
 from .simpo import MarginHyperparameters
 from .state import State
@@ -91,12 +91,8 @@ def updated_statistics(state: State, pairs: GlobalPairs, decay: float) -> State:
 
     Each has its own count of steps, for its own bias correction.
     """
-    values, used = pairs.values[:, 0], pairs.used
-    mean = padded_sum(values) / pairs.count.clamp(min=1)
-    squares = torch.where(used, (values - mean) ** 2, 0.0)
-    std = (padded_sum(squares) / (pairs.count - 1).clamp(min=1)).sqrt()
     updated = {}
-    for key, value, needed in (("mean", mean, 1), ("std", std, 2)):
+    for key, value, needed in (("mean", pairs.mean(), 1), ("std", pairs.std(), 2)):
         enough = pairs.count >= needed
         running = decay * state[key] + (1 - decay) * value
         updated[key] = torch.where(enough, running, state[key])

@@ -38,7 +38,6 @@ def setting(
 class Hyperparameters:
     """What every objective has; each adds its own fields. Constructing one validates it."""
 
-    beta: float = setting(2.0, "scale of the rewards", above=0)
     sft_weight: float = setting(
         0.0, "this multiple of minus the chosen mean logp is added to each loss", at_least=0
     )
@@ -46,6 +45,13 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, validated(field, getattr(self, field.name)))
+
+
+@dataclass(frozen=True)
+class LabelSmoothing(Hyperparameters):
+    label_smoothing: float = setting(
+        0.0, "assumed probability that a pair's label is wrong", at_least=0, at_most=0.5
+    )
 
 
 def validated(field: dataclasses.Field[Any], value: Any) -> Any:

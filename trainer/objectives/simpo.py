@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from .base import Pairs, Terms, margin_terms
-from .settings import Hyperparameters, setting
+from .base import Pairs, Terms, constant_margins, margin_terms
+from .settings import Hyperparameters, LabelSmoothing, setting
 from .state import State
 
 
@@ -26,6 +23,7 @@ class MarginHyperparameters(Hyperparameters):
     0.5. (Their released class says 0.25.)
     """
 
+    beta: float = setting(2.0, "scale of the rewards", above=0)
     gamma_beta_ratio: float = setting(0.5, "target margin divided by beta", at_least=0)
 
     @property
@@ -35,15 +33,8 @@ class MarginHyperparameters(Hyperparameters):
 
 
 @dataclass(frozen=True)
-class SimpoHyperparameters(MarginHyperparameters):
-    label_smoothing: float = setting(
-        0.0, "assumed probability that a pair's label is wrong", at_least=0, at_most=0.5
-    )
-
-
-def constant_margins(pairs: Pairs, margin: float) -> Tensor:
-    """[P] of one target margin."""
-    return torch.full_like(pairs.ids, margin, dtype=pairs.sums.dtype)
+class SimpoHyperparameters(LabelSmoothing, MarginHyperparameters):
+    pass
 
 
 def simpo_terms(pairs: Pairs, hp: SimpoHyperparameters, state: State) -> Terms:

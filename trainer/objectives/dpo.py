@@ -1,0 +1,88 @@
+"""DPO and its relatives: rewards are log-ratios to a frozen reference model.
+
+With ``rho = s - s_ref`` of a completion's summed logps, or of its mean logps with ``length_norm``,
+and the gap ``D = beta * (rho_w - rho_l)``:
+
+    dpo:    -(1 - e) log sigmoid(D) - e log sigmoid(-D)             e = label_smoothing
+    r-dpo:  the same of D + alpha * (n_w - n_l)                     n: tokens
+    ipo:    (rho_w - rho_l - 1 / (2 * beta))^2
+
+DPO, arXiv 2305.18290; its smoothing is that of conservative DPO. R-DPO, arXiv 2403.19159: a longer
+chosen answer needs less of a gap. (gamma-PO's released trainer takes batch sizes for the lengths.)
+IPO, arXiv 2310.12036: its per-token form, which its authors advise over sums, is the default here.
+
+Shapes: P pairs of this rank; sequences are P chosen, then P rejected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...kernels.margin_loss import pair_losses
+from .base import Pairs, Terms, constant_margins
+from .settings import Hyperparameters, LabelSmoothing, setting
+from .state import State
+
+
+@dataclass(frozen=True)
+class ReferenceHyperparameters(Hyperparameters):
+    """Of objectives with a reference model. A beta of 0.1 is what DPO, IPO and KTO start from."""
+
+    beta: float = setting(0.1, "scale of the rewards", above=0)
+    length_norm: bool = setting(False, "take logps per token rather than summed")
+
+
+@dataclass(frozen=True)
+class DpoHyperparameters(LabelSmoothing, ReferenceHyperparameters):
+    pass
+
+
+@dataclass(frozen=True)
+class RdpoHyperparameters(DpoHyperparameters):
+    """With alpha 0.01, a hundred tokens more of chosen answer count as a gap of 1."""
+
+    alpha: float = setting(0.01, "what a token of length difference counts as gap", at_least=0)
+
+
+@dataclass(frozen=True)
+class IpoHyperparameters(ReferenceHyperparameters):
+    length_norm: bool = setting(True, "take logps per token rather than summed")
+
+
+def log_ratios(pairs: Pairs, length_norm: bool) -> Tensor:
+    """rho [2P], differentiable: of whole completions, or per token."""
+    assert pairs.reference_sums is not None  # `Objective` has seen to it
+    ratios = pairs.sums - pairs.reference_sums
+    return ratios / pairs.lengths.clamp(min=1) if length_norm else ratios
+
+
+def dpo_terms(pairs: Pairs, hp: DpoHyperparameters, state: State) -> Terms:
+    rewards = hp.beta * log_ratios(pairs, hp.length_norm)
+    return reward_terms(rewards, constant_margins(pairs, 0.0), hp.label_smoothing)
+
+
+def rdpo_terms(pairs: Pairs, hp: RdpoHyperparameters, state: State) -> Terms:
+    rewards = hp.beta * log_ratios(pairs, hp.length_norm)
+    chosen_lengths, rejected_lengths = pairs.lengths.chunk(2)
+    margins = hp.alpha * (rejected_lengths - chosen_lengths).to(rewards.dtype)
+    return reward_terms(rewards, margins, hp.label_smoothing)
+
+
+def ipo_terms(pairs: Pairs, hp: IpoHyperparameters, state: State) -> Terms:
+    ratios = log_ratios(pairs, hp.length_norm)
+    chosen, rejected = ratios.chunk(2)
+    losses = (chosen - rejected - 1 / (2 * hp.beta)) ** 2
+    # The target 1 / (2 beta) is one half in units of the reward.
+    return Terms(losses, hp.beta * chosen, hp.beta * rejected, constant_margins(pairs, 0.5))
+
+
+def reward_terms(
+    rewards: Tensor, target_margins: Tensor, label_smoothing: float, state: State | None = None
+) -> Terms:
+    """Terms of the logistic loss of ``rewards`` [2P] with these target margins [P]."""
+    chosen, rejected = rewards.chunk(2)
+    target_margins = target_margins.to(rewards.dtype)
+    losses = pair_losses(chosen - rejected - target_margins, label_smoothing=label_smoothing)
+    return Terms(losses, chosen, rejected, target_margins, state)
