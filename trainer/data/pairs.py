@@ -47,7 +47,7 @@ def load_pairs(
             "and dataset_splits: to the splits to use"
         )
     _use_chat_template(settings, tokenizer)
-    report.notes += _tokenizer_notes(tokenizer)
+    report.notes += _tokenizer_notes(tokenizer, settings)
 
     def build(parts: list[Part], training: bool) -> tuple[Dataset | None, SplitReport | None]:
         if not parts:
@@ -94,7 +94,7 @@ def _use_chat_template(settings: DataSettings, tokenizer: PreTrainedTokenizerBas
         tokenizer.chat_template = chat.read_chat_template(settings.chat_template)
 
 
-def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[str]:
     """What is unusual about the tokenizer's template and worth a look."""
     if not tokenizer.chat_template:
         return []
@@ -109,4 +109,20 @@ def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             "the chat template writes no special token after an answer, so answers are learnt "
             "without an end; give chat_template: one that does"
         )
+    return notes + _rendering_notes(tokenizer, settings)
+
+
+def _rendering_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[str]:
+    """What the settings of rendering do that their names do not tell."""
+    notes = []
+    if settings.auto_insert_empty_system_msg and not chat.takes_empty_system(tokenizer):
+        why = "refuses system messages" if chat.mentions_system(tokenizer) else "mentions none"
+        notes.append(f"auto_insert_empty_system_msg does nothing: the chat template {why}")
+    if settings.chat_rendering == "separate":
+        preamble = chat.answer_preamble(tokenizer)
+        if isinstance(preamble, str) and preamble:
+            notes.append(
+                f"chat_rendering: separate puts {preamble!r} at the start of each answer, which is "
+                "scored on it, as in the published runs; chat_rendering: joint does not"
+            )
     return notes
