@@ -197,8 +197,8 @@ def test_limits_as_published_may_leave_nothing() -> None:
     long = {**PAIR, "chosen": [bot("yes " * 30)]}
     done = ours(make("llama3"), long, Limits(40, 20, 12, "keep_end"))
     assert (len(done["prompt_ids"]), len(done["chosen_ids"])) == (11, 12)
-    done = ours(make("llama3"), long, Limits(50, None, None, "keep_end"))
-    assert len(done["prompt_ids"]) + len(done["chosen_ids"]) == 50
+    done = ours(make("llama3"), long, Limits(30, None, None, "keep_end"))
+    assert len(done["prompt_ids"]) + len(done["chosen_ids"]) == 30
 
 
 def test_plain_text_is_not_rendered_and_stays_as_it_is() -> None:
