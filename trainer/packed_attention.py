@@ -61,6 +61,11 @@ def _with_varlen(original: Callable[..., Any], is_flash: bool) -> Callable[..., 
     ) -> tuple[Tensor, Tensor | None]:
         """As transformers': query [1, heads, T, D], key, value -> [1, T, heads, D]."""
         if kwargs.get("cu_seq_lens_q") is None:
+            if is_no_mask(attention_mask) and query.shape[2] > 1:
+                raise UserError(
+                    f"{type(module).__name__}: it does not hand the lengths of packed rows to its "
+                    "attention; collate with rows='dense'"
+                )
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         index = kwargs.pop("kv_index", None)
         if index is not None:
@@ -72,6 +77,11 @@ def _with_varlen(original: Callable[..., Any], is_flash: bool) -> Callable[..., 
 
     attention.without_varlen = original  # pyright: ignore[reportFunctionMemberAccess]
     return attention
+
+
+def is_no_mask(mask: Any) -> bool:
+    """Whether this is the stand-in [1, 1, 1, 1] that comes with lengths instead of a mask."""
+    return isinstance(mask, Tensor) and mask.shape == (1, 1, 1, 1)
 
 
 def window_of(config: Any, kind: str | None = None) -> int | None:

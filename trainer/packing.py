@@ -108,7 +108,7 @@ def pair_masks(
 
 
 def _no_mask(config: Any, device: torch.device) -> Any:
-    """What keeps a model from making a mask of its own; varlen attention does not look at it."""
-    if getattr(config, "layer_types", None) is not None:
-        return dict.fromkeys(config.layer_types)
-    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+    """What keeps a model from making a mask of its own; see `packed_attention.is_no_mask`."""
+    stub = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+    kinds = getattr(config, "layer_types", None)
+    return stub if kinds is None else dict.fromkeys(kinds, stub)
