@@ -1,0 +1,315 @@
+"""Benchmark whole training steps: each packing against TRL, on the same pairs, batch and attention.
+
+`python -m bench.training` from the repository root. Every contender is a trainer in a process of
+its own (`bench.training_worker`); they take optimizer steps in turns, so that a noisy machine is
+noisy for all, and the first steps do not count. All see the same token ids in the same batches, so
+the loss curves of contenders with the same objective must lie on each other: they are stored and
+compared. A row has pairs/s (real time, batch fetching included), peak memory of the process
+(resident on a CPU, allocated on a GPU) and the loss of each step.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.harness import SCHEMA, _versions, find_commit
+from bench.memory import ROOT
+from bench.timing import device_name, spread
+from bench.training_data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
+from bench.training_table import table
+
+RESULTS = ROOT / "bench" / "results"
+SHARED = ROOT.parent / "shared" / "data"
+Row = dict[str, Any]
+
+LAYOUTS = ("padded", "packed", "prefix_shared")
+CONTENDERS: dict[str, dict[str, Any]] = {
+    **{f"widemargin-{layout}": {"trainer": "ours", "packing": layout} for layout in LAYOUTS},
+    "trl-cpo": {"trainer": "trl-cpo"},
+    "trl-dpo": {"trainer": "trl-dpo"},
+}
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "llama-8b": LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, name: str, spec: dict[str, Any], folder: Path) -> None:
+        self.name = name
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(spec))
+        self.log = folder / f"{name}.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.training_worker", str(path)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """The next line of JSON; RuntimeError with the process's last words if there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            last = self.log.read_text().strip().splitlines()[-1:] or ["no output"]
+            raise RuntimeError(f"exit status {self.process.wait()}: {last[0]}"[:300])
+        return json.loads(line)
+
+    def step(self) -> float:
+        """Milliseconds of one optimizer step."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self.answer()["ms"]
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all for it")
+    parser.add_argument("--objective", choices=("simpo", "lmpo", "dpo"), default="simpo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", type=Path, default=SHARED / "small_lm", help="a saved model")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    parser.add_argument(
+        "--pairs", type=Path, default=SHARED / "judged_pairs_train.jsonl.gz", help="JSONL"
+    )
+    parser.add_argument("--lengths", type=Path, help="JSON of lengths, in place of --pairs")
+    parser.add_argument("--write-lengths", type=Path, help="write the pairs' lengths, and stop")
+    parser.add_argument(
+        "--long-prompts", action="store_true", help="an exchange before each prompt"
+    )
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=4, help="pairs per step (default 4)")
+    parser.add_argument("--steps", type=int, default=12, help="steps that count (default 12)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those (default 3)")
+    parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--optimizer", default="adamw_torch")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--head-tail", choices=("mean", "exact", "drop"), default="mean")
+    parser.add_argument("--out", type=Path, help="default: bench/results/training_<device>.json")
+    parser.add_argument("--append", action="store_true", help="keep the rows that --out holds")
+    parser.add_argument("--commit", help="what is measured, where there is no git repository")
+    parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
+    return parser.parse_args(arguments)
+
+
+def find_rows(options: argparse.Namespace) -> Rows:
+    count = options.batch * (options.steps + options.warmup)
+    if options.lengths:
+        vocabulary = SHAPES[options.shape]["vocab_size"] if options.shape else 256
+        lengths = json.loads(options.lengths.read_text())
+        return rows_of_lengths(lengths[:count], vocabulary)
+    source = PairSource(
+        options.pairs, options.model, count, options.max_length, options.long_prompts
+    )
+    return token_rows(source)
+
+
+def batch_order(rows: Rows, batch: int) -> list[int]:
+    """Pairs in the order of our trainer's batches, for trainers that go through rows in order."""
+    from widemargin.trainer.planner import PairLengths, Planner
+    from widemargin.trainer.sampler import PairBatches
+
+    lengths = PairLengths(*np.array(lengths_of(rows)).T)
+    batches = PairBatches(Planner(lengths, pairs_per_step=batch, micro_batches=1, seed=0))
+    return [i for together in batches for i in together]
+
+
+def specification(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    contender = CONTENDERS[name]
+    settings = {}
+    if contender["trainer"] == "ours":
+        settings = {"packing": contender["packing"], "head_tail": options.head_tail}
+    return {
+        "trainer": contender["trainer"],
+        "settings": settings,
+        "objective": options.objective,
+        "beta": 0.1 if options.objective == "dpo" else 2.5,
+        "gamma_beta_ratio": 0.5,
+        "model": None if options.shape else str(options.model.resolve()),
+        "shape": SHAPES[options.shape] if options.shape else None,
+        "tokenizer": str(options.model.resolve()),
+        "rows": str(folder / "rows.json"),
+        "order": json.loads((folder / "order.json").read_text()),
+        "output_dir": str(folder / f"run-{name}"),
+        "pairs": options.batch,
+        "steps": options.steps + options.warmup,
+        "max_length": options.max_length,
+        **{
+            key: getattr(options, key)
+            for key in ("device", "dtype", "attention", "optimizer", "checkpointing")
+        },
+        "learning_rate": options.learning_rate,
+    }
+
+
+def run_contenders(names: list[str], options: argparse.Namespace, folder: Path) -> dict[str, Row]:
+    """Facts by name. Together and in turns on a CPU; one after the other on a GPU."""
+    groups = [[name] for name in names] if options.device == "cuda" else [names]
+    found: dict[str, Row] = {}
+    for group in groups:
+        workers = []
+        try:
+            for name in group:
+                worker = Worker(name, specification(name, options, folder), folder)
+                workers.append(worker)
+                found[name] = _ready(worker)
+            _take_steps([w for w in workers if "reason" not in found[w.name]], found, options)
+        finally:
+            for worker in workers:
+                worker.stop()
+    return found
+
+
+def _ready(worker: Worker) -> Row:
+    try:
+        return {"start_mib": round(worker.answer()["peak_mib"], 1)}
+    except RuntimeError as error:
+        return {"reason": str(error)}
+
+
+def _take_steps(workers: list[Worker], found: dict[str, Row], options: argparse.Namespace) -> None:
+    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    for turn in range(options.warmup + options.steps):
+        shift = turn % max(1, len(workers))
+        for worker in workers[shift:] + workers[:shift]:
+            if "reason" in found[worker.name]:
+                continue
+            try:
+                elapsed = worker.step()
+            except RuntimeError as error:
+                found[worker.name]["reason"] = str(error)
+                continue
+            if turn >= options.warmup:
+                times[worker.name].append(elapsed)
+    for worker in workers:
+        if "reason" in found[worker.name]:
+            continue
+        last = worker.answer()
+        seconds = sum(times[worker.name]) / 1000
+        found[worker.name] |= {
+            "step_ms": spread(times[worker.name]),
+            "pairs_per_s": round(options.batch * len(times[worker.name]) / seconds, 4),
+            "tokens_per_step": round(last["tokens"] / len(last["losses"]), 1),
+            "peak_mib": round(last["peak_mib"], 1),
+            "losses": [round(loss, 6) for loss in last["losses"]],
+        }
+
+
+def shared_facts(options: argparse.Namespace, rows: Rows) -> Row:
+    lengths = lengths_of(rows)
+    means = [round(sum(side) / len(rows), 1) for side in zip(*lengths, strict=True)]
+    return {
+        "op": "training",
+        "case": options.shape or options.model.name,
+        "long_prompts": options.long_prompts,
+        "objective": options.objective,
+        "pairs_per_step": options.batch,
+        "steps": options.steps,
+        "max_length": options.max_length,
+        "mean_lengths": dict(zip(("prompt", "chosen", "rejected"), means, strict=True)),
+        "attention": options.attention,
+        "dtype": options.dtype,
+        "checkpointing": options.checkpointing,
+        "head_tail": options.head_tail,
+        "optimizer": options.optimizer,
+        "device": options.device,
+        "device_name": device_name(options.device),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def loss_gap(rows: list[Row]) -> float | None:
+    """Largest relative difference of a step's loss between contenders that ran."""
+    curves = [row["losses"] for row in rows if "losses" in row]
+    if len(curves) < 2:
+        return None
+    return max(
+        abs(a - b) / max(abs(b), 1e-9)
+        for curve in curves[1:]
+        for a, b in zip(curve, curves[0], strict=True)
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    out = (options.out or RESULTS / f"training_{options.device}.json").resolve()
+    commit = find_commit(options.commit)
+    if commit.dirty and out.is_relative_to(RESULTS) and not options.allow_dirty:
+        print(
+            "error: the tree has uncommitted changes, so nothing is written to bench/results: "
+            "commit first, or name another --out, or pass --allow-dirty",
+            file=sys.stderr,
+        )
+        return 2
+    rows = find_rows(options)
+    if options.write_lengths:
+        options.write_lengths.write_text(json.dumps(lengths_of(rows)))
+        return 0
+    skipped = {"dpo": {"trl-cpo"}, "lmpo": {"trl-cpo", "trl-dpo"}}.get(
+        options.objective, {"trl-dpo"}
+    )
+    names = options.contenders or [name for name in CONTENDERS if name not in skipped]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "rows.json").write_text(json.dumps(rows))
+        (folder / "order.json").write_text(json.dumps(batch_order(rows, options.batch)))
+        found = run_contenders(names, options, folder)
+    facts = shared_facts(options, rows) | {"commit": commit.commit, "dirty": commit.dirty}
+    new = [{**facts, "provider": name, **found[name]} for name in names]
+    gap = loss_gap(new)
+    for row in new:
+        row["largest_loss_gap"] = gap
+    kept = json.loads(out.read_text())["rows"] if options.append and out.is_file() else []
+    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"schema": SCHEMA, "created": created, "rows": kept + new}
+    out.write_text(json.dumps(content, indent=1))
+    print(table(new))
+    if gap is not None:
+        print(f"\nLargest relative difference between the losses of a step: {gap:.1e}")
+    return 1 if any("reason" in row for row in new if row["provider"].startswith("wide")) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
