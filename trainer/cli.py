@@ -1,4 +1,4 @@
-"""The `widemargin` command: train, report, quickstart."""
+"""The `widemargin` command: train, report, doctor, quickstart."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ data and objective, and all of transformers.TrainingArguments. Any of them can b
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 for bad input, 130 when interrupted."""
+def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int:
+    """Run the command line; 0 when all went well, 2 for bad input, 130 when interrupted.
+
+    ``script`` names the published script whose twin this is, such as "run_simpo".
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(list(sys.argv[1:] if argv is None else argv), script)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], script: str | None) -> int:
     parser = _parser()
     if argv[:1] == ["quickstart"]:
         from .quickstart import main as quickstart
@@ -40,9 +43,13 @@ def _run(argv: list[str]) -> int:
         return quickstart(argv[1:])
     options, overrides = parser.parse_known_args(argv)
     if options.command == "train":
-        return _train(options.config, overrides, preflight=options.preflight)
+        return _train(options.config, overrides, script, preflight=options.preflight)
     if overrides:
         raise UserError(f"unknown arguments: {' '.join(overrides)}; see widemargin --help")
+    if options.command == "doctor":
+        from .doctor import doctor
+
+        return doctor(options.model, as_json=options.json)
     return _report(options.run, options.out)
 
 
@@ -69,16 +76,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run", type=Path, metavar="RUN", help="a run's output folder")
     report.add_argument("--out", type=Path, help="where to write (default: RUN/report.html)")
+    doctor = commands.add_parser(
+        "doctor",
+        help="tell what is installed, what a run would use, and whether the kernels work",
+        description="Check this machine: packages, devices, what a run would use and why, and the "
+        "kernels on a small case. Exits with 1 if something fails.",
+    )
+    doctor.add_argument("--model", help="a model's folder or hub name; its weights are not read")
+    doctor.add_argument("--json", action="store_true", help="print JSON for other programs")
     commands.add_parser("quickstart", help="make data and a tiny model, train it, show a report")
     return parser
 
 
-def _train(config: str, overrides: Sequence[str], *, preflight: bool) -> int:
+def _train(config: str, overrides: Sequence[str], script: str | None, *, preflight: bool) -> int:
     from .config_file import load_config
     from .run import preflight as run_preflight
     from .run import train
 
-    settings = load_config(config, overrides)
+    settings = load_config(config, overrides, script=script)
     if preflight:
         run_preflight(settings)
     else:

@@ -13,30 +13,40 @@ from typing import Any
 
 import yaml
 
+from .compat import TABLE, merge, translate
+from .compat_objective import SCRIPTS, as_published_script, fit_objective, name_objective
 from .config import PreferenceConfig, objective_keys
 from .errors import UserError
-from .objectives import OBJECTIVES
-
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "torch_dtype": "dtype",
-    "warmup_ratio": "warmup_steps",
-    "overwrite_output_dir": None,
-}
-"""Published keys and what they are called now; None for those that no longer do anything."""
+from .objectives import OBJECTIVES, hyperparameters_of
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PreferenceConfig:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    script: str | None = None,
+) -> PreferenceConfig:
     """The settings in the YAML file ``path``, with ``--key=value`` overrides applied.
+
+    What became of settings under published names is printed, by the main process.
+
+    Args:
+        path: of the file.
+        overrides: they win over the file, under whichever name.
+        script: the published script whose twin was launched, a key of `SCRIPTS`.
 
     Raises:
         UserError: no such file, no mapping, an unknown key (the nearest is named) or a value of
             the wrong type.
     """
-    settings = _renamed(read_yaml(Path(path)))
-    return build_config(settings | _renamed(parse_overrides(overrides)))
+    settings = merge(read_yaml(Path(path)), parse_overrides(overrides))
+    notes: list[str] = []
+    config = build_config(settings, script=script, notes=notes)
+    if notes and config.process_index == 0:
+        print("Settings under published names", *notes, sep="\n  ", flush=True)
+    return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -86,16 +96,21 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
-def build_config(settings: dict[str, Any]) -> PreferenceConfig:
-    """`PreferenceConfig` from plain settings, old key names and the objective's own included."""
-    settings = _renamed(settings)
+def build_config(
+    settings: dict[str, Any], *, script: str | None = None, notes: list[str] | None = None
+) -> PreferenceConfig:
+    """`PreferenceConfig` from plain settings, published names and the objective's own included.
+
+    A line for each setting that had another name goes to ``notes``; ``script`` as in `load_config`.
+    """
+    notes = [] if notes is None else notes
+    if script is not None:
+        settings = as_published_script(settings, notes)
+    settings = translate(settings, notes)
+    settings = name_objective(settings, SCRIPTS.get(script) if script else None, notes)
+    settings = fit_objective(settings, notes)
     fields = _config_fields()
-    objective = settings.get("objective")
-    if objective is None:
-        raise UserError(
-            f"objective: none is named; add objective: with one of {', '.join(OBJECTIVES)}"
-        )
-    own = objective_keys(str(objective))
+    own = objective_keys(str(settings["objective"]))
     arguments = settings.pop("objective_args", None) or {}
     if not isinstance(arguments, dict):
         raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
@@ -104,9 +119,10 @@ def build_config(settings: dict[str, Any]) -> PreferenceConfig:
         if key in own and key in arguments:
             raise UserError(f"{key}: given beside objective_args and in it; keep one")
         if key in own:
-            arguments[key] = _as_number(settings.pop(key))
+            value = _as_number(settings.pop(key))
+            arguments |= {} if value is None else {key: value}
         elif key not in fields:
-            raise _unknown_key(key, [*fields, *own, *RENAMED])
+            raise _unknown_key(key, settings["objective"], [*fields, *own, *TABLE])
     # A null stands for the default where it is no value of its own, as in published files.
     values = {
         key: _coerced(key, value, fields[key])
@@ -116,25 +132,16 @@ def build_config(settings: dict[str, Any]) -> PreferenceConfig:
     return PreferenceConfig(**values, objective_args=arguments)
 
 
-def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
-    renamed = {}
-    for key, value in settings.items():
-        new = RENAMED.get(key, key)
-        if new is None:
-            continue
-        if new in settings and new != key:
-            raise UserError(f"{key} and {new} are both given and mean the same; keep {new}")
-        renamed[new] = value
-    return renamed
-
-
 def _config_fields() -> dict[str, Any]:
     """Name -> type of every setting that can be given."""
     hints = typing.get_type_hints(PreferenceConfig)
     return {f.name: hints[f.name] for f in dataclasses.fields(PreferenceConfig) if f.init}
 
 
-def _unknown_key(key: str, known: list[str]) -> UserError:
+def _unknown_key(key: str, objective: str, known: list[str]) -> UserError:
+    owners = [name for name in OBJECTIVES if key in hyperparameters_of(name)]
+    if owners:
+        return UserError(f"{key}: {objective} has none; it belongs to {', '.join(owners)}")
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
     return UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")
 
