@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .errors import UserError
@@ -52,6 +53,11 @@ def check_training(config: PreferenceConfig) -> None:
         raise UserError(
             f"num_train_epochs: expected a number above 0, got {config.num_train_epochs!r}"
         )
+    limit = config.max_tokens_per_micro_batch
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise UserError(
+            f"max_tokens_per_micro_batch: expected a number of tokens, or none, got {limit!r}"
+        )
     defaults = type(config).__dataclass_fields__
     for name, advice in WITHOUT_EFFECT.items():
         if name in defaults and getattr(config, name) != defaults[name].default:
@@ -78,6 +84,8 @@ def check_environment(config: PreferenceConfig) -> None:
             )
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("use_liger_kernel: it is not installed; pip install 'widemargin[liger]'")
+    if config.attn_implementation == "flash_attention_2":
+        _check_flash_attention()
     accelerator = config.accelerator_config
     for name in ("split_batches", "dispatch_batches"):
         if getattr(accelerator, name, None):
@@ -85,6 +93,22 @@ def check_environment(config: PreferenceConfig) -> None:
                 f"accelerator_config: {name} would deal pairs over the ranks a second time; "
                 "leave it out"
             )
+
+
+def _check_flash_attention() -> None:
+    """flash-attn must be there; transformers would fetch other code from the hub in its place."""
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    if find_spec("flash_attn") is None:
+        raise UserError(
+            "attn_implementation: flash_attention_2 needs flash-attn, which is not installed; "
+            "pip install 'widemargin[flash-attn]', or set attn_implementation: sdpa"
+        )
+    if not is_flash_attn_2_available():
+        raise UserError(
+            "attn_implementation: flash_attention_2 needs a GPU and flash-attn 2.3.3 or newer; "
+            "set attn_implementation: sdpa"
+        )
 
 
 def check_evaluation(config: PreferenceConfig, evaluation: object) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..kernels.linear_logprob import Backend, Tail
+from .adapters import AdapterSettings
 from .checks import check_environment, check_training
 from .data import DataSettings
 from .errors import UserError
 from .objectives import Objective, build_objective, hyperparameters_of
+from .packing_choice import PACKINGS
 
 TAILS = ("mean", "exact", "drop")
 BACKENDS = ("auto", "triton", "torch")
@@ -19,7 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(AdapterSettings):
     """Which model to load, and how."""
 
     #: Folder or hub name of the model to train.
@@ -41,6 +43,7 @@ class ModelSettings:
         """Raise ``UserError`` for the first value out of range."""
         if self.dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        self.check_adapter()
 
 
 @dataclass
@@ -69,6 +72,21 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
     head_backend: Backend = "auto"
     #: Set every dropout probability to zero, so that a log-prob is one number.
     disable_dropout: bool = True
+    #: Folder or hub name of the frozen model of an objective with a reference; None for the model
+    #: as it is when training starts.
+    ref_model_name_or_path: str | None = None
+    #: Compute the reference's log-probs once before training, and keep them on disk for later
+    #: runs; the frozen model is not held in memory then.
+    precompute_ref_log_probs: bool = False
+    #: How pairs are laid out for the decoder: "padded" (two sequences each, padded), "packed" (no
+    #: padding), "prefix_shared" (and a pair's prompt once), or "auto", the fastest that is exact.
+    packing: str = "auto"
+    #: Most tokens a rank computes in a micro-batch of training: padded ones, those of both
+    #: sequences, or of prompt, chosen and rejected, as ``packing`` has it. Where the configured
+    #: micro-batches exceed it, ``gradient_accumulation_steps`` is raised; steps keep their pairs.
+    max_tokens_per_micro_batch: int | None = None
+    #: Write a trace of a few training steps, trace.json.gz, to ``output_dir``.
+    profile: bool = False
     #: Write report.html when training ends.
     write_report: bool = True
 
@@ -116,7 +134,8 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
         """Raise ``UserError`` for the first of this project's settings that is out of range."""
         super().check()
         self.check_model()
-        for name, known in (("head_tail", TAILS), ("head_backend", BACKENDS)):
+        known_values = (("head_tail", TAILS), ("head_backend", BACKENDS), ("packing", PACKINGS))
+        for name, known in known_values:
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -143,10 +162,23 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
         return build_objective(self.objective, **given, **self.objective_args)
 
     @property
+    def head_settings(self) -> dict[str, Any]:
+        """How a patched head scores: the keyword arguments of `patch_head`."""
+        return {
+            "tail": self.head_tail,
+            "tail_eps": self.head_tail_eps,
+            "backend": self.head_backend,
+        }
+
+    @property
     def pairs_per_step(self) -> int:
         """Pairs of one optimizer step, over all ranks and accumulation steps."""
         per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        return per_rank * max(1, self.world_size)
+        return self.__dict__.get("_kept_pairs_per_step", per_rank * max(1, self.world_size))
+
+    def keep_pairs_per_step(self) -> None:
+        """Let ``pairs_per_step`` stay as it is when the accumulation steps change."""
+        self._kept_pairs_per_step = self.pairs_per_step
 
 
 def objective_keys(objective: str) -> set[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import quantization_config
+from .adapters import with_adapter as with_adapter
 from .config import ModelSettings
 from .errors import UserError, refusals
 
@@ -12,11 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token (end-of-sequence where it has none of its own)."""
+def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token (end-of-sequence where it has none of its own).
+
+    ``name`` is a folder or hub name in place of the settings'.
+    """
     from transformers import AutoTokenizer
 
-    name = settings.tokenizer_name_or_path or _model_name(settings)
+    name = name or settings.tokenizer_name_or_path or _model_name(settings)
     tokenizer = _load(AutoTokenizer, name, settings, "tokenizer")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -25,18 +30,24 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(settings: ModelSettings) -> PreTrainedModel:
-    """The causal language model with its weights, safetensors only."""
+def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedModel:
+    """The causal language model with its weights, safetensors only.
+
+    ``name`` is a folder or hub name in place of the settings'. Quantized if they say so.
+    """
     from transformers import AutoModelForCausalLM
 
+    computes = "bfloat16" if getattr(settings, "bf16", False) else settings.dtype
+    quantization = quantization_config(settings, "float32" if computes == "auto" else computes)
     return _load(
         AutoModelForCausalLM,
-        _model_name(settings),
+        name or _model_name(settings),
         settings,
         "model",
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         use_safetensors=True,
+        **({} if quantization is None else {"quantization_config": quantization}),
     )
 
 
@@ -70,22 +81,6 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id  # pyright: ignore
 
 
-def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
-    """The patched model in an adapter that leaves its head alone."""
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    head = model.get_output_embeddings()
-    adapted = get_peft_model(model, peft_config)
-    now = model.get_output_embeddings()
-    if now is not head or isinstance(now, BaseTunerLayer):
-        raise UserError(
-            "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
-            "take; leave lm_head out of target_modules and modules_to_save"
-        )
-    return adapted
-
-
 def _model_name(settings: ModelSettings) -> str:
     if not settings.model_name_or_path:
         raise UserError("model_name_or_path: none is given; set it to a folder or a hub name")
@@ -103,7 +98,7 @@ def _load(loader: Any, name: str, settings: ModelSettings, what: str, **options:
     with refusals(f"{what} {name}: cannot be loaded", OSError, ValueError, ImportError, KeyError):
         return loader.from_pretrained(
             str(path.expanduser()) if looks_local else name,
-            revision=settings.model_revision,
+            revision=settings.model_revision if name == settings.model_name_or_path else "main",
             trust_remote_code=settings.trust_remote_code,
             **options,
         )

@@ -1,0 +1,180 @@
+"""LoRA and QLoRA through peft: the settings, and wrapping a model so that its head stays plain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+QUANT_TYPES = ("nf4", "fp4")
+SAME_AT_FIRST = (True, "gaussian", "eva")
+"""Ways to initialise LoRA under which the base stays what it was and the adapter adds nothing."""
+
+
+@dataclass
+class AdapterSettings:
+    """Whether an adapter trains in place of the model's own weights, and which."""
+
+    #: Train a LoRA adapter (peft); the model itself stays frozen.
+    use_peft: bool = False
+    #: Rank of the adapter's matrices.
+    lora_r: int = 16
+    #: Scale of the adapter: what it adds is multiplied by lora_alpha / lora_r.
+    lora_alpha: float = 32
+    #: Dropout on the adapter's input, a probability in [0, 1). ``disable_dropout`` leaves it alone.
+    lora_dropout: float = 0.05
+    #: Names of the modules to adapt, or one regular expression; None for every linear layer but
+    #: the head.
+    lora_target_modules: list[str] | str | None = None
+    #: Names of modules to train whole beside the adapter; neither the head nor what shares its
+    #: weight.
+    lora_modules_to_save: list[str] | None = None
+    #: Keep the frozen model in 8 bits (bitsandbytes).
+    load_in_8bit: bool = False
+    #: Keep the frozen model in 4 bits (bitsandbytes): QLoRA.
+    load_in_4bit: bool = False
+    #: Data type of the 4 bits: "nf4" or "fp4".
+    bnb_4bit_quant_type: str = "nf4"
+    #: Quantize the quantization's own constants too.
+    use_bnb_nested_quant: bool = False
+    #: After training, write the model with the adapter merged into it to ``output_dir``/merged.
+    merge_adapter: bool = False
+
+    def check_adapter(self) -> None:
+        """Raise ``UserError`` for the first value out of range, or that would do nothing."""
+        if not isinstance(self.lora_r, int) or isinstance(self.lora_r, bool) or self.lora_r < 1:
+            raise UserError(f"lora_r: expected a rank from 1 on, got {self.lora_r!r}")
+        if not self.lora_alpha > 0:
+            raise UserError(f"lora_alpha: expected a number above 0, got {self.lora_alpha!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(
+                f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}"
+            )
+        if self.bnb_4bit_quant_type not in QUANT_TYPES:
+            raise UserError(
+                f"bnb_4bit_quant_type: expected one of {', '.join(QUANT_TYPES)}, got "
+                f"{self.bnb_4bit_quant_type!r}"
+            )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("load_in_4bit and load_in_8bit are both given; keep one")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and not self.use_peft:
+                raise UserError(
+                    f"{name}: quantized weights cannot be trained themselves; set use_peft: true "
+                    "to train an adapter, or leave it out"
+                )
+            if getattr(self, name) and find_spec("bitsandbytes") is None:
+                raise UserError(
+                    f"{name}: bitsandbytes is not installed; pip install 'widemargin[qlora]'"
+                )
+        if self.merge_adapter and not self.use_peft:
+            raise UserError("merge_adapter: there is no adapter to merge; set use_peft: true")
+
+
+def lora_config(settings: AdapterSettings) -> Any:
+    """The ``peft.LoraConfig`` of these settings; None without ``use_peft``."""
+    if not settings.use_peft:
+        return None
+    from peft import LoraConfig
+
+    targets = settings.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if targets is None else targets,
+        modules_to_save=settings.lora_modules_to_save,
+    )
+
+
+def quantization_config(settings: AdapterSettings, compute_dtype: str) -> Any:
+    """What ``from_pretrained`` takes to quantize as these settings say; None for not at all."""
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=settings.load_in_4bit,
+        load_in_8bit=settings.load_in_8bit,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
+    )
+
+
+def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
+    """The patched model in an adapter that leaves its head alone.
+
+    Raises:
+        UserError: an adapter on lm_head or on an embedding that shares its weight, one that adds
+            tokens to the prompt, or module names that the model does not have.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UserError(
+            f"peft_config: {type(peft_config).__name__} adds virtual tokens, which shift where "
+            "completions are predicted; use LoRA or another adapter of weights"
+        )
+    if hasattr(model, "get_base_model"):
+        raise UserError("peft_config: the model has an adapter already; give one or the other")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        adapted = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise UserError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
+    now = model.get_output_embeddings()
+    if now is not head or isinstance(now, BaseTunerLayer):
+        raise UserError(
+            "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
+            "take; leave lm_head out of target_modules and modules_to_save"
+        )
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and model.get_input_embeddings() is not embedding:
+        raise UserError(
+            "peft_config: it trains the embedding, whose weight is also lm_head's here "
+            "(tie_word_embeddings), and would part them; leave the embedding out of "
+            "target_modules and modules_to_save"
+        )
+    return adapted
+
+
+def bare_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside peft's wrapper, or ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def starts_as_its_base(peft_config: Any) -> bool:
+    """Whether a fresh adapter adds nothing at first, its base being the model as it was."""
+    return getattr(peft_config, "init_lora_weights", False) in SAME_AT_FIRST
+
+
+def needs_input_gradients(model: Any, args: Any) -> bool:
+    """Whether reentrant checkpointing would find nothing to differentiate at its frozen input."""
+    kwargs = [
+        getattr(args, f"{name}_checkpointing_kwargs", None) for name in ("activation", "gradient")
+    ]
+    reentrant = any((given or {}).get("use_reentrant") for given in kwargs)
+    return reentrant and hasattr(model, "get_base_model")
+
+
+def learnable_line(model: nn.Module) -> str:
+    """How many of the model's parameters train, for the log."""
+    counts = [
+        (getattr(p, "ds_numel", p.numel()), p.requires_grad)
+        for p in model.parameters()  # quantized ones pack two into an element
+    ]
+    learnable = sum(count for count, trains in counts if trains)
+    total = sum(count for count, _ in counts)
+    return f"{learnable:,} of {total:,} parameters learn ({learnable / max(total, 1):.2%})"

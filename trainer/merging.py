@@ -1,0 +1,40 @@
+"""A trained adapter merged into its model: one that plain transformers loads, without peft."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+from .adapters import AdapterSettings
+from .config import ModelSettings
+from .errors import refusals
+from .model import load_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def export_merged(settings: ModelSettings, adapter: Path, out: Path) -> None:
+    """Write the model that ``settings`` name with the saved ``adapter`` merged in, to ``out``.
+
+    It starts from the model's own files and merges on the CPU, so it works the same whatever the
+    training run was split over. After QLoRA the adapter is merged into the weights before their
+    quantization, in ``dtype``: what it learnt beside them fits the quantized ones a little better.
+
+    Raises:
+        UserError: files that cannot be read or written, or a merge that is not finite.
+    """
+    from peft import PeftModel
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # under ZeRO-3 loading is for all ranks at once; this is one's
+    whole = {field.name: getattr(settings, field.name) for field in fields(ModelSettings)}
+    whole |= {field.name: field.default for field in fields(AdapterSettings)}
+    plain = ModelSettings(**whole)
+    if settings.load_in_4bit or settings.load_in_8bit:
+        logger.info("merging into the weights as they were before quantization")
+    base = load_model(plain)
+    with refusals(f"adapter {adapter}: cannot be merged", OSError, ValueError, RuntimeError):
+        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(out)
+        load_tokenizer(plain, str(adapter)).save_pretrained(out)
