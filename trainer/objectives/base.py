@@ -36,7 +36,7 @@ class Pairs:
     sums: Tensor  # [2P] fp32, or fp64 for fp64; 0 for a filler pair
     means: Tensor  # [2P] per token; 0 for an empty completion or a filler pair
     lengths: Tensor  # [2P] int
-    reference_sums: Tensor | None  # [2P] of the frozen model; 0 for a filler pair
+    reference_sums: Tensor | None  # [2P] of the frozen model
     ids: Tensor  # [P] int64, negative for a filler pair
     group: dist.ProcessGroup | None
     max_pairs_per_rank: int | None
@@ -198,18 +198,15 @@ class Objective:
             raise UserError(
                 f"pair_ids: expected shape [{count}], one id per pair, got {list(pair_ids.shape)}"
             )
-        # A filler is a copy of some pair; with zeros for it no formula can make it infinite.
-        real = (pair_ids >= 0).repeat(2)
-        sums = torch.where(real, sums, 0.0)
-        if reference is not None:
-            reference = torch.where(real, reference.detach().to(sums.dtype), 0.0)
+        # So that no gradient of a filler, not a number perhaps, gets past its sums.
+        sums = torch.where((pair_ids >= 0).repeat(2), sums, 0.0)
         return Pairs(
             token_logps=token_logps,
             cu_seqlens=cu_seqlens,
             sums=sums,
             means=sums / lengths.clamp(min=1),
             lengths=lengths,
-            reference_sums=reference,
+            reference_sums=None if reference is None else reference.detach().to(sums.dtype),
             ids=pair_ids,
             group=group,
             max_pairs_per_rank=self.max_pairs_per_rank,

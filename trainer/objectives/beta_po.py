@@ -103,7 +103,7 @@ def drawn(
 ) -> tuple[Tensor, Tensor, State]:
     """beta_used [], the weight of each pair's loss [P], both fp64, and the next state.
 
-    A pair whose gap is not finite is in no draw; its weight is 1, so that its loss shows.
+    A pair whose gap is not a number is in no draw, but 0 times its loss still shows.
     """
     current = pairs.gather(gaps)
     uniform, generator = draw_uniform(state["generator"], DRAWS, gaps.device)
@@ -114,8 +114,7 @@ def drawn(
     number = sampled.sum().clamp(min=1)
     sampled_mean = padded_sum(torch.where(sampled, current.values[:, 0], 0.0)) / number
     beta = hp.beta * (1 + hp.tau * (sampled_mean - state["mean"]))
-    weights = torch.where(sampled, count / number, 0.0)
-    weights = torch.where(current.used, weights, 1.0)[current.mine]
+    weights = torch.where(sampled, count / number, 0.0)[current.mine]
     return beta.clamp(min=LEAST_BETA), weights, _updated(current, hp.gap_decay, state, generator)
 
 
