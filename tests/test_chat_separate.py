@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_rows import Row, write
 from tiny_tokenizers import MERGING, tiny_tokenizer
-from widemargin.trainer.data import DataSettings, caching, load_pairs, tokenize_pairs
+from widemargin.trainer.data import (
+    DataSettings,
+    caching,
+    load_pairs,
+    preflight_lines,
+    tokenize_pairs,
+)
 from widemargin.trainer.data.chat import Rendering, read_chat_template
 from widemargin.trainer.data.fitting import FLAGS, MISMATCH, NOTHING_LEFT, OK, Limits
 from widemargin.trainer.data.tokenizing import PairTokenizer
@@ -257,3 +263,20 @@ def test_notes_tell_what_a_rendering_adds(tmp_path: Any, monkeypatch: pytest.Mon
     assert "refuses" in notes(family_tokenizer("gemma2"), **empty)
     assert "refuses" not in notes(make("gemma2"), **empty)
     assert notes(make("qwen2.5"), **empty) == ""
+
+
+def test_preflight_shows_where_completions_start_and_what_is_special() -> None:
+    tokenizer = make("qwen2.5")
+    starts = []
+    for separate in (False, True):
+        columns: Any = PairTokenizer(tokenizer, LOOSE, Rendering(separate))(
+            {key: [PAIR[key]] for key in PAIR}
+        )
+        row = {name: values[0] for name, values in columns.items()}
+        lines = preflight_lines(row, tokenizer)
+        starts.append(next(line for line in lines if line.startswith("completions start")))
+        ends = [line.split() for line in lines if line.endswith("'<|im_end|>'")]
+        assert all(line[-2] == "special" for line in ends)
+        assert len(row["prompt_ids"]) == int(starts[-1].split()[4].strip(","))
+    assert "assistant\\n': chosen with 'Yes" in starts[0]
+    assert "<|im_end|>\\n': chosen with '<|im_start|>system" in starts[1]

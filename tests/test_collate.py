@@ -77,17 +77,19 @@ def test_preflight_shows_roles_and_counts() -> None:
         "rejected 2 tokens (scored)"
     )
     assert lines[1] == "BOS '<s>' in the prompt: 1"
-    assert lines[3].split() == ["prompt", "0", "0", "-", "'<s>'"]
-    assert lines[-1].split() == ["rejected", str(len(prompt) + 1), "3", "yes", "'<|end|>'"]
-    assert len(lines) == 3 + len(prompt) + 3
+    assert lines[2].startswith(f"completions start at position {len(prompt)}, after")
+    assert lines[4].split() == ["prompt", "0", "0", "-", "special", "'<s>'"]
+    last = ["rejected", str(len(prompt) + 1), "3", "yes", "special", "'<|end|>'"]
+    assert lines[-1].split() == last
+    assert len(lines) == 4 + len(prompt) + 3
 
 
 def test_preflight_leaves_out_the_middle_of_long_parts() -> None:
     row = {"prompt_ids": [0] * 50, "chosen_ids": [3] * 4, "rejected_ids": [3] * 5}
     lines = preflight_lines(row, tiny_tokenizer(), most_tokens=4)
-    assert [line.split()[1] for line in lines[3:8]] == ["0", "1", "...", "48", "49"]
-    assert "46 more tokens" in lines[5]
-    assert len(lines) == 3 + 5 + 4 + 5
+    assert [line.split()[1] for line in lines[4:9]] == ["0", "1", "...", "48", "49"]
+    assert "46 more tokens" in lines[6]
+    assert len(lines) == 4 + 5 + 4 + 5
 
 
 @pytest.mark.parametrize("text", ["\x1b[31mred\r\n", "‮tfel", "\x00\x07", "é€"])

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PARTS = {"prompt": False, "chosen": True, "rejected": True}
+#: Tokens shown on each side of a completion's start.
+_AROUND = 6
 
 
 def preflight_lines(
@@ -32,7 +34,14 @@ def preflight_lines(
     if bos_id is not None:
         found = list(ids["prompt"]).count(bos_id)
         lines.append(f"BOS {_shown(tokenizer, bos_id)} in the prompt: {found}")
-    lines.append(f"{'part':<9}{'position':>9}{'id':>9}  {'scored':<7} text")
+    before = _text(tokenizer, ids["prompt"][-_AROUND:])
+    after = (_text(tokenizer, ids[side][:_AROUND]) for side in ("chosen", "rejected"))
+    lines.append(
+        "completions start at position {}, after {}: chosen with {}, rejected with {}".format(
+            len(ids["prompt"]), before, *after
+        )
+    )
+    lines.append(f"{'part':<9}{'position':>9}{'id':>9}  {'scored':<7} {'kind':<8} text")
     for part, scored in _PARTS.items():
         offset = 0 if part == "prompt" else len(ids["prompt"])
         lines += _part_lines(part, ids[part], offset, scored, tokenizer, most_tokens)
@@ -52,11 +61,22 @@ def _part_lines(
         hidden = range(most_tokens // 2, len(ids) - (most_tokens - most_tokens // 2))
     for i, token_id in enumerate(ids):
         if hidden and i == hidden.start:
-            yield f"{part:<9}{'...':>9}{'':>9}  {'':<7} {len(hidden)} more tokens"
+            yield f"{part:<9}{'...':>9}{'':>9}  {'':<16} {len(hidden)} more tokens"
         if i not in hidden:
             mark = "yes" if scored else "-"
+            kind = "special" if _is_special(tokenizer, token_id) else ""
             text = _shown(tokenizer, token_id)
-            yield f"{part:<9}{offset + i:>9}{token_id:>9}  {mark:<7} {text}"
+            yield f"{part:<9}{offset + i:>9}{token_id:>9}  {mark:<7} {kind:<8} {text}"
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    return token_id in tokenizer.all_special_ids or (added is not None and added.special)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Several tokens' text, quoted and escaped."""
+    return f"'{printable(str(tokenizer.decode([int(i) for i in ids])))}'"
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
