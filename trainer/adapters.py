@@ -130,6 +130,7 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model.enable_input_require_grads()  # for reentrant checkpointing; peft does it elsewhere
     try:
         adapted = get_peft_model(model, peft_config)
     except ValueError as error:
@@ -158,15 +159,6 @@ def bare_model(model: Any) -> PreTrainedModel:
 def starts_as_its_base(peft_config: Any) -> bool:
     """Whether a fresh adapter adds nothing at first, its base being the model as it was."""
     return getattr(peft_config, "init_lora_weights", False) in SAME_AT_FIRST
-
-
-def needs_input_gradients(model: Any, args: Any) -> bool:
-    """Whether reentrant checkpointing would find nothing to differentiate at its frozen input."""
-    kwargs = [
-        getattr(args, f"{name}_checkpointing_kwargs", None) for name in ("activation", "gradient")
-    ]
-    reentrant = any((given or {}).get("use_reentrant") for given in kwargs)
-    return reentrant and hasattr(model, "get_base_model")
 
 
 def learnable_line(model: nn.Module) -> str:
