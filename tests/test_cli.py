@@ -56,12 +56,15 @@ def test_train_and_report(place, capsys):
     printed = capsys.readouterr().out
     assert "train: 12 pairs" in printed
     assert "Report:" in printed
+    assert "plan: 4 pairs a step" in printed
+    assert "of padded tokens computed" in printed
     run = place / "run"
     notes = json.loads((run / "run.json").read_text())
     assert notes["objective"]["name"] == "lmpo"
     assert notes["objective"]["margin_weight"] == 0.1
     assert notes["summary"]["steps"] == 2
     assert notes["data"]["train"]["pairs"] == 12
+    assert notes["plan"]["pairs_per_step"] == 4
     AutoModelForCausalLM.from_pretrained(run)
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     (run / "report.html").unlink()
@@ -82,7 +85,7 @@ def test_preflight_trains_nothing(place, capsys, tmp_path):
     config = write_config(tmp_path / "c.yaml", place)
     assert main(["train", config, "--preflight", "--beta=3.5"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("First pair", "beta: 3.5", "12 pairs", "Pairs per optimizer step: 4"):
+    for expected in ("First pair", "beta: 3.5", "12 pairs", "plan: 4 pairs a step"):
         assert expected in printed
     assert not (tmp_path / "run").exists()
 

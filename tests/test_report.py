@@ -280,6 +280,12 @@ def test_speed_counts_slow_stretches_by_their_time(tmp_path: Path) -> None:
     assert run.pairs_per_s() == pytest.approx(150.0)
 
 
+def test_the_share_of_padded_tokens_is_said(tmp_path: Path) -> None:
+    shares = (0.52, 0.56, math.nan)
+    logs = [{"step": i, "tokens/computed_vs_padded": share} for i, share in enumerate(shares)]
+    assert "0.54 of padded tokens computed" in read_report(make_run(tmp_path, logs))
+
+
 def test_empty_parts_of_the_notes_are_left_out(tmp_path: Path) -> None:
     page = read_report(make_run(tmp_path, data={"skipped": {}, "notes": [], "strict": False}))
     assert "<th>strict</th><td>false</td>" in page

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from widemargin.kernels import reference
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.sampler import FILLER_ID, PairBatches, PairRows
+from widemargin.trainer.sampler import FILLER_ID, PairRows
 
 
 def trained(folder, **settings) -> torch.Tensor:
@@ -207,35 +207,6 @@ def test_errors(tmp_path):
         )
 
 
-@pytest.mark.parametrize(("pairs", "per_rank"), [(24, 2), (25, 2), (3, 4), (1, 1), (17, 3)])
-def test_ranks_share_the_same_global_micro_batches(pairs, per_rank):
-    """Any number of ranks sees the same pairs together, in the same order, each exactly once."""
-    size = 12 * per_rank
-    together = {}
-    for ranks in (1, 2, 3, 12):
-        batches = [
-            list(PairBatches(pairs, size // ranks, rank=rank, ranks=ranks, seed=3))
-            for rank in range(ranks)
-        ]
-        assert len({len(b) for b in batches}) == 1
-        together[ranks] = [
-            sorted(i for rank in step for i in rank if i >= 0)
-            for step in zip(*batches, strict=True)
-        ]
-        assert sorted(i for step in together[ranks] for i in step) == list(range(pairs))
-        assert all(rank for step in zip(*batches, strict=True) for rank in step)
-    assert len({json.dumps(steps) for steps in together.values()}) == 1
-
-
-def test_epochs_differ_and_repeat():
-    sampler = PairBatches(20, 4, seed=1)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    sampler.set_epoch(0)
-    assert list(sampler) == first != second
-
-
 def test_fillers_weigh_nothing(tmp_path):
     trainer = tiny_trainer(tmp_path, pairs=3)
     rows: Any = trainer.train_dataset
@@ -294,14 +265,3 @@ def test_two_ranks_equal_one(tmp_path):
     assert len(logs[0]) == len(logs[1])
     for first, second in zip(*logs, strict=True):
         assert first == pytest.approx(second, abs=1e-5)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_operations_of_decoder_and_head(tied):
-    """By hand: 6 per weight that multiplies a token; the head only where a completion is scored."""
-    from widemargin.trainer.throughput import flops_per_token
-
-    model = tiny_model(tie_word_embeddings=tied)
-    inner = [*model.model.layers.parameters(), *model.model.norm.parameters()]
-    head = model.lm_head.weight.numel()
-    assert flops_per_token(model) == (6 * sum(p.numel() for p in inner), 6 * head)

@@ -14,6 +14,7 @@ COLUMNS = [
     ("learning_rate", "lr", "{:.1e}"),
     ("pairs_per_s", "pairs/s", "{:.1f}"),
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("tokens/computed_vs_padded", "of padded", "{:.2f}"),
     ("mfu", "MFU", "{:.0%}"),
     ("peak_memory_mib", "MiB", "{:,.0f}"),
 ]

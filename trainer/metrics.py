@@ -21,6 +21,9 @@ NAMES = (
 )
 """What `PreferenceMetrics` reports, of training and of evaluation."""
 
+TOKENS = ("computed_tokens", "tokens", "padded_tokens")
+"""What `PairCollator` counts in a batch, as `Throughput.report` takes it."""
+
 
 class PreferenceMetrics:
     """Sums over the pairs since the last report, for training or for evaluation.
@@ -65,6 +68,10 @@ class PreferenceMetrics:
         chosen, rejected = logits.chunk(2)
         self.add(**{"logits/chosen": chosen, "logits/rejected": rejected})
 
+    def add_tokens(self, decoder_tokens: Tensor) -> None:
+        """Add one micro-batch's ``decoder_tokens`` [3], see `PairCollator`."""
+        self.add(**dict(zip(TOKENS, decoder_tokens, strict=True)))
+
     def report(self, prefix: str = "") -> tuple[dict[str, float], dict[str, float]]:
         """Means over all ranks under ``prefix``, totals of pairs and tokens; then anew."""
         sums, self._sums = self._sums, {}
@@ -75,7 +82,7 @@ class PreferenceMetrics:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
         total = dict(zip(names, totals.tolist(), strict=True))
-        counts = {name: total.pop(name, 0.0) for name in ("pairs", "tokens", "batches")}
+        counts = {name: total.pop(name, 0.0) for name in ("pairs", "batches", *TOKENS)}
         pairs = counts["pairs"]
         if not pairs:
             return {}, counts

@@ -91,6 +91,11 @@ class Plan:
         """[micro-batches, R] how many pairs each rank has."""
         return np.diff(self.bounds).reshape(-1, self.ranks)
 
+    @property
+    def most_pairs(self) -> int:
+        """The most pairs any rank has in a micro-batch."""
+        return int(self.pairs.max(initial=0))
+
     def tokens(self, layout: str) -> np.ndarray:
         """[micro-batches, R] tokens that each rank's decoder computes in this layout."""
         alone = self.lengths.alone(layout)[self.order]

@@ -135,6 +135,9 @@ def _speed(run: Run) -> list[tuple[str, str]]:
     memory = [value for _, value in run.series("peak_memory_mib") if math.isfinite(value)]
     if memory and max(memory) > 0:
         rows.append(("MiB at peak", figure(max(memory))))
+    shares = [v for _, v in run.series("tokens/computed_vs_padded") if math.isfinite(v)]
+    if shares:
+        rows.append(("of padded tokens computed", f"{sum(shares) / len(shares):.2f}"))
     mfu = [value for _, value in run.series("mfu") if math.isfinite(value)]
     if mfu:
         rows.append(("MFU", figure(mfu[-1])))

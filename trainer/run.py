@@ -10,8 +10,9 @@ from datetime import datetime, timezone
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -20,10 +21,18 @@ from .config import PreferenceConfig
 from .console import ConsoleLines, ConsoleProgress
 from .data import PairData, load_pairs, preflight_lines
 from .errors import UserError
+from .merging import export_merged
 from .model import load_model, load_model_config, load_tokenizer, vocabulary_size
 from .objectives import Objective
+from .packing_choice import choose_packing
+from .plan_limits import fitted, training_planner
+from .plan_summary import summarise
 from .report import summary_lines, write_report
+from .sampler import PairRows
 from .trainer import PreferenceTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PACKAGES = ("widemargin", "torch", "triton", "transformers", "accelerate", "datasets", "peft")
 SECRETS = ("token", "password", "secret")
@@ -45,7 +54,8 @@ def preflight(config: PreferenceConfig) -> None:
     print(f"\nObjective {objective.name}: {objective.spec.formula}")
     for name, value in dataclasses.asdict(objective.hyperparameters).items():
         print(f"  {name}: {value}")
-    print(f"\nPairs per optimizer step: {config.pairs_per_step}")
+    if data.train is not None:
+        print("\n" + "\n".join(_plan_lines(config, objective, data.train, model_config)))
     if checkpoint is not None:
         print(f"Would go on from {checkpoint}")
     print("\nData")
@@ -70,6 +80,7 @@ def train(config: PreferenceConfig) -> None:
     if main:
         print("\n".join(data.report.lines()), flush=True)
     check_data(config, data)
+    record = RunRecord(config, objective, data)
     trainer = PreferenceTrainer(
         model,
         config,
@@ -78,8 +89,10 @@ def train(config: PreferenceConfig) -> None:
         processing_class=tokenizer,
     )
     _use_console(trainer)
-    record = RunRecord(config, objective, data)
+    plan = trainer.plan_summary()
+    record.content["plan"] = plan.as_dict()
     if main:
+        print("\n".join([*plan.lines(), *trainer.notes()]), flush=True)
         record.write()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -93,8 +106,30 @@ def train(config: PreferenceConfig) -> None:
     )
     print("\n" + "\n".join(summary_lines(Path(config.output_dir))))
     print(f"\nModel: {config.output_dir}")
+    if config.merge_adapter:
+        merged = Path(config.output_dir) / "merged"
+        export_merged(config, Path(config.output_dir), merged)
+        print(f"Merged model: {merged}")
     if config.write_report:
         print(f"Report: {write_report(Path(config.output_dir))}")
+
+
+def _plan_lines(
+    config: PreferenceConfig, objective: Objective, pairs: Dataset, model_config: Any
+) -> list[str]:
+    """The packing that these settings should get, and the plan of the first epoch."""
+    lengths = PairRows(pairs).lengths
+    packing = choose_packing(
+        config.packing,
+        model_config,
+        attention=config.attn_implementation,
+        device=config.device,
+        dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+        lengths=lengths,
+        pairs_per_batch=config.per_device_train_batch_size,
+    )
+    planner = training_planner(config, objective, lengths, packing.layout)
+    return [str(packing), *summarise(fitted(config, objective, planner)).lines()]
 
 
 def check_data(config: PreferenceConfig, data: PairData) -> None:

@@ -1,87 +1,114 @@
-"""Which pairs run together: steps, global micro-batches, and each rank's share.
-
-The order of pairs, the steps and their global micro-batches follow from seed and epoch alone; each
-global micro-batch is then dealt over the ranks. So the number of ranks changes nothing in what an
-objective sees, and a step is exactly the configured number of pairs (the last may be smaller).
-"""
+"""A tokenized data set as the planner and the loader see it: lengths, rows, one rank's batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
-import torch
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from .planner import PairLengths, Plan, Planner
+
 FILLER_ID = -1
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
+THEIR_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # in TRL
 
 
 class PairBatches(BatchRebalanceSampler):
     """Batch sampler over one rank's share of every global micro-batch.
 
     It derives from transformers' rank-aware batch sampler for the sake of `Trainer`, which leaves
-    those unsharded. A rank left without a pair gets the micro-batch's first one as a filler:
-    index ``-1 - i`` stands for pair i with weight zero.
+    those unsharded. A rank left without a pair gets the micro-batch's shortest as a filler: index
+    ``-1 - i`` stands for pair i with weight zero.
 
     Args:
-        pairs: pairs in the data set.
-        per_rank: pairs a rank takes per micro-batch.
-        rank, ranks: this process's place.
-        seed: of the order; None keeps the data set's order.
-        drop_last: leave out a last global micro-batch that is not full.
+        planner: of the whole data set, for all ranks.
+        rank: this process's place among the planner's ranks.
     """
 
-    def __init__(
-        self,
-        pairs: int,
-        per_rank: int,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        seed: int | None = 0,
-        drop_last: bool = False,
-    ) -> None:
-        self.pairs, self.per_rank = pairs, per_rank
-        self.rank, self.ranks = rank, ranks
-        self.seed = seed
-        self.drop_last = drop_last
+    def __init__(self, planner: Planner, rank: int = 0) -> None:
+        self.planner, self.rank = planner, rank
+        self.drop_last = planner.drop_last
         self.epoch = 0
+        self._plans: dict[int, Plan] = {}
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.pairs, self.per_rank * self.ranks)
-        return whole + (rest > 0 and not self.drop_last)
+        return self.planner.micro_batches_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        order = self._order()
-        size = self.per_rank * self.ranks
-        for batch in range(len(self)):
-            together = order[batch * size : (batch + 1) * size]
-            yield together[self.rank :: self.ranks] or [FILLER_ID - together[0]]
+        plan = self.plan
+        for micro_batch in range(len(plan)):
+            yield plan.share(micro_batch, self.rank) or [FILLER_ID - plan.shortest(micro_batch)]
 
-    def _order(self) -> list[int]:
-        if self.seed is None:
-            return list(range(self.pairs))
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return torch.randperm(self.pairs, generator=generator).tolist()
+    @property
+    def plan(self) -> Plan:
+        """The epoch's plan, made once."""
+        if self.epoch not in self._plans:
+            self._plans = {self.epoch: self.planner.plan(self.epoch)}
+        return self._plans[self.epoch]
+
+    @property
+    def max_pairs_per_rank(self) -> int:
+        """The most pairs (a filler counts) any rank has in a micro-batch of this epoch."""
+        return max(1, self.plan.most_pairs)
 
 
 class PairRows(Dataset):
-    """A tokenized data set as `PairBatches` indexes it: rows with their ``pair_id``."""
+    """Rows of a tokenized data set with their ``pair_id``, as `PairBatches` indexes them.
+
+    A row has its token columns and, where the data set has both (or was given them later), the
+    reference's log-probs.
+    """
 
     def __init__(self, dataset: Any) -> None:
-        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-        self.dataset = dataset.select_columns(columns).with_format("numpy")
+        columns: list[str] = list(TOKEN_COLUMNS)
+        if set(THEIR_REFERENCE_COLUMNS) <= set(dataset.column_names):
+            names = zip(THEIR_REFERENCE_COLUMNS, REFERENCE_COLUMNS, strict=True)
+            dataset = dataset.rename_columns(dict(names))
+        if set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+            columns += REFERENCE_COLUMNS
+        self.dataset = dataset.select_columns(columns).with_format("arrow")
+        self._reference: dict[str, np.ndarray] = {}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether rows carry the reference's log-probs."""
+        return bool(self._reference) or REFERENCE_COLUMNS[0] in self.dataset.column_names
+
+    def set_reference(self, logps: dict[str, np.ndarray]) -> None:
+        """Give every row the reference's log-probs: columns named as in `REFERENCE_COLUMNS`."""
+        self._reference = logps
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def lengths(self) -> PairLengths:
+        """Tokens of every pair's parts, from Arrow's offsets: no token is read."""
+        # The table's rows stand as they were stored; select and shuffle keep a list beside it.
+        stored = self.dataset._indices
+        rows = slice(None) if stored is None else stored.column(0).to_numpy()
+
+        def lengths(name: str) -> np.ndarray:
+            counts = pc.list_value_length(self.dataset.data.column(name))  # pyright: ignore
+            return counts.to_numpy().astype(np.int64)[rows]
+
+        return PairLengths(*(lengths(name) for name in TOKEN_COLUMNS))
+
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         wanted = [index if index >= 0 else FILLER_ID - index for index in indices]
-        rows = self.dataset[wanted]
+        table: pa.Table = self.dataset[wanted]
+        columns = {name: _values(table.column(name)) for name in table.column_names}
+        columns |= {name: logps[wanted] for name, logps in self._reference.items()}
         return [
             {
-                **{name: column[i] for name, column in rows.items()},
+                **{name: column[i] for name, column in columns.items()},
                 "pair_id": index if index >= 0 else FILLER_ID,
             }
             for i, index in enumerate(indices)
@@ -89,3 +116,12 @@ class PairRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
+
+
+def _values(column: pa.ChunkedArray) -> Sequence[Any]:
+    """A column's values by row: arrays of tokens, or numbers."""
+    if not pa.types.is_nested(column.type):
+        return column.to_numpy()
+    tokens = pc.list_flatten(column).to_numpy()  # pyright: ignore
+    ends = np.cumsum(pc.list_value_length(column).to_numpy())  # pyright: ignore
+    return np.split(tokens, ends[:-1])

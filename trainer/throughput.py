@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,19 +52,27 @@ class Throughput:
             if running:
                 self.start()
 
-    def report(self, pairs: float, tokens: float, scored: float) -> dict[str, float]:
+    def report(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Rates for what was done since the last report.
 
         Args:
-            tokens: through the decoder, padding left out. scored: of those, through the head.
+            counts: over all ranks, ``pairs``; decoder tokens in the batches' layout, all of them
+                (``computed_tokens``), without padding (``tokens``), and as padded batches would
+                have them (``padded_tokens``); tokens through the head (``scored``).
+
+        Returns:
+            ``pairs_per_s``, ``tokens_per_s`` (without padding), ``tokens/computed_vs_padded``
+            (a share: what the layout saves), and ``mfu`` where the chip's peak is known.
         """
         with self.paused():
             seconds, self._seconds = self._seconds, 0.0
-        if seconds <= 0 or not pairs:
+        tokens = counts.get("tokens", 0.0)
+        if seconds <= 0 or not tokens:
             return {}
-        rates = {"tokens_per_s": tokens / seconds, "pairs_per_s": pairs / seconds}
+        rates = {"tokens_per_s": tokens / seconds, "pairs_per_s": counts["pairs"] / seconds}
+        rates["tokens/computed_vs_padded"] = counts["computed_tokens"] / counts["padded_tokens"]
         if self._peak is not None:
-            flops = self._decoder_flops * tokens + self._head_flops * scored
+            flops = self._decoder_flops * tokens + self._head_flops * counts["scored"]
             rates["mfu"] = flops / seconds / self._peak
         return rates
 
@@ -79,11 +89,22 @@ def peak_memory_mib(device: torch.device) -> float:
 def flops_per_token(model: PreTrainedModel) -> tuple[float, float]:
     """Operations of the decoder per token and of the head per scored token.
 
-    The usual count: forward and backward take 6 per parameter that multiplies the token (frozen
-    ones too, so a LoRA run's share is overstated), attention scores and recomputation left out.
+    The usual count: 6 per parameter that multiplies the token, 2 of them forward, 2 for its input's
+    gradient and 2 for its own, which a frozen one (under LoRA) does without. Attention scores and
+    recomputation are left out, and so is a reference model.
     """
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    config = model.config.get_text_config()
-    head = config.vocab_size * config.hidden_size
-    tables = head if config.tie_word_embeddings else 2 * head
-    return 6.0 * (total - tables), 6.0 * head
+    head = cast(Any, model.get_output_embeddings()).weight
+    tables = {id(head), id(cast(Any, model.get_input_embeddings()).weight)}
+    return sum(_flops(p) for p in model.parameters() if id(p) not in tables), _flops(head)
+
+
+def _flops(parameter: Parameter) -> float:
+    """Operations per token, forward and backward, of a parameter that multiplies it."""
+    return (6.0 if parameter.requires_grad else 4.0) * _size(parameter)
+
+
+def _size(parameter: Any) -> int:
+    """Elements of a parameter, also where ZeRO-3 has taken it apart or it is packed in 4 bits."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return math.prod(parameter.quant_state.shape)
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
+from .adapters import bare_model, learnable_line, lora_config, with_adapter
 from .checks import check_evaluation
 from .config import PreferenceConfig
-from .data import PairCollator, is_tokenized, model_inputs, tokenize_pairs
+from .data import is_tokenized, model_inputs, tokenize_pairs
 from .data.report import SplitReport
 from .errors import UserError, refusals
 from .head import check_head, patch_head
@@ -25,8 +26,12 @@ from .model import (
     load_tokenizer,
     pad_token,
     vocabulary_size,
-    with_adapter,
 )
+from .packing_check import packing_for
+from .plan_limits import fitted, training_planner
+from .plan_summary import PlanSummary, summarise
+from .planner import Planner
+from .reference import reference_for
 from .sampler import PairBatches, PairRows
 from .throughput import Throughput, peak_memory_mib
 
@@ -47,8 +52,9 @@ class PreferenceTrainer(Trainer):
         train_dataset, eval_dataset: pairs, raw (``prompt``, ``chosen``, ``rejected``; tokenized
             here by ``args``) or tokenized (``prompt_ids``, ``chosen_ids``, ``rejected_ids``).
         processing_class: the tokenizer; the model's own if None.
-        ref_model: a frozen model, for objectives with a reference.
-        peft_config: wrap the model in this adapter; not on lm_head.
+        ref_model: a frozen model for objectives with a reference; if None, the one that ``args``
+            name, or else the model as it is now. It is patched too.
+        peft_config: wrap the model in this adapter, not on lm_head; if None, as ``args`` say.
         data_collator: in place of `PairCollator`, with the same output.
         callbacks, optimizers: as in `transformers.Trainer`.
 
@@ -63,15 +69,15 @@ class PreferenceTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | str | None = None,
         peft_config: Any = None,
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         self.objective = args.build_objective()
-        if ref_model is not None and not self.objective.needs_reference:
-            raise UserError(f"ref_model: {self.objective.name} uses none; leave it out")
+        if isinstance(ref_model, str):
+            args.ref_model_name_or_path, ref_model = ref_model, None
         if isinstance(model, str):
             args.model_name_or_path = model
         lm: PreTrainedModel = load_model(args) if isinstance(model, str) else model
@@ -81,11 +87,7 @@ class PreferenceTrainer(Trainer):
         check_evaluation(args, eval_dataset)
         if args.disable_dropout:
             disable_dropout(lm)
-        self.scoring = patch_head(
-            lm, tail=args.head_tail, tail_eps=args.head_tail_eps, backend=args.head_backend
-        )
-        if peft_config is not None:
-            lm = with_adapter(lm, peft_config)
+        self.scoring = patch_head(bare_model(lm), **args.head_settings)
         if args.n_gpu > 1:
             logger.warning(
                 "Using one of %d GPUs; for all of them start with accelerate launch", args.n_gpu
@@ -99,6 +101,21 @@ class PreferenceTrainer(Trainer):
         }
         train_dataset = self._pairs(train_dataset, "train_dataset", **tokenizing)
         eval_dataset = self._pairs(eval_dataset, "eval_dataset", **tokenizing)
+        peft_config = lora_config(args) if peft_config is None else peft_config
+        self.reference = reference_for(
+            self.objective, lm, args, ref_model, peft_config, [train_dataset, eval_dataset]
+        )
+        if peft_config is not None:
+            set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
+            lm = with_adapter(lm, peft_config)
+        collator, self.packing = data_collator, None
+        if collator is None:
+            self.packing = packing_for(lm, args, getattr(train_dataset, "lengths", None))
+            collator = self.packing.collator(pad_token(processing_class))
+        if train_dataset is not None:
+            layout = getattr(collator, "layout", "padded")
+            planner = training_planner(args, self.objective, train_dataset.lengths, layout)
+            fitted(args, self.objective, planner)
         with refusals("settings", ValueError, ImportError, OSError):
             super().__init__(
                 model=lm,
@@ -106,7 +123,7 @@ class PreferenceTrainer(Trainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
-                data_collator=data_collator or PairCollator(pad_token(processing_class)),
+                data_collator=collator,
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
@@ -115,6 +132,9 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_head(lm)
+        if self.reference is not None:
+            self.reference.prepare(self, self.packing)
+        self._train_batches: PairBatches | None = None
         self._metrics = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
         self._throughput = Throughput(lm, self.args.device, self.args.world_size)
         self.add_callback(_Clock(self))
@@ -130,6 +150,12 @@ class PreferenceTrainer(Trainer):
             )
         return PairRows(dataset)
 
+    def notes(self) -> list[str]:
+        """What a reader of the log should know of the model and its reference."""
+        model: Any = self.model
+        lines = [learnable_line(model)] if hasattr(model, "get_base_model") else []
+        return lines + ([] if self.reference is None else self.reference.notes)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         with refusals("optim", ValueError, TypeError, ImportError):
             return super().create_optimizer(*args, **kwargs)
@@ -139,27 +165,29 @@ class PreferenceTrainer(Trainer):
             return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairBatches:
-        args = self.args
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        self._train_batches = PairBatches(
-            len(dataset),
-            args.train_batch_size,
-            rank=args.process_index,
-            ranks=args.world_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            drop_last=args.dataloader_drop_last,
-        )
+        planner = self._planner(self.train_dataset if train_dataset is None else train_dataset)
+        self._train_batches = PairBatches(planner, self.args.process_index)
         return self._train_batches
+
+    def _planner(self, dataset: Any) -> Planner:
+        layout = getattr(self.data_collator, "layout", "padded")
+        args: Any = self.args
+        return training_planner(args, self.objective, dataset.lengths, layout)
+
+    def plan_summary(self) -> PlanSummary:
+        """What the plan of the first epoch of training comes to."""
+        return summarise(self._planner(self.train_dataset))
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Pairs per step, also where ``max_tokens_per_micro_batch`` raised the accumulation."""
+        return args.pairs_per_step
 
     def _get_eval_sampler(self, eval_dataset: Any) -> PairBatches:
         args = self.args
-        return PairBatches(
-            len(eval_dataset),
-            args.eval_batch_size,
-            rank=args.process_index,
-            ranks=args.world_size,
-            seed=None,
-        )
+        size = args.eval_batch_size * args.world_size
+        layout = getattr(self.data_collator, "layout", "padded")
+        planner = Planner(eval_dataset.lengths, size, 1, args.world_size, None, layout=layout)
+        return PairBatches(planner, args.process_index)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Pairs of this optimizer step over all ranks, as a device scalar."""
@@ -182,23 +210,33 @@ class PreferenceTrainer(Trainer):
         Without that number, as in evaluation, the mean over the micro-batch's own pairs.
         """
         cu_seqlens = inputs["cu_seqlens"]
+        reference = None if self.reference is None else self.reference.sums(model, inputs)
         scored = model(**model_inputs(inputs))
         distributed = self.args.world_size > 1 and self.objective.couples_pairs
-        batch_size = self.args.train_batch_size if model.training else self.args.eval_batch_size
-        self.objective.max_pairs_per_rank = batch_size
+        self.objective.max_pairs_per_rank = self._max_pairs_per_rank(model.training)
         out = self.objective.train(model.training)(
             scored.token_logps,
             cu_seqlens,
+            reference,
             pair_ids=inputs["pair_ids"],
             group=dist.group.WORLD if distributed else None,
         )
+        if self.reference is not None and reference is not None and model.training:
+            self.reference.check_first(out, reference, self.state.global_step, self.objective.name)
         metrics = self._metrics["train" if model.training else "eval"]
         metrics.add_pairs(out, scored.mean_logits, cu_seqlens)
-        metrics.add(tokens=inputs["attention_mask"])
+        if "decoder_tokens" in inputs:  # a collator of the user's own may not count
+            metrics.add_tokens(inputs["decoder_tokens"])
         loss = out.loss
         if num_items_in_batch is not None:
             loss = out.losses.sum() * self.args.world_size / num_items_in_batch
         return (loss, {"pairs": out}) if return_outputs else loss
+
+    def _max_pairs_per_rank(self, training: bool) -> int | None:
+        """A bound that all ranks know without asking each other; None where there is no plan."""
+        if not training:  # one rank may get all of a micro-batch
+            return self.args.eval_batch_size * self.args.world_size
+        return None if self._train_batches is None else self._train_batches.max_pairs_per_rank
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -235,9 +273,7 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:
             means, counts = self._metrics["train"].report()
             means.pop("loss", None)
-            rates = self._throughput.report(
-                *(counts.get(n, 0.0) for n in ("pairs", "tokens", "scored"))
-            )
+            rates = self._throughput.report(counts)
             logs.update(means, **rates, peak_memory_mib=peak_memory_mib(self.args.device))
         super().log(logs, start_time)
 
@@ -279,7 +315,8 @@ class _Clock(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """transformers' own `set_epoch` misses the sampler after a resume on several ranks."""
-        self.trainer._train_batches.set_epoch(int(state.epoch or 0))
+        if self.trainer._train_batches is not None:
+            self.trainer._train_batches.set_epoch(int(state.epoch or 0))
 
 
 def _state_file(folder: str) -> Path:
