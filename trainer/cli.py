@@ -15,6 +15,8 @@ Train on preference pairs as a YAML file says. Settings are those of PreferenceC
 data and objective, and all of transformers.TrainingArguments. Any of them can be overridden:
 
   widemargin train configs/train/quickstart.yaml --beta=2.5 --learning_rate=1e-6
+
+--profile writes a trace of a few steps, trace.json.gz, for chrome://tracing.
 """
 
 
@@ -93,6 +95,7 @@ def _train(config: str, overrides: Sequence[str], script: str | None, *, preflig
     from .run import preflight as run_preflight
     from .run import train
 
+    overrides = ["--profile=true" if it == "--profile" else it for it in overrides]
     settings = load_config(config, overrides, script=script)
     if preflight:
         run_preflight(settings)

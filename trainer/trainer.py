@@ -31,6 +31,7 @@ from .packing_check import packing_for
 from .plan_limits import fitted, training_planner
 from .plan_summary import PlanSummary, summarise
 from .planner import Planner
+from .profiling import ProfileCallback
 from .reference import reference_for
 from .sampler import PairBatches, PairRows
 from .throughput import Throughput, peak_memory_mib
@@ -138,6 +139,8 @@ class PreferenceTrainer(Trainer):
         self._metrics = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
         self._throughput = Throughput(lm, self.args.device, self.args.world_size)
         self.add_callback(_Clock(self))
+        if args.profile:
+            self.add_callback(ProfileCallback())
 
     def _pairs(self, dataset: Any, name: str, **tokenizing: Any) -> Any:
         """A data set as the sampler reads it, tokenized if it is not yet."""
