@@ -95,6 +95,36 @@ def _widemargin(
     )
 
 
+def _other_product(
+    product: str, hidden: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, Any]:
+    """Tail "mean" with another way to the forward's logits than the chip's own (`tiles.py`)."""
+    tiles = importlib.import_module("widemargin.kernels.tiles")
+    table = dict(tiles.HALF)
+    forward = tiles.FORWARDS[product]
+    tiles.HALF.update(
+        {arch: each._replace(product=product, forward=forward) for arch, each in table.items()}
+    )
+    try:
+        return _widemargin("mean", "triton", hidden, weight, targets)
+    finally:
+        tiles.HALF.update(table)
+
+
+def _descriptors_unavailable(case: Case, device: str) -> str | None:
+    if reason := _triton_unavailable(case, device):
+        return reason
+    if torch.cuda.get_device_capability() < (9, 0):
+        return "tensor descriptors are worth using from sm_90 on"
+    return "descriptors are tuned for half precision" if case.dtype == "float32" else None
+
+
+def _library_unavailable(case: Case, device: str) -> str | None:
+    if case.dtype == "float32":
+        return "the library's product is compared in half precision"
+    return _triton_unavailable(case, device)
+
+
 def _widemargin_unavailable(case: Case, device: str) -> str | None:
     try:
         importlib.import_module("widemargin.kernels.linear_logprob")
@@ -131,6 +161,18 @@ PROVIDERS = {
                 bound=tail,
             )
             for tail in ("exact", "mean")
+        ),
+        Provider(
+            "widemargin-triton-mean-tma",
+            partial(_other_product, "descriptors"),
+            _descriptors_unavailable,
+            bound="mean",
+        ),
+        Provider(
+            "widemargin-triton-mean-cublas",
+            partial(_other_product, "library"),
+            _library_unavailable,
+            bound="mean",
         ),
         Provider(
             "torch-linear-cross-entropy",

@@ -11,13 +11,17 @@ needs inside, and one entry in `KERNELS`.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.triton_compile import Attributes, aligned, compile_resources
+
+if TYPE_CHECKING:
+    from widemargin.kernels.tiles import Tile
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 
@@ -76,62 +80,106 @@ def _margin(kernel: str, dtype: str) -> Callable[[], Source]:
     return source
 
 
+class HeadKernel(NamedTuple):
+    """Where a kernel of the head lives, and which of its launch's constants are the tile's."""
+
+    module: str
+    field: str | None
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    archs: tuple[int, ...] = (80, 90)
+    softcap: bool = False  # whether it sees the softcap
+    product: bool = True
+
+
+HEAD = {
+    "_forward_kernel": HeadKernel("triton_forward", "forward", softcap=True),
+    "_forward_tma_kernel": HeadKernel("triton_forward_tma", "descriptors", ("bf16",), (90,)),
+    "_statistics_kernel": HeadKernel("library_forward", "library", product=False),
+    "_recompute_kernel": HeadKernel("triton_cells", "recompute", softcap=True),
+    "_weight_kernel": HeadKernel("triton_cells", "d_weight"),
+    "_hidden_kernel": HeadKernel("triton_cells", "d_hidden"),
+    "_count_kernel": HeadKernel("triton_routing", None, ("bf16",), product=False),
+    "_flag_kernel": HeadKernel("triton_routing", None, ("bf16",), product=False),
+    "_profile_kernel": HeadKernel("triton_routing", None, product=False),
+    "_finish_kernel": HeadKernel("triton_routing", None, product=False),
+}
+
+
+def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -> Source:
+    """A kernel of the head as it is launched with ``tile``."""
+    import triton.language as tl
+    from widemargin.kernels.cells import ENOUGH
+    from widemargin.kernels.routing import BLOCK
+    from widemargin.kernels.triton_routing import GROUP
+
+    module = importlib.import_module(f"widemargin.kernels.{HEAD[kernel].module}")
+    fn = getattr(module, kernel)
+    inputs = ("hidden_ptr", "weight_ptr", "bias_ptr", "work_ptr", "d_weight_ptr", "means_ptr")
+    inputs += ("weighted_ptr", "out_ptr")
+    longs = ("targets_ptr", "by_target_ptr", "cells_ptr", "by_tile_ptr", "slices_ptr", "order_ptr")
+    longs += ("slice_blocks_ptr", "by_count_ptr", "block_bounds_ptr", "tile_bounds_ptr")
+    longs += ("target_bounds_ptr", "tile_blocks_ptr")
+    types = dict.fromkeys(inputs, f"*{dtype}") | dict.fromkeys(longs, "*i64")
+    types |= {"logit_scale": "fp32", "softcap": "fp32", "flags_ptr": "*i8", "counts_ptr": "*fp32"}
+    if kernel == "_count_kernel":
+        types["counts_ptr"] = "*i32"
+    types |= {
+        "hidden_desc": f"tensordesc<{dtype}[{tile.rows}, {tile.depth}]>",
+        "weight_desc": f"tensordesc<{dtype}[{tile.columns}, {tile.depth}]>",
+    }
+    constants = {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "TOGETHER": tile.together,
+        "WIDTH": BLOCK,
+        "TILE": BLOCK,
+        "BLOCK": BLOCK,
+        "GROUP": GROUP,
+        "ENOUGH": ENOUGH,
+        "HAS_BIAS": False,
+        "HAS_SOFTCAP": softcap,
+        "PROFILE": True,
+        "TAIL": True,
+        "WEIGHTED": True,
+        "D_WEIGHT": True,
+        "D_BIAS": False,
+        "ROUND": tl.float32 if dtype == "fp32" else tl.bfloat16,
+    }
+    arguments = [name for name in fn.arg_names if name not in constants]
+    signature = {
+        name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in arguments
+    }
+    # As at a launch: pointers, and sizes of real models, are multiples of 16.
+    multiples = {"stride_hn", "stride_wv", "stride_ln", "stride_on", "H", "V"}
+    return Source(
+        fn,
+        signature,
+        {name: constants[name] for name in fn.arg_names if name in constants},
+        aligned(*(name for name in arguments if name.endswith("_ptr") or name in multiples)),
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+
+
 def _head(kernel: str, dtype: str, arch: int, softcap: bool = False) -> Callable[[], Source]:
     """A kernel of the head with the tile that `tiles.py` gives it."""
 
     def source() -> Source:
-        import triton.language as tl
-        from widemargin.kernels import tiles, triton_backward, triton_forward
+        from widemargin.kernels import tiles
         from widemargin.kernels.routing import BLOCK
 
-        fn = getattr(triton_forward, kernel, None) or getattr(triton_backward, kernel)
+        field = HEAD[kernel].field
+        if field is None:
+            width = 1024 if kernel == "_finish_kernel" else BLOCK
+            return head_source(kernel, dtype, tiles.Tile(BLOCK, width, 0, 4, 3))
         table = tiles.FULL if dtype == "fp32" else tiles.HALF[arch]
-        tile = getattr(table, FIELDS[kernel])
+        tile = tiles.FORWARDS[field] if field in tiles.FORWARDS else getattr(table, field)
         if kernel == "_forward_kernel" and softcap:
             tile = tile._replace(columns=BLOCK)
-        inputs = ("hidden_ptr", "weight_ptr", "bias_ptr", "work_ptr", "d_weight_ptr")
-        counts = ("blocks_ptr", "tiles_ptr", "by_tile_ptr", "slices_ptr", "target_bounds_ptr")
-        counts += ("block_bounds_ptr", "block_slices_ptr", "tile_bounds_ptr")
-        types = dict.fromkeys(inputs, f"*{dtype}") | dict.fromkeys(counts, "*i32")
-        types |= {"targets_ptr": "*i64", "by_target_ptr": "*i64"}
-        types |= {"logit_scale": "fp32", "softcap": "fp32"}
-        constants = {
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "DEPTH": tile.depth,
-            "WIDTH": BLOCK,
-            "TILE": BLOCK,
-            "BLOCK": BLOCK,
-            "HAS_BIAS": False,
-            "HAS_SOFTCAP": softcap,
-            "PROFILE": True,
-            "TAIL": True,
-            "D_BIAS": False,
-            "ROUND": tl.float32 if dtype == "fp32" else tl.bfloat16,
-        }
-        arguments = [name for name in fn.arg_names if name not in constants]
-        signature = {
-            name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in arguments
-        }
-        # As at a launch: pointers, and sizes of real models, are multiples of 16.
-        multiples = {"stride_hn", "stride_wv", "H", "V"}
-        return Source(
-            fn,
-            signature,
-            {name: constants[name] for name in fn.arg_names if name in constants},
-            aligned(*(name for name in arguments if name.endswith("_ptr") or name in multiples)),
-            {"num_warps": tile.warps, "num_stages": tile.stages},
-        )
+        return head_source(kernel, dtype, tile, softcap=softcap)
 
     return source
 
-
-FIELDS = {
-    "_forward_kernel": "forward",
-    "_recompute_kernel": "recompute",
-    "_weight_kernel": "d_weight",
-    "_hidden_kernel": "d_hidden",
-}
 
 KERNELS: list[Kernel] = [
     Kernel(f"margin{kernel} {dtype}", _margin(kernel, dtype), needs_tensor_cores=False)
@@ -142,18 +190,18 @@ KERNELS: list[Kernel] = [
 
 KERNELS += [
     Kernel(
-        f"head {FIELDS[kernel]} {dtype}" + (" softcap" if softcap else ""),
-        _head(kernel, dtype, arch, softcap),
+        f"head{name.removesuffix('_kernel').replace('_', ' ')} {dtype}"
+        + (" softcap" if softcap else ""),
+        _head(name, dtype, arch, softcap),
         archs=(arch,),
-        needs_tensor_cores=dtype != "fp32",
+        needs_tensor_cores=kernel.product and dtype != "fp32",
     )
-    for kernel in FIELDS
-    for dtype in ("bf16", "fp32")
+    for name, kernel in HEAD.items()
+    for dtype in kernel.dtypes
     for softcap in (False, True)
-    for arch in (80, 90)
-    # Only these two see the softcap. In fp32, which no tensor core serves, they spill a few bytes
-    # with it in every tile tried.
-    if not softcap or (kernel in ("_forward_kernel", "_recompute_kernel") and dtype == "bf16")
+    for arch in kernel.archs
+    # In fp32, which no tensor core serves, the softcap spills a few bytes in every tile tried.
+    if not softcap or (kernel.softcap and dtype == "bf16")
 ]
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .routing import Routed, active_pairs, block_masses
 
@@ -26,19 +27,20 @@ one token's mass may exceed ``tail_eps`` before its cell is computed for it alon
 class Cells(NamedTuple):
     """The cells to compute, by block and then tile, cut into slices that fit the workspace.
 
-    order: [N] int64, tokens sorted. blocks, tiles: [B T] int32, of each cell. by_tile: [B T] int32,
-    cells by tile and then block. slices: [S + 1] int32, first cell of each. block_bounds: [B + 1]
-    int32, first cell of each block. block_slices: [B] int32. tile_bounds: [T, S + 1] int32, where
-    each tile's cells of each slice begin in ``by_tile``.
+    cells: [B T + 1], ``block * T + tile`` of each. by_tile, tile_blocks: [B T + 1], the cells by
+    tile and then block: their places in ``cells``, and their blocks. slices, slice_blocks: [S + 1],
+    first cell and first block of each slice. by_count: [B], each slice's blocks, most cells first.
+    block_bounds: [B + 1], first cell of each block. tile_bounds: [T, S + 1], where each tile's
+    cells of each slice begin in ``by_tile``. All int64.
     """
 
-    order: Tensor
-    blocks: Tensor
-    tiles: Tensor
+    cells: Tensor
     by_tile: Tensor
+    tile_blocks: Tensor
     slices: Tensor
+    slice_blocks: Tensor
+    by_count: Tensor
     block_bounds: Tensor
-    block_slices: Tensor
     tile_bounds: Tensor
 
 
@@ -69,7 +71,7 @@ def choose_cells(
     missing = tiles * TILE - tokens
 
     def tiled(pairs: Tensor) -> Tensor:
-        return torch.nn.functional.pad(pairs[:, order], (0, missing)).view(blocks, tiles, TILE)
+        return pad(pairs[:, order], (0, missing)).view(blocks, tiles, TILE)
 
     sizes = (tokens - TILE * torch.arange(tiles, device=order.device)).clamp_(max=TILE)
     enough = (sizes * ENOUGH // TILE).clamp_(min=1)
@@ -84,54 +86,37 @@ def slice_count(blocks: int, tiles: int, capacity: int) -> int:
     return max(1, -(-blocks * tiles // max(capacity - tiles, 1)))
 
 
-def list_cells(flags: Tensor, order: Tensor, capacity: int) -> Cells:
+def list_cells(flags: Tensor, capacity: int) -> Cells:
     """Turn flags [B, T] into lists by prefix sums; sizes stay on the device.
 
     Args:
         capacity: cells that fit the workspace; more than T.
     """
     blocks, tiles = flags.shape
-    slices = slice_count(blocks, tiles, capacity)
+    total = blocks * tiles
     counts = flags.sum(1)
-    block_bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    block_bounds = pad(counts.cumsum(0), (1, 0))
     block_slices = torch.div(block_bounds[:-1], max(capacity - tiles, 1), rounding_mode="floor")
-    steps = torch.arange(slices + 1, device=flags.device)
-    first_blocks = torch.searchsorted(block_slices, steps)
-    by_block, block_of, tile_of = _compact(flags)
-    by_tile, _, _ = _compact(flags.T, torch.where(flags, by_block, 0).T)
-    per_slice = torch.zeros(tiles, slices, dtype=torch.int64, device=flags.device)
-    per_slice.index_add_(1, block_slices, flags.T.long())
-    inside = torch.nn.functional.pad(per_slice.cumsum(1), (1, 0))
-    before = per_slice.sum(1).cumsum(0) - per_slice.sum(1)
-    return Cells(
-        order=order,
-        blocks=block_of.int(),
-        tiles=tile_of.int(),
-        by_tile=by_tile.int(),
-        slices=block_bounds[first_blocks].int(),
-        block_bounds=block_bounds.int(),
-        block_slices=block_slices.int(),
-        tile_bounds=(before[:, None] + inside).int(),
+    every = torch.arange(total + 1, device=flags.device)
+    slice_blocks = torch.searchsorted(
+        block_slices, every[: slice_count(blocks, tiles, capacity) + 1]
     )
-
-
-def _compact(flags: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """List the set flags [R, C] in order, by prefix sums.
-
-    Returns:
-        each flag's place in the list [R, C]; the list's rows and columns [R C] (zeros past its
-        end). With ``values`` [R, C], their list in place of the first.
-    """
+    above = pad(flags.cumsum(0), (0, 0, 1, 0))
+    starts = above[-1].cumsum(0) - above[-1]
+    tile_places = above.add_(starts)  # of the first cell at or below each block, in by_tile
     flat = flags.reshape(-1)
-    place = flat.cumsum(0) - 1
-    slots = torch.where(flat, place, len(flat))
-
-    def listed(what: Tensor) -> Tensor:
-        out = torch.zeros(len(flat) + 1, dtype=torch.int64, device=flags.device)
-        return out.scatter_(0, slots, what.reshape(-1))[:-1]
-
-    rows, columns = torch.meshgrid(
-        *(torch.arange(n, device=flags.device) for n in flags.shape), indexing="ij"
+    places = flat.cumsum(0) - 1
+    # One more than there can be, where the rest goes, and which a kernel that reads ahead may read.
+    slots = torch.where(flat, places, total)
+    tile_slots = torch.where(flat, tile_places[:-1].reshape(-1), total)
+    nothing = torch.zeros_like(every)
+    return Cells(
+        cells=nothing.scatter(0, slots, every[:-1]),
+        by_tile=nothing.scatter(0, tile_slots, places),
+        tile_blocks=nothing.scatter(0, tile_slots, every[:-1] // tiles),
+        slices=block_bounds[slice_blocks],
+        slice_blocks=slice_blocks,
+        by_count=torch.argsort(block_slices * (tiles + 1) + tiles - counts, stable=True),
+        block_bounds=block_bounds,
+        tile_bounds=tile_places[slice_blocks].T.contiguous(),
     )
-    first = place.view(flags.shape) if values is None else listed(values)
-    return first, listed(rows), listed(columns)

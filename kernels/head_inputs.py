@@ -25,7 +25,7 @@ def choose_backend(backend: Backend, hidden: Tensor, compute_dtype: torch.dtype)
         raise ValueError(f"backend: expected 'auto', 'triton' or 'torch', got {backend!r}")
     if not _HAS_TRITON:
         raise ValueError("backend: 'triton' needs the package triton; install it or use 'auto'")
-    from .triton_forward import INTERPRETED
+    from .triton_tile import INTERPRETED
 
     if compute_dtype == torch.float64:
         raise ValueError("backend: 'triton' takes fp32, bf16 or fp16, got fp64; use 'auto'")

@@ -84,7 +84,11 @@ def _forward_op(
     forward = torch_head.forward
     if backend == "triton":
         from .triton_forward import forward
-    with torch.autocast(hidden.device.type, enabled=False), ieee_products():
+    with (
+        torch.cuda.device_of(hidden),  # Triton launches on the current device
+        torch.autocast(hidden.device.type, enabled=False),
+        ieee_products(),
+    ):
         logps, lse, partial_lse, profile = forward(
             head, targets, keep=keep, profile=keep and tail == "mean"
         )
@@ -150,7 +154,11 @@ def _backward_op(
     backward = torch_head_backward.backward
     if backend == "triton":
         from .triton_backward import backward
-    with torch.autocast(hidden.device.type, enabled=False), ieee_products():
+    with (
+        torch.cuda.device_of(hidden),  # Triton launches on the current device
+        torch.autocast(hidden.device.type, enabled=False),
+        ieee_products(),
+    ):
         gradients, routing = backward(
             head,
             saved,

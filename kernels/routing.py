@@ -35,23 +35,24 @@ def block_masses(partial_lse: Tensor, lse: Tensor, logps: Tensor, targets: Tenso
     return masses.scatter_(0, target_blocks, rest.clamp_min_(0.0))
 
 
-def active_pairs(masses: Tensor, grad: Tensor, scored: Tensor, tail_eps: float) -> Tensor:
-    """Pairs whose mass, weighted by its token's share of the gradient, reaches ``tail_eps``.
+def thresholds(grad: Tensor, scored: Tensor, tail_eps: float) -> Tensor:
+    """The mass from which a token's pairs are active, [N]: ``tail_eps * mean|g| / |g_i|``.
 
-    ``|g_i| * mass[b, i] >= tail_eps * mean|g|``: tokens whose gradient has vanished cost nothing,
-    and the mean, unlike the maximum, is not inflated by one very short answer.
+    Tokens whose gradient has vanished cost nothing, and the mean, unlike the maximum, is not
+    inflated by one very short answer. Infinite where the gradient is 0 or not finite.
 
     Args:
-        masses: [B, N]. grad: [N], 0 where not scored. scored: [N] bool.
-
-    Returns:
-        [B, N] bool. A token whose masses or gradient are not finite is nowhere active.
+        grad: [N], 0 where not scored. scored: [N] bool.
     """
     size = grad.abs()
     finite = torch.isfinite(size)
     mean = torch.where(finite, size, 0.0).sum() / (finite & scored).sum().clamp_min(1)
-    threshold = torch.where(finite & (size > 0), tail_eps * mean / size, torch.inf)
-    return masses >= threshold
+    return torch.where(finite & (size > 0), tail_eps * mean / size, torch.inf)
+
+
+def active_pairs(masses: Tensor, grad: Tensor, scored: Tensor, tail_eps: float) -> Tensor:
+    """[B, N] bool: pairs whose mass reaches `thresholds`, so none of a token that is not finite."""
+    return masses >= thresholds(grad, scored, tail_eps)
 
 
 class Routed(NamedTuple):
@@ -86,12 +87,11 @@ def route(
 
 
 def routing_stats(routed: Routed, scored: Tensor) -> Tensor:
-    """[4]: active fraction; averaged mass per scored token, mean and max; 1 if all was dense."""
+    """[4]: active fraction; averaged mass, mean and max; 1 if dense; all of scored tokens."""
     active, averaged = routed
     count = scored.sum().clamp_min(1)
     fraction = (active & scored).sum() / (count * max(len(active), 1))
     mass = torch.where(scored, averaged.sum(0), 0.0)
     top = mass.max() if mass.numel() else mass.sum()
-    return torch.stack(
-        [fraction.to(mass.dtype), mass.sum() / count, top, active.all().to(mass.dtype)]
-    )
+    dense = (active | ~scored).all()
+    return torch.stack([fraction.to(mass.dtype), mass.sum() / count, top, dense.to(mass.dtype)])

@@ -6,28 +6,37 @@ No autotuning at run time. Entries compile for the chip without spills and withi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 
 class Tile(NamedTuple):
-    """One kernel's launch: rows x columns of the output tile, depth of a step, warps, stages."""
+    """One kernel's launch: rows x columns of the output tile, depth of a step, warps, stages.
+
+    ``together``, of the forward only: token tiles that take a vocabulary group in turn.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    together: int = 16
 
 
 class Tiles(NamedTuple):
-    """The head's kernels. ``columns`` of `forward` is a multiple of 128."""
+    """The head's kernels. ``columns`` of `forward` is a multiple of 128.
+
+    product: how the forward gets its logits, see `triton_forward.py`. With "library", ``depth`` of
+    `forward` is the vocabulary rows of a chunk.
+    """
 
     forward: Tile
     recompute: Tile
     d_weight: Tile
     d_hidden: Tile
+    product: Literal["pointers", "descriptors", "library"] = "pointers"
 
 
 HALF = {
@@ -53,6 +62,13 @@ FULL = Tiles(
     d_hidden=Tile(128, 128, 32, 8, 2),
 )
 """fp32 (IEEE products, no tensor cores), on every chip."""
+
+
+FORWARDS = {
+    "descriptors": Tile(128, 256, 64, 8, 4),
+    "library": Tile(128, 128, 2048, 8, 1),
+}
+"""The forward's tile for products that no entry uses yet: benchmarks compare them."""
 
 
 def tiles_for(dtype: torch.dtype, device: torch.device) -> Tiles:

@@ -52,8 +52,7 @@ class Head:
         """``left @ right`` in `dtype`, into ``out`` if given."""
         if left.dtype == self.dtype:
             return torch.mm(left, right, out=out)
-        result = torch.mm(left, right, out_dtype=self.dtype)
-        return result if out is None else out.copy_(result)
+        return torch.mm(left, right, out_dtype=self.dtype, out=out)
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """``total += left @ right``."""

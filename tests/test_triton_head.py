@@ -7,7 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 from test_linear_logprob import VARIANTS, gradients, make, relative, split
-from widemargin.kernels import cells, reference, triton_backward
+from widemargin.kernels import (
+    cells,
+    reference,
+    routing,
+    tiles,
+    torch_head,
+    torch_head_backward,
+    triton_backward,
+    triton_forward,
+    triton_routing,
+)
 from widemargin.kernels.linear_logprob import linear_logprob
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,18 +68,18 @@ def test_tails_by_definition(tail, variant, monkeypatch):
     bias, options = split(variant)
     *inputs, grad = inputs_of(300, 16, 1100, bias=bias, sharp=2.0)
     eps, chosen = 2**-4, []
-    choose = cells.choose_cells
+    choose = triton_routing.choose
 
-    def spy(*args):
-        result = choose(*args)
-        chosen.append(result[0].active.clone())
-        return result
+    def spy(*args, **kwargs):
+        chosen.append(choose(*args, **kwargs))
+        return chosen[-1]
 
-    monkeypatch.setattr(triton_backward, "choose_cells", spy)
+    monkeypatch.setattr(triton_routing, "choose", spy)
     _, grads = gradients(
         linear_logprob, *inputs, grad, backend="triton", tail=tail, tail_eps=eps, **options
     )
-    active = chosen[0]
+    order, flags, *_ = chosen[0]
+    active = flags[:, order.argsort() // cells.TILE]
     assert 0.01 < active.double().mean() < 0.99
     hidden, weight, targets, offset = in_fp64(inputs)
     assert targets is not None
@@ -196,16 +206,24 @@ def test_lists_of_cells():
     for density in (0.0, 0.2, 1.0):
         flags = torch.rand(23, 5, generator=generator) < density
         for capacity in (6, 9, 200):
-            listed = cells.list_cells(flags, torch.arange(5), capacity)
+            listed = cells.list_cells(flags, capacity)
             count = int(flags.sum())
-            pairs = list(
-                zip(listed.blocks[:count].tolist(), listed.tiles[:count].tolist(), strict=True)
-            )
+            pairs = [divmod(cell, 5) for cell in listed.cells[:count].tolist()]
             assert pairs == [tuple(p) for p in flags.nonzero().tolist()]
-            slices = listed.slices.tolist()
-            assert slices[0] == 0
+            slices, slice_blocks = listed.slices.tolist(), listed.slice_blocks.tolist()
+            assert slices[0] == slice_blocks[0] == 0
             assert slices[-1] == count
+            assert slice_blocks[-1] == 23
             assert max(b - a for a, b in pairwise(slices)) <= capacity
+            assert sorted(listed.by_count.tolist()) == list(range(23))
+            counts = flags.sum(1).tolist()
+            for (first, last), (low, high) in zip(
+                pairwise(slice_blocks), pairwise(slices), strict=True
+            ):
+                mine = listed.by_count[first:last].tolist()
+                assert sorted(mine) == list(range(first, last))
+                assert [counts[b] for b in mine] == sorted(counts[first:last], reverse=True)
+                assert all(low <= int(listed.block_bounds[b]) <= high for b in mine)
             seen = []
             for tile in range(5):
                 for piece in range(len(slices) - 1):
@@ -213,12 +231,101 @@ def test_lists_of_cells():
                     mine = listed.by_tile[begin:end].tolist()
                     assert all(pairs[c][1] == tile for c in mine)
                     assert all(slices[piece] <= c < slices[piece + 1] for c in mine)
-                    assert all(listed.block_slices[pairs[c][0]] == piece for c in mine)
+                    assert mine == sorted(mine)
                     seen += mine
             assert sorted(seen) == list(range(count))
+
+
+def saved_forward(hidden, weight, targets, bias=None, **options):
+    """The head and what its forward keeps, past the public function."""
+    scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
+    head = torch_head.Head(hidden, weight, bias, scale, cap, hidden.dtype)
+    with torch.no_grad():
+        kept = triton_forward.forward(head, targets, keep=True, profile=True)
+    return head, torch_head_backward.Saved(targets, *kept)
+
+
+@pytest.mark.parametrize("unscored", [0, 140])
+def test_routing_is_that_of_choose_cells(unscored):
+    hidden, weight, targets, _, grad = inputs_of(300, 16, 2500, sharp=2.0)
+    head, saved = saved_forward(hidden, weight, targets)
+    scored = torch.arange(300, device=DEVICE) >= unscored
+    grad = torch.where(scored, grad, 0.0).float()
+    grad[200] = 0.0
+    wanted, order, flags = cells.choose_cells(
+        saved.partial_lse, saved.lse, saved.logps, targets, grad, scored, 2**-6
+    )
+    found = triton_routing.choose(head, saved, grad, scored, 2**-6, weighted=True)
+    assert torch.equal(found.flags, flags)
+    assert torch.equal(found.order, order)
+    assert found.stats[3] == 0
+    assert 0.05 < flags.double().mean() < 0.95
+    expected = -(wanted.averaged * grad)[:, order]
+    assert found.weighted is not None
+    torch.testing.assert_close(found.weighted, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        found.stats, routing.routing_stats(wanted, scored), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_explicit_triton_on_inputs_it_cannot_take():
     hidden, weight, targets, _, _ = make(3, 4, 50)
     with pytest.raises(ValueError, match="fp64"):
         linear_logprob(hidden, weight, targets, backend="triton")
+
+
+@pytest.mark.parametrize("product", ["descriptors", "library"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("n", "h", "v"), SHAPES)
+def test_other_ways_to_the_product(n, h, v, variant, product):
+    """Descriptors want rows of whole 16 bytes; where they cannot be had, pointers step in."""
+    bias, options = split(variant)
+    hidden, weight, targets, offset, _ = inputs_of(n, h, v, bias=bias)
+    head, saved = saved_forward(hidden.detach(), weight.detach(), targets, offset, **options)
+    small = tiles.Tile(128, 128, 16 if product == "descriptors" else 256, 8, 2, together=2)
+    other = tiles.FULL._replace(product=product, forward=small)
+    with torch.no_grad():
+        found = triton_forward.forward(head, targets, keep=True, profile=True, tiles=other)
+    torch.testing.assert_close(found, saved[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_every_tile_comes_once_in_any_order():
+    """`together` changes the order alone, also where it does not divide the tiles."""
+    hidden, weight, targets, _, _ = inputs_of(700, 8, 600)
+    head, saved = saved_forward(hidden.detach(), weight.detach(), targets)
+    for together in (1, 4, 64):
+        tile = tiles.FULL.forward._replace(together=together)
+        other = tiles.FULL._replace(forward=tile)
+        found = triton_forward.forward(head, targets, keep=True, profile=True, tiles=other)
+        assert all(torch.equal(a, b) for a, b in zip(found, saved[1:], strict=True))
+
+
+def test_a_bias_alone_allocates_no_weight_gradient(monkeypatch):
+    hidden, weight, targets, bias, grad = inputs_of(150, 8, 900, bias=True, sharp=2.0)
+    full = gradients(linear_logprob, hidden, weight, targets, bias, grad, backend="triton")[1]
+    shapes = []
+    new_empty = torch.Tensor.new_empty
+
+    def spy(self, *args, **kwargs):
+        fresh = new_empty(self, *args, **kwargs)
+        shapes.append(fresh.shape)
+        return fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", spy)
+    alone = [hidden.detach(), weight.detach(), targets, bias, grad]
+    (found,) = gradients(linear_logprob, *alone, backend="triton")[1]
+    torch.testing.assert_close(found, full[2])
+    assert weight.shape not in shapes
+
+
+def test_flat_distribution_computes_each_cell_once_and_says_dense():
+    """Where every block matters to every token the mean tail does what "exact" does, no more."""
+    hidden, weight, targets, _, grad = inputs_of(300, 16, 1100, sharp=0.01)
+    grad = grad.sign()
+    settings = {"backend": "triton", "return_stats": True}
+    found = {}
+    for tail in ("exact", "mean"):
+        logps, stats = linear_logprob(hidden, weight, targets, tail=tail, **settings)
+        found[tail] = torch.autograd.grad(logps, (hidden, weight), grad.float())
+        assert stats.values.tolist() == [1.0, 0.0, 0.0, 1.0]
+    torch.testing.assert_close(found["mean"], found["exact"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,190 @@
+"""Triton kernels of the head's backward over cells of 128 tokens by 128 vocabulary rows.
+
+Three per slice of the workspace, each output tile accumulated in fp32 registers and (dW) written
+once: ``G = -g p`` of every cell; ``dW_block = G.T @ hidden`` with the targets' own elements and the
+tail as extra terms; ``dH_tile += G @ weight``. Sizes of slices are known on the device alone, so a
+fixed number of programs deals the units of work among itself in turn: heavy ones first, and a slice
+without work costs next to nothing.
+
+Shapes: N tokens (sorted, see `cells.py`), H hidden, V vocabulary, B blocks, T tiles of 128 tokens.
+"""
+
+# Triton adds launch options to calls and gives constants as constexpr, which type checkers miss.
+# pyright: reportCallIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_tile import logits_tile, softcap_parts
+
+
+@triton.jit
+def _recompute_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, grad_ptr,
+    cells_ptr, slices_ptr, work_ptr,
+    stride_hn, stride_wv, N, H, V, T, piece, logit_scale, softcap,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """``-g p`` times the softcap's slope of a slice's cells, 0 at targets.
+
+    work: [cell, TILE, BLOCK]. hidden, targets, lse, grad: of the sorted tokens.
+    """
+    first = tl.load(slices_ptr + piece).to(tl.int32)
+    last = tl.load(slices_ptr + piece + 1).to(tl.int32)
+    inside = tl.arange(0, TILE)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    for i in range(first + tl.program_id(0), last, tl.num_programs(0)):
+        cell = tl.load(cells_ptr + i).to(tl.int32)
+        offs_n = (cell % T) * TILE + tl.arange(0, TILE)
+        offs_v = (cell // T) * BLOCK + tl.arange(0, BLOCK)
+        mask_n = offs_n < N
+        mask_v = offs_v < V
+        z = logits_tile(
+            hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, mask_n, mask_v, stride_hn, stride_wv,
+            H, logit_scale, TILE, BLOCK, DEPTH, HAS_BIAS, ROUND,
+        )  # fmt: skip
+        if HAS_SOFTCAP:
+            z, slope = softcap_parts(z, softcap)
+        lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
+        grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0)
+        targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
+        g = tl.exp(z - lse[:, None]) * -grad[:, None]
+        if HAS_SOFTCAP:
+            g *= slope
+        g = tl.where(mask_v[None, :] & (offs_v[None, :] != targets[:, None]), g, 0.0)
+        g = tl.where(mask_n[:, None], g, 0.0)
+        work = work_ptr + (i - first).to(tl.int64) * (TILE * BLOCK)
+        tl.store(work + inside, g.to(ROUND))
+
+
+@triton.jit
+def _weight_kernel(
+    hidden_ptr, work_ptr, own_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
+    profile_ptr, pull_ptr, pull_bias_ptr, d_weight_ptr, d_bias_ptr,
+    cells_ptr, slices_ptr, slice_blocks_ptr, by_count_ptr, block_bounds_ptr,
+    stride_hn, N, H, V, T, piece, columns,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    TAIL: tl.constexpr, D_WEIGHT: tl.constexpr, D_BIAS: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """dW [BLOCK, COLUMNS] of a slice's vocabulary blocks, complete; db with the first column.
+
+    by_target [N]: sorted tokens by their target's block; target_bounds [B + 1]. pull [B, H] and
+    pull_bias [B]: what the tail takes from each block, to be spread by the profile [V].
+    columns: number of column tiles; 1 when only the bias wants a gradient.
+    """
+    first = tl.load(slices_ptr + piece).to(tl.int32)
+    first_block = tl.load(slice_blocks_ptr + piece).to(tl.int32)
+    units = (tl.load(slice_blocks_ptr + piece + 1).to(tl.int32) - first_block) * columns
+    row = tl.arange(0, BLOCK)
+    step = tl.arange(0, DEPTH)
+    PARTS: tl.constexpr = TILE // DEPTH
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+        block = tl.load(by_count_ptr + first_block + unit // columns).to(tl.int32)
+        column = unit % columns
+        offs_h = column * COLUMNS + tl.arange(0, COLUMNS)
+        mask_h = offs_h < H
+        offs_v = block * BLOCK + row
+        mask_v = offs_v < V
+        acc = tl.zeros([BLOCK, COLUMNS], dtype=tl.float32)
+        d_bias = tl.zeros([BLOCK], dtype=tl.float32)
+
+        begin = tl.load(block_bounds_ptr + block).to(tl.int32)
+        end = tl.load(block_bounds_ptr + block + 1).to(tl.int32)
+        # A cell's tile is read one step ahead: an address that waits for a load of the same step
+        # would cost the pipeline a stage.
+        tile = tl.load(cells_ptr + begin).to(tl.int32) % T
+        for i in range(begin * PARTS, end * PARTS):
+            token = (i % PARTS) * DEPTH + step
+            work = work_ptr + (i // PARTS - first).to(tl.int64) * (TILE * BLOCK)
+            g = tl.load(work + token[None, :] * BLOCK + row[:, None])
+            if D_WEIGHT:
+                offs_n = tile * TILE + token
+                hidden_ptrs = (
+                    hidden_ptr + offs_n.to(tl.int64)[:, None] * stride_hn + offs_h[None, :]
+                )
+                hidden = tl.load(
+                    hidden_ptrs, mask=(offs_n < N)[:, None] & mask_h[None, :], other=0.0
+                )
+                tile = tl.load(cells_ptr + (i + 1) // PARTS).to(tl.int32) % T
+                acc = tl.dot(g, hidden.to(ROUND), acc, input_precision="ieee")
+            if D_BIAS:
+                d_bias += tl.sum(g.to(tl.float32), axis=1)
+
+        target_begin = tl.load(target_bounds_ptr + block).to(tl.int32)
+        target_end = tl.load(target_bounds_ptr + block + 1).to(tl.int32)
+        for j in range(target_begin, target_end, DEPTH):
+            mask_j = j + step < target_end
+            token = tl.load(by_target_ptr + j + step, mask=mask_j, other=0)
+            own = tl.load(own_ptr + token, mask=mask_j, other=0.0)
+            local = tl.load(targets_ptr + token, mask=mask_j, other=-1) - block * BLOCK
+            hot = tl.where(row[:, None] == local[None, :], own[None, :], 0.0)
+            if D_WEIGHT:
+                hidden_ptrs = hidden_ptr + token[:, None] * stride_hn + offs_h[None, :]
+                hidden = tl.load(hidden_ptrs, mask=mask_j[:, None] & mask_h[None, :], other=0.0)
+                acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
+            if D_BIAS:
+                d_bias += tl.sum(hot, axis=1)
+
+        if TAIL:
+            profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
+            if D_WEIGHT:
+                pull = tl.load(pull_ptr + block.to(tl.int64) * H + offs_h, mask=mask_h, other=0.0)
+                acc += profile[:, None] * pull[None, :]
+            if D_BIAS:
+                d_bias += profile * tl.load(pull_bias_ptr + block)
+        if D_WEIGHT:
+            out = d_weight_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
+            mask = mask_v[:, None] & mask_h[None, :]
+            tl.store(out, acc.to(d_weight_ptr.dtype.element_ty), mask=mask)
+        if D_BIAS:
+            tl.store(d_bias_ptr + offs_v, d_bias, mask=mask_v & (column == 0))
+
+
+@triton.jit
+def _hidden_kernel(
+    weight_ptr, work_ptr, d_hidden_ptr,
+    by_tile_ptr, tile_blocks_ptr, slices_ptr, tile_bounds_ptr,
+    stride_wv, N, H, V, T, piece, pieces, columns,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    """Add a slice's cells to dH [TILE, COLUMNS] (fp32) of the tiles of sorted tokens.
+
+    columns: number of column tiles.
+    """
+    first = tl.load(slices_ptr + piece).to(tl.int32)
+    row = tl.arange(0, TILE)
+    step = tl.arange(0, DEPTH)
+    PARTS: tl.constexpr = BLOCK // DEPTH
+    for unit in range(tl.program_id(0), T * columns, tl.num_programs(0)):
+        tile = unit // columns
+        begin = tl.load(tile_bounds_ptr + tile * (pieces + 1) + piece).to(tl.int32)
+        end = tl.load(tile_bounds_ptr + tile * (pieces + 1) + piece + 1).to(tl.int32)
+        if begin < end:
+            offs_h = (unit % columns) * COLUMNS + tl.arange(0, COLUMNS)
+            mask_h = offs_h < H
+            acc = tl.zeros([TILE, COLUMNS], dtype=tl.float32)
+            cell = tl.load(by_tile_ptr + begin)
+            block = tl.load(tile_blocks_ptr + begin).to(tl.int32)
+            for i in range(begin * PARTS, end * PARTS):
+                column = (i % PARTS) * DEPTH + step
+                work = work_ptr + (cell - first) * (TILE * BLOCK)
+                g = tl.load(work + row[:, None] * BLOCK + column[None, :])
+                offs_v = block * BLOCK + column
+                weight_ptrs = (
+                    weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
+                )
+                weight = tl.load(
+                    weight_ptrs, mask=(offs_v < V)[:, None] & mask_h[None, :], other=0.0
+                )
+                # One step ahead, as in the kernel above.
+                cell = tl.load(by_tile_ptr + (i + 1) // PARTS)
+                block = tl.load(tile_blocks_ptr + (i + 1) // PARTS).to(tl.int32)
+                acc = tl.dot(g, weight.to(ROUND), acc, input_precision="ieee")
+            offs_n = tile * TILE + row
+            out = d_hidden_ptr + offs_n.to(tl.int64)[:, None] * H + offs_h[None, :]
+            mask = (offs_n < N)[:, None] & mask_h[None, :]
+            tl.store(out, tl.load(out, mask=mask, other=0.0) + acc, mask=mask)
