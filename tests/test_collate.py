@@ -69,9 +69,9 @@ def test_packed_layout() -> None:
     assert batch["position_ids"].tolist() == [[*range(6), *range(2)], [*range(5), *range(3)]]
     assert batch["select"].tolist() == [10, 11, 6, 2, 3, 4, 13, 14]
     assert batch["decoder_tokens"].tolist() == [16, 16, 24]
-    several = PairCollator(2, 4, layout="packed", area_cost=10.0)(ROWS)
-    assert several["input_ids"].shape == (4, 8)
-    assert several["decoder_tokens"].tolist() == [32, 16, 32]
+    rounded = PairCollator(2, 16, layout="packed", area_cost=10.0)(ROWS)
+    assert rounded["input_ids"].shape == (1, 16)
+    assert rounded["decoder_tokens"].tolist() == [16, 16, 64]
 
 
 def test_reference_log_probs_of_rows_become_a_tensor() -> None:
