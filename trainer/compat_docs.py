@@ -39,8 +39,8 @@ and use the published Mistral template for models with mistral in their name \
 - A pair is rendered as one conversation, and the tokens that open an answer belong to the prompt. \
 The scripts rendered each answer alone: `chat_rendering: separate` gives their tokens.
 - Settings that a file leaves out have this project's defaults, not those of the scripts \
-(`gamma_beta_ratio` 0.5, there 0.25; lengths 2048 and 1800, there 512 and 128). No published file \
-leaves them out.
+(`gamma_beta_ratio` 0.5, there 0.25; `tau` of gamma-PO 10, there 1; `beta` of the DPO type 0.1, \
+there 2.0; lengths 2048 and 1800, there 512 and 128). No published file leaves them out.
 - `label_smoothing` follows the papers; in gamma-PO's SimPO trainer it also flipped the margin's \
 sign. `r-dpo` compares lengths, not batch sizes. LMPO's and gamma-PO's statistics cover all ranks \
 and change in training only.
@@ -94,8 +94,9 @@ def _objectives() -> str:
 
 def _keys() -> str:
     text = (
-        "\n### Keys\n\nEvery other key is transformers' own, under its present name. An unknown "
-        "one is an error that names the nearest.\n"
+        "\n### Keys\n\nAdapters have the same keys (`use_peft`, `lora_r`, `load_in_4bit`, ...). "
+        "Every other key is transformers' own, under its present name. An unknown one is an error "
+        "that names the nearest.\n"
     )
     for source, keys in SOURCES.items():
         rows = [[f"`{key.name}`", _becomes(key), _escaped(key.meaning)] for key in keys]
