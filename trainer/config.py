@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..kernels.linear_logprob import Backend, Tail
@@ -44,6 +45,10 @@ class ModelSettings(AdapterSettings):
         if self.dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         self.check_adapter()
+
+
+def default_workers() -> int:
+    return 2 if torch.cuda.is_available() else 0
 
 
 @dataclass
@@ -98,6 +103,10 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     per_device_eval_batch_size: int = 0
+    #: Processes that collate batches: two beside a GPU; none on a CPU, whose cores they would take.
+    dataloader_num_workers: int = field(default_factory=default_workers)
+    #: Keep these processes from one epoch to the next.
+    dataloader_persistent_workers: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:
         self._name_checkpointing_as_installed()
@@ -108,6 +117,9 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
         if not self.per_device_eval_batch_size:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         self.check()
+        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
+        given = self.accelerator_config or {}
+        copies_settled = not isinstance(given, dict) or "non_blocking" in given
         try:
             super().__post_init__()
         except (ValueError, TypeError, ImportError) as error:
@@ -117,6 +129,9 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
             raise UserError("head_backend: triton needs a CUDA device; leave it at auto")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+        accelerator: Any = self.accelerator_config
+        if self.dataloader_pin_memory and not copies_settled:  # or each copy waits for the device
+            accelerator.non_blocking = True
 
     def _name_checkpointing_as_installed(self) -> None:
         """Old and new transformers differ in the name; non-reentrant unless told otherwise."""

@@ -105,6 +105,9 @@ def _model_forward(
     return ScoredTokens(token_logps=token_logps, mean_logits=mean_logits)
 
 
+# Its operators are opaque to torch.compile anyway, and backward writes into what forward returned
+# (the statistics), which a compiled graph cannot have.
+@torch.compiler.disable
 def _head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Any:
     if targets is None:
         return self.unpatched_forward(hidden)
