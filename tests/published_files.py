@@ -137,6 +137,21 @@ EARLY: dict[str, dict[str, Any]] = {
         lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
         save_strategy="epoch",
     ),
+    "mistral-base-qlora": _early(
+        "simpo-mistral-7b-base",
+        1.6,
+        model_name_or_path="alignment-handbook/zephyr-7b-sft-qlora",
+        use_flash_attention_2=False,
+        use_peft=True,
+        load_in_4bit=True,
+        lora_r=128,
+        lora_alpha=128,
+        lora_dropout=0.05,
+        lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        bf16=False,
+        max_length=512,
+        max_prompt_length=256,
+    ),
 }
 
 

@@ -230,7 +230,12 @@ TRL = (
     _only("ref_adapter_name", (), _ONE_GROUP),
     _only("router_aux_loss_coef", (0, 0.0), "mixtures of experts train without that loss"),
     _only("activation_offloading", (False,), "use gradient_checkpointing"),
+    _dropped("pad_token", "padding is masked, whichever token it is"),
     _only("lora_task_type", ("CAUSAL_LM",), "leave it out"),
+    _only("lora_target_parameters", (), "name modules in lora_target_modules"),
+    _only("use_rslora", (False,), "raise lora_alpha instead"),
+    _only("use_dora", (False,), "pass a peft_config of your own to PreferenceTrainer"),
+    _only("bnb_4bit_quant_storage", (), "leave it out"),
 )
 
 SOURCES = {
