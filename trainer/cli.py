@@ -1,4 +1,4 @@
-"""The `widemargin` command: train, report, doctor, quickstart."""
+"""The `widemargin` command: train, evaluate, report, doctor, quickstart."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError
+from .evaluation.command import add_evaluate, run_evaluate
 
 TRAIN_HELP = """\
 Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int
         return 2
     except KeyboardInterrupt:
         hint = "--resume_from_checkpoint=true goes on from the last checkpoint, if one was saved"
+        if "evaluate" in (argv if argv is not None else sys.argv[1:])[:1]:
+            hint = "what is finished is kept; the same command goes on from there"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
         return 130
 
@@ -46,6 +49,8 @@ def _run(argv: list[str], script: str | None) -> int:
     options, overrides = parser.parse_known_args(argv)
     if options.command == "train":
         return _train(options.config, overrides, script, preflight=options.preflight)
+    if options.command == "evaluate":
+        return run_evaluate(options, overrides)
     if overrides:
         raise UserError(f"unknown arguments: {' '.join(overrides)}; see widemargin --help")
     if options.command == "doctor":
@@ -73,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show the settings, the data's counts and the first pair's tokens, and stop",
     )
+    add_evaluate(commands)
     report = commands.add_parser(
         "report", help="write a run's report", description="Write a run's report as one HTML file."
     )

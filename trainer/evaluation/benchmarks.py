@@ -1,0 +1,226 @@
+"""AlpacaEval 2 and Arena-Hard: answers in exactly the files that their tools read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..run import versions
+from . import judging, tools
+from .answering import answer, length_lines, length_report
+from .output import count, name, output_folder, write_json, write_jsonl
+from .questions import (
+    Question,
+    alpaca_outputs,
+    alpaca_questions,
+    arena_outputs,
+    arena_questions,
+    is_first_layout,
+)
+from .records import Record
+from .settings import AnswerSettings, answer_settings
+
+ALPACA_QUESTIONS = "tatsu-lab/alpaca_eval:alpaca_eval.json"
+ARENA_QUESTIONS = "lmarena-ai/arena-hard-auto:data/arena-hard-v2.0/question.jsonl"
+FIRST_VERSION, SECOND_VERSION = "arena-hard-v0.1", "arena-hard-v2.0"
+_ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+@dataclass
+class Request:
+    """The command line of a benchmark; see its help."""
+
+    model: str | None
+    config: str | None
+    questions: str | None
+    limit: int | None
+    out: Path | None
+    judge: judging.JudgeRequest
+    call_tools: bool
+    arena_hard_dir: Path | None
+    overrides: list[str]
+
+
+def alpaca_eval(request: Request) -> None:
+    """Answer AlpacaEval's instructions, write ``model_outputs.json``, and have it judged."""
+    settings, model, generator = _settings(request, "alpaca_eval")
+    questions = _limited(alpaca_questions(request.questions or ALPACA_QUESTIONS), request.limit)
+    request.judge.check()
+    folder = output_folder(model, "alpaca-eval", request.out)
+    records = answer(questions, settings, model, folder)
+    path = folder / "model_outputs.json"
+    write_json(path, alpaca_rows(questions, records, generator))
+    _report(folder, "AlpacaEval 2", generator, settings, records, [path])
+    if request.judge.wanted:
+        judging.judge(request.judge, folder, questions, records, alpaca_outputs, "AlpacaEval 2")
+    else:
+        tools.alpaca_eval(path, request.judge.url, call=request.call_tools)
+
+
+def arena_hard(request: Request) -> None:
+    """Answer Arena-Hard's questions, write its answer file, and have it judged."""
+    settings, model, generator = _settings(request, "arena_hard")
+    questions = _limited(arena_questions(request.questions or ARENA_QUESTIONS), request.limit)
+    request.judge.check()
+    version = arena_version(questions)
+    if request.judge.url is not None and not request.judge.wanted:
+        raise UserError(
+            "--judge-url: Arena-Hard's own tool has its endpoints in config/api_config.yaml; give "
+            "--judge-model too to judge here"
+        )
+    if request.arena_hard_dir is not None:
+        tools.check_arena_hard(request.arena_hard_dir, version)
+    folder = output_folder(model, version, request.out)
+    records = answer(questions, settings, model, folder)
+    path = folder / version / "model_answer" / f"{generator}.jsonl"
+    write_jsonl(path, arena_rows(questions, records, generator, version, settings.system_prompt))
+    _report(folder, version, generator, settings, records, [path])
+    if request.judge.wanted:
+        judging.judge(request.judge, folder, questions, records, arena_outputs, version)
+        return
+    categories = list(dict.fromkeys(str(q.row.get("category", version)) for q in questions))
+    tools.arena_hard(
+        request.arena_hard_dir, path, version, generator, categories, call=request.call_tools
+    )
+
+
+def alpaca_rows(
+    questions: Sequence[Question], records: Sequence[Record], generator: str
+) -> list[Record]:
+    """``model_outputs.json``: what AlpacaEval joins with its baseline by ``instruction``."""
+    return [
+        {
+            "dataset": question.row.get("dataset", ""),
+            "instruction": question.prompt,
+            "output": record["output"].strip(),
+            "generator": generator,
+        }
+        for question, record in zip(questions, records, strict=True)
+    ]
+
+
+def arena_rows(
+    questions: Sequence[Question],
+    records: Sequence[Record],
+    model: str,
+    version: str,
+    system_prompt: str | None = None,
+) -> list[Record]:
+    """An answer file of Arena-Hard, ordered by id as its own are.
+
+    ``metadata`` (v2.0) has what its style control reads; ``token_len`` there counts the model's
+    own tokens.
+    """
+    rows = []
+    pairs = sorted(zip(questions, records, strict=True), key=lambda pair: pair[0].id)
+    for question, record in pairs:
+        text = record["output"]
+        answer_id = _answer_id(model, question.id, text)
+        style = {"token_len": record["tokens"], **markdown_counts(text)}
+        if is_first_layout(question.row):
+            rows.append(
+                {
+                    "question_id": question.id,
+                    "answer_id": answer_id,
+                    "model_id": model,
+                    "choices": [{"index": 0, "turns": [{"content": text}]}],
+                    "tstamp": record["tstamp"],
+                    "conv_metadata": style,
+                }
+            )
+            continue
+        opening = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        row = {
+            "uid": question.id,
+            "ans_id": answer_id,
+            "model": model,
+            "messages": [
+                *opening,
+                {"role": "user", "content": question.prompt},
+                {"role": "assistant", "content": {"answer": text}},
+            ],
+            "tstamp": record["tstamp"],
+        }
+        rows.append(row | ({"metadata": style} if version == SECOND_VERSION else {}))
+    return rows
+
+
+def markdown_counts(text: str) -> dict[str, dict[str, int]]:
+    """Headers, list items and bold passages outside of code, as Arena-Hard counts them."""
+    for code in re.findall(r"```([^`]*)```", text):
+        text = text.replace(code, "")
+
+    def found(pattern: str) -> int:
+        return len(re.findall(pattern, text, re.MULTILINE))
+
+    return {
+        "header_count": {f"h{n}": found(rf"^#{{{n}}}\s") for n in range(1, 7)},
+        "list_count": {"ordered": found(r"^\s*\d+\.\s"), "unordered": found(r"^\s*[-*+]\s")},
+        "bold_count": {"**": found(r"\*\*[^*\n]+\*\*"), "__": found(r"__[^_\n]+__")},
+    }
+
+
+def arena_version(questions: Sequence[Question]) -> str:
+    """Which Arena-Hard the questions are of."""
+    first = all(
+        is_first_layout(q.row) or q.row.get("category") == FIRST_VERSION or "cluster" in q.row
+        for q in questions
+    )
+    return FIRST_VERSION if first else SECOND_VERSION
+
+
+def _answer_id(*parts: str) -> str:
+    """22 characters as short ids have, the same for the same answer."""
+    digest = hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).digest()
+    number = int.from_bytes(digest, "big")
+    letters = []
+    for _ in range(22):
+        number, letter = divmod(number, len(_ALPHABET))
+        letters.append(_ALPHABET[letter])
+    return "".join(letters)
+
+
+def _settings(request: Request, section: str) -> tuple[AnswerSettings, str, str]:
+    settings = answer_settings(request.config, section, request.overrides)
+    model = request.model or settings.model_name_or_path
+    if not model:
+        raise UserError("model: none is given; set --model to a folder or a hub name")
+    generator = settings.generator or name(model)
+    if not generator.strip(".") or "/" in generator or "\\" in generator:
+        raise UserError(f"generator: {generator!r} cannot be a file's name; set generator: to one")
+    return settings, model, generator
+
+
+def _limited(questions: list[Question], limit: int | None) -> list[Question]:
+    if limit is not None:
+        count("--limit", limit)
+    return questions[:limit]
+
+
+def _report(
+    folder: Path,
+    benchmark: str,
+    generator: str,
+    settings: AnswerSettings,
+    records: Sequence[Record],
+    files: Sequence[Path],
+) -> None:
+    lengths = length_report(records)
+    content = {
+        "benchmark": benchmark,
+        "generator": generator,
+        "decoding": {
+            option: getattr(settings, option)
+            for option in ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
+        },
+        "lengths": lengths,
+        "versions": versions(),
+    }
+    write_json(folder / "lengths.json", content)
+    print(f"{benchmark}, {generator}: " + "\n".join(length_lines(lengths)))
+    for path in files:
+        print(f"Written: {path}")

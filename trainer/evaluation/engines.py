@@ -1,0 +1,178 @@
+"""What writes answers: transformers in batches, or vLLM, behind one method."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..data import chat
+from ..errors import UserError, refusals
+from ..model import pad_token
+from .models import device_of, dtype_of, read_model
+from .settings import AnswerSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VLLM_AT_ONCE = 256
+"""Questions given to vLLM at once, which fills its batches itself: what a killed run loses."""
+
+
+@dataclass
+class Completion:
+    """One answer's tokens, without the one that ended it, and whether one did."""
+
+    token_ids: list[int]
+    stopped: bool
+
+
+class Engine(Protocol):
+    """Continues prompts."""
+
+    def complete(self, prompts: list[list[int]], seed: int) -> list[Completion]:
+        """Continue each prompt; with the same prompts and seed, the same way."""
+        ...
+
+
+def engine_name(settings: AnswerSettings) -> str:
+    """The engine that ``settings`` come to on this machine."""
+    installed = find_spec("vllm") is not None
+    if settings.engine == "vllm" and not installed:
+        raise UserError("engine: vllm is not installed; pip install vllm, or set transformers")
+    if settings.engine == "auto":
+        return "vllm" if installed and device_of(settings).type == "cuda" else "transformers"
+    return settings.engine
+
+
+def questions_at_once(settings: AnswerSettings, engine: str) -> int:
+    """How many questions an engine gets at once."""
+    return VLLM_AT_ONCE if engine == "vllm" else settings.batch_size
+
+
+def make_engine(
+    name: str, model: str, settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase
+) -> Engine:
+    """The engine ``name`` with its model loaded."""
+    if name == "vllm":
+        return VllmEngine(model, settings, tokenizer)
+    return TransformersEngine(read_model(settings, model), settings, tokenizer)
+
+
+def stop_ids(settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, saved: Any) -> list[int]:
+    """The tokens that end an answer.
+
+    Without ``stop_token_ids``: those of ``saved``, the model's own generation config, the
+    tokenizer's end of sequence and what the chat template closes an answer with.
+    """
+    if settings.stop_token_ids is not None:
+        return sorted(set(settings.stop_token_ids))
+    own = getattr(saved, "eos_token_id", None)
+    found = own if isinstance(own, list) else [own]
+    found = [*found, chat.only_id(tokenizer.eos_token_id), chat.end_of_turn_id(tokenizer)]
+    return sorted({i for i in found if i is not None})
+
+
+class TransformersEngine:
+    """`generate`, with nothing taken from the model's own generation config but where it ends."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: AnswerSettings,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        from transformers import GenerationConfig
+
+        self.model: Any = model
+        self.pad_id = pad_token(tokenizer)
+        self.stops = stop_ids(settings, tokenizer, model.generation_config)
+        self.settings = settings
+        self.context = context_of(model.config)
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+        sampling["top_k"] = settings.top_k
+        self.config: Any = GenerationConfig(
+            do_sample=settings.temperature > 0,
+            eos_token_id=self.stops or None,
+            pad_token_id=self.pad_id,
+            **(sampling if settings.temperature > 0 else {}),
+        )
+        self.model.generation_config = self.config
+
+    def complete(self, prompts: list[list[int]], seed: int) -> list[Completion]:
+        import torch
+
+        width = max(map(len, prompts))
+        self.config.max_new_tokens = self.settings.max_new_tokens
+        if self.context is not None:
+            self.config.max_new_tokens = min(self.config.max_new_tokens, self.context - width)
+        ids = torch.full((len(prompts), width), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        device = self.model.device
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            written = self.model.generate(ids.to(device), attention_mask=mask.to(device))
+        return [self._cut(row) for row in written[:, width:].tolist()]
+
+    def _cut(self, ids: list[int]) -> Completion:
+        end = next((i for i, token in enumerate(ids) if token in self.stops), None)
+        return Completion(ids[:end], end is not None)
+
+
+class VllmEngine:
+    """vLLM, with a seed of its own for each question, so that batches change no sample."""
+
+    def __init__(
+        self, model: str, settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        import vllm  # pyright: ignore[reportMissingImports]
+        from transformers import GenerationConfig
+
+        saved = None
+        with suppress(OSError):  # a model without one
+            saved = GenerationConfig.from_pretrained(model, revision=settings.model_revision)
+        self.vllm: Any = vllm
+        self.settings = settings
+        self.stops = stop_ids(settings, tokenizer, saved)
+        with refusals(f"model {model}: vllm cannot load it", ValueError, RuntimeError, OSError):
+            self.model = vllm.LLM(
+                model=model,
+                revision=settings.model_revision,
+                trust_remote_code=settings.trust_remote_code,
+                dtype=dtype_of(settings),
+                seed=settings.seed,
+                generation_config="vllm",
+            )
+
+    def complete(self, prompts: list[list[int]], seed: int) -> list[Completion]:
+        settings = self.settings
+        sampling = [
+            self.vllm.SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k or -1,
+                max_tokens=settings.max_new_tokens,
+                stop_token_ids=self.stops,
+                ignore_eos=settings.stop_token_ids is not None,
+                seed=(seed + i) % 2**31,
+            )
+            for i in range(len(prompts))
+        ]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.model.generate(inputs, sampling)
+        return [self._cut(output.outputs[0]) for output in outputs]
+
+    def _cut(self, output: Any) -> Completion:
+        ids = list(output.token_ids)
+        if ids and ids[-1] in self.stops:
+            ids.pop()
+        return Completion(ids, output.finish_reason == "stop")
+
+
+def context_of(config: Any) -> int | None:
+    """The most tokens the model takes, prompt and answer together; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

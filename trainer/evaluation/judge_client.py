@@ -1,0 +1,128 @@
+"""A client for any OpenAI-compatible chat endpoint: one question, one answer, with retries."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ..data.display import printable
+from ..errors import UserError
+from .tools import KEY
+
+OPENAI = "https://api.openai.com/v1"
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+"""HTTP statuses that may be gone the next time."""
+
+Parsed = TypeVar("Parsed")
+
+
+class Unusable(Exception):
+    """An answer that is not what was asked for; the next may be."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another place: it is an error instead."""
+
+    def redirect_request(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *_: Any
+    ) -> None:
+        return None
+
+
+@dataclass
+class JudgeClient:
+    """Asks ``model`` at ``url`` (up to and with ``/v1``).
+
+    The key is that of the environment variable OPENAI_API_KEY; a server that wants none gets none.
+    Statuses in `PASSING`, timeouts, broken connections and unusable answers are tried again, after
+    ``first_wait_s``, then twice that, and so on, or what ``Retry-After`` says; at most ``attempts``
+    times in all.
+    """
+
+    model: str
+    url: str = OPENAI
+    attempts: int = 6
+    timeout_s: float = 120.0
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UserError(f"--judge-url: expected an address such as {OPENAI}, got {self.url!r}")
+        if parts.username or parts.password:
+            raise UserError(f"--judge-url: it holds a password; put the key in {KEY} instead")
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def ask(self, messages: list[dict[str, str]], parse: Callable[[str], Parsed]) -> Parsed:
+        """What ``parse`` makes of the answer to ``messages``; it raises `Unusable` for nonsense.
+
+        Raises:
+            UserError: every attempt failed, or one in a way that will not pass (a wrong key, an
+                unknown model).
+        """
+        wait = self.first_wait_s
+        trouble = ""
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(min(wait, self.longest_wait_s))
+            wait = self.first_wait_s * 2**attempt
+            try:
+                return parse(_content(self._post(messages)))
+            except urllib.error.HTTPError as error:
+                trouble = self._status(error)
+                if error.code not in PASSING:
+                    raise UserError(f"judge {self.url}: {trouble}") from None
+                asked = error.headers.get("Retry-After", "")
+                wait = float(asked) if asked.isdecimal() else wait
+            except Unusable as error:
+                trouble = printable(str(error), 200)
+            except (OSError, HTTPException) as error:  # timeouts are OSErrors too
+                reason = getattr(error, "reason", error)
+                trouble = printable(f"{type(error).__name__}: {reason}", 200)
+        raise UserError(
+            f"judge {self.url}: {self.attempts} attempts failed, the last with {trouble}; what is "
+            "judged is kept, so the same command goes on from here"
+        )
+
+    def _post(self, messages: list[dict[str, str]]) -> bytes:
+        headers = {"Content-Type": "application/json", "User-Agent": "widemargin"}
+        key = os.environ.get(KEY)
+        if key:
+            headers["Authorization"] = f"Bearer {key.strip()}"
+        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0})
+        address = self.url.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(address, body.encode(), headers)
+        with self._opener.open(request, timeout=self.timeout_s) as answer:
+            return answer.read(1 << 24)
+
+    def _status(self, error: urllib.error.HTTPError) -> str:
+        """The status and what the server says, without the key, which some servers repeat."""
+        try:
+            said = error.read(2000).decode("utf-8", "replace")
+        except OSError:
+            said = ""
+        key = (os.environ.get(KEY) or "").strip()
+        if key:
+            said = said.replace(key, "***")
+        return f"HTTP {error.code} ({printable(' '.join(said.split()), 200)})"
+
+
+def _content(body: bytes) -> str:
+    """The answer's text in a chat completion."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        shown = body[:100].decode("utf-8", "replace")
+        raise Unusable(f"something that is no chat completion: {shown}") from None
+    if not isinstance(content, str):
+        raise Unusable("a completion without text")
+    return content

@@ -1,0 +1,93 @@
+"""Models and tokenizers that are only read."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import ModelSettings
+from ..data import chat
+from ..errors import UserError, refusals
+from ..model import disable_dropout, load_model, load_tokenizer
+from .settings import LoadSettings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLED = 64
+_PIECE = 1 << 16
+
+
+def device_of(settings: LoadSettings) -> torch.device:
+    """Where the model runs."""
+    import torch
+
+    if settings.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with refusals(f"device: {settings.device!r} is none", RuntimeError):
+        device = torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {settings.device} is asked for and there is no CUDA device here")
+    return device
+
+
+def dtype_of(settings: LoadSettings) -> str:
+    """The dtype the model computes in."""
+    return settings.dtype or ("float32" if device_of(settings).type == "cpu" else "bfloat16")
+
+
+def read_tokenizer(
+    settings: LoadSettings, model: str, template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with ``template`` in place of its chat template if given."""
+    tokenizer = load_tokenizer(model_settings(settings, model), model)
+    if template is not None:
+        tokenizer.chat_template = chat.read_chat_template(template)
+    return tokenizer
+
+
+def read_model(settings: LoadSettings, model: str) -> PreTrainedModel:
+    """The model on its device, in eval mode, without dropout or gradients."""
+    folder = Path(model).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"model {model}: the folder holds an adapter without its model; train with "
+            "merge_adapter: true and give the folder merged/ in it"
+        )
+    loaded: Any = load_model(model_settings(settings, model), model)
+    disable_dropout(loaded)
+    return loaded.to(device_of(settings)).requires_grad_(False).eval()
+
+
+def model_settings(settings: LoadSettings, model: str) -> ModelSettings:
+    return ModelSettings(
+        model_name_or_path=model,
+        model_revision=settings.model_revision,
+        dtype=dtype_of(settings),
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def fingerprint(settings: LoadSettings, model: str) -> str:
+    """What tells a model from the one it was after more training: a hash of pieces of its files.
+
+    A hub name stands for itself and its revision.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return f"{model}@{settings.model_revision}"
+    digest = hashlib.sha256()
+    patterns = ("*.safetensors", "config.json", "tokenizer*", "chat_template*")
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    with refusals(f"model {model}: cannot be read", OSError):
+        for path in files:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with path.open("rb") as file:
+                for start in range(0, size, max(_PIECE, size // _SAMPLED)):
+                    file.seek(start)
+                    digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:32]

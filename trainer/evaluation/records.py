@@ -1,0 +1,121 @@
+"""Records of finished work that survive being killed: a line each, on disk before the next."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from ..data.display import printable
+from ..errors import UserError, refusals
+from .output import write_json
+
+Record = dict[str, Any]
+
+
+class Records:
+    """``FOLDER/NAME.jsonl``: finished records by their ``id``; and the settings they came from.
+
+    Lines are only ever added, each on disk (fsync) when `append` returns. A last line that was cut
+    off when the process was killed is dropped, so nothing is lost but what was not finished, and
+    no id is there twice. Use it as a context manager: one process at a time.
+
+    Raises:
+        UserError: the folder holds records of other settings (which ones is said), a line that is
+            no record, or another process is at it.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Record) -> None:
+        self.path = folder / f"{name}.jsonl"
+        self._settings_path = folder / f"{name}.settings.json"
+        self._settings: Record = json.loads(json.dumps(settings))
+        self._lock = Lock()
+        self.done: dict[str, Record] = {}
+
+    def __enter__(self) -> Records:
+        with refusals(f"{self.path}: cannot be written", OSError):
+            self._file = self.path.open("a+b")
+        try:
+            self._hold()
+            self._check_settings()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Add finished records, all in one write, and wait until they are on disk."""
+        with self._lock, refusals(f"{self.path}: cannot be written", OSError):
+            new = [record for record in records if record["id"] not in self.done]
+            self._file.write("".join(json.dumps(record) + "\n" for record in new).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.done |= {record["id"]: record for record in new}
+
+    def _hold(self) -> None:
+        with suppress(ImportError):  # no fcntl on Windows
+            import fcntl
+
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: another process is writing to it; wait for it, or give another "
+                    "folder with --out"
+                ) from error
+
+    def _check_settings(self) -> None:
+        if not self._settings_path.is_file():
+            if self.path.stat().st_size:
+                raise UserError(
+                    f"{self.path}: it has no {self._settings_path.name} beside it, so it cannot be "
+                    "known what it came from; give another folder with --out"
+                )
+            write_json(self._settings_path, self._settings)
+            return
+        try:
+            before = json.loads(self._settings_path.read_text(encoding="utf-8"))
+            keys = sorted(before.keys() | self._settings.keys())
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self._settings_path}: not readable ({error}); give another folder with --out"
+            ) from error
+        changed = [key for key in keys if before.get(key) != self._settings.get(key)]
+        if not changed:
+            return
+        if not self.path.stat().st_size:
+            write_json(self._settings_path, self._settings)
+            return
+        said = "; ".join(
+            printable(f"{key}: {before.get(key)!r} before, {self._settings.get(key)!r} now", 200)
+            for key in changed
+        )
+        raise UserError(
+            f"{self.path.parent}: it holds results of other settings ({said}); give another folder "
+            "with --out, or the same settings to go on"
+        )
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self.done.setdefault(record["id"], record)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}, line {number}: not a record; mend it, or give another folder "
+                    "with --out"
+                ) from error
+        if len(whole) < len(content):
+            self._file.truncate(len(whole))
+            os.fsync(self._file.fileno())

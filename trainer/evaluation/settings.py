@@ -1,0 +1,224 @@
+"""Settings of the evaluations, and reading them from YAML files and ``--key=value`` arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..compat import TABLE, merge, translate
+from ..compat_objective import name_objective
+from ..config import PreferenceConfig
+from ..config_file import _coerced, parse_overrides, read_yaml
+from ..data import DataSettings
+from ..errors import UserError
+from ..objectives import OBJECTIVES, canonical_name, hyperparameters_of
+from ..packing_choice import PACKINGS
+from .output import count
+
+DTYPES = ("float32", "bfloat16", "float16")
+ENGINES = ("auto", "transformers", "vllm")
+SECTIONS = ("alpaca_eval", "arena_hard")
+BETAS = {"mean_logps": 2.0, "sum_logps": 0.1, "against_reference": 0.1}
+"""What the objectives that reward so start from: SimPO, CPO and DPO."""
+
+
+@dataclass
+class LoadSettings:
+    """How to load a model that is only read."""
+
+    #: Branch, tag or commit on the hub.
+    model_revision: str = "main"
+    #: Run Python code that comes with the model. Off unless you trust where it comes from.
+    trust_remote_code: bool = False
+    #: "float32", "bfloat16" or "float16"; None for bfloat16 on a GPU and float32 elsewhere.
+    dtype: str | None = None
+    #: "cuda", "cuda:1", "cpu", ...; None for the first GPU, or the CPU where there is none.
+    device: str | None = None
+    #: "eager", "sdpa", "flash_attention_2", ...; None for transformers' choice.
+    attn_implementation: str | None = None
+
+    def check_load(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass
+class PairSettings(LoadSettings, DataSettings):
+    """What `widemargin evaluate pairs` can be told; the data as in training."""
+
+    #: Scale of the rewards in probabilities; None for the one of the config's objective, and for
+    #: others what such objectives start from (2 for means, 0.1 for sums and against a reference).
+    beta: float | None = None
+    #: How pairs are laid out, as in training.
+    packing: str = "auto"
+    #: Most tokens, padding included, that are computed at once.
+    max_tokens_per_batch: int = 16384
+
+    def check_all(self) -> None:
+        self.check()
+        self.check_load()
+        count("max_tokens_per_batch", self.max_tokens_per_batch)
+        if self.packing not in PACKINGS:
+            raise UserError(f"packing: expected one of {', '.join(PACKINGS)}, got {self.packing!r}")
+        if self.beta is not None and not self.beta > 0:
+            raise UserError(f"beta: expected a number above 0, got {self.beta!r}")
+
+
+@dataclass
+class AnswerSettings(LoadSettings):
+    """How a model answers a benchmark's questions."""
+
+    #: Folder or hub name of the model; ``--model`` wins.
+    model_name_or_path: str | None = None
+    #: What the model is called in the files written; None for the last part of its name.
+    generator: str | None = None
+    #: A Jinja chat template, its path, or the name of one shipped; None for the tokenizer's own.
+    chat_template: str | None = None
+    #: A system message before each question; "" for an empty one, None for none.
+    system_prompt: str | None = None
+    #: Sampling temperature; 0 takes the likeliest token always.
+    temperature: float = 0.0
+    #: Sample among the likeliest tokens that hold this share of probability, in (0, 1].
+    top_p: float = 1.0
+    #: Sample among this many likeliest tokens; 0 for all.
+    top_k: int = 0
+    #: Most tokens in an answer.
+    max_new_tokens: int = 2048
+    #: Tokens that end an answer; None for the model's, the tokenizer's and the chat template's.
+    stop_token_ids: list[int] | None = None
+    #: Of the samples.
+    seed: int = 42
+    #: Questions answered at once by transformers.
+    batch_size: int = 16
+    #: "transformers", "vllm", or "auto": vllm where it is installed and there is a GPU.
+    engine: str = "auto"
+
+    def check_all(self) -> None:
+        self.check_load()
+        for option in ("max_new_tokens", "batch_size"):
+            count(option, getattr(self, option))
+        if not self.temperature >= 0 or self.temperature == float("inf"):
+            raise UserError(f"temperature: expected a number from 0 on, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: expected a share in (0, 1], got {self.top_p!r}")
+        for option in ("top_k", "seed"):
+            if getattr(self, option) < 0:
+                raise UserError(
+                    f"{option}: expected a whole number from 0 on, got {getattr(self, option)!r}"
+                )
+        stops = self.stop_token_ids or []
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in stops):
+            raise UserError(f"stop_token_ids: expected token ids such as [2], got {stops!r}")
+        if self.engine not in ENGINES:
+            raise UserError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
+
+
+@dataclass
+class HarnessSettings(LoadSettings):
+    """How the Language Model Evaluation Harness runs."""
+
+    #: Requests computed at once; "auto" lets the harness find out.
+    batch_size: int | str = 8
+    #: Examples before each question; None for the leaderboard's or the task's own number.
+    num_fewshot: int | None = None
+    #: Ask in the model's chat template; None as the leaderboard did: v1 never, v2 where there is
+    #: one. Tasks named one by one: never.
+    apply_chat_template: bool | None = None
+
+    def check_all(self) -> None:
+        self.check_load()
+        if self.batch_size != "auto":
+            count("batch_size", self.batch_size)
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(
+                f"num_fewshot: expected a number from 0 on, or null, got {self.num_fewshot!r}"
+            )
+
+
+Settings = TypeVar("Settings", PairSettings, AnswerSettings, HarnessSettings)
+
+
+def build(kind: type[Settings], given: dict[str, Any]) -> Settings:
+    """Checked settings from plain values; an unknown key is an error naming the nearest."""
+    hints = typing.get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in fields(kind)}
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")
+    values = {
+        key: _coerced(key, value, known[key])
+        for key, value in given.items()
+        if value is not None or type(None) in typing.get_args(known[key])
+    }
+    settings = kind(**values)
+    settings.check_all()
+    return settings
+
+
+def answer_settings(config: str | None, section: str, overrides: list[str]) -> AnswerSettings:
+    """Settings from a file of ``configs/eval``: its own keys, those of ``section``, overrides."""
+    given = read_yaml(Path(config)) if config else {}
+    parts = {key: given.pop(key, None) or {} for key in SECTIONS}
+    if not all(isinstance(part, dict) for part in parts.values()):
+        raise UserError(f"config {config}: expected settings under {' and '.join(SECTIONS)}")
+    for part in parts.values():  # a slip in the other benchmark's part is found too
+        build(AnswerSettings, given | part)
+    return build(AnswerSettings, given | parts[section] | parse_overrides(overrides))
+
+
+def pair_settings(
+    config: str | None, dataset: str | None, split: str | None, overrides: list[str]
+) -> tuple[PairSettings, dict[str, float]]:
+    """The data settings of a training YAML with ``overrides``, and beta by kind of reward.
+
+    Of the YAML's other settings, beta counts, for the kind of reward its objective has. Training's
+    label noise and limits do not.
+    """
+    betas = dict(BETAS)
+    given = _from_training(config, betas) if config else {}
+    overriding = translate(parse_overrides(overrides), [])
+    given = merge(given, overriding)
+    if dataset is not None:
+        for key in ("dataset_mixer", "eval_dataset", "dataset"):
+            given.pop(key, None)
+        given["dataset"] = dataset
+    if split is not None:
+        given["dataset_splits"] = [split]
+        if dataset is None:
+            given.pop("eval_dataset", None)
+    settings = build(PairSettings, given)
+    if settings.beta is not None:
+        betas = dict.fromkeys(betas, settings.beta)
+    return settings, betas
+
+
+def _from_training(config: str, betas: dict[str, float]) -> dict[str, Any]:
+    """The data settings in a training YAML; its beta goes to ``betas``."""
+    given = name_objective(translate(read_yaml(Path(config)), []), "simpo", [])
+    objective = canonical_name(str(given["objective"]))
+    own = hyperparameters_of(objective)
+    known = {field.name for field in dataclasses.fields(PreferenceConfig)} | own.keys()
+    for key in given:
+        if key not in known and key not in TABLE:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"config {config}: unknown setting {key!r}; did you mean {nearest!r}?")
+    arguments = given.get("objective_args") or {}
+    beta = given.get("beta", arguments.get("beta"))
+    default = own["beta"].default if "beta" in own else None
+    kind = _kind(objective)
+    if beta is not None or isinstance(default, float):
+        betas[kind] = _coerced("beta", default if beta is None else beta, float)
+    data = {field.name for field in fields(DataSettings)} - {"max_train_samples"}
+    return {key: value for key, value in given.items() if key in data}
+
+
+def _kind(objective: str) -> str:
+    """The reward that an objective compares answers by."""
+    if OBJECTIVES[objective].needs_reference:
+        return "against_reference"
+    return "sum_logps" if objective == "cpo" else "mean_logps"
