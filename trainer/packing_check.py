@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .data.collate import PairCollator, model_inputs
 from .errors import UserError
+from .packed_attention import takes_varlen
 from .packing_choice import FAMILIES, Packing, packings
 from .placement import is_split
 
@@ -79,6 +80,9 @@ def settle_packing(
         UserError: ``wanted`` is named and not exact; the message says by how much.
     """
     found = packings(wanted, model.config, checked=not sharded, **circumstances)
+    for packing in found:
+        if packing.rows == "varlen":  # now, and not in a forward that torch.compile traces
+            takes_varlen(circumstances.get("attention") or _attention(model))
     if sharded:
         kind = model.config.get_text_config().model_type
         if found[0].layout != "padded" and kind not in FAMILIES:
@@ -98,6 +102,10 @@ def settle_packing(
     else:
         raise UserError(f"packing: {wanted} does not work with this model: {problem}; set auto")
     return packing if problem is None else Packing("padded", "dense", problem)
+
+
+def _attention(model: Any) -> str:
+    return model.config.get_text_config()._attn_implementation
 
 
 def compare_with_padded(model: PreTrainedModel, packing: Packing) -> str | None:
