@@ -25,8 +25,10 @@ from tiny_models import (
     tiny_pairs,
     tiny_trainer,
 )
+from tiny_tokenizers import tiny_tokenizer
 from widemargin.kernels import reference as definitions
 from widemargin.trainer import PreferenceTrainer, reference_cache
+from widemargin.trainer.cli import main
 from widemargin.trainer.data import tokenize_pairs
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.reference_cache import model_digest
@@ -327,12 +329,22 @@ def test_errors(tmp_path):
         dpo_trainer(tmp_path, ref_model=broken, packing="padded", **ONCE)
 
 
+def test_a_named_reference_with_another_tokenizer(tmp_path):
+    other = tiny_tokenizer()
+    other.add_tokens(["<|more|>"])
+    tiny_model().save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="another tokenizer"):
+        dpo_trainer(tmp_path, ref_model=str(tmp_path / "other"))
+    TOKENIZER.save_pretrained(tmp_path / "other")
+    assert dpo_trainer(tmp_path, ref_model=str(tmp_path / "other")).reference.model is not None
+
+
 def test_precomputing_is_told_to_do_nothing_without_a_reference(tmp_path, caplog):
     dpo_trainer(tmp_path, objective="simpo", **ONCE)
     assert "simpo has no reference" in caplog.text
 
 
-NAMES = ("one", "two")
 SPLIT = {
     "precomputed": "precompute_ref_log_probs: true, learning_rate: 0.05",
     "adapter": "use_peft: true, lora_dropout: 0, learning_rate: 0.5",
@@ -340,7 +352,7 @@ SPLIT = {
 
 
 @pytest.mark.parametrize("how", SPLIT)
-def test_two_ranks_equal_one(tmp_path, how):
+def test_two_ranks_equal_one(tmp_path, cache, monkeypatch, how):
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     tiny_pairs(11).to_json(tmp_path / "train.jsonl")
@@ -350,39 +362,33 @@ def test_two_ranks_equal_one(tmp_path, how):
         "max_steps: 5, logging_steps: 1, save_strategy: 'no', use_cpu: true, disable_tqdm: true, "
         f"write_report: false, {SPLIT[how]}}}"
     )
-    module = ["-m", "widemargin.trainer", "config.yaml"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    monkeypatch.chdir(tmp_path)
+    alone = ["config.yaml", "--per_device_train_batch_size=4", "--output_dir=one"]
+    assert main(["train", *alone]) == 0
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ranks = ["config.yaml", "--per_device_train_batch_size=2", "--output_dir=two"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "widemargin.trainer", *ranks, "--ddp_backend=gloo"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "its own reference" not in done.stdout + done.stderr
     weights, logs = [], []
-    for name, launcher, batch in zip(NAMES, ([], torchrun), (4, 2), strict=True):
-        extra = ["--ddp_backend=gloo"] if launcher else []
-        settings = [f"--per_device_train_batch_size={batch}", f"--output_dir={name}", *extra]
-        done = subprocess.run(
-            [sys.executable, *launcher, *module, *settings],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "HF_DATASETS_CACHE": str(tmp_path / f"cache-{name}"),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "its own reference" not in done.stdout + done.stderr
+    for name in ("one", "two"):
         (saved,) = (tmp_path / name).glob("*model.safetensors")
-        weights.append(torch.cat([w.flatten() for w in load_file(saved).values()]))
+        weights.append(load_file(saved))
         state = json.loads((tmp_path / name / "trainer_state.json").read_text())
         logs.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    assert (weights[0] - weights[1]).abs().max() < 2e-6
+    assert all((weights[0][k] - weights[1][k]).abs().max() < 2e-6 for k in weights[0])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
     assert logs[0][0] == pytest.approx(math.log(2), rel=1e-4)
     if how == "precomputed":
-        files = [
-            list(tmp_path.glob(f"cache-{name}/widemargin/reference-*")) for name in ("one", "two")
-        ]
-        assert len(files[0]) == len(files[1]) == 1
-        assert files[0][0].name == files[1][0].name
+        (kept,) = (tmp_path / "datasets" / "widemargin").glob("reference-*")
+        assert [kept.name] == [path.name for path in cache.iterdir()]
 
 
 def test_logging_is_on():

@@ -47,7 +47,9 @@ def place_frozen(model: Any, accelerator: Accelerator, args: TrainingArguments) 
     if config["zero_optimization"]["stage"] == 3:
         import deepspeed  # pyright: ignore[reportMissingImports] (an extra)
 
-        return deepspeed.initialize(model=model, config=config)[0].eval()
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        engine.eval()
+        return engine
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return model.to(args.device, dtypes.get(accelerator.mixed_precision))
 

@@ -33,7 +33,7 @@ from .placement import is_split, place_frozen
 from .reference_cache import model_digest, precomputed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from .config import PreferenceConfig
     from .objectives import Objective, ObjectiveOutput
@@ -54,6 +54,7 @@ class Reference:
         policy: the bare or adapted model before training; not yet in ``peft_config``'s adapter.
         args: the run's settings.
         ref_model: a model to use, or None for what the settings say.
+        tokenizer: the policy's.
         peft_config: of the adapter the policy is about to get, or None.
         rows: the data sets of training and evaluation.
 
@@ -66,6 +67,7 @@ class Reference:
         policy: Any,
         args: PreferenceConfig,
         ref_model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
         peft_config: Any,
         rows: list[PairRows | None],
     ) -> None:
@@ -84,14 +86,26 @@ class Reference:
             return
         self._other = ref_model is not None or not self.starting
         if self._other:
-            self.model = _checked(_given(ref_model, args), policy)
-        elif is_split(args) or not (args.precompute_ref_log_probs or self._under_adapter):
+            if ref_model is None:
+                _check_tokenizer(args, tokenizer)
+                ref_model = load_model(args, args.ref_model_name_or_path)
+            self.model = _checked(ref_model, policy)
+        elif not self._policy_can_score():
             self.model = _copy_of(policy, args)
         if self.model is not None:
             self.model.requires_grad_(False).eval()
             patch_head(bare_model(self.model), **args.head_settings)
         if args.precompute_ref_log_probs:
             self._digest = model_digest(self.model or policy, args.process_index == 0)
+
+    def _policy_can_score(self) -> bool:
+        """Whether the policy itself serves, with no copy: as it is now, or under its adapter.
+
+        Now, that is in `prepare`, a policy that will be split is not yet fit to run.
+        """
+        if self.args.precompute_ref_log_probs:
+            return not is_split(self.args)
+        return self._under_adapter
 
     def prepare(self, trainer: Trainer, packing: Packing | None) -> None:
         """Put the frozen model where it runs, and compute the log-probs now where asked to.
@@ -211,12 +225,13 @@ def reference_for(
     policy: Any,
     args: PreferenceConfig,
     ref_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
     peft_config: Any,
     rows: list[PairRows | None],
 ) -> Reference | None:
     """The `Reference` of an objective that needs one; None for the others, which refuse one."""
     if objective.needs_reference:
-        return Reference(policy, args, ref_model, peft_config, rows)
+        return Reference(policy, args, ref_model, tokenizer, peft_config, rows)
     if ref_model is not None or args.ref_model_name_or_path is not None:
         raise UserError(f"ref_model: {objective.name} uses none; leave it out")
     if args.precompute_ref_log_probs:
@@ -235,8 +250,20 @@ def _is_starting_policy(args: PreferenceConfig, ref_model: Any) -> bool:
     return args.ref_model_name_or_path in (None, args.model_name_or_path)
 
 
-def _given(ref_model: PreTrainedModel | None, args: PreferenceConfig) -> PreTrainedModel:
-    return load_model(args, args.ref_model_name_or_path) if ref_model is None else ref_model
+def _check_tokenizer(args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The named reference's tokenizer, if it comes with one, has the same tokens."""
+    from transformers import AutoTokenizer
+
+    name: Any = args.ref_model_name_or_path
+    try:
+        own = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        return  # a folder with a model alone; its vocabulary's size still counts
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"ref_model_name_or_path: {name} has another tokenizer than the model, so its tokens "
+            "mean other text; give a reference with the model's own tokenizer"
+        )
 
 
 def _checked(model: PreTrainedModel, policy: Any) -> PreTrainedModel:

@@ -104,7 +104,13 @@ class PreferenceTrainer(Trainer):
         eval_dataset = self._pairs(eval_dataset, "eval_dataset", **tokenizing)
         peft_config = lora_config(args) if peft_config is None else peft_config
         self.reference = reference_for(
-            self.objective, lm, args, ref_model, peft_config, [train_dataset, eval_dataset]
+            self.objective,
+            lm,
+            args,
+            ref_model,
+            processing_class,
+            peft_config,
+            [train_dataset, eval_dataset],
         )
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
