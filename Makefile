@@ -14,7 +14,7 @@ LINKS := $(VENV)/links/widemargin
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint format bench bench-gpu clean distclean
+.PHONY: help setup quickstart test test-slow lint format bench bench-gpu wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench: $(DEV) ## Benchmark the head on this CPU
 
 bench-gpu: $(DEV) ## Test and benchmark the kernels on this machine's GPU, into OUT
 	PYTHON=$(CURDIR)/$(BIN)/python bash bench/gpu.sh "$$(git rev-parse HEAD)" "$(OUT)"
+
+wheels: $(DEV) ## Gather the benchmark's peers into .whl, for a GPU machine without network
+	PIP_ARGS="$(PIP_ARGS)" bash bench/wheels.sh
 
 clean: ## Remove caches and build products; distclean removes .venv too
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# Test and benchmark the kernels on a GPU machine: bench/gpu.sh COMMIT OUTDIR
+# Test, benchmark and tune the kernels on a GPU machine: bench/gpu.sh COMMIT OUTDIR [STEP ...]
 #
 # Needs torch, triton, pytest and hypothesis in $PYTHON (default python3); no network, git or install. The package is
-# found through a folder of links; wheels in .whl/, if any, are installed beside it (peers to compare with).
-# Under nine minutes: each step has its own limit. OUTDIR gets at most eight files. Exit status 1: a step failed.
+# found through a folder of links. What `make wheels` put into .whl/ is unpacked beside it: the peers to compare with.
+# Steps, in order, all of them unless named: machine ours head tune tests shapes. Each has its own limit, and together
+# they end within TOTAL_S seconds (default 525); JSON is written case by case, so a step that is cut keeps its rows.
+# OUTDIR gets at most eight files. Exit status 1: a step failed or was cut.
 set -uo pipefail
 
-if [ $# -ne 2 ]; then
-    echo "usage: bench/gpu.sh COMMIT OUTDIR" >&2
+if [ $# -lt 2 ]; then
+    echo "usage: bench/gpu.sh COMMIT OUTDIR [STEP ...]" >&2
     exit 2
 fi
 commit=$1
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
+shift 2
+steps=" ${*:-machine ours head tune tests shapes} "
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}
+total=${TOTAL_S:-525}
 
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
@@ -22,43 +27,71 @@ mkdir "$site/widemargin"
 for folder in kernels trainer configs; do
     ln -s "$PWD/$folder" "$site/widemargin/$folder"
 done
-export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-export HF_HUB_OFFLINE=1
+export PYTHONPATH="$site:$site/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
 
 shopt -s nullglob
 wheels=(.whl/*.whl)
 if [ ${#wheels[@]} -gt 0 ]; then
-    "$python" -m pip install --quiet --no-index --no-deps --target "$site" "${wheels[@]}" || exit 2
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "${wheels[@]}" || exit 2
 fi
+for archive in .whl/*.tar.xz; do
+    "$python" -m tarfile -e "$archive" "$site" || exit 2
+done
 
 failed=0
 step() { # NAME LIMIT_S COMMAND...
     local name=$1 limit=$2 status=0 start=$SECONDS
     shift 2
-    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
-    echo "$name: exit status $status after $((SECONDS - start)) s" | tee -a "$out/steps.log"
-    tail -n 25 "$out/$name.log"
+    case $steps in *" $name "*) ;; *) return ;; esac
+    if [ "$limit" -gt $((total - SECONDS)) ]; then
+        limit=$((total - SECONDS))
+    fi
+    if [ "$limit" -lt 5 ]; then
+        echo "$name: no time left" | tee -a "$out/log.txt"
+        failed=1
+        return
+    fi
+    echo "== $name" >>"$out/log.txt"
+    timeout --kill-after=10 "$limit" "$@" >"$site/log" 2>&1 || status=$?
+    cat "$site/log" >>"$out/log.txt"
+    echo "== $name: exit status $status after $((SECONDS - start)) s" | tee -a "$out/log.txt"
+    tail -n 40 "$site/log"
     [ "$status" -eq 0 ] || failed=1
 }
 
-: >"$out/steps.log"
-step machine 30 "$python" -c '
+step machine 40 "$python" -c '
 import platform, torch, triton
 assert torch.cuda.is_available(), "no CUDA device"
 print(platform.python_version(), torch.__version__, triton.__version__)
-print(torch.cuda.get_device_properties(0))'
+print(torch.cuda.get_device_properties(0))
+from bench.head import show_choices
+show_choices("cuda")'
 if [ "$failed" -ne 0 ]; then
     exit 1
 fi
 
-tests=(tests/test_*linear_logprob*.py tests/test_*margin_loss*.py tests/test_*reference*.py
-    tests/test_*kernel*.py tests/test_*triton*.py tests/test_*routing*.py)
+ours=(full-logits widemargin-triton-mean widemargin-triton-exact widemargin-triton-mean-tma
+    widemargin-triton-mean-cublas)
+peers=(torch-linear-cross-entropy trl-chunked liger-scaled-ce liger-simpo liger-ce-mean liger-ce
+    cut-cross-entropy cut-cross-entropy-exact)
+head=("$python" -m bench.head --device cuda --commit "$commit")
+# The figures that matter most first, and without the peers: one that breaks the device's context takes all with it.
+step ours 100 "${head[@]}" --repeats 5 --budget-s 10 --providers "${ours[@]}" --out "$out/head_ours.json"
+step head 130 "${head[@]}" --repeats 10 --budget-s 20 --providers "${ours[@]}" "${peers[@]}" --out "$out/head.json"
+step tune 120 "$python" -m bench.tune --dtype bf16 --kernel-s 18 --processes 12 --commit "$commit" --out "$out/tune.json"
+
+tests=(tests/test_triton_head.py tests/test_triton_margin.py tests/test_linear_logprob.py tests/test_margin_loss.py)
 # Most of the tests' time is Triton compiling: several processes where pytest-xdist is there.
 parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
-step tests 190 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" -m "gpu or not slow" \
-    "${tests[@]}"
-step head 130 "$python" -m bench.head --device cuda --commit "$commit" --out "$out/head_cuda.json"
-step head-extremes 120 "$python" -m bench.head --device cuda --commit "$commit" --repeats 5 \
-    --case llama3-8b-shuffled llama3-8b-flat --out "$out/head_cuda_extremes.json"
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
+step tests 150 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" -m "gpu or not slow" "${tests[@]}"
+
+shapes=(llama3-1b gemma2-2b qwen2.5-7b llama3-8b-16k)
+cases=("${shapes[@]}" llama3-8b-shuffled llama3-8b-flat "${shapes[@]/%/-shuffled}" "${shapes[@]/%/-flat}")
+step shapes 300 "${head[@]}" --repeats 5 --budget-s 4 --case "${cases[@]}" --providers "${ours[@]}" "${peers[@]}" \
+    --out "$out/head_shapes.json"
+
+# The trainer's benchmark goes here, as one more step with its JSON in $out and its name in the list above.
+
 exit "$failed"

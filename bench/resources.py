@@ -98,6 +98,7 @@ HEAD = {
     "_recompute_kernel": HeadKernel("triton_cells", "recompute", softcap=True),
     "_weight_kernel": HeadKernel("triton_cells", "d_weight"),
     "_hidden_kernel": HeadKernel("triton_cells", "d_hidden"),
+    "_bias_kernel": HeadKernel("triton_cells", None, product=False),
     "_count_kernel": HeadKernel("triton_routing", None, ("bf16",), product=False),
     "_flag_kernel": HeadKernel("triton_routing", None, ("bf16",), product=False),
     "_profile_kernel": HeadKernel("triton_routing", None, product=False),
@@ -142,8 +143,6 @@ def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -
         "PROFILE": True,
         "TAIL": True,
         "WEIGHTED": True,
-        "D_WEIGHT": True,
-        "D_BIAS": False,
         "ROUND": tl.float32 if dtype == "fp32" else tl.bfloat16,
     }
     arguments = [name for name in fn.arg_names if name not in constants]
@@ -171,7 +170,8 @@ def _head(kernel: str, dtype: str, arch: int, softcap: bool = False) -> Callable
         field = HEAD[kernel].field
         if field is None:
             width = 1024 if kernel == "_finish_kernel" else BLOCK
-            return head_source(kernel, dtype, tiles.Tile(BLOCK, width, 0, 4, 3))
+            warps = 8 if kernel == "_bias_kernel" else 4
+            return head_source(kernel, dtype, tiles.Tile(BLOCK, width, 0, warps, 3))
         table = tiles.FULL if dtype == "fp32" else tiles.HALF[arch]
         tile = tiles.FORWARDS[field] if field in tiles.FORWARDS else getattr(table, field)
         if kernel == "_forward_kernel" and softcap:

@@ -77,7 +77,7 @@ class Bench:
         if candidate.field == "recompute":
             return lambda: (launches.recompute(0), launches.work[: self.cells])[1]
         if candidate.field == "d_weight":
-            return lambda: (launches.weight(0, self.d_weight, None), self.d_weight)[1]
+            return lambda: (launches.weight(0, self.d_weight), self.d_weight)[1]
         return lambda: (launches.hidden(0, self.d_hidden), self.d_hidden)[1]
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:

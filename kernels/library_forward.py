@@ -24,7 +24,7 @@ WORKSPACE_BYTES = 256 * 2**20
 """Most memory for a chunk of logits."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_group", "N", "B"])
 def _statistics_kernel(
     logits_ptr, bias_ptr, targets_ptr,
     partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,

@@ -40,6 +40,7 @@ class HeadStats:
 
     active_fraction: pairs (token, vocabulary block) recomputed, of all. averaged_mass_mean,
     averaged_mass_max: probability per token left to the tail. dense: 1 if every pair was computed.
+    All of scored tokens (no target of -100).
     """
 
     def __init__(self, values: Tensor) -> None:

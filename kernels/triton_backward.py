@@ -18,12 +18,12 @@ from .routing import BLOCK, num_blocks
 from .tiles import tiles_for
 from .torch_head import Head
 from .torch_head_backward import Gradients, Saved
-from .triton_cells import _hidden_kernel, _recompute_kernel, _weight_kernel
+from .triton_cells import _bias_kernel, _hidden_kernel, _recompute_kernel, _weight_kernel
 from .triton_routing import Routing
 from .triton_tile import inner_contiguous, programs, triton_dtype
 
 WORKSPACE_BYTES = 256 * 2**20
-"""Most memory for the cells' G and the sorted tokens' hidden states together."""
+"""Most memory for the cells' G, the sorted tokens' hidden states and the tail's rows together."""
 
 
 def backward(
@@ -49,8 +49,10 @@ def backward(
     d_bias = new(vocabulary, dtype=torch.float32) if needs[2] else None
     for piece in range(launches.slices) if tokens else ():
         launches.recompute(piece)
-        if d_weight is not None or d_bias is not None:
-            launches.weight(piece, d_weight, d_bias)
+        if d_weight is not None:
+            launches.weight(piece, d_weight)
+        if d_bias is not None:
+            launches.bias(piece, d_bias)
         if d_hidden is not None:
             launches.hidden(piece, d_hidden)
     if not tokens:
@@ -82,7 +84,9 @@ class Launches:
 
         blocks, self.token_tiles = routing.flags.shape
         cell_bytes = TILE * BLOCK * self.hidden_rows.element_size()
-        capacity = (WORKSPACE_BYTES - self.hidden_rows.nbytes) // cell_bytes
+        # Rows of the tail's two products, see below, and the sorted tokens' share the workspace.
+        others = self.hidden_rows.nbytes + 8 * blocks * self.hidden_rows.shape[1]
+        capacity = (WORKSPACE_BYTES - others) // cell_bytes
         capacity = max(capacity, WORKSPACE_BYTES // 4 // cell_bytes, self.token_tiles + 1)
         capacity = min(capacity, (blocks + 1) * self.token_tiles + 1)
         self.slices = slice_count(blocks, self.token_tiles, capacity)
@@ -114,21 +118,27 @@ class Launches:
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def weight(self, piece: int, d_weight: Tensor | None, d_bias: Tensor | None) -> None:
-        """dW and db, either of which may be None, of a slice's blocks."""
+    def weight(self, piece: int, d_weight: Tensor) -> None:
         cells, tile = self.cells, self.tiles.d_weight
         vocabulary, width = self.weight_rows.shape
-        columns = 1 if d_weight is None else triton.cdiv(width, tile.columns)
+        columns = triton.cdiv(width, tile.columns)
         _weight_kernel[(min(columns * len(cells.by_count), self.programs),)](
             self.hidden_rows, self.work, self.own, self.targets, self.by_target,
-            self.target_bounds, self.saved.profile, self.pull, self.pull_bias,
-            self.own if d_weight is None else d_weight, self.own if d_bias is None else d_bias,
+            self.target_bounds, self.saved.profile, self.pull, d_weight,
             cells.cells, cells.slices, cells.slice_blocks, cells.by_count, cells.block_bounds,
             self.hidden_rows.stride(0), len(self.hidden_rows), width, vocabulary,
             self.token_tiles, piece, columns,
             COLUMNS=tile.columns, DEPTH=tile.depth, TAIL=self.routing.weighted is not None,
-            D_WEIGHT=d_weight is not None, D_BIAS=d_bias is not None, **self.constants,
-            num_warps=tile.warps, num_stages=tile.stages,
+            **self.constants, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def bias(self, piece: int, d_bias: Tensor) -> None:
+        cells = self.cells
+        _bias_kernel[(min(len(cells.by_count), self.programs),)](
+            self.work, self.own, self.targets, self.by_target, self.target_bounds,
+            self.saved.profile, self.pull_bias, d_bias,
+            cells.slices, cells.slice_blocks, cells.block_bounds, len(self.weight_rows), piece,
+            TILE=TILE, BLOCK=BLOCK, TAIL=self.routing.weighted is not None, num_warps=8,
         )  # fmt: skip
 
     def hidden(self, piece: int, d_hidden: Tensor) -> None:

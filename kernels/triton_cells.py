@@ -1,10 +1,11 @@
 """Triton kernels of the head's backward over cells of 128 tokens by 128 vocabulary rows.
 
-Three per slice of the workspace, each output tile accumulated in fp32 registers and (dW) written
-once: ``G = -g p`` of every cell; ``dW_block = G.T @ hidden`` with the targets' own elements and the
-tail as extra terms; ``dH_tile += G @ weight``. Sizes of slices are known on the device alone, so a
-fixed number of programs deals the units of work among itself in turn: heavy ones first, and a slice
-without work costs next to nothing.
+Per slice of the workspace, each output tile accumulated in fp32 registers and (dW) written once:
+``G = -g p`` of every cell; ``dW_block = G.T @ hidden`` with the targets' own elements and the tail
+as extra terms; ``dH_tile += G @ weight``; db, the sums of G's columns.
+
+Sizes of slices are known on the device alone, so a fixed number of programs deals the units of work
+among itself in turn: heavy ones first, and a slice without work costs next to nothing.
 
 Shapes: N tokens (sorted, see `cells.py`), H hidden, V vocabulary, B blocks, T tiles of 128 tokens.
 """
@@ -21,7 +22,7 @@ import triton.language as tl
 from .triton_tile import logits_tile, softcap_parts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "piece"])
 def _recompute_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, grad_ptr,
     cells_ptr, slices_ptr, work_ptr,
@@ -60,20 +61,19 @@ def _recompute_kernel(
         tl.store(work + inside, g.to(ROUND))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "piece", "columns"])
 def _weight_kernel(
     hidden_ptr, work_ptr, own_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
-    profile_ptr, pull_ptr, pull_bias_ptr, d_weight_ptr, d_bias_ptr,
+    profile_ptr, pull_ptr, d_weight_ptr,
     cells_ptr, slices_ptr, slice_blocks_ptr, by_count_ptr, block_bounds_ptr,
     stride_hn, N, H, V, T, piece, columns,
     TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    TAIL: tl.constexpr, D_WEIGHT: tl.constexpr, D_BIAS: tl.constexpr, ROUND: tl.constexpr,
+    TAIL: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """dW [BLOCK, COLUMNS] of a slice's vocabulary blocks, complete; db with the first column.
+    """dW [BLOCK, COLUMNS] of a slice's vocabulary blocks, complete.
 
-    by_target [N]: sorted tokens by their target's block; target_bounds [B + 1]. pull [B, H] and
-    pull_bias [B]: what the tail takes from each block, to be spread by the profile [V].
-    columns: number of column tiles; 1 when only the bias wants a gradient.
+    by_target [N]: sorted tokens by their target's block; target_bounds [B + 1]. pull [B, H]: what
+    the tail takes from each block, to be spread by the profile [V]. columns: of column tiles.
     """
     first = tl.load(slices_ptr + piece).to(tl.int32)
     first_block = tl.load(slice_blocks_ptr + piece).to(tl.int32)
@@ -83,13 +83,11 @@ def _weight_kernel(
     PARTS: tl.constexpr = TILE // DEPTH
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         block = tl.load(by_count_ptr + first_block + unit // columns).to(tl.int32)
-        column = unit % columns
-        offs_h = column * COLUMNS + tl.arange(0, COLUMNS)
+        offs_h = (unit % columns) * COLUMNS + tl.arange(0, COLUMNS)
         mask_h = offs_h < H
         offs_v = block * BLOCK + row
         mask_v = offs_v < V
         acc = tl.zeros([BLOCK, COLUMNS], dtype=tl.float32)
-        d_bias = tl.zeros([BLOCK], dtype=tl.float32)
 
         begin = tl.load(block_bounds_ptr + block).to(tl.int32)
         end = tl.load(block_bounds_ptr + block + 1).to(tl.int32)
@@ -100,18 +98,11 @@ def _weight_kernel(
             token = (i % PARTS) * DEPTH + step
             work = work_ptr + (i // PARTS - first).to(tl.int64) * (TILE * BLOCK)
             g = tl.load(work + token[None, :] * BLOCK + row[:, None])
-            if D_WEIGHT:
-                offs_n = tile * TILE + token
-                hidden_ptrs = (
-                    hidden_ptr + offs_n.to(tl.int64)[:, None] * stride_hn + offs_h[None, :]
-                )
-                hidden = tl.load(
-                    hidden_ptrs, mask=(offs_n < N)[:, None] & mask_h[None, :], other=0.0
-                )
-                tile = tl.load(cells_ptr + (i + 1) // PARTS).to(tl.int32) % T
-                acc = tl.dot(g, hidden.to(ROUND), acc, input_precision="ieee")
-            if D_BIAS:
-                d_bias += tl.sum(g.to(tl.float32), axis=1)
+            offs_n = tile * TILE + token
+            hidden_ptrs = hidden_ptr + offs_n.to(tl.int64)[:, None] * stride_hn + offs_h[None, :]
+            hidden = tl.load(hidden_ptrs, mask=(offs_n < N)[:, None] & mask_h[None, :], other=0.0)
+            tile = tl.load(cells_ptr + (i + 1) // PARTS).to(tl.int32) % T
+            acc = tl.dot(g, hidden.to(ROUND), acc, input_precision="ieee")
 
         target_begin = tl.load(target_bounds_ptr + block).to(tl.int32)
         target_end = tl.load(target_bounds_ptr + block + 1).to(tl.int32)
@@ -121,29 +112,56 @@ def _weight_kernel(
             own = tl.load(own_ptr + token, mask=mask_j, other=0.0)
             local = tl.load(targets_ptr + token, mask=mask_j, other=-1) - block * BLOCK
             hot = tl.where(row[:, None] == local[None, :], own[None, :], 0.0)
-            if D_WEIGHT:
-                hidden_ptrs = hidden_ptr + token[:, None] * stride_hn + offs_h[None, :]
-                hidden = tl.load(hidden_ptrs, mask=mask_j[:, None] & mask_h[None, :], other=0.0)
-                acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
-            if D_BIAS:
-                d_bias += tl.sum(hot, axis=1)
+            hidden_ptrs = hidden_ptr + token[:, None] * stride_hn + offs_h[None, :]
+            hidden = tl.load(hidden_ptrs, mask=mask_j[:, None] & mask_h[None, :], other=0.0)
+            acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
 
         if TAIL:
             profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
-            if D_WEIGHT:
-                pull = tl.load(pull_ptr + block.to(tl.int64) * H + offs_h, mask=mask_h, other=0.0)
-                acc += profile[:, None] * pull[None, :]
-            if D_BIAS:
-                d_bias += profile * tl.load(pull_bias_ptr + block)
-        if D_WEIGHT:
-            out = d_weight_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
-            mask = mask_v[:, None] & mask_h[None, :]
-            tl.store(out, acc.to(d_weight_ptr.dtype.element_ty), mask=mask)
-        if D_BIAS:
-            tl.store(d_bias_ptr + offs_v, d_bias, mask=mask_v & (column == 0))
+            pull = tl.load(pull_ptr + block.to(tl.int64) * H + offs_h, mask=mask_h, other=0.0)
+            acc += profile[:, None] * pull[None, :]
+        out = d_weight_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
+        mask = mask_v[:, None] & mask_h[None, :]
+        tl.store(out, acc.to(d_weight_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["piece"])
+def _bias_kernel(
+    work_ptr, own_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
+    profile_ptr, pull_bias_ptr, d_bias_ptr,
+    slices_ptr, slice_blocks_ptr, block_bounds_ptr, V, piece,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """db [BLOCK] of a slice's vocabulary blocks, as `_weight_kernel` does dW; pull_bias: [B]."""
+    first = tl.load(slices_ptr + piece).to(tl.int32)
+    first_block = tl.load(slice_blocks_ptr + piece).to(tl.int32)
+    last_block = tl.load(slice_blocks_ptr + piece + 1).to(tl.int32)
+    row = tl.arange(0, BLOCK)
+    inside = tl.arange(0, TILE)[:, None] * BLOCK + row[None, :]
+    for block in range(first_block + tl.program_id(0), last_block, tl.num_programs(0)):
+        offs_v = block * BLOCK + row
+        mask_v = offs_v < V
+        d_bias = tl.zeros([BLOCK], dtype=tl.float32)
+        begin = tl.load(block_bounds_ptr + block).to(tl.int32)
+        end = tl.load(block_bounds_ptr + block + 1).to(tl.int32)
+        for cell in range(begin, end):
+            g = tl.load(work_ptr + (cell - first).to(tl.int64) * (TILE * BLOCK) + inside)
+            d_bias += tl.sum(g.to(tl.float32), axis=0)
+        target_begin = tl.load(target_bounds_ptr + block).to(tl.int32)
+        target_end = tl.load(target_bounds_ptr + block + 1).to(tl.int32)
+        for j in range(target_begin, target_end, TILE):
+            mask_j = j + tl.arange(0, TILE) < target_end
+            token = tl.load(by_target_ptr + j + tl.arange(0, TILE), mask=mask_j, other=0)
+            own = tl.load(own_ptr + token, mask=mask_j, other=0.0)
+            local = tl.load(targets_ptr + token, mask=mask_j, other=-1) - block * BLOCK
+            d_bias += tl.sum(tl.where(local[:, None] == row[None, :], own[:, None], 0.0), axis=0)
+        if TAIL:
+            profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
+            d_bias += profile * tl.load(pull_bias_ptr + block)
+        tl.store(d_bias_ptr + offs_v, d_bias, mask=mask_v)
+
+
+@triton.jit(do_not_specialize=["N", "T", "piece", "pieces", "columns"])
 def _hidden_kernel(
     weight_ptr, work_ptr, d_hidden_ptr,
     by_tile_ptr, tile_blocks_ptr, slices_ptr, tile_bounds_ptr,

@@ -26,7 +26,7 @@ from .torch_head import Head
 from .triton_tile import inner_contiguous, logits_tile, store_statistics, triton_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B"])
 def _forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr,
     partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,

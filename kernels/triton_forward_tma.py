@@ -23,7 +23,7 @@ from .torch_head import Head
 from .triton_tile import finish_logits, store_statistics, tile_of, triton_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B", "tiles", "groups"])
 def _forward_tma_kernel(
     hidden_desc, weight_desc, bias_ptr, targets_ptr,
     partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,

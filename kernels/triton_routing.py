@@ -55,7 +55,7 @@ def _block_mass(partial_lse_ptr, block, token, mask, lse, target_p, target_block
     return tl.where(target_block == block, rest, mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B"])
 def _count_kernel(
     partial_lse_ptr, lse_ptr, logps_ptr, targets_ptr, thresholds_ptr, counts_ptr, N, B,
     TILE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
@@ -77,7 +77,7 @@ def _count_kernel(
     tl.store(counts_ptr + tl.program_id(1).to(tl.int64) * N + token, count, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B", "T"])
 def _flag_kernel(
     partial_lse_ptr, lse_ptr, logps_ptr, targets_ptr, thresholds_ptr, grad_ptr, order_ptr,
     flags_ptr, weighted_ptr, averaged_ptr, N, B, T,

@@ -1,5 +1,8 @@
 """What the head's Triton kernels share: a tile of logits, the statistics of one, orders of work.
 
+Sizes that follow from the number of tokens are not specialised on: they differ from batch to batch,
+and Triton would compile a kernel again for each that is 1 or a multiple of 16.
+
 Shapes: N tokens, H hidden, V vocabulary, B blocks of 128 vocabulary rows, T tiles of tokens.
 """
 

@@ -20,6 +20,9 @@ from widemargin.kernels import (
 )
 from widemargin.kernels.linear_logprob import linear_logprob
 
+from bench.exact import exact
+from bench.peaked import fp32_logits, peaked_case
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [
     pytest.param(1, 16, 300, id="one token"),
@@ -329,3 +332,60 @@ def test_flat_distribution_computes_each_cell_once_and_says_dense():
         found[tail] = torch.autograd.grad(logps, (hidden, weight), grad.float())
         assert stats.values.tolist() == [1.0, 0.0, 0.0, 1.0]
     torch.testing.assert_close(found["mean"], found["exact"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tail", ["exact", "mean"])
+def test_real_precision_on_a_gpu(tail):
+    """bf16 inputs against fp64: logps within twice fp32 logits' error, gradients as promised."""
+    case = peaked_case(2048, 1024, 32000, dtype=torch.bfloat16, device="cuda")
+    wanted = exact(case)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight)]
+    logps = linear_logprob(*leaves, case.targets, tail=tail, backend="triton")
+    found = torch.autograd.grad(logps, leaves, case.coefficients)
+    with torch.no_grad():
+        rows = fp32_logits(case.hidden, case.weight).log_softmax(-1)
+    torch_logps = rows.gather(1, case.targets[:, None])[:, 0]
+    assert relative(logps, wanted.logp) <= 2 * relative(torch_logps, wanted.logp)
+    logits = (leaves[0] @ leaves[1].T).float().log_softmax(-1)
+    peer = torch.autograd.grad(
+        logits.gather(1, case.targets[:, None])[:, 0], leaves, case.coefficients
+    )
+    for mine, torchs, true, bound in zip(
+        found, peer, (wanted.dhidden, wanted.dweight), (1e-2, 5e-3), strict=True
+    ):
+        assert relative(mine, true) <= (bound if tail == "mean" else 2 * relative(torchs, true))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", ["peaked", "flat"])
+def test_memory_bound_on_a_gpu(distribution):
+    tokens, width, vocabulary = 4096, 1024, 65536
+    case = peaked_case(
+        tokens, width, vocabulary, dtype=torch.bfloat16, device="cuda", distribution=distribution
+    )
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight)]
+    extra = 0
+    for _ in range(2):  # the first run may load libraries with memory of their own
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        logps = linear_logprob(*leaves, case.targets, backend="triton")
+        gradients_ = torch.autograd.grad(logps, leaves, case.coefficients)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in gradients_)
+        del logps, gradients_
+    blocks = vocabulary // 128
+    assert extra <= 2 * tokens * blocks * 4 + tokens * width * 4 + 256 * 2**20
+
+
+@pytest.mark.gpu
+def test_deterministic_on_a_gpu():
+    *inputs, grad = inputs_of(3000, 64, 20000, sharp=0.5)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # of the library's own settings
+    try:
+        first = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
+        again = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
