@@ -1,0 +1,96 @@
+"""What to change where a run does not fit, cheapest first, and what each change saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..errors import UserError
+from .engines import shipped_engine
+from .evaluation import Evaluation
+
+MOST_RANKS = 1024
+EIGHT_BIT = "adamw_bnb_8bit"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change on top of those before it. Bytes of the peak saved, and the peak after it."""
+
+    change: str
+    costs: str
+    saves: float
+    peak: float
+
+
+def advice(now: Evaluation, capacity: float) -> list[Step]:
+    """Changes in order until the run fits in ``capacity`` bytes; those that save nothing are left
+    out, and the last may still not be enough."""
+    steps: list[Step] = []
+    seen: set[str] = set()
+    while now.memory.peak > capacity:
+        for kind, change, costs, new in _changes(now, capacity):
+            if kind in seen:
+                continue
+            seen.add(kind)
+            try:
+                saved = now.memory.peak - new.memory.peak
+            except UserError:  # this change cannot be made here
+                continue
+            if saved > 0.005 * now.memory.peak:
+                steps.append(Step(change, costs, saved, new.memory.peak))
+                now = new
+                break
+        else:
+            return steps
+    return steps
+
+
+def _changes(now: Evaluation, capacity: float) -> Iterator[tuple[str, str, str, Evaluation]]:
+    """(kind, change, what it costs, the run with it), in the order to try them."""
+    settings, engine = now.settings, now.engine
+    if not now.checkpointing:
+        new = now.with_checkpointing()
+        yield "checkpointing", "gradient_checkpointing: true", "about a third more time", new
+    if now.packing.layout == "padded":
+        for layout in ("prefix_shared", "packed"):
+            change = f"packing: {layout}"
+            yield layout, change, "nothing: it is faster", now.changed(packing=layout)
+    if now.objective.needs_reference and not settings.precompute_ref_log_probs:
+        new = now.changed(precompute_ref_log_probs=True)
+        yield "reference", "precompute_ref_log_probs: true", "one pass before training", new
+    if str(getattr(settings.optim, "value", settings.optim)) == "adamw_torch":
+        new = now.changed(optim="adamw_torch_fused")
+        yield "fused", "optim: adamw_torch_fused", "nothing", new
+    if settings.per_device_train_batch_size > 1:
+        times = settings.per_device_train_batch_size
+        accumulation = settings.gradient_accumulation_steps * times
+        change = (
+            f"per_device_train_batch_size: 1, gradient_accumulation_steps: {accumulation} "
+            "(the step's pairs stay)"
+        )
+        new = now.changed(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation)
+        coupled = f"{now.objective.name} sees fewer pairs at a time"
+        yield "batch", change, coupled if now.objective.couples_pairs else "some speed", new
+    if now.ranks > 1 and engine.name != "zero3":
+        zero3 = shipped_engine("zero3", now.size.hidden_size)
+        yield "zero3", "--engine zero3", "more communication", now.changed(engine=zero3)
+    if not now.engine.optimizer_on_cpu:
+        new = now.changed(optim=EIGHT_BIT)
+        change = f"optim: {EIGHT_BIT}"
+        yield "8bit", change, "states rounded to 8 bits; needs bitsandbytes", new
+    if now.ranks > 1 and engine.is_deepspeed:
+        offload = replace(engine, optimizer_on_cpu=True)
+        change = "offload_optimizer: {device: cpu} in DeepSpeed's config"
+        yield "offload", change, "a slow step, and host memory", now.changed(engine=offload)
+    if engine.splits_weights:
+        ranks = now.ranks
+        while ranks < MOST_RANKS:
+            ranks *= 2
+            new = now.changed(ranks=ranks)
+            if new.memory.peak <= capacity or ranks == MOST_RANKS:
+                yield "ranks", f"--gpus {ranks}", "more GPUs", new
+                break
+    if not settings.use_peft:
+        new = now.changed(use_peft=True)
+        yield "lora", "use_peft: true", "an adapter learns, not the model", new

@@ -1,0 +1,89 @@
+"""`widemargin plan`: what it is asked."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .chips import Chip
+
+ENGINES = ("zero3", "zero2", "fsdp2", "ddp")
+
+HELP = """\
+Tell, before anything runs, what a rank needs in memory, how long training takes, and what to change
+where it does not fit. The model's config is enough, no weights and no GPU are needed:
+
+  widemargin plan configs/train/lmpo-llama3-8b-instruct.yaml --gpus 4 --gpu-memory 80 \\
+    --mean-lengths 190,330,300
+
+Any setting can be overridden with --key=value, as in train.
+"""
+
+
+def add_plan(commands: Any) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser(
+        "plan",
+        help="tell a run's memory, time and scaling before it starts",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG.yaml")
+    add("--gpus", type=_count, default=1, help="ranks, one on each GPU (default 1)")
+    add("--gpu-memory", type=_positive, default=80.0, help="of one GPU, GiB (default 80)")
+    engine = parser.add_mutually_exclusive_group()
+    engine.add_argument("--accelerate", type=Path, metavar="FILE", help="accelerate's config")
+    engine.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="as shipped in configs/accelerate (default: zero3 on several GPUs)",
+    )
+    add("--model-config", type=Path, metavar="FILE", help="a config.json, or a folder with one")
+    add("--mean-lengths", type=_means, metavar="P,C,R", help="mean tokens of the three parts")
+    add("--pairs", type=_count, help="training pairs, where the data is not at hand")
+    add("--tflops", type=_positive, default=Chip.tflops, help="a GPU's dense peak (default A100's)")
+    add("--mfu", type=_positive, default=Chip.mfu, help=f"share of it reached (default {Chip.mfu})")
+    add("--pairs-per-s", type=_positive, help="measured on all these GPUs, in place of that")
+    add("--bench", type=Path, metavar="FILE", help="bench.training's JSON: pairs/s of one GPU")
+    add("--gpus-per-node", type=_count, default=Chip.per_node, help="of one machine (default 8)")
+    add("--node-bandwidth", type=_positive, default=Chip.node_gb_s, help="GB/s of a GPU within it")
+    add("--network-bandwidth", type=_positive, default=Chip.network_gb_s, help="GB/s beyond it")
+    add("--json", type=Path, metavar="FILE", help="write the plan there too")
+
+
+def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print the plan; 0 if the run fits, 1 if it does not."""
+    from .command import plan
+
+    return plan(options, overrides)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def _means(text: str) -> tuple[float, float, float]:
+    try:
+        prompt, chosen, rejected = (_positive(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"expected mean prompt,chosen,rejected tokens such as 190,330,300, got {text}"
+        ) from None
+    return prompt, chosen, rejected
