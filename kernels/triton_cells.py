@@ -184,7 +184,10 @@ def _hidden_kernel(
         if begin < end:
             offs_h = (unit % columns) * COLUMNS + tl.arange(0, COLUMNS)
             mask_h = offs_h < H
-            acc = tl.zeros([TILE, COLUMNS], dtype=tl.float32)
+            offs_n = tile * TILE + row
+            out = d_hidden_ptr + offs_n.to(tl.int64)[:, None] * H + offs_h[None, :]
+            mask = (offs_n < N)[:, None] & mask_h[None, :]
+            acc = tl.load(out, mask=mask, other=0.0)
             cell = tl.load(by_tile_ptr + begin)
             block = tl.load(tile_blocks_ptr + begin).to(tl.int32)
             for i in range(begin * PARTS, end * PARTS):
@@ -202,7 +205,4 @@ def _hidden_kernel(
                 cell = tl.load(by_tile_ptr + (i + 1) // PARTS)
                 block = tl.load(tile_blocks_ptr + (i + 1) // PARTS).to(tl.int32)
                 acc = tl.dot(g, weight.to(ROUND), acc, input_precision="ieee")
-            offs_n = tile * TILE + row
-            out = d_hidden_ptr + offs_n.to(tl.int64)[:, None] * H + offs_h[None, :]
-            mask = (offs_n < N)[:, None] & mask_h[None, :]
-            tl.store(out, tl.load(out, mask=mask, other=0.0) + acc, mask=mask)
+            tl.store(out, acc, mask=mask)
