@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-OPEN, CLOSE = "<!-- table:head -->", "<!-- /table -->"
+CLOSE = "<!-- /table -->"
 
 COLUMNS = (
     ("provider", "---"),
@@ -72,13 +72,14 @@ def _join(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def write_into(path: Path, text: str) -> None:
-    """Put ``text`` between the markers of a Markdown file."""
-    before, opened, rest = path.read_text(encoding="utf-8").partition(OPEN)
+def write_into(path: Path, text: str, name: str = "head") -> None:
+    """Put ``text`` between the markers of this name in a Markdown file."""
+    mark = f"<!-- table:{name} -->"
+    before, opened, rest = path.read_text(encoding="utf-8").partition(mark)
     _, closed, after = rest.partition(CLOSE)
     if not opened or not closed:
-        raise SystemExit(f"error: {path} has no {OPEN} ... {CLOSE}")
-    path.write_text(f"{before}{OPEN}\n{text}\n{CLOSE}{after}", encoding="utf-8")
+        raise SystemExit(f"error: {path} has no {mark} ... {CLOSE}")
+    path.write_text(f"{before}{mark}\n{text}\n{CLOSE}{after}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,9 +1,15 @@
-"""A Markdown table of whole training steps: `python -m bench.training_table RESULTS.json ...`."""
+"""Whole training steps as a table: `python -m bench.training_table RESULTS.json ... [--into FILE]`.
+
+With `--into` the table replaces what stands between `<!-- table:training -->` and
+`<!-- /table -->`; `--plot` draws speed, tokens and memory of each trainer, and every loss.
+"""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from bench.table import write_into
 
 Row = dict[str, Any]
 
@@ -50,8 +56,18 @@ def _same_case(a: Row, b: Row) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.training_table", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--into", type=Path, help="a Markdown file with the markers")
+    parser.add_argument("--plot", type=Path, help="an image to draw, such as training.png")
     options = parser.parse_args(arguments)
-    print(table([row for path in options.results for row in json.loads(path.read_text())["rows"]]))
+    rows = [row for path in options.results for row in json.loads(path.read_text())["rows"]]
+    if options.plot:
+        from bench.training_plot import draw
+
+        draw(rows, options.plot)
+    if options.into:
+        write_into(options.into, table(rows), "training")
+    if not options.into and not options.plot:
+        print(table(rows))
 
 
 if __name__ == "__main__":

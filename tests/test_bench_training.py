@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny_models import TOKENIZER, tiny_model
 
-from bench import training
+from bench import training, training_table
 from bench.training_table import table
 from bench.training_worker import cpo_row
 
@@ -48,7 +48,12 @@ def test_layouts_do_the_same_work(folder, capsys):
         assert row["pairs_per_s"] > 0
         assert row["peak_mib"] > row["start_mib"] / 2
     assert rows[1]["tokens_per_step"] < rows[0]["tokens_per_step"]
-    assert "widemargin-prefix_shared" in table(rows)
+    page = folder / "page.md"
+    page.write_text("before\n<!-- table:training -->\n<!-- /table -->\nafter\n")
+    training_table.main([str(out), "--into", str(page), "--plot", str(folder / "plot.png")])
+    assert table(rows) in page.read_text()
+    assert page.read_text().endswith("<!-- /table -->\nafter\n")
+    assert (folder / "plot.png").stat().st_size > 10_000
 
 
 def test_a_contender_that_cannot_run_is_listed_with_the_reason(folder, capsys):
