@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import chat
+from ..data.display import printable
 from ..data.rows import RowProblem
 from ..errors import UserError
 from ..model import load_model_config
@@ -40,6 +41,8 @@ def answer(
     tokenizer = read_tokenizer(settings, model, settings.chat_template)
     engine = engine_name(settings)
     with Records(folder, "answers", _identity(questions, settings, model, engine)) as records:
+        if records.done:
+            print(f"{len(records.done):,} of {len(questions):,} answers are in {folder} already")
         if len(records.done) < len(questions):
             _answer_rest(questions, settings, model, tokenizer, engine, records)
         return [records.done[question.id] for question in questions]
@@ -136,9 +139,9 @@ def render(
     )
     for question, text in zip(questions, texts, strict=True):
         if isinstance(text, RowProblem):
+            why = printable(f"question {question.id}: {text.reason} ({text.detail})", 300)
             raise UserError(
-                f"question {question.id}: {text.reason} ({text.detail}); set chat_template: to one "
-                "that takes it, or leave out system_prompt"
+                f"{why}; set chat_template: to one that takes it, or leave out system_prompt"
             )
     return list(tokenizer([str(text) for text in texts], add_special_tokens=False)["input_ids"])
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.display import printable
 from ..errors import UserError
 from ..run import versions
 from . import judging, tools
@@ -221,6 +222,6 @@ def _report(
         "versions": versions(),
     }
     write_json(folder / "lengths.json", content)
-    print(f"{benchmark}, {generator}: " + "\n".join(length_lines(lengths)))
+    print(f"{benchmark}, {printable(generator)}: " + "\n".join(length_lines(lengths)))
     for path in files:
         print(f"Written: {path}")

@@ -19,7 +19,7 @@ settings, as --KEY=VALUE: those of the data as in training (max_length, max_prom
   chat_template, chat_rendering, eval_dataset, ...); beta, packing, max_tokens_per_batch; dtype,
   device, attn_implementation, model_revision, trust_remote_code"""
 ANSWERS = """\
-Answer {benchmark}'s questions with a model, and write the files that its tool reads ({files}).
+Answer {benchmark}'s questions with a model, and write what its tool reads ({files}).
 A run that is stopped goes on where it was. If the tool is here and OPENAI_API_KEY is set, it is
 called (a judge costs money; --no-judge leaves it out); else the command to run is shown.
 

@@ -108,17 +108,21 @@ def lm_eval(
 
 
 def _task_manager(tasks: tuple[Task, ...], include_path: Path | None) -> Any:
+    """What finds the tasks; a folder that has them all spares reading the harness's thousands."""
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    known = set(manager.all_tasks)
-    unknown = [task.name for task in tasks if task.name not in known]
-    if unknown:
-        raise UserError(
-            f"--tasks: the harness has no {', '.join(unknown)}; `lm_eval ls tasks` shows what it "
-            "has, and --include-path adds a folder with your own"
-        )
-    return manager
+    folder = None if include_path is None else str(include_path)
+    unknown: list[str] = []
+    for defaults in (False, True) if folder else (True,):
+        manager = TaskManager(include_path=folder, include_defaults=defaults)
+        known = set(manager.all_tasks)
+        unknown = [task.name for task in tasks if task.name not in known]
+        if not unknown:
+            return manager
+    raise UserError(
+        f"--tasks: the harness has no {', '.join(unknown)}; `lm_eval ls tasks` shows what it has, "
+        "and --include-path adds a folder with your own"
+    )
 
 
 def _harness_model(model: str, settings: HarnessSettings, tokenizer: Any) -> Any:

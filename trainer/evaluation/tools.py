@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from ..data.display import printable
 from ..errors import UserError
 from .output import write_text
 
@@ -84,7 +85,7 @@ def arena_hard(
     line = " && ".join(shlex.join(["python", *command]) for command in commands)
     print(
         "The official numbers come from Arena-Hard's judge:\n"
-        f"  cd {shlex.quote(str(tool))} && export {KEY}=... && {line}"
+        f"  cd {shlex.quote(str(tool))} && export {KEY}=... && {printable(line)}"
     )
 
 
