@@ -3,9 +3,10 @@
 #
 # Needs torch, triton, pytest and hypothesis in $PYTHON (default python3); no network, git or install. The package is
 # found through a folder of links. What `make wheels` put into .whl/ is unpacked beside it: the peers to compare with.
-# Steps, in order, all of them unless named: machine ours head tune tests shapes. Each has its own limit, and together
-# they end within TOTAL_S seconds (default 525); JSON is written case by case, so a step that is cut keeps its rows.
-# OUTDIR gets at most eight files. Exit status 1: a step failed or was cut.
+# Steps, in order: machine ours head tune tests shapes; and, only when named, training-1b training-8b training-flex, which
+# need the lengths that `make wheels` writes. Each has its own limit, and together they end within TOTAL_S seconds
+# (default 525); JSON is written case by case, so a step that is cut keeps its rows. OUTDIR gets at most eight files.
+# Exit status 1: a step failed or was cut.
 set -uo pipefail
 
 if [ $# -lt 2 ]; then
@@ -92,6 +93,13 @@ cases=("${shapes[@]}" llama3-8b-shuffled llama3-8b-flat "${shapes[@]/%/-shuffled
 step shapes 300 "${head[@]}" --repeats 5 --budget-s 4 --case "${cases[@]}" --providers "${ours[@]}" "${peers[@]}" \
     --out "$out/head_shapes.json"
 
-# The trainer's benchmark goes here, as one more step with its JSON in $out and its name in the list above.
+# Whole training steps, in a run of their own: bench/gpu.sh COMMIT OUTDIR machine training-1b training-8b
+training=("$python" -m bench.training --device cuda --dtype bfloat16 --checkpointing --batch 8 --lengths .whl/lengths.json
+    --max-length 2048 --append --commit "$commit" --out "$out/training.json")
+layouts=(widemargin-padded widemargin-packed widemargin-prefix_shared)
+step training-1b 260 "${training[@]}" --shape llama-1b --contenders "${layouts[@]}" trl-cpo
+step training-8b 300 "${training[@]}" --shape llama-8b --steps 8 --contenders "${layouts[@]}" trl-cpo
+step training-flex 240 "${training[@]}" --shape llama-1b --attention flex_attention --warmup 6 \
+    --contenders "${layouts[@]:1}"
 
 exit "$failed"

@@ -40,6 +40,15 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 }
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": LLAMA
+    | {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "llama-1b": LLAMA
     | {
         "hidden_size": 2048,
@@ -166,7 +175,6 @@ def specification(name: str, options: argparse.Namespace, folder: Path) -> dict[
         "gamma_beta_ratio": 0.5,
         "model": None if options.shape else str(options.model.resolve()),
         "shape": SHAPES[options.shape] if options.shape else None,
-        "tokenizer": str(options.model.resolve()),
         "rows": str(folder / "rows.json"),
         "order": json.loads((folder / "order.json").read_text()),
         "output_dir": str(folder / f"run-{name}"),

@@ -15,10 +15,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -86,6 +90,21 @@ def load(spec: Spec) -> Any:
     with torch.device(spec["device"]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model
+
+
+def load_tokenizer(spec: Spec) -> Any:
+    """The model's; for random weights, which come without one, a tokenizer that knows a few words.
+
+    The benchmark's rows are token ids already: trainers only ask it for its padding token.
+    """
+    if spec["model"]:
+        return AutoTokenizer.from_pretrained(spec["model"])
+    words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *"abcdef"))}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def common_arguments(spec: Spec) -> dict[str, Any]:
@@ -197,7 +216,7 @@ def main(path: str) -> None:
     rows = json.loads(Path(spec["rows"]).read_text())
     if spec["order"] and spec["trainer"] != "ours":
         rows = [rows[i] for i in spec["order"]]
-    tokenizer = AutoTokenizer.from_pretrained(spec["tokenizer"])
+    tokenizer = load_tokenizer(spec)
     model = load(spec)
     trainer = TRAINERS[spec["trainer"]](spec, model, rows, tokenizer)
     for callback in (PrinterCallback, ProgressCallback):

@@ -56,6 +56,20 @@ def test_layouts_do_the_same_work(folder, capsys):
     assert (folder / "plot.png").stat().st_size > 10_000
 
 
+def test_random_weights_on_lengths_alone(tmp_path, capsys):
+    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
+    lengths.write_text(json.dumps([[3, 5, 4], [6, 2, 9]]))
+    arguments = [
+        *("--contenders", "widemargin-packed", "--shape", "tiny", "--lengths", str(lengths)),
+        *("--steps", "1", "--warmup", "0", "--batch", "2", "--out", str(out), "--allow-dirty"),
+        "--checkpointing",
+    ]
+    assert training.main(arguments) == 0, capsys.readouterr()
+    assert training.main([*arguments, "--append"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["tokens_per_step"] for row in rows] == [3 + 5 + 3 + 4 + 6 + 2 + 6 + 9] * 2
+
+
 def test_a_contender_that_cannot_run_is_listed_with_the_reason(folder, capsys):
     out = folder / "out.json"
     status = training.main(
