@@ -281,6 +281,9 @@ def loss_gap(rows: list[Row]) -> float | None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.write_lengths:
+        options.write_lengths.write_text(json.dumps(lengths_of(find_rows(options))))
+        return 0
     out = (options.out or RESULTS / f"training_{options.device}.json").resolve()
     commit = find_commit(options.commit)
     if commit.dirty and out.is_relative_to(RESULTS) and not options.allow_dirty:
@@ -291,9 +294,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     rows = find_rows(options)
-    if options.write_lengths:
-        options.write_lengths.write_text(json.dumps(lengths_of(rows)))
-        return 0
     skipped = {"dpo": {"trl-cpo"}, "lmpo": {"trl-cpo", "trl-dpo"}}.get(
         options.objective, {"trl-dpo"}
     )
