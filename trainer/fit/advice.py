@@ -83,14 +83,14 @@ def _changes(now: Evaluation, capacity: float) -> Iterator[tuple[str, str, str, 
         offload = replace(engine, optimizer_on_cpu=True)
         change = "offload_optimizer: {device: cpu} in DeepSpeed's config"
         yield "offload", change, "a slow step, and host memory", now.changed(engine=offload)
-    if engine.splits_weights:
-        ranks = now.ranks
-        while ranks < MOST_RANKS:
-            ranks *= 2
-            new = now.changed(ranks=ranks)
-            if new.memory.peak <= capacity or ranks == MOST_RANKS:
-                yield "ranks", f"--gpus {ranks}", "more GPUs", new
-                break
+    split = engine if engine.splits_weights else shipped_engine("zero3", now.size.hidden_size)
+    ranks = now.ranks
+    while ranks < MOST_RANKS:
+        ranks *= 2
+        new = now.changed(ranks=ranks, engine=split)
+        if new.memory.peak <= capacity or ranks == MOST_RANKS:
+            yield "ranks", f"--gpus {ranks} --engine {split.name}", "more GPUs", new
+            break
     if not settings.use_peft:
         new = now.changed(use_peft=True)
         yield "lora", "use_peft: true", "an adapter learns, not the model", new

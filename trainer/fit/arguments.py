@@ -46,7 +46,7 @@ def add_plan(commands: Any) -> None:
     add("--model-config", type=Path, metavar="FILE", help="a config.json, or a folder with one")
     add("--mean-lengths", type=_means, metavar="P,C,R", help="mean tokens of the three parts")
     add("--pairs", type=_count, help="training pairs, where the data is not at hand")
-    add("--tflops", type=_positive, default=Chip.tflops, help="a GPU's dense peak (default A100's)")
+    add("--tflops", type=_positive, help="dense peak of a GPU (default 312, A100)")
     add("--mfu", type=_positive, default=Chip.mfu, help=f"share of it reached (default {Chip.mfu})")
     add("--pairs-per-s", type=_positive, help="measured on all these GPUs, in place of that")
     add("--bench", type=Path, metavar="FILE", help="bench.training's JSON: pairs/s of one GPU")

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError, refusals
@@ -35,7 +35,7 @@ class Findings:
     activations: dict[bool, Held]
     advice: list[Step]
     chip: Chip
-    speed: Speed
+    speed: Speed | None
     measured: str
     scaling: list[Scaled]
 
@@ -71,7 +71,7 @@ def find(options: argparse.Namespace, overrides: Sequence[str]) -> Findings:
         find_lengths(settings, config.vocab_size, options.mean_lengths, options.pairs),
     )
     chip = Chip(
-        options.tflops,
+        options.tflops or Chip.tflops,
         options.mfu,
         options.gpus_per_node,
         options.node_bandwidth,
@@ -81,7 +81,10 @@ def find(options: argparse.Namespace, overrides: Sequence[str]) -> Findings:
     speed = speed_of(now, chip)
     rate, rate_source = _rate(options, now)
     if rate is not None:
-        speed = measured(speed, rate)
+        assumed, speed = speed, measured(speed, rate)
+        chip = replace(chip, mfu=chip.mfu * assumed.compute_s / speed.compute_s)
+    elif now.device == "cpu" and options.tflops is None:
+        speed = None
     return Findings(
         path=options.config,
         now=now,

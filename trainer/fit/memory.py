@@ -62,6 +62,11 @@ class Precision:
     def compute_bytes(self) -> int:
         return (self.autocast or self.simulated).itemsize
 
+    @property
+    def copies_weights(self) -> bool:
+        """Whether autocast rounds weights that are wider."""
+        return self.autocast not in (None, self.simulated)
+
 
 @dataclass(frozen=True)
 class RankMemory:
@@ -127,17 +132,21 @@ def rank_memory(
         several = " and NCCL" if ranks > 1 else ""
         lasting.append(Part(f"CUDA context{several}", CONTEXT_GIB[ranks > 1] * GIB, "assumed"))
     gathered = _gathered(size, engine, ranks, kinds)
-    how = "checkpointed layer inputs" if recipe.checkpointing else "all layers' activations"
+    how = "inputs of the layers" if recipe.checkpointing else "of all layers"
     vocab, hidden = size.vocab_size, size.hidden_size
-    kept = Part(f"activations kept ({how})", held.kept, f"{batch.tokens:,} tokens")
+    kept = Part(f"activations kept, {how}", held.kept, f"{batch.tokens:,} tokens")
     layer = Part("one layer's backward, gradient of a weight", held.decoder - held.kept)
+    text = "copies of the weights that autocast keeps" if kinds.copies_weights else ""
+    forward = Part("what forward frees again", held.forward - held.kept, text)
+    d_weight = 0 if settings.use_peft else vocab * hidden * kinds.simulated.itemsize
     head = Part(
-        "head: statistics, workspace, dH, dW",
+        "the head's workspace, dH, dW",
         held.head - held.kept,
-        f"{batch.scored:,} scored tokens; dW {vocab * hidden * kinds.compute_bytes / GIB:.2f} GiB, "
-        f"the rest at most {bound(batch.scored, hidden, vocab) / GIB:.2f}",
+        f"{batch.scored:,} scored tokens; dW {d_weight / GIB:.2f} GiB, the rest and what forward "
+        f"kept for it at most {bound(batch.scored, hidden, vocab) / GIB:.2f}",
     )
     phases = {
+        "the forward pass": [kept, forward, *gathered],
         "backward through the layers": [kept, layer, *gathered],
         "the head": [kept, head, *gathered],
         "the optimizer's step": _step(settings, size, engine, ranks, kinds),

@@ -60,15 +60,21 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes beyond weights and their lasting gradients, at the worst moment of each part.
+    """Bytes beyond weights and their lasting gradients.
 
-    kept: by the decoder's forward for its backward. decoder: the peak in its layers, ``kept`` and
-    the gradient of one weight included. head: the peak around the head, likewise.
+    kept: by the forward for the backward. forward, head, decoder: at the worst moment of the
+    forward, of the head's backward and of the layers' backward; the latter two with ``kept`` and
+    the gradient of a weight.
     """
 
     kept: int
-    decoder: int
+    forward: int
     head: int
+    decoder: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.head, self.decoder)
 
 
 def simulate(recipe: Recipe, batch: MicroBatch, *, layers: int | None = None) -> Held:
@@ -89,7 +95,7 @@ def simulate(recipe: Recipe, batch: MicroBatch, *, layers: int | None = None) ->
         first, second = getattr(short, name), getattr(long, name)
         return first + (second - first) * (whole - SHORT) // (LONG - SHORT)
 
-    return Held(grown("kept"), grown("decoder"), grown("head"))
+    return Held(*(grown(name) for name in ("kept", "forward", "head", "decoder")))
 
 
 def _run(recipe: Recipe, batch: MicroBatch, layers: int) -> Held:
@@ -107,26 +113,17 @@ def _run(recipe: Recipe, batch: MicroBatch, layers: int) -> Held:
 
 
 def _forward_and_backward(recipe: Recipe, batch: MicroBatch, config: Any) -> Held:
-    model = build(
-        config, attention_for(recipe.attention, batch, recipe.device), recipe.dtype, recipe.settings
-    )
-    settings = recipe.settings
-    patch_head(model, tail=settings.head_tail, backend="torch")
-    bare, model = model, adapted(model, settings)
-    if settings.load_in_4bit or settings.load_in_8bit:
-        _like_quantized(bare)
+    bare, model = _model(recipe, batch, config)
     if recipe.checkpointing:
         enable = getattr(bare, "activation_checkpointing_enable", None)
         enable = enable or bare.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": False})
     model.train()
     watch = _Watch("triton" if recipe.device == "cuda" else "torch", recipe.compute_bytes)
-    for parameter in model.parameters():
-        watch.ignore(parameter)
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    for buffer in model.buffers():
-        watch.ignore(buffer)
+    for tensor in (*model.parameters(), *model.buffers()):
+        watch.ignore(tensor)
+        if tensor.requires_grad:
+            tensor.register_post_accumulate_grad_hook(_drop_gradient)
     with watch:
         shape = batch.rows, batch.length
         ids, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
@@ -141,8 +138,46 @@ def _forward_and_backward(recipe: Recipe, batch: MicroBatch, config: Any) -> Hel
                 select=select,
                 targets=targets,
             )
+        watch.phase = "head"
+        kept = watch.level
         out.token_logps.sum().backward()
-    return Held(watch.kept, watch.peaks["decoder"], watch.peaks["head"])
+    return Held(kept=kept, **watch.peaks)
+
+
+def _model(recipe: Recipe, batch: MicroBatch, config: Any) -> tuple[Any, Any]:
+    """The patched model and the same in its adapter, with weights that have a shape and no data.
+
+    Made on the meta device, as what libraries do to make a model needs no numbers either.
+    """
+    settings, dtype = recipe.settings, recipe.dtype
+    attention = attention_for(recipe.attention, batch, recipe.device)
+    with torch.device("meta"):
+        bare = build(config, attention, dtype, settings)
+        patch_head(bare, tail=settings.head_tail, backend="torch")
+        model = adapted(bare, settings)
+    head = bare.get_output_embeddings()
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        # peft prepares a quantized model by widening what is left in 16 bits.
+        widened = (settings.load_in_4bit or settings.load_in_8bit) and (
+            not isinstance(module, torch.nn.Linear) or module is head
+        )
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    floats = tensor.is_floating_point()
+                    new: Tensor = torch.empty(
+                        tensor.shape,
+                        dtype=torch.float32 if widened and floats else tensor.dtype,
+                        device="cpu",
+                    )
+                    if isinstance(tensor, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = new
+                tensors[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
+    return bare, model
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -150,23 +185,14 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _like_quantized(model: Any) -> None:
-    """What is left in 16 bits goes to 32, as peft prepares a quantized model."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if not isinstance(module, torch.nn.Linear) or module is head:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
-
-
 class _Watch(TorchDispatchMode):
     """Counts the storages that operations return, until they are freed."""
 
     def __init__(self, backend: str, compute_bytes: int) -> None:
         super().__init__()
-        self.level = self.kept = 0
-        self.peaks = {"decoder": 0, "head": 0}
-        self.phase = "decoder"
+        self.level = 0
+        self.peaks = {"forward": 0, "head": 0, "decoder": 0}
+        self.phase = "forward"
         self.backend, self.compute_bytes = backend, compute_bytes
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -180,8 +206,6 @@ class _Watch(TorchDispatchMode):
         name = func._schema.name
         forward = name == "widemargin::linear_logprob"
         backward = name == "widemargin::linear_logprob_backward"
-        if forward:
-            self.kept, self.phase = self.level, "head"
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if not isinstance(leaf, Tensor):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -142,6 +141,5 @@ def traffic(
 
 
 def measured(speed: Speed, pairs_per_s: float) -> Speed:
-    """The same step as long as a measurement has it."""
-    values: dict[str, Any] = vars(speed) | {"compute_s": speed.pairs_per_step / pairs_per_s}
-    return Speed(**values)
+    """The same step as long as a measurement has it, communication included."""
+    return replace(speed, compute_s=speed.pairs_per_step / pairs_per_s, communication_s=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,30 @@ if TYPE_CHECKING:
     from .command import Findings
 
 WIDTH = 52
+COLUMNS = 110
 
 
 def page(found: Findings) -> list[str]:
     """Lines for the terminal."""
-    blocks = [_head(found), _memory(found), _verdict(found), _speed(found), _scaling(found)]
     assumptions = ["Assumed", *(f"  - {line}" for line in assumptions_of(found))]
-    return [line for block in [*blocks, assumptions] for line in ["", *block]][1:]
+    blocks = [
+        _wrapped(_head(found), 11),
+        _memory(found),
+        _wrapped(_verdict(found), 5),
+        _speed(found),
+        _scaling(found),
+        _wrapped(assumptions, 4),
+    ]
+    return [line for block in blocks if block for line in ["", *block]][1:]
+
+
+def _wrapped(lines: list[str], indent: int) -> list[str]:
+    """Lines of text no longer than a terminal is wide, for most."""
+    return [
+        piece
+        for line in lines
+        for piece in textwrap.wrap(line, COLUMNS, subsequent_indent=" " * indent)
+    ]
 
 
 def _head(found: Findings) -> list[str]:
@@ -30,6 +48,8 @@ def _head(found: Findings) -> list[str]:
     if now.device == "cpu":
         ranks = f"{now.ranks} process" + "es" * (now.ranks > 1) + " on a CPU"
     scored = f"{batch.scored:,} scored"
+    tokens = float(now.plan.tokens(now.packing.layout).sum()) / (len(now.plan.steps) - 1)
+    times = f"{now.planner.micro_batches} micro-batch" + "es" * (now.planner.micro_batches > 1)
     rows = f"{batch.rows} x {batch.length:,} = " if batch.rows > 1 else ""
     return [
         f"Plan of {found.path}: {ranks} of {found.capacity / GIB:g} GiB, {now.engine.name}",
@@ -38,9 +58,8 @@ def _head(found: Findings) -> list[str]:
         f"  engine   {now.engine.name} ({now.engine.source or 'as asked'})",
         f"  data     {now.lengths.source}",
         f"  packing  {now.packing.layout} ({now.packing.reason})",
-        f"  step     {now.pairs_per_step:,} pairs: {per_rank}, {now.planner.micro_batches} "
-        f"micro-batches, {ranks}; {found.speed.tokens:,.0f} tokens, "
-        f"{found.speed.tokens / now.ranks:,.0f} a rank",
+        f"  step     {now.pairs_per_step:,} pairs: {per_rank}, {times}, {ranks}; {tokens:,.0f} "
+        f"tokens, {tokens / now.ranks:,.0f} a rank",
         f"  largest  micro-batch of a rank: {rows}{batch.tokens:,} tokens, {scored}",
     ]
 
@@ -59,7 +78,7 @@ def _memory(found: Findings) -> list[str]:
     lines.append("")
     for on, held in found.activations.items():
         how = "with checkpointing" if on else "without checkpointing"
-        lines.append(_line(Part(f"activations {how}", max(held.decoder, held.head))))
+        lines.append(_line(Part(f"activations {how}", held.peak)))
     lines += [_line(part) for part in memory.comparison]
     return lines
 
@@ -93,6 +112,8 @@ def _verdict(found: Findings) -> list[str]:
 
 def _speed(found: Findings) -> list[str]:
     speed, bound = found.speed, found.now.lengths.bound and not found.measured
+    if speed is None:
+        return ["Time: not told for a CPU; --pairs-per-s or --tflops say how fast it is"]
     most = "at most " if bound else ""
     steps = f"{speed.steps or speed.steps_per_epoch:,} steps"
     if not speed.steps and speed.epochs != 1:
@@ -158,11 +179,12 @@ def assumptions_of(found: Findings) -> list[str]:
     lines.append("the largest micro-batch is the first epoch's; later epochs draw others")
     if "flash" in now.attention or now.packing.rows != "dense":
         lines.append(f"{now.attention} keeps queries, keys, values, output and one number a query")
-    if not found.measured:
+    if found.speed is not None:
+        source = "as measured, for other numbers of GPUs" if found.measured else "--mfu"
         lines.append(
             f"{chip.tflops:g} TFLOP/s at the peak (--tflops; A100 312, H100 and H200 989), "
-            f"{chip.mfu:.0%} of it reached, recomputation counted (--mfu); head {HEAD_PASSES:g} "
-            "passes"
+            f"{chip.mfu:.0%} of it reached, recomputation counted ({source}); head "
+            f"{HEAD_PASSES:g} passes"
         )
     if several or found.scaling:
         lines.append(
@@ -176,7 +198,7 @@ def assumptions_of(found: Findings) -> list[str]:
 
 def as_dict(found: Findings) -> dict[str, Any]:
     """The same for other programs; bytes and seconds."""
-    now, memory = found.now, found.now.memory
+    now, memory, speed = found.now, found.now.memory, found.speed
     return {
         "config": found.path,
         "gpus": now.ranks,
@@ -202,7 +224,7 @@ def as_dict(found: Findings) -> dict[str, Any]:
         "fits": memory.peak <= found.capacity,
         "headroom_bytes": found.capacity - memory.peak,
         "advice": [asdict(step) for step in found.advice],
-        "speed": asdict(found.speed) | {"step_s": found.speed.step_s, "hours": found.speed.hours},
+        "speed": speed and asdict(speed) | {"step_s": speed.step_s, "hours": speed.hours},
         "measured": found.measured,
         "scaling": [asdict(row) for row in found.scaling],
         "assumed": assumptions_of(found),
