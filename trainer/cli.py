@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .evaluation.command import add_evaluate, run_evaluate
+from .fit.arguments import add_plan, run_plan
 
 TRAIN_HELP = """\
 Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,
@@ -51,6 +52,8 @@ def _run(argv: list[str], script: str | None) -> int:
         return _train(options.config, overrides, script, preflight=options.preflight)
     if options.command == "evaluate":
         return run_evaluate(options, overrides)
+    if options.command == "plan":
+        return run_plan(options, overrides)
     if overrides:
         raise UserError(f"unknown arguments: {' '.join(overrides)}; see widemargin --help")
     if options.command == "doctor":
@@ -78,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show the settings, the data's counts and the first pair's tokens, and stop",
     )
+    add_plan(commands)
     add_evaluate(commands)
     report = commands.add_parser(
         "report", help="write a run's report", description="Write a run's report as one HTML file."
