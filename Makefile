@@ -1,5 +1,5 @@
-# Everything runs from .venv. Two stamps there record what is installed, so that reruns are instant:
-# the base install (quickstart) and the one with the development tools (lint, test, bench).
+# Everything runs from .venv. Stamps there record what is installed, so that reruns are instant: the
+# base install (quickstart), the development tools (lint, test, bench), DeepSpeed (test-distributed).
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
@@ -9,15 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
+DEEPSPEED := $(VENV)/.installed-deepspeed
 # An editable install maps the folders by an import hook, which pyright cannot run: it reads these.
 LINKS := $(VENV)/links/widemargin
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint format bench bench-gpu wheels clean distclean
+.PHONY: help setup quickstart test test-slow test-distributed lint format bench bench-gpu wheels clean distclean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=$(PYTHON) (>= 3.10)  PIP_ARGS= (say, an index)  PYTEST_ARGS=  OUT=$(OUT)"
 
 $(BIN)/python:
@@ -35,16 +36,23 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@for name in kernels trainer configs; do ln -sfn "$(CURDIR)/$$name" "$(LINKS)/$$name"; done
 	@touch $(BASE) $@
 
+$(DEEPSPEED): $(DEV)
+	$(INSTALL) '.[dev,deepspeed]'
+	@touch $@
+
 setup: $(DEV) ## Create .venv with the package and the development tools
 
 quickstart: $(BASE) ## Train a small model on this machine and write a report
 	$(BIN)/widemargin quickstart
 
 test: $(DEV) ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not distributed" $(PYTEST_ARGS)
 
 test-slow: $(DEV) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-distributed: $(DEEPSPEED) ## Two processes under DDP, ZeRO-2, ZeRO-3 and FSDP2 against one
+	$(BIN)/python -m pytest -m distributed $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ KINDS = {
     "fsdp2": DistributedType.FSDP,
     "deepspeed_zero2": DistributedType.DEEPSPEED,
     "deepspeed_zero3": DistributedType.DEEPSPEED,
+    "deepspeed_zero3_offload": DistributedType.DEEPSPEED,
 }
 
 
@@ -32,10 +33,11 @@ def test_accelerate_reads_it(name):
     assert config.mixed_precision is None  # the run's own bf16 says
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_settings(stage, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("deepspeed")])
+def test_deepspeed_settings(name, monkeypatch):
     """As `accelerate launch` passes them on, up to the run's own values in place of "auto"."""
-    settings = yaml.safe_load((FOLDER / f"deepspeed_zero{stage}.yaml").read_text())
+    stage = 2 if "zero2" in name else 3
+    settings = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     given = settings["deepspeed_config"]
     file = FOLDER.parent.parent / given["deepspeed_config_file"]
     monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", ",".join(given))
@@ -48,10 +50,12 @@ def test_deepspeed_settings(stage, monkeypatch):
     assert plugin.zero3_init_flag == (stage == 3)
     assert read["bf16"]["enabled"] is True
     assert read["data_types"]["grad_accum_dtype"] == "fp32"
-    for name in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
-        assert read[name] == "auto"
+    for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
+        assert read[key] == "auto"
     whole = read["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
     assert whole == (True if stage == 3 else None)
+    offloaded = "cpu" if name.endswith("offload") else "none"
+    assert plugin.offload_optimizer_device == plugin.offload_param_device == offloaded
 
 
 def test_fsdp_saves_the_model_when_training_ends():
