@@ -93,7 +93,7 @@ def test_preflight_trains_nothing(place, capsys, tmp_path):
 def test_resume_from_the_newest_checkpoint(place, tmp_path, capsys):
     config = write_config(tmp_path / "c.yaml", place, save_strategy="steps", save_steps=1)
     assert main(["train", config, "--resume_from_checkpoint=true"]) == 2
-    assert "no checkpoint" in capsys.readouterr().err
+    assert "no complete checkpoint" in capsys.readouterr().err
     assert main(["train", config]) == 0
     assert main(["train", config, "--max_steps=3", "--resume_from_checkpoint=true"]) == 0
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())

@@ -85,7 +85,7 @@ def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trained(tmp_path, objective="simpo", **settings)
     trainer = tiny_trainer(tmp_path / "other", objective="lmpo", **settings)
-    with pytest.raises(UserError, match="another objective"):
+    with pytest.raises(UserError, match="objective name was simpo, is lmpo"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

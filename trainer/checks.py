@@ -19,6 +19,7 @@ WHOLE = {
     "per_device_eval_batch_size": 1,
     "dataloader_num_workers": 0,
     "seed": 0,
+    "max_nonfinite_steps": 0,
 }
 """Whole numbers and the least each can be."""
 
@@ -28,6 +29,7 @@ BELOW_ONE = ("adam_beta1", "adam_beta2")
 WITHOUT_EFFECT = {
     "auto_find_batch_size": "choose per_device_train_batch_size and gradient_accumulation_steps",
     "label_smoothing_factor": "use label_smoothing, a hyperparameter of simpo",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint at the end of the step without it",
     "train_sampling_strategy": "pairs are always drawn in random order",
 }
 """transformers' settings that this trainer has no use for, and what to do instead."""

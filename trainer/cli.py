@@ -25,6 +25,8 @@ data and objective, and all of transformers.TrainingArguments. Any of them can b
 def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int:
     """Run the command line; 0 when all went well, 2 for bad input, 130 when interrupted.
 
+    After SIGTERM during training it exits with 143, see `guards`.
+
     ``script`` names the published script whose twin this is, such as "run_simpo".
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -33,6 +35,10 @@ def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:
+        if not getattr(stop, "quiet", True):  # Preempted: SIGTERM during training
+            print(f"\n{stop}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         hint = "--resume_from_checkpoint=true goes on from the last checkpoint, if one was saved"
         if "evaluate" in (argv if argv is not None else sys.argv[1:])[:1]:

@@ -95,7 +95,12 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
     #: Write report.html when training ends.
     write_report: bool = True
 
-    #: A checkpoint's folder to go on from, or true for the newest in ``output_dir``.
+    #: Pass over up to this many steps whose loss or gradient is not finite, without an update,
+    #: before stopping at one.
+    max_nonfinite_steps: int = 0
+
+    #: A checkpoint's folder to go on from; true for the newest complete one in ``output_dir``;
+    #: "auto" for that if there is one.
     resume_from_checkpoint: str | bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     output_dir: str = "outputs/run"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -178,6 +183,10 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
 
     @property
     def head_settings(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hub's token: transformers pickles settings into folders that are shared."""
+        return {**self.__dict__, "hub_token": None}
+
         """How a patched head scores: the keyword arguments of `patch_head`."""
         return {
             "tail": self.head_tail,

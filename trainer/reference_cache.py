@@ -128,7 +128,7 @@ def cache_key(model: str, rows: PairRows, trainer: Trainer) -> str:
     facts = [
         _VERSION,
         model,
-        _tokens_digest(rows),
+        tokens_digest(rows),
         accelerator.mixed_precision,
         str(accelerator.distributed_type) if is_split(args) else "",
         bool(args.tf32),
@@ -137,7 +137,7 @@ def cache_key(model: str, rows: PairRows, trainer: Trainer) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
-def _tokens_digest(rows: PairRows) -> str:
+def tokens_digest(rows: PairRows) -> str:
     """The hash of every pair's token ids, in order."""
     content = hashlib.blake2b(digest_size=16)
     for table in rows.dataset.with_format("arrow").iter(batch_size=4096):

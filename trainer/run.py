@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoints import choose_checkpoint, could_not_write
 from .checks import check_evaluation, check_output
 from .config import PreferenceConfig
 from .console import ConsoleLines, ConsoleProgress
@@ -42,7 +42,7 @@ def preflight(config: PreferenceConfig) -> None:
     """Print the settings in effect, what becomes of the data and the first pair; train nothing."""
     objective = config.build_objective()
     check_output(config)
-    checkpoint = find_checkpoint(config)
+    checkpoint = find_checkpoint(config, quiet=False)
     tokenizer = load_tokenizer(config)
     model_config = load_model_config(config).get_text_config()
     data = load_pairs(config, tokenizer, model_config.vocab_size)
@@ -70,7 +70,7 @@ def train(config: PreferenceConfig) -> None:
     """Load, train (resuming if told to), evaluate, save, and write ``run.json`` and the report."""
     objective = config.build_objective()
     check_output(config)
-    checkpoint = find_checkpoint(config)
+    find_checkpoint(config)
     tokenizer = load_tokenizer(config)
     model = load_model(config)
     data = load_pairs(config, tokenizer, vocabulary_size(model))
@@ -94,9 +94,17 @@ def train(config: PreferenceConfig) -> None:
     if main:
         print("\n".join([*plan.lines(), *trainer.notes()]), flush=True)
         record.write()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    try:
+        trainer.save_model()
+        trainer.save_state()
+    except Exception as error:
+        if not could_not_write(error):
+            raise
+        raise UserError(
+            f"output_dir: the trained model cannot be written to {config.output_dir}: {error}. "
+            "Make room and go on with resume_from_checkpoint: auto"
+        ) from error
     if not main:
         return
     record.write(
@@ -152,22 +160,14 @@ def weight_notes(dtype: str) -> list[str]:
     ]
 
 
-def find_checkpoint(config: PreferenceConfig) -> str | None:
-    """The checkpoint that ``resume_from_checkpoint`` names; the newest one for ``true``."""
-    wanted = config.resume_from_checkpoint
-    if wanted is None or wanted is False:
-        return None
-    if wanted is True:
-        folder = config.output_dir
-        newest = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        if newest is None:
-            raise UserError(
-                f"resume_from_checkpoint: {folder} holds no checkpoint; leave it out to start anew"
-            )
-        return newest
-    if not os.path.isdir(wanted):
-        raise UserError(f"resume_from_checkpoint: {wanted} is not a folder")
-    return wanted
+def find_checkpoint(config: PreferenceConfig, *, quiet: bool = True) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means, by the sizes of its files.
+
+    Training reads and hashes them all, and so may pass over one more.
+    """
+    return choose_checkpoint(
+        config.resume_from_checkpoint, config.output_dir, hashes=False, quiet=quiet
+    )
 
 
 class RunRecord:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from .adapters import bare_model, learnable_line, lora_config, with_adapter
 from .checks import check_evaluation
@@ -33,6 +33,7 @@ from .plan_summary import PlanSummary, summarise
 from .planner import Planner
 from .profiling import ProfileCallback
 from .reference import reference_for
+from .resumable import ResumableTrainer
 from .sampler import PairBatches, PairRows
 from .throughput import Throughput, peak_memory_mib
 
@@ -43,7 +44,7 @@ OBJECTIVE_FILE = "objective.safetensors"
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(ResumableTrainer):
     """A `transformers.Trainer` for preference pairs.
 
     Args:
@@ -247,6 +248,8 @@ class PreferenceTrainer(Trainer):
             return self.args.eval_batch_size * self.args.world_size
         return None if self._train_batches is None else self._train_batches.max_pairs_per_rank
 
+        if model.training:
+            self.guards.saw(inputs["pair_ids"], out.losses, loss)
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         stats, self.scoring.stats = self.scoring.stats, None
