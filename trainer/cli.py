@@ -66,7 +66,7 @@ def _run(argv: list[str], script: str | None) -> int:
         from .doctor import doctor
 
         return doctor(options.model, as_json=options.json)
-    return _report(options.run, options.out)
+    return _report(options.run, options.out, options.format)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,10 +90,19 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_evaluate(commands)
     report = commands.add_parser(
-        "report", help="write a run's report", description="Write a run's report as one HTML file."
+        "report",
+        help="write the report of a run, or of several in comparison",
+        description="Write a run's report as one HTML file, or several runs' in comparison. Runs "
+        "that differ in their seeds alone become one line with a band.",
     )
-    report.add_argument("run", type=Path, metavar="RUN", help="a run's output folder")
-    report.add_argument("--out", type=Path, help="where to write (default: RUN/report.html)")
+    report.add_argument(
+        "run", type=Path, nargs="+", metavar="RUN", help="output folders of training runs"
+    )
+    report.add_argument("--out", type=Path, help="where to write (default: report.html in RUN, "
+                        "or in the folder that holds all runs)")  # fmt: skip
+    report.add_argument(
+        "--format", choices=("html", "png"), default="html", help="png: the charts as one image"
+    )
     doctor = commands.add_parser(
         "doctor",
         help="tell what is installed, what a run would use, and whether the kernels work",
@@ -120,11 +129,11 @@ def _train(config: str, overrides: Sequence[str], script: str | None, *, preflig
     return 0
 
 
-def _report(run: Path, out: Path | None) -> int:
+def _report(runs: list[Path], out: Path | None, form: str) -> int:
     from .report import summary_lines, write_report
 
-    path = write_report(run, out)
-    print("\n".join([*summary_lines(run), "", f"Report: {path}"]))
+    path = write_report(runs, out, form=form)
+    print("\n".join([*summary_lines(runs), "", f"Report: {path}"]))
     return 0
 
 

@@ -15,6 +15,7 @@ from .data import DataSettings
 from .errors import UserError
 from .objectives import Objective, build_objective, hyperparameters_of
 from .packing_choice import PACKINGS
+from .samples import SampleSettings
 
 TAILS = ("mean", "exact", "drop")
 BACKENDS = ("auto", "triton", "torch")
@@ -52,7 +53,7 @@ def default_workers() -> int:
 
 
 @dataclass
-class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
+class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArguments):
     """Settings of a preference run; all of `transformers.TrainingArguments` included.
 
     Defaults differ from transformers' where preference tuning wants otherwise: logs every 10
@@ -154,6 +155,7 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
         """Raise ``UserError`` for the first of this project's settings that is out of range."""
         super().check()
         self.check_model()
+        self.check_samples()
         known_values = (("head_tail", TAILS), ("head_backend", BACKENDS), ("packing", PACKINGS))
         for name, known in known_values:
             if getattr(self, name) not in known:
@@ -181,12 +183,12 @@ class PreferenceConfig(ModelSettings, DataSettings, TrainingArguments):
             raise UserError(f"{name}: given beside objective_args and in it; keep one")
         return build_objective(self.objective, **given, **self.objective_args)
 
-    @property
-    def head_settings(self) -> dict[str, Any]:
     def __getstate__(self) -> dict[str, Any]:
         """Without the hub's token: transformers pickles settings into folders that are shared."""
         return {**self.__dict__, "hub_token": None}
 
+    @property
+    def head_settings(self) -> dict[str, Any]:
         """How a patched head scores: the keyword arguments of `patch_head`."""
         return {
             "tail": self.head_tail,

@@ -1,38 +1,77 @@
-"""A run as one self-contained HTML page, and as a few lines for the terminal."""
+"""Runs as one self-contained HTML page or an image, and as a few lines for the terminal."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import refusals
+from .errors import UserError, refusals
 from .report_charts import run_charts
+from .report_compare import comparison_headline, render_comparison, results_rows
+from .report_groups import Group, group_runs
 from .report_page import (
     changes_table,
     chart_card,
     details,
     figure,
     page,
+    ridges_card,
     sample_card,
+    section,
     text,
 )
+from .report_ridges import Ridges, over_steps
 from .report_run import Run, load_run
+from .report_samples import sample_strips
 
 
-def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write the report of the run in `run_dir`, to `run_dir/report.html` unless told otherwise."""
-    run = load_run(Path(run_dir))
-    out = Path(run_dir) / "report.html" if out is None else Path(out)
+def write_report(
+    run_dirs: Path | Sequence[Path], out: Path | None = None, *, form: str = "html"
+) -> Path:
+    """Write the report of a run, or of several in comparison.
+
+    Args:
+        run_dirs: output folders of runs; those that differ in their seeds alone are one group.
+        out: the file; None for ``report.html`` (or ``.png``) in the run's folder, or in the one
+            that holds all the runs.
+        form: "html", or "png" for the charts alone as one image.
+    """
+    runs = load_runs(run_dirs)
+    if out is None:
+        folder = os.path.commonpath([run.folder.absolute() for run in runs])
+        out = (runs[0].folder if len(runs) == 1 else Path(folder)) / f"report.{form}"
+    out = Path(out)
     with refusals(f"report {out}: cannot be written", OSError):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render(run), encoding="utf-8")
+        if form == "png":
+            from .report_png import write_png
+
+            write_png(runs, out)
+        else:
+            many = len(runs) > 1
+            content = render_comparison(group_runs(runs)) if many else render(runs[0])
+            out.write_text(content, encoding="utf-8")
     return out
 
 
-def summary_lines(run_dir: Path) -> list[str]:
-    """The headline and a table of the main numbers, before and after, as plain text."""
-    run = load_run(Path(run_dir))
+def load_runs(run_dirs: Path | Sequence[Path]) -> list[Run]:
+    """The runs of these folders, each once."""
+    several = not isinstance(run_dirs, (str, Path))
+    folders = [Path(folder) for folder in (run_dirs if several else [run_dirs])]
+    if not folders:
+        raise UserError("report: name the output folder of a run, or several")
+    return [load_run(folder) for folder in dict.fromkeys(folders)]
+
+
+def summary_lines(run_dirs: Path | Sequence[Path]) -> list[str]:
+    """The headline and a table of the main numbers as plain text: before and after, or by group."""
+    runs = load_runs(run_dirs)
+    if len(runs) > 1:
+        return _comparison_lines(group_runs(runs))
+    run = runs[0]
     changes = run.changes()
     width = max((len(change.label) for change in changes), default=0)
     first, last = _column_names(run)
@@ -44,6 +83,17 @@ def summary_lines(run_dir: Path) -> list[str]:
         lines.append(f"{change.label:{width}}  {before:>10}  {figure(change.after):>10}")
     speed = [f"{value} {name}" for name, value in _speed(run)]
     return [*lines, ", ".join(speed)] if speed else lines
+
+
+def _comparison_lines(groups: Sequence[Group]) -> list[str]:
+    rows = [("", [group.label for group in groups]), *results_rows(groups)]
+    columns = list(zip(*([label, *values] for label, values in rows), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = [comparison_headline(groups), ""]
+    for label, values in rows:
+        cells = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join([f"{label:{widths[0]}}", *cells]))
+    return lines
 
 
 def headline(run: Run) -> str:
@@ -77,20 +127,29 @@ def render(run: Run) -> str:
     if changes := run.changes():
         where = "Held-out pairs" if run.prefix() else "Training pairs"
         beside, charts = charts[:1], charts[1:]
-        body += _section(where, [changes_table(changes, *_column_names(run)), *beside])
-    body += _section(
+        body += section(where, [changes_table(changes, *_column_names(run)), *beside])
+    body += section(
         "Answers to held-out prompts", [sample_card(s) for s in run.samples], small=True
     )
-    body += _section("Over the steps of training", charts)
+    if run.step_samples:
+        body += ["<h2>Answers over the steps of training</h2>", sample_strips(run)]
+    body += section("Margins, pair by pair", [ridges_card(chart) for chart in run_ridges(run)])
+    body += section("Over the steps of training", charts)
     body += [_note(run), _how(run)]
     return page(f"{title} · {_name(run)}", [part for part in body if part])
 
 
-def _section(title: str, cards: list[str], *, small: bool = False) -> list[str]:
-    """A heading and a grid of the cards that hold something."""
-    filled = "".join(cards)
-    grid = "grid small" if small else "grid"
-    return [f'<h2>{title}</h2><div class="{grid}">{filled}</div>'] if filled else []
+def run_ridges(run: Run) -> list[Ridges]:
+    """Histograms of margins over held-out pairs, from the first evaluation to the last."""
+    charts = []
+    if rewards := run.margins.get("reward_margins"):
+        note = "reward of chosen minus rejected, each held-out pair; right of zero is right"
+        charts.append(over_steps("Reward margins over pairs", note, rewards, "above zero"))
+    targets = run.margins.get("target_margins", {})
+    if any(histogram.spread for histogram in targets.values()):
+        note = "what the objective asks of each held-out pair"
+        charts.append(over_steps("Target margins over pairs", note, targets, "median"))
+    return charts
 
 
 def _header(run: Run, title: str) -> str:

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours are CSS classes, so that a page's light or dark style applies.
+"""Line charts, as data and as inline SVG, whose colours are the page's CSS classes.
 
 Coordinates are in a fixed 400 by 210 box that the page scales; text stays readable on a phone.
 """
@@ -6,13 +6,12 @@ Coordinates are in a fixed 400 by 210 box that the page scales; text stays reada
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
 from .report_run import Point, Run, thin
 
-Colour = Literal["accent", "muted", "chosen", "rejected"]
 Style = Literal["line", "dotted", "dots"]  # a line, a line with a dot each value, dots alone
 
 WIDTH, HEIGHT = 400.0, 210.0
@@ -24,10 +23,11 @@ class Line:
     """One metric of a chart."""
 
     label: str
-    colour: Colour
+    colour: str  # "accent", "muted", "chosen", "rejected", or "c0" to "c7" of the runs compared
     points: list[Point]
     style: Style = "line"
-    band: list[Point] | None = None  # half-widths around the line, e.g. a standard deviation
+    low: list[Point] | None = None  # ends of a band around the line, at the steps of ``points``
+    high: list[Point] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,15 @@ def run_charts(run: Run) -> list[Chart]:
             lines.append(Line(f"{side}, held-out", side, run.series("eval_" + name), "dots"))
         return lines
 
-    margin = Line("mean ± std", "accent", run.series("margin/mean"), band=run.series("margin/std"))
     charts = [
         Chart("Reward accuracy", "share of pairs where chosen earns more than rejected",
               both("rewards/accuracies"), low=0.0, high=1.0, reference=0.5),
         Chart("Reward margin", "reward of chosen minus reward of rejected",
               both("rewards/margins")),
-        Chart("Log-probabilities", "chosen should stay likely while rejected falls",
-              sides("logps")),
+        Chart("Log-probabilities", mass_note(run), sides("logps")),
         Chart("Loss", "mean over pairs", both("loss")),
-        Chart("Target margin", "what the objective asks of a pair", [margin]),
+        Chart("Target margin", "what the objective asks of a pair, mean ± standard deviation",
+              [_with_std(run)]),
         Chart("Lengths", "completion tokens per answer", sides("lengths"), low=0.0),
         Chart("Throughput", "pairs per second in training",
               [Line("pairs per second", "accent", run.series("pairs_per_s"))], low=0.0),
@@ -95,11 +94,35 @@ def run_charts(run: Run) -> list[Chart]:
     return [chart for chart in filled if chart.lines]
 
 
+def mass_note(run: Run) -> str:
+    """Where chosen and rejected log-probs went: margins may grow while both become unlikely."""
+    note = "nats per token, mean over pairs"
+    moves = []
+    for side in ("chosen", "rejected"):
+        values = [v for _, v in run.series(f"{run.prefix()}logps/{side}") if math.isfinite(v)]
+        if len(values) < 2:
+            return note
+        moves.append(values[-1] - values[0])
+    chosen, rejected = moves
+    said = [f"{side} {'rose' if v > 0 else 'fell'} by {abs(v):.2g}" for side, v in
+            zip(("chosen", "rejected"), moves, strict=True)]  # fmt: skip
+    verdict = ": probability leaves both answers" if chosen < -0.01 and rejected < 0 else ""
+    return f"{note}; {', '.join(said)}{verdict}"
+
+
+def _with_std(run: Run) -> Line:
+    widths = dict(run.series("margin/std"))
+    means = run.series("margin/mean")
+    around = [(s, v, w if math.isfinite(w := widths.get(s, 0.0)) else 0.0) for s, v in means]
+    low, high = [(s, v - w) for s, v, w in around], [(s, v + w) for s, v, w in around]
+    return Line("mean ± std", "accent", means, low=low, high=high)
+
+
 def _without_empty(chart: Chart) -> Chart:
     lines = [ln for ln in chart.lines if any(math.isfinite(v) for _, v in ln.points)]
     if len(lines) == 1 and lines[0].colour == "muted":
-        lines = [Line(lines[0].label, "accent", lines[0].points)]
-    return Chart(chart.title, chart.note, lines, chart.low, chart.high, chart.reference)
+        lines = [replace(lines[0], colour="accent")]
+    return replace(chart, lines=lines)
 
 
 def svg(chart: Chart, last_step: float) -> str:
@@ -113,6 +136,7 @@ def svg(chart: Chart, last_step: float) -> str:
         y = frame.y(tick)
         parts.append(f'<path class="grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>')
         parts.append(_text(LEFT - 7, y + 4, tick_label(tick, ticks), "end"))
+    parts.append(_text(LEFT - 7, HEIGHT - 8, "step", "end"))
     steps = [t for t in nice_ticks(0.0, last_step, 5) if t <= last_step]
     for step in steps:
         parts.append(_text(frame.x(step), HEIGHT - 8, f"{step:g}", "middle"))
@@ -129,13 +153,8 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 def _frame(chart: Chart, last_step: float) -> tuple[_Frame, list[float]]:
     """Axis ends on round numbers that hold every value and band, and the ticks between them."""
-    values = []
-    for line in chart.lines:
-        widths = dict(line.band or [])
-        for step, value in thin(line.points):
-            width = widths.get(step, 0.0)
-            width = width if math.isfinite(width) else 0.0
-            values += [v for v in (value - width, value + width) if math.isfinite(v)]
+    series = [s for line in chart.lines for s in (line.points, line.low or [], line.high or [])]
+    values = [v for points in series for _, v in thin(points) if math.isfinite(v)]
     low = min(values, default=0.0) if chart.low is None else chart.low
     high = max(values, default=1.0) if chart.high is None else chart.high
     if not high - low > 1e-9 * max(abs(low), abs(high)):
@@ -171,16 +190,14 @@ def tick_label(value: float, ticks: list[float]) -> str:
 
 def _line(line: Line, frame: _Frame) -> str:
     parts = []
-    widths = dict(line.band or [])
-    for run_of_points in _unbroken(thin(line.points)):
-        places = [(frame.x(step), frame.y(value)) for step, value in run_of_points]
-        if widths:
-            around = [(s, v, widths.get(s, 0.0)) for s, v in run_of_points]
-            around = [(s, v, w if math.isfinite(w) else 0.0) for s, v, w in around]
-            upper = [(frame.x(s), frame.y(v + w)) for s, v, w in around]
-            lower = [(frame.x(s), frame.y(v - w)) for s, v, w in around]
+    if line.low and line.high:
+        for ends in _unbroken_bands(thin(line.low), thin(line.high)):
+            upper = [(frame.x(s), frame.y(high)) for s, _, high in ends]
+            lower = [(frame.x(s), frame.y(low)) for s, low, _ in ends]
             outline = _path(upper + lower[::-1])
             parts.append(f'<path class="band {line.colour}" d="{outline}Z"/>')
+    for run_of_points in _unbroken(thin(line.points)):
+        places = [(frame.x(step), frame.y(value)) for step, value in run_of_points]
         if len(places) > 1 and line.style != "dots":
             parts.append(f'<path class="line {line.colour}" d="{_path(places)}"/>')
         if line.style != "line" or len(places) == 1:
@@ -190,6 +207,13 @@ def _line(line: Line, frame: _Frame) -> str:
                 for (x, y), (step, value) in zip(places, run_of_points, strict=True)
             ]
     return "".join(parts)
+
+
+def _unbroken_bands(low: list[Point], high: list[Point]) -> list[list[tuple[float, float, float]]]:
+    """The stretches of a band, as (step, low, high), between values that are not finite."""
+    stretches = _unbroken([(s, lo + hi) for (s, lo), (_, hi) in zip(low, high, strict=True)])
+    lows, highs = dict(low), dict(high)
+    return [[(s, lows[s], highs[s]) for s, _ in stretch] for stretch in stretches]
 
 
 def _unbroken(points: list[Point]) -> list[list[Point]]:

@@ -10,13 +10,18 @@ from html import escape
 from typing import Any
 
 from .report_charts import Chart, svg
+from .report_ridges import Ridges, ridges_svg
 from .report_run import Change, flatten
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1d1f23;--soft:#666b75;
---rule:#e4e2dd;--accent:#2563c9;--muted:#a3a8b3;--chosen:#12836b;--rejected:#c8622a}
+--rule:#e4e2dd;--accent:#2563c9;--muted:#a3a8b3;--chosen:#12836b;--rejected:#c8622a;
+--c0:#2563c9;--c1:#c8622a;--c2:#12836b;--c3:#9a3fb5;--c4:#a87b00;--c5:#c2335d;--c6:#0f8aa8;
+--c7:#6b7280}
 @media(prefers-color-scheme:dark){:root{--paper:#131519;--card:#1a1d22;--ink:#e8e8ea;--soft:#9a9fab;
---rule:#2c3038;--accent:#79a9ff;--muted:#666c79;--chosen:#4fc7a6;--rejected:#f09a63}}
+--rule:#2c3038;--accent:#79a9ff;--muted:#666c79;--chosen:#4fc7a6;
+--rejected:#f09a63;--c0:#79a9ff;--c1:#f09a63;--c2:#4fc7a6;--c3:#d490e8;--c4:#dcb64a;--c5:#f47c9c;
+--c6:#5cc6df;--c7:#a6acb8}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,
 "Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
@@ -49,7 +54,26 @@ svg .band{fill:currentColor;opacity:.16;stroke:none}
 svg circle{fill:currentColor;stroke:var(--card);stroke-width:1.2}
 .accent{color:var(--accent)}.muted{color:var(--muted)}
 .chosen{color:var(--chosen)}.rejected{color:var(--rejected)}
-.scroll{overflow-x:auto}
+.c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}
+.c4{color:var(--c4)}.c5{color:var(--c5)}.c6{color:var(--c6)}.c7{color:var(--c7)}
+svg .ridge{fill:currentColor;fill-opacity:.32;stroke:none}svg .ridge.faint{fill-opacity:.1}
+svg .crest{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round}
+svg .crest.faint{stroke-width:1.2;stroke-opacity:.6}
+svg .over{fill:var(--ink);paint-order:stroke;stroke:var(--card);stroke-width:3px;
+stroke-linejoin:round;font-size:11.5px}
+.mark{display:inline-block;width:9px;height:9px;border-radius:50%;background:currentColor;
+margin-right:6px}
+.scroll{overflow-x:auto}.wide{grid-column:1/-1}
+.strip{margin-bottom:20px}.strip .asked{font-weight:600;margin:0 0 12px;white-space:pre-wrap;
+overflow-wrap:anywhere;max-height:9.5em;overflow-y:auto}
+.across{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(min(230px,72vw),1fr);
+overflow-x:auto;gap:0}
+.across>div{border-left:1px solid var(--rule);padding:0 16px}
+.across>div:first-child{padding-left:0;border-left:0}
+.strip h4{font-size:13px;font-weight:500;color:var(--soft);margin:0 0 4px}
+.strip h4 small{font-size:12.5px}
+.strip div>p{margin:0;font-size:14.5px;line-height:1.45;white-space:pre-wrap;overflow-wrap:anywhere;
+max-height:18em;overflow-y:auto}.strip div>p:empty:after{content:"(nothing)";color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:15px}
 th,td{text-align:left;padding:7px 14px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top}
 tr:last-child>th,tr:last-child>td{border-bottom:0}
@@ -137,6 +161,25 @@ def chart_card(chart: Chart, last_step: float) -> str:
         f'<section class="card chart"><h3>{text(chart.title)}</h3><p>{text(chart.note)}</p>'
         f'<ul class="legend">{"".join(entries)}</ul>{svg(chart, last_step)}</section>'
     )
+
+
+def ridges_card(chart: Ridges) -> str:
+    """Histograms with their title and a line of explanation."""
+    return (
+        f'<section class="card chart"><h3>{text(chart.title)}</h3><p>{text(chart.note)}</p>'
+        f"{ridges_svg(chart)}</section>"
+    )
+
+
+def card(content: str, kind: str = "") -> str:
+    return f'<div class="card {kind}">{content}</div>'
+
+
+def section(title: str, cards: list[str], *, small: bool = False) -> list[str]:
+    """A heading and a grid of the cards that hold something."""
+    filled = "".join(cards)
+    grid = "grid small" if small else "grid"
+    return [f'<h2>{title}</h2><div class="{grid}">{filled}</div>'] if filled else []
 
 
 def details(title: str, values: Mapping[str, Any], *, is_open: bool = False) -> str:

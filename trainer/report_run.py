@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .report_margins import Histogram, json_lines, read_margins
 
 Point = tuple[float, float]
 
 MAX_POINTS = 400
+SAMPLES_FILE = "samples.jsonl"
 
 HEADLINE_METRICS = (
     ("rewards/accuracies", "accuracy"),
@@ -52,7 +54,9 @@ class Run:
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)  # before and after training
+    step_samples: list[dict[str, Any]] = field(default_factory=list)  # of `samples.jsonl`
+    margins: dict[str, dict[float, Histogram]] = field(default_factory=dict)  # by kind and step
     started: str | None = None
     device: str | None = None
 
@@ -162,9 +166,17 @@ def load_run(run_dir: Path) -> Run:
         history=[entry for entry in history if isinstance(entry, dict)],
         **{part: _mapping(notes.get(part)) for part in parts},
         samples=[sample for sample in _list(notes.get("samples")) if isinstance(sample, dict)],
+        step_samples=_step_samples(run_dir),
+        margins=read_margins(run_dir),
         started=notes.get("started"),
         device=notes.get("device"),
     )
+
+
+def _step_samples(run_dir: Path) -> list[dict[str, Any]]:
+    rows = json_lines(run_dir / SAMPLES_FILE)
+    return [row for row in rows if isinstance(row.get("step"), int) and "prompt" in row
+            and "answer" in row]  # fmt: skip
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -33,8 +33,10 @@ from .plan_summary import PlanSummary, summarise
 from .planner import Planner
 from .profiling import ProfileCallback
 from .reference import reference_for
+from .report_recorder import MarginRecorder
 from .resumable import ResumableTrainer
 from .sampler import PairBatches, PairRows
+from .samples import SampleWriter
 from .throughput import Throughput, peak_memory_mib
 
 if TYPE_CHECKING:
@@ -144,8 +146,12 @@ class PreferenceTrainer(ResumableTrainer):
             self.reference.prepare(self, self.packing)
         self._train_batches: PairBatches | None = None
         self._metrics = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
+        self._margins = MarginRecorder()
         self._throughput = Throughput(lm, self.args.device, self.args.world_size)
         self.add_callback(_Clock(self))
+        self.add_callback(self._margins)
+        if args.eval_samples:
+            self.add_callback(SampleWriter(self))
         if args.profile:
             self.add_callback(ProfileCallback())
 
@@ -235,11 +241,15 @@ class PreferenceTrainer(ResumableTrainer):
             self.reference.check_first(out, reference, self.state.global_step, self.objective.name)
         metrics = self._metrics["train" if model.training else "eval"]
         metrics.add_pairs(out, scored.mean_logits, cu_seqlens)
+        if self.is_in_train and not model.training:
+            self._margins.add(out)
         if "decoder_tokens" in inputs:  # a collator of the user's own may not count
             metrics.add_tokens(inputs["decoder_tokens"])
         loss = out.loss
         if num_items_in_batch is not None:
             loss = out.losses.sum() * self.args.world_size / num_items_in_batch
+        if model.training:
+            self.guards.saw(inputs["pair_ids"], out.losses, loss)
         return (loss, {"pairs": out}) if return_outputs else loss
 
     def _max_pairs_per_rank(self, training: bool) -> int | None:
@@ -248,8 +258,6 @@ class PreferenceTrainer(ResumableTrainer):
             return self.args.eval_batch_size * self.args.world_size
         return None if self._train_batches is None else self._train_batches.max_pairs_per_rank
 
-        if model.training:
-            self.guards.saw(inputs["pair_ids"], out.losses, loss)
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         stats, self.scoring.stats = self.scoring.stats, None
@@ -274,10 +282,13 @@ class PreferenceTrainer(ResumableTrainer):
         """As transformers', with the means over pairs of all metrics."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self._metrics["eval"] = PreferenceMetrics()
+        self._margins.start()
         with self._throughput.paused():
             output: Any = super().evaluation_loop(*args, **kwargs)
         means, _ = self._metrics["eval"].report(f"{prefix}_")
         output.metrics.update(means)
+        main = self.args.process_index == 0
+        self._margins.write(self._own_output_dir, self.state.global_step, main=main)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
