@@ -15,7 +15,7 @@ LINKS := $(VENV)/links/widemargin
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-distributed lint format bench bench-gpu wheels clean distclean
+.PHONY: help setup quickstart test test-slow test-distributed torture lint format bench bench-gpu wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ test-slow: $(DEV) ## Run the slow tests
 
 test-distributed: $(DEEPSPEED) ## Two processes under DDP, ZeRO-2, ZeRO-3 and FSDP2 against one
 	$(BIN)/python -m pytest -m distributed $(PYTEST_ARGS)
+
+torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
+	$(BIN)/python -m bench.torture
+	FUZZ_CASES=50000 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(DEV) ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
