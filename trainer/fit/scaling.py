@@ -28,7 +28,7 @@ def speed_of(now: Evaluation, chip: Chip) -> Speed:
     reference = now.objective.needs_reference and not now.precomputed
     # A CPU's and flash kernels leave out what a mask hides.
     dense = packing.rows == "dense" and "flash" not in now.attention
-    work = Work.of(now.size, now.checkpointing, reference, dense, packing.layout != "padded")
+    work = Work.of(now.size, now.checkpointing, reference, dense)
     return step_speed(
         now.plan, packing.layout, work, now.size, now.engine, chip,
         now.precision.compute_bytes, now.pairs_per_step, now.planner.micro_batches,

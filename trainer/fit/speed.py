@@ -30,9 +30,7 @@ class Work:
     dense: bool  # attention computes what its mask hides, too
 
     @classmethod
-    def of(
-        cls, size: ModelSize, checkpointing: bool, reference: bool, dense: bool, packed: bool
-    ) -> Work:
+    def of(cls, size: ModelSize, checkpointing: bool, reference: bool, dense: bool) -> Work:
         """Of training: 6 per weight and token, 2 more to compute again, 2 for a reference."""
         again = float(checkpointing) + float(reference)
         head = 2.0 * size.hidden_size * size.vocab_size
