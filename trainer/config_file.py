@@ -167,7 +167,13 @@ def _coerced(key: str, value: Any, hint: Any) -> Any:
     names = " or ".join(sorted({_NAMES[kind] for kind in kinds if kind in _NAMES}))
     if any(kind not in _NAMES for kind in kinds):
         return value
-    raise UserError(f"{key}: expected {names}, got {value!r}")
+    got = "something else" if is_secret(key) else repr(value)
+    raise UserError(f"{key}: expected {names}, got {got}")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting's value is for no log, by its name."""
+    return name.endswith(("_token", "_key", "_password", "_secret"))
 
 
 _NAMES = {
@@ -194,5 +200,7 @@ def _kinds(hint: Any) -> Iterable[Any]:
     if origin in (typing.Union, types.UnionType):
         for part in typing.get_args(hint):
             yield from _kinds(part)
+    elif origin is typing.Literal:
+        yield from map(type, typing.get_args(hint))
     elif hint is not type(None):
         yield origin or hint

@@ -96,9 +96,17 @@ def _load(loader: Any, name: str, settings: ModelSettings, what: str, **options:
     if path.is_dir() and not (path / "config.json").is_file() and what == "model":
         raise UserError(f"model {name}: the folder has no config.json; give a saved model's folder")
     with refusals(f"{what} {name}: cannot be loaded", OSError, ValueError, ImportError, KeyError):
-        return loader.from_pretrained(
-            str(path.expanduser()) if looks_local else name,
-            revision=settings.model_revision if name == settings.model_name_or_path else "main",
-            trust_remote_code=settings.trust_remote_code,
-            **options,
-        )
+        try:
+            return loader.from_pretrained(
+                str(path.expanduser()) if looks_local else name,
+                revision=settings.model_revision if name == settings.model_name_or_path else "main",
+                trust_remote_code=settings.trust_remote_code,
+                **options,
+            )
+        except ValueError as error:
+            if "trust_remote_code=True" not in str(error):
+                raise
+            raise UserError(
+                f"{what} {name}: it comes with Python code of its own, which does not run unless "
+                "you set trust_remote_code: true; read that code first"
+            ) from error

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, ProgressCallback
 from .checkpoints import choose_checkpoint, could_not_write
 from .checks import check_evaluation, check_output
 from .config import PreferenceConfig
+from .config_file import is_secret
 from .console import ConsoleLines, ConsoleProgress
 from .data import PairData, load_pairs, preflight_lines
 from .errors import UserError
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PACKAGES = ("widemargin", "torch", "triton", "transformers", "accelerate", "datasets", "peft")
-SECRETS = ("token", "password", "secret")
 
 
 def preflight(config: PreferenceConfig) -> None:
@@ -206,7 +206,7 @@ def changed_settings(config: PreferenceConfig) -> dict[str, Any]:
         value = getattr(config, field.name, default)
         value = value.value if isinstance(value, Enum) else value
         plain = value if isinstance(value, int | float | str | list | dict | None) else str(value)
-        if value != default and not any(secret in field.name for secret in SECRETS):
+        if value != default and not is_secret(field.name):
             changed[field.name] = plain
     return changed
 
