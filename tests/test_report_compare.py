@@ -17,6 +17,7 @@ from widemargin.trainer.report_margins import (
     BINS,
     EDGES,
     MARGINS_FILE,
+    WIDTH,
     Histogram,
     line_of,
     read_margins,
@@ -132,7 +133,7 @@ def test_the_image(tmp_path: Path, count: int) -> None:
     folders = [run_of(tmp_path, "lmpo", seed) for seed in range(count)]
     for folder in folders:
         counts = [0] * BINS
-        counts[90:100] = [3] * 10
+        counts[390:400] = [3] * 10
         (folder / MARGINS_FILE).write_text(line_of(20, {"reward_margins": counts}))
     out = write_report(folders, form="png")
     assert out.suffix == ".png"
@@ -155,12 +156,12 @@ def test_a_histogram_tells_quantiles_and_shares() -> None:
 
 def test_ridges_keep_nearly_all_pairs_and_their_place() -> None:
     counts = [0] * BINS
-    counts[120:126] = [5, 10, 20, 20, 10, 5]
+    counts[480:486] = [5, 10, 20, 20, 10, 5]
     found = shape([Ridge("a", "c0", Histogram(counts), "")])
-    assert found.low <= 0 < EDGES[120] < found.high
+    assert found.low <= 0 < EDGES[480] < found.high
     peak = max(range(len(found.heights[0])), key=found.heights[0].__getitem__)
     at = found.low + (peak + 0.5) * (found.high - found.low) / len(found.heights[0])
-    assert EDGES[121] < at < EDGES[126]
+    assert EDGES[478] < at < EDGES[488]
 
 
 def test_margins_are_read_past_what_a_killed_run_left(tmp_path: Path) -> None:
@@ -177,10 +178,10 @@ def test_margins_are_read_past_what_a_killed_run_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [{"first": -1, "counts": [1]}, {"first": 150, "counts": [1] * 20}, {"first": 0, "counts": []},
+    [{"first": -1, "counts": [1]}, {"first": 630, "counts": [1] * 20}, {"first": 0, "counts": []},
      {"first": 0, "counts": [-1]}, {"first": 0, "counts": "11"}, {"first": None}, 3],
 )  # fmt: skip
 def test_histograms_that_cannot_be_are_passed_over(tmp_path: Path, broken: Any) -> None:
-    entry = {"step": 1, "scale": 0.1, "width": 0.1, "bins": 160, "reward_margins": broken}
+    entry = {"step": 1, "scale": 0.1, "width": WIDTH, "bins": BINS, "reward_margins": broken}
     (tmp_path / MARGINS_FILE).write_text(json.dumps(entry) + "\n")
     assert read_margins(tmp_path)["reward_margins"] == {}

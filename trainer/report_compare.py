@@ -169,18 +169,26 @@ def _table(groups: Sequence[Group], rows: Sequence[tuple[str, list[str]]]) -> st
 
 def _differences_table(groups: Sequence[Group]) -> str:
     rows = [
-        (name, ["default" if value is None else _plain(value) for value in values])
+        (
+            name,
+            [
+                _plain(value, "–" if name.startswith("objective.") else "default")
+                for value in values
+            ],
+        )
         for name, values in differences([group.runs for group in groups]).items()
     ]
     for name in SEEDS:
         seeds = [[run.settings.get(name) for run in group.runs] for group in groups]
         if any(len(each) > 1 and len(set(map(str, each))) > 1 for each in seeds):
-            rows.append((name, [", ".join("default" if s is None else _plain(s) for s in each)
+            rows.append((name, [", ".join(_plain(s, "default") for s in each)
                                 for each in seeds]))  # fmt: skip
     return _table(groups, rows) if rows else ""
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, missing: str) -> str:
+    if value is None:
+        return missing
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

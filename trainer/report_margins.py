@@ -1,8 +1,8 @@
 """Histograms of margins over pairs: the file that evaluations append to, and reading it back.
 
 Bins are fixed, so that evaluations, ranks and seeds add up: edges are ``SCALE * sinh(WIDTH * k)``
-for k from -80 to 80, fine around zero (0.01) and about a tenth of the value far from it, out to
-149; what lies beyond counts in the last bin. An edge is exactly zero, and a bin has its upper edge.
+for k from -320 to 320, fine around zero (0.0025) and a fortieth of the value far from it, out to
+149; what lies beyond counts in the last bin. One edge is zero, and a bin has its upper edge.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 MARGINS_FILE = "margins.jsonl"
 KINDS: tuple[str, ...] = ("reward_margins", "target_margins")
-SCALE, WIDTH, BINS = 0.1, 0.1, 160
+SCALE, WIDTH, BINS = 0.1, 0.025, 640
 EDGES = [SCALE * math.sinh(WIDTH * (k - BINS // 2)) for k in range(BINS + 1)]
 """Of the bins, BINS + 1 numbers."""
 

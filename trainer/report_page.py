@@ -66,7 +66,7 @@ margin-right:6px}
 .scroll{overflow-x:auto}.wide{grid-column:1/-1}
 .strip{margin-bottom:20px}.strip .asked{font-weight:600;margin:0 0 12px;white-space:pre-wrap;
 overflow-wrap:anywhere;max-height:9.5em;overflow-y:auto}
-.across{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(min(230px,72vw),1fr);
+.across{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(165px,1fr);
 overflow-x:auto;gap:0}
 .across>div{border-left:1px solid var(--rule);padding:0 16px}
 .across>div:first-child{padding-left:0;border-left:0}
@@ -91,7 +91,7 @@ white-space:pre-wrap}.sample dd:last-child{margin:0}
 .sample .after{font-weight:600}
 .note{color:var(--soft);font-size:14px;overflow-wrap:anywhere}
 @media(max-width:560px){main{padding:34px 16px 56px}.card{padding:16px 15px}h2{margin-top:46px}
-table{font-size:14px}}
+table{font-size:14px}svg text{font-size:14.5px}svg .over{font-size:13.5px}}
 @media print{main{padding:0}.card{break-inside:avoid}}
 """
 

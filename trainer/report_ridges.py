@@ -35,7 +35,7 @@ class Ridges:
 
 @dataclass(frozen=True)
 class Shape:
-    """Densities of all ridges over the same values, the highest of them 1."""
+    """Densities of all ridges over the same values, the highest of each 1."""
 
     low: float
     high: float
@@ -73,7 +73,7 @@ def spread_out(values: Sequence[float], count: int) -> list[float]:
 
 
 def shape(ridges: Sequence[Ridge]) -> Shape:
-    """Where the values of nearly all pairs lie, and how densely."""
+    """Where the values of nearly all pairs lie, and how densely, each ridge to its peak."""
     lows = [ridge.histogram.quantile(0.005) for ridge in ridges]
     highs = [ridge.histogram.quantile(0.995) for ridge in ridges]
     ticks = nice_ticks(min([0.0, *lows]), max([0.0, *highs]), 5)
@@ -91,9 +91,9 @@ def shape(ridges: Sequence[Ridge]) -> Shape:
             density = [
                 (padded[i - 1] + 2 * padded[i] + padded[i + 1]) / 4 for i in range(1, POINTS + 1)
             ]
-        heights.append(density)
-    peak = max(max(density) for density in heights) or 1.0
-    return Shape(low, high, ticks, [[v / peak for v in density] for density in heights])
+        peak = max(density) or 1.0  # each its own: a narrow one would flatten all others
+        heights.append([value / peak for value in density])
+    return Shape(low, high, ticks, heights)
 
 
 def ridges_svg(chart: Ridges) -> str:
