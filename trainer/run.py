@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .checkpoints import choose_checkpoint, could_not_write
 from .checks import check_evaluation, check_output
@@ -24,6 +25,7 @@ from .data import PairData, load_pairs, preflight_lines
 from .errors import UserError
 from .merging import export_merged
 from .model import load_model, load_model_config, load_tokenizer, vocabulary_size
+from .model_card import push
 from .objectives import Objective
 from .packing_choice import choose_packing
 from .plan_limits import fitted, training_planner
@@ -91,12 +93,13 @@ def train(config: PreferenceConfig) -> None:
     _use_console(trainer)
     plan = trainer.plan_summary()
     record.content["plan"] = plan.as_dict()
+    trainer.run_notes = record.content
     if main:
         print("\n".join([*plan.lines(), *trainer.notes()]), flush=True)
         record.write()
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     try:
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # without a push, which comes last
         trainer.save_state()
     except Exception as error:
         if not could_not_write(error):
@@ -105,8 +108,16 @@ def train(config: PreferenceConfig) -> None:
             f"output_dir: the trained model cannot be written to {config.output_dir}: {error}. "
             "Make room and go on with resume_from_checkpoint: auto"
         ) from error
-    if not main:
-        return
+    if main:
+        _write_results(config, record, result, trainer)
+    if config.push_to_hub:
+        push(trainer)
+
+
+def _write_results(
+    config: PreferenceConfig, record: RunRecord, result: Any, trainer: PreferenceTrainer
+) -> None:
+    """What the run's folder holds beside the model, and what the terminal says of it."""
     record.write(
         train_seconds=result.metrics["train_runtime"],
         train_loss=result.training_loss,
@@ -118,6 +129,7 @@ def train(config: PreferenceConfig) -> None:
         merged = Path(config.output_dir) / "merged"
         export_merged(config, Path(config.output_dir), merged)
         print(f"Merged model: {merged}")
+    trainer.create_model_card()
     if config.write_report:
         print(f"Report: {write_report(Path(config.output_dir))}")
 
@@ -203,8 +215,10 @@ def changed_settings(config: PreferenceConfig) -> dict[str, Any]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        value = getattr(config, field.name, default)
+        value: Any = getattr(config, field.name, default)
         value = value.value if isinstance(value, Enum) else value
+        if isinstance(value, AcceleratorConfig):  # which is always filled in
+            default, value = type(value)().to_dict(), value.to_dict()
         plain = value if isinstance(value, int | float | str | list | dict | None) else str(value)
         if value != default and not is_secret(field.name):
             changed[field.name] = plain

@@ -27,6 +27,7 @@ from .model import (
     pad_token,
     vocabulary_size,
 )
+from .model_card import hub_refusals, write_model_card
 from .packing_check import packing_for
 from .plan_limits import fitted, training_planner
 from .plan_summary import PlanSummary, summarise
@@ -98,6 +99,7 @@ class PreferenceTrainer(ResumableTrainer):
             )
             args._n_gpu = 1
         self.data_reports: dict[str, SplitReport] = {}
+        self.run_notes: dict[str, Any] | None = None  # of run.json, where there is one
         tokenizing = {
             "tokenizer": processing_class,
             "settings": args,
@@ -290,6 +292,16 @@ class PreferenceTrainer(ResumableTrainer):
         main = self.args.process_index == 0
         self._margins.write(self._own_output_dir, self.state.global_step, main=main)
         return output
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', from the run's settings, data, results and versions."""
+        if self.is_world_process_zero():
+            names = ("language", "license", "tags", "model_name", "finetuned_from")
+            write_model_card(self, self.run_notes, **dict(zip(names, args, strict=False)), **kwargs)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        with hub_refusals("push_to_hub: the repository cannot be made; or set push_to_hub: false"):
+            super().init_hf_repo(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this project's metrics to what is logged after training steps."""
