@@ -25,12 +25,26 @@ COLUMNS = (
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One heading line per case and device, one table line per row."""
-    groups: dict[str, list[str]] = {}
+    """A heading per case and device, a line per row; what is not available here, with the reason."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(_heading(row), []).append(_line(row))
+        groups.setdefault(_heading(row), []).append(row)
     head = [_join(title for title, _ in COLUMNS), _join(align for _, align in COLUMNS)]
-    return "\n\n".join("\n".join([title, "", *head, *lines]) for title, lines in groups.items())
+    parts = []
+    for title, group in groups.items():
+        lines = [_line(row) for row in group if row["gate"] != "not available"]
+        parts.append("\n".join([title, "", *head, *lines, *_not_available(group)]))
+    return "\n\n".join(parts)
+
+
+def _not_available(rows: list[dict[str, Any]]) -> list[str]:
+    """One line that names the providers this machine cannot run, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["gate"] == "not available":
+            reasons.setdefault(row.get("reason", "no reason given"), []).append(row["provider"])
+    found = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    return ["", f"Not available here: {'; '.join(found)}."] if found else []
 
 
 def _heading(row: dict[str, Any]) -> str:
