@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A heading per case and device, a line per row; what is not available here, with the reason."""
+    """A heading per case and device, a line per row; what is not available, with the reason."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(_heading(row), []).append(row)
