@@ -1,4 +1,4 @@
-"""The `widemargin` command: train, evaluate, report, doctor, quickstart."""
+"""The `widemargin` command: train, plan, evaluate, report, doctor, quickstart."""
 
 from __future__ import annotations
 
