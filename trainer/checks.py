@@ -28,7 +28,7 @@ BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 WITHOUT_EFFECT = {
     "auto_find_batch_size": "choose per_device_train_batch_size and gradient_accumulation_steps",
-    "label_smoothing_factor": "use label_smoothing, a hyperparameter of simpo",
+    "label_smoothing_factor": "use label_smoothing, a hyperparameter of simpo, dpo and others",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint at the end of the step without it",
     "train_sampling_strategy": "pairs are always drawn in random order",
 }
