@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,32 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
         trainer = tiny_trainer(folder, model=tiny_model(seed=9), **settings)
         trainer.train(resume_from_checkpoint=True)
         assert torch.equal(parameters_of(trainer.model), parameters_of(whole.model))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_outlive_a_sigterm_to_all_processes(tmp_path, persistent):
+    """As schedulers send it; the parent's own still ends them, or leaving would wait for ever."""
+    trainer = tiny_trainer(
+        tmp_path, **SETTINGS, eval_pairs=4, eval_strategy="steps", eval_steps=1,
+        dataloader_num_workers=1, dataloader_persistent_workers=persistent,
+    )  # fmt: skip
+
+    class Terminating(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                for child in multiprocessing.active_children():
+                    subprocess.run(["kill", str(child.pid)], check=True)
+                subprocess.run(["kill", str(os.getpid())], check=True)
+                time.sleep(0.3)
+
+    trainer.add_callback(Terminating())
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-2"
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join(5)
+        assert child.exitcode == 0
 
 
 def terminating(place: str, step: int, times: int = 1) -> TrainerCallback:

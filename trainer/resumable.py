@@ -22,7 +22,7 @@ from .checkpoints import (
     settle_leftovers,
 )
 from .errors import UserError
-from .guards import Guards, Preempted
+from .guards import Guards, Preempted, sheltered
 from .manifest import check_files, write_manifest
 from .resuming import compare, run_facts
 from .watchdog import Watchdog
@@ -75,6 +75,15 @@ class ResumableTrainer(Trainer):
                 quiet=self.args.process_index > 0,
             )
         return result
+
+    def get_train_dataloader(self) -> Any:
+        return sheltered(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return sheltered(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return sheltered(super().get_test_dataloader(test_dataset))
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint in ``output_dir`` whose files are there in their sizes."""
