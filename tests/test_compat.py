@@ -10,7 +10,7 @@ import pytest
 from published_files import EARLY, FILES
 from transformers import TrainingArguments
 from widemargin.trainer.adapters import AdapterSettings
-from widemargin.trainer.compat import TABLE
+from widemargin.trainer.compat import TABLE, merge
 from widemargin.trainer.compat_docs import render
 from widemargin.trainer.config import PreferenceConfig
 from widemargin.trainer.config_file import build_config, load_config
@@ -215,6 +215,21 @@ def test_overrides_win_under_any_name(tmp_path):
     assert load_config(path, [*plain, "--loss_type=simpo"]).objective == "simpo"
     dpo = load_config(path, [*plain, "--loss_type=dpo", "--trainer_type=dpo"])
     assert (dpo.objective, dpo.gamma_beta_ratio) == ("dpo", None)
+
+
+def test_an_override_wins_over_a_mixer_and_over_an_objectives_own_settings():
+    mixer = {"dataset_mixer": {"a/b": 1}, "seed": 1}
+    for name in ("dataset", "dataset_name"):
+        assert merge(mixer, {name: "mine.jsonl"}) == {"seed": 1, name: "mine.jsonl"}
+    assert merge({"dataset": "a"}, {"dataset_mixer": {"b": 1}}) == {"dataset_mixer": {"b": 1}}
+    file = {"objective_args": {"tau": 1, "label_smoothing": 0.1}, "beta": 2}
+    merged = merge(file, {"tau": 3})
+    assert merged == {"objective_args": {"label_smoothing": 0.1}, "beta": 2, "tau": 3}
+    assert file["objective_args"]["tau"] == 1
+    ratio = {"gamma_beta_ratio": 0.5}
+    assert merge({"loss_type": "cpo", **ratio}, {"alpha": 1}) == {"loss_type": "cpo", "alpha": 1}
+    kept = {"objective": "simpo", **ratio}
+    assert merge(kept, {"alpha": 1}) == {**kept, "alpha": 1}
 
 
 def test_scripts_twins_add_what_the_scripts_did():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.utils import import_utils
@@ -49,6 +50,30 @@ def test_an_override_wins_under_either_name(tmp_path):
     (tmp_path / "c.yaml").write_text("objective: simpo\nuse_cpu: true\nevaluation_strategy: 'no'\n")
     for name in ("eval_strategy", "evaluation_strategy"):
         assert load_config(tmp_path / "c.yaml", [f"--{name}=epoch"]).eval_strategy == "epoch"
+
+
+def test_what_yaml_cannot_make_a_value_of(tmp_path):
+    path = tmp_path / "c.yaml"
+    for text in ("chat_template: {{ bos_token }}\n", "run_name: 2024-02-30\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not valid YAML"):
+            load_config(path)
+    path.write_text("objective: simpo\n")
+    with pytest.raises(UserError, match=r"run_name=2024-02-30.*not valid YAML"):
+        load_config(path, ["--run_name=2024-02-30"])
+
+
+def test_a_file_of_settings_that_is_not_there():
+    for given in ("", "nowhere.json"):
+        with pytest.raises(UserError, match=f"accelerator_config: '{given}': the file cannot"):
+            PreferenceConfig(objective="simpo", use_cpu=True, accelerator_config=given)
+
+
+def test_apple_gpus_are_left_alone(monkeypatch):
+    """Statistics are float64, which they do not have."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert PreferenceConfig(objective="simpo").device.type == "cpu"
 
 
 def test_trackers_and_kernels_that_are_not_installed(monkeypatch):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import UserError
+from .objectives import ALIASES, OBJECTIVES, hyperparameters_of
 
 Settings = dict[str, Any]
 
@@ -245,6 +246,9 @@ SOURCES = {
     "transformers 4": TRANSFORMERS,
     "TRL's DPOConfig, CPOConfig and ScriptArguments": TRL,
 }
+DATA = ("dataset", "dataset_name", "dataset_mixer")
+"""What names the data, of which there is one."""
+
 TABLE = {key.name: key for keys in SOURCES.values() for key in keys}
 
 
@@ -278,11 +282,26 @@ def _null(key: Key, value: Any) -> str:
 def merge(file: Settings, overrides: Settings) -> Settings:
     """``file`` with ``overrides`` in place of what it says on the same matter, by any name."""
     matters = {_matter(name) for name in overrides}
-    return {n: v for n, v in file.items() if _matter(n) not in matters} | overrides
+    if "alpha" in matters and _knows_alpha(file | overrides):
+        matters.add("gamma_beta_ratio")
+    kept = {n: v for n, v in file.items() if _matter(n) not in matters}
+    own = kept.get("objective_args")
+    if isinstance(own, dict):
+        kept["objective_args"] = {n: v for n, v in own.items() if _matter(n) not in matters}
+    return kept | overrides
+
+
+def _knows_alpha(settings: Settings) -> bool:
+    """Whether the objective takes gamma_beta_ratio as its alpha."""
+    given = (str(settings.get(name)) for name in ("objective", "loss_type"))
+    names = [ALIASES.get(name, name) for name in given]
+    return any(name in OBJECTIVES and "alpha" in hyperparameters_of(name) for name in names)
 
 
 def _matter(name: str) -> str:
     """What a key decides. trainer_type goes with either value of loss_type."""
+    if name in DATA:
+        return "dataset"
     key = TABLE.get(name)
     return key.becomes if key and key.becomes and name != "trainer_type" else name
 

@@ -126,10 +126,18 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
         given = self.accelerator_config or {}
         copies_settled = not isinstance(given, dict) or "non_blocking" in given
+        if torch.backends.mps.is_available() and not torch.cuda.is_available():
+            self.use_cpu = True  # statistics are kept in float64, which Apple's GPUs do not have
         try:
             super().__post_init__()
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(" ".join(str(error).split())) from error
+        except OSError as error:  # of the settings that may name a file
+            names = ("accelerator_config", "fsdp_config", "deepspeed")
+            files = {n: v for n in names if isinstance(v := getattr(self, n, None), str)}
+            given = ", ".join(f"{name}: {value!r}" for name, value in files.items())
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"{given or 'settings'}: the file cannot be read: {reason}") from error
         check_environment(self)
         if self.head_backend == "triton" and self.device.type != "cuda":
             raise UserError("head_backend: triton needs a CUDA device; leave it at auto")

@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config {path}: not a text file; give a YAML file in UTF-8") from error
     try:
         settings = yaml.load(text, _EachKeyOnce)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter from a day such as 2024-02-30
         reason = " ".join(str(error).split())
         raise UserError(f"config {path}: not valid YAML: {reason}") from error
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
@@ -74,7 +74,7 @@ class _EachKeyOnce(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:  # others' cannot be hashed
                 raise yaml.MarkedYAMLError(
                     problem=f"{key.value} is given twice; keep one", problem_mark=key.start_mark
                 )
@@ -91,7 +91,7 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"argument {argument!r}: expected --key=value, such as --beta=2.5")
         try:
             settings[key.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"argument {argument!r}: the value is not valid YAML") from error
     return settings
 
