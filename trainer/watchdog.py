@@ -25,6 +25,9 @@ from .errors import UserError
 SIGNS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 """What the collectives' errors say when another rank is gone or late."""
 
+JOIN_S = 30
+"""Longest wait for the thread's last call to the store."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +48,7 @@ class Watchdog(TrainerCallback):
         self._last = time.monotonic()
         self._ended = threading.Event()
         self._store: Any = None
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
         if self.world > 1 and dist.is_initialized():
@@ -59,12 +63,15 @@ class Watchdog(TrainerCallback):
             self._store = PrefixStore("widemargin", _get_default_store())
             self._last = time.monotonic()
             self.trainer.add_callback(self)
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._ended.set()
-        if self._store is not None:
+        if self._thread is not None:
+            # One that is in the store's code when the interpreter ends would abort the process.
+            self._thread.join(timeout=JOIN_S)
             self.trainer.remove_callback(self)
 
     @contextmanager
