@@ -88,6 +88,9 @@ def test_steps_are_passed_over_when_told_to(tmp_path, caplog, loss):
     assert not torch.equal(seen[1][0], seen[2][0])
     assert torch.isfinite(torch.tensor(result.training_loss))
     assert result.global_step == 4
+    logged = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert len(logged) == 3  # not the step passed over
+    assert all(abs(entry["rewards/margins"]) < float("inf") for entry in logged)
 
 
 def assert_same(one, two) -> None:
@@ -143,6 +146,27 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
         trainer = tiny_trainer(folder, model=tiny_model(seed=9), **settings)
         trainer.train(resume_from_checkpoint=True)
         assert torch.equal(parameters_of(trainer.model), parameters_of(whole.model))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+@pytest.mark.parametrize("place", ["on_substep_end", "on_prediction_step"])
+def test_what_a_sigterm_saves_is_kept_beside_the_best(tmp_path, strategy, place):
+    """The second evaluation is no better, and one checkpoint may stay."""
+    trainer = tiny_trainer(
+        tmp_path, **SETTINGS, eval_pairs=4, eval_strategy="steps", eval_steps=1, save_steps=1,
+        save_strategy=strategy, save_total_limit=1, metric_for_best_model="loss",
+    )  # fmt: skip
+    evaluate = trainer.evaluate
+
+    def worse(*args, **kwargs):
+        return evaluate(*args, **kwargs) | {"eval_loss": float(trainer.state.global_step)}
+
+    trainer.evaluate = worse
+    trainer.add_callback(terminating(place, 3))
+    with pytest.raises(Preempted, match="saved in .*checkpoint-3"):
+        trainer.train()
+    assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-3"
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
 @pytest.mark.parametrize("persistent", [False, True])

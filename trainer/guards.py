@@ -76,7 +76,7 @@ class Guards(TrainerCallback):
         self._told = False
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._loss: Tensor | None = None
-        self._before: tuple[dict[str, Tensor], Tensor] | None = None
+        self._before: tuple[dict[str, Tensor], Tensor, dict[str, Tensor]] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -124,7 +124,8 @@ class Guards(TrainerCallback):
         if args.max_nonfinite_steps:
             objective = self.trainer.objective.state_dict()
             kept = {name: value.clone() for name, value in objective.items()}
-            self._before = (kept, self.trainer._tr_loss.clone())
+            sums = dict(self.trainer._metrics["train"]._sums)  # which are never added to in place
+            self._before = (kept, self.trainer._tr_loss.clone(), sums)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         figures = [self._loss]
@@ -192,6 +193,7 @@ class Guards(TrainerCallback):
         if self._before is not None:
             self.trainer.objective.load_state_dict(self._before[0])
             self.trainer._tr_loss.copy_(self._before[1])
+            self.trainer._metrics["train"]._sums = self._before[2]
 
     def _message(self) -> str:
         seen = [(ids.tolist(), losses.tolist()) for ids, losses in self._seen]

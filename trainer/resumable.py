@@ -68,10 +68,14 @@ class ResumableTrainer(Trainer):
         with self.guards.listening(), Watchdog(self) as watchdog, watchdog.naming():
             result = super().train(checkpoint, *args, **kwargs)
         if self.guards.stopping:
+            step, saved = self.state.global_step, self.guards.saved
+            problem = self._save_problem
+            if problem is None and (saved is None or saved.name != f"checkpoint-{step}"):
+                problem = "no checkpoint of this step was asked for"
             raise Preempted(
-                self.state.global_step,
-                self.guards.saved,
-                self._save_problem,
+                step,
+                saved,
+                problem,
                 quiet=self.args.process_index > 0,
             )
         return result
@@ -239,6 +243,20 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """Where only the best is saved, a run that is told to stop is saved too."""
+        return super()._determine_best_metric(metrics, trial) or self.guards.stopping
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """With save_total_limit: 1 transformers leaves the best alone, from which none goes on."""
+        best = self.state.best_model_checkpoint
+        if self.guards.stopping:
+            self.state.best_model_checkpoint = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.guards.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
