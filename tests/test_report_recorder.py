@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_trainer
+from transformers import TrainerCallback
 from widemargin.trainer.report_margins import BINS, MARGINS_FILE, read_margins
 from widemargin.trainer.report_recorder import MarginRecorder, append
+from widemargin.trainer.report_run import SAMPLES_FILE
 
 
 def output(gaps: list[float], real: list[bool] | None = None) -> Any:
@@ -43,6 +45,23 @@ def test_lines_follow_an_unfinished_one(tmp_path):
     path.write_text('{"a": 1}\n{"b"')
     append(path, '{"c": 2}\n')
     assert path.read_text() == '{"a": 1}\n{"b"\n{"c": 2}\n'
+
+
+def test_training_goes_on_where_they_cannot_be_written(tmp_path, caplog):
+    trainer = tiny_trainer(
+        tmp_path / "run", eval_pairs=4, eval_strategy="steps", eval_steps=1, eval_samples=1,
+        eval_samples_max_new_tokens=2,
+    )  # fmt: skip
+
+    class Blocking(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            for name in (MARGINS_FILE, SAMPLES_FILE):  # a folder in its place, even for root
+                (tmp_path / "run" / name).mkdir(parents=True, exist_ok=True)
+
+    trainer.add_callback(Blocking())
+    assert trainer.train().global_step == 3
+    for name in (MARGINS_FILE, SAMPLES_FILE):
+        assert caplog.text.count(f"{name} cannot be written") == 1
 
 
 def test_training_writes_them_at_evaluations_only(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from transformers import TrainerCallback
 from .objectives import ObjectiveOutput
 from .report_margins import BINS, EDGES, KINDS, MARGINS_FILE, line_of
 from .report_run import SAMPLES_FILE
+
+logger = logging.getLogger(__name__)
+_unwritten: set[Path] = set()
 
 
 class MarginRecorder(TrainerCallback):
@@ -60,11 +64,20 @@ class MarginRecorder(TrainerCallback):
 
 
 def append(path: Path, lines: str) -> None:
-    """Add whole lines to a file, past a last one that a killed run left unfinished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(lines.encode("utf-8"))
+    """Add whole lines to a file, past a last one that a killed run left unfinished.
+
+    Where they cannot be written, as on a full disk, they are left out with one warning a file:
+    training is worth more than they are.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(lines.encode("utf-8"))
+    except OSError as error:
+        if path not in _unwritten:
+            logger.warning("%s cannot be written: %s. Training goes on without it", path, error)
+        _unwritten.add(path)
