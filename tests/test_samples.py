@@ -88,6 +88,16 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert trainer.model.generation_config is own
 
 
+def test_sampling_leaves_nothing_on_the_model_inside_an_adapter(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, **EVALUATIONS, use_peft=True, eval_samples=1, eval_samples_max_new_tokens=2,
+        eval_samples_temperature=1.0,
+    )  # fmt: skip
+    own = trainer.model.get_base_model().generation_config
+    samples.SampleWriter(trainer).answers(0)
+    assert trainer.model.get_base_model().generation_config is own
+
+
 def test_a_prompt_that_fills_the_context_gets_no_answer(tmp_path):
     trainer = tiny_trainer(tmp_path, **EVALUATIONS, eval_samples=2)
     setattr(trainer.model.config, "max_position_embeddings", 3)  # noqa: B010
@@ -108,7 +118,8 @@ def test_weights_in_pieces_are_left_alone_with_one_remark(tmp_path, monkeypatch,
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with caplog.at_level(logging.WARNING):
         writer = samples.SampleWriter(trainer)
-    assert [record.message.count("ZeRO-3") for record in caplog.records] == [1]
+    remarks = [r.getMessage() for r in caplog.records if r.name == "widemargin.trainer.samples"]
+    assert [remark.count("ZeRO-3") for remark in remarks] == [1]
     monkeypatch.setattr(trainer, "is_in_train", True)
     writer.on_evaluate(trainer.args, trainer.state, trainer.control)
     assert not (tmp_path / "samples.jsonl").exists()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, TrainerCallback
 
+from .adapters import bare_model
 from .errors import UserError
 from .report_recorder import append
 from .report_run import SAMPLES_FILE
@@ -107,7 +108,8 @@ class SampleWriter(TrainerCallback):
         from .model import pad_token  # which reads the settings, and so this module
 
         trainer, args = self.trainer, self.trainer.args
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        # Not peft's wrapper, whose generation would leave its settings on the model inside.
+        model: Any = bare_model(trainer.accelerator.unwrap_model(trainer.model))
         tokenizer: Any = trainer.processing_class
         pad = pad_token(tokenizer)
         width = max(map(len, prompts))
