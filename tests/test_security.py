@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs, tiny_trainer
 from widemargin.trainer.config_file import build_config
 from widemargin.trainer.errors import UserError
@@ -98,3 +99,8 @@ def test_escape_codes_of_data_do_not_reach_the_terminal(tmp_path):
     )
     lines = [*preflight_lines(pairs[0], TOKENIZER), *report.lines()]
     assert all(line.isprintable() for line in lines)
+
+
+def test_settings_in_lists_are_plain_too(tmp_path):
+    found = changed_settings(tiny_config(tmp_path, debug="underflow_overflow"))
+    assert yaml.safe_load(yaml.safe_dump(found))["debug"] == ["underflow_overflow"]

@@ -216,13 +216,23 @@ def changed_settings(config: PreferenceConfig) -> dict[str, Any]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         value: Any = getattr(config, field.name, default)
-        value = value.value if isinstance(value, Enum) else value
         if isinstance(value, AcceleratorConfig):  # which is always filled in
             default, value = type(value)().to_dict(), value.to_dict()
-        plain = value if isinstance(value, int | float | str | list | dict | None) else str(value)
-        if value != default and not is_secret(field.name):
-            changed[field.name] = plain
+        value = _plain(value)
+        if value != _plain(default) and not is_secret(field.name):
+            changed[field.name] = value
     return changed
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON and YAML have it."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, int | float | str | None) else str(value)
 
 
 def versions() -> dict[str, str]:
