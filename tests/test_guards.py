@@ -163,7 +163,7 @@ def test_what_a_sigterm_saves_is_kept_beside_the_best(tmp_path, strategy, place)
 
     trainer.evaluate = worse
     trainer.add_callback(terminating(place, 3))
-    with pytest.raises(Preempted, match="saved in .*checkpoint-3"):
+    with pytest.raises(Preempted, match=r"saved in .*checkpoint-3"):
         trainer.train()
     assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-3"
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
