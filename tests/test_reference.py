@@ -26,6 +26,7 @@ from tiny_models import (
     tiny_trainer,
 )
 from tiny_tokenizers import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 from widemargin.kernels import reference as definitions
 from widemargin.trainer import PreferenceTrainer, reference_cache
 from widemargin.trainer.cli import main
@@ -113,6 +114,24 @@ def test_a_step_by_hand_against_another_model(tmp_path, named):
     assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(parameters_of(trainer.model), parameters_of(model))
     assert torch.equal(parameters_of(trainer.reference.model), parameters_of(frozen))
+
+
+def test_a_reference_of_the_name_that_an_object_came_from_is_loaded(tmp_path):
+    """The object's weights may be others by now."""
+    tiny_model(seed=5).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    with torch.no_grad():
+        policy.lm_head.weight += 1
+    trainer = PreferenceTrainer(
+        policy,
+        tiny_config(tmp_path, objective="dpo"),
+        train_dataset=tiny_pairs(8),
+        ref_model=str(tmp_path / "model"),
+    )
+    saved = parameters_of(tiny_model(seed=5))
+    assert torch.equal(parameters_of(trainer.reference.model), saved)
+    assert not trainer.reference.starting
 
 
 def test_the_default_reference_stays_the_starting_policy(tmp_path):

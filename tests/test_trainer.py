@@ -265,3 +265,22 @@ def test_two_ranks_equal_one(tmp_path):
     assert len(logs[0]) == len(logs[1])
     for first, second in zip(*logs, strict=True):
         assert first == pytest.approx(second, abs=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_of_another_data_set(tmp_path, workers):
+    """Raw, and not mistaken for the run's own where workers stay."""
+    trainer = tiny_trainer(
+        tmp_path, eval_pairs=4, dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+    )  # fmt: skip
+    reports = dict(trainer.data_reports)
+    own = trainer.evaluate()["eval_loss"]
+    other = trainer.evaluate(tiny_pairs(9, seed=7))["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == own
+    assert trainer.evaluate({"a": tiny_pairs(9, seed=7)})["eval_a_loss"] == other
+    assert trainer.data_reports == reports
+    fresh = tiny_trainer(tmp_path, eval_pairs=4)
+    fresh.eval_dataset = fresh._pairs(tiny_pairs(9, seed=7), "eval_dataset")
+    assert fresh.evaluate()["eval_loss"] == pytest.approx(other)
+    assert own != other

@@ -57,6 +57,7 @@ class Reference:
         tokenizer: the policy's.
         peft_config: of the adapter the policy is about to get, or None.
         rows: the data sets of training and evaluation.
+        starting: whether the reference is the policy as it is now.
 
     Raises:
         UserError: a reference of another vocabulary, or that is the policy itself.
@@ -70,9 +71,11 @@ class Reference:
         tokenizer: PreTrainedTokenizerBase,
         peft_config: Any,
         rows: list[PairRows | None],
+        *,
+        starting: bool,
     ) -> None:
         self.args = args
-        self.starting = _is_starting_policy(args, ref_model)
+        self.starting = starting
         self.model: PreTrainedModel | None = None
         self.notes: list[str] = []
         self._lacking = [part for part in rows if part is not None and not part.has_reference]
@@ -228,10 +231,12 @@ def reference_for(
     tokenizer: PreTrainedTokenizerBase,
     peft_config: Any,
     rows: list[PairRows | None],
+    *,
+    starting: bool,
 ) -> Reference | None:
     """The `Reference` of an objective that needs one; None for the others, which refuse one."""
     if objective.needs_reference:
-        return Reference(policy, args, ref_model, tokenizer, peft_config, rows)
+        return Reference(policy, args, ref_model, tokenizer, peft_config, rows, starting=starting)
     if ref_model is not None or args.ref_model_name_or_path is not None:
         raise UserError(f"ref_model: {objective.name} uses none; leave it out")
     if args.precompute_ref_log_probs:
@@ -242,12 +247,6 @@ def reference_for(
 def _summed_logps(model: Any, batch: Mapping[str, Any]) -> Tensor:
     scored = model(**model_inputs(batch))
     return sequence_logps(scored.token_logps, batch["cu_seqlens"])[0]
-
-
-def _is_starting_policy(args: PreferenceConfig, ref_model: Any) -> bool:
-    if ref_model is not None:
-        return False
-    return args.ref_model_name_or_path in (None, args.model_name_or_path)
 
 
 def _check_tokenizer(args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -83,6 +83,8 @@ def train(config: PreferenceConfig) -> None:
         print("\n".join(data.report.lines()), flush=True)
     check_data(config, data)
     record = RunRecord(config, objective, data)
+    if objective.needs_reference and config.ref_model_name_or_path == config.model_name_or_path:
+        config.ref_model_name_or_path = None  # the model as just loaded, not a second one
     trainer = PreferenceTrainer(
         model,
         config,

@@ -83,6 +83,9 @@ class PreferenceTrainer(ResumableTrainer):
         self.objective = args.build_objective()
         if isinstance(ref_model, str):
             args.ref_model_name_or_path, ref_model = ref_model, None
+        # An object may have other weights by now than what its name stands for.
+        of_policy = (None, model) if isinstance(model, str) else (None,)
+        starting = ref_model is None and args.ref_model_name_or_path in of_policy
         if isinstance(model, str):
             args.model_name_or_path = model
         lm: PreTrainedModel = load_model(args) if isinstance(model, str) else model
@@ -100,13 +103,13 @@ class PreferenceTrainer(ResumableTrainer):
             args._n_gpu = 1
         self.data_reports: dict[str, SplitReport] = {}
         self.run_notes: dict[str, Any] | None = None  # of run.json, where there is one
-        tokenizing = {
+        self._tokenizing: dict[str, Any] = {
             "tokenizer": processing_class,
             "settings": args,
             "vocab_size": vocabulary_size(lm),
         }
-        train_dataset = self._pairs(train_dataset, "train_dataset", **tokenizing)
-        eval_dataset = self._pairs(eval_dataset, "eval_dataset", **tokenizing)
+        train_dataset = self._pairs(train_dataset, "train_dataset")
+        eval_dataset = self._pairs(eval_dataset, "eval_dataset")
         peft_config = lora_config(args) if peft_config is None else peft_config
         self.reference = reference_for(
             self.objective,
@@ -116,6 +119,7 @@ class PreferenceTrainer(ResumableTrainer):
             processing_class,
             peft_config,
             [train_dataset, eval_dataset],
+            starting=starting,
         )
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
@@ -157,16 +161,29 @@ class PreferenceTrainer(ResumableTrainer):
         if args.profile:
             self.add_callback(ProfileCallback())
 
-    def _pairs(self, dataset: Any, name: str, **tokenizing: Any) -> Any:
+    def _pairs(self, dataset: Any, name: str) -> Any:
         """A data set as the sampler reads it, tokenized if it is not yet."""
         if dataset is None or isinstance(dataset, PairRows):
             return dataset
         if not is_tokenized(dataset):
             training = name == "train_dataset"
             dataset, self.data_reports[name] = tokenize_pairs(
-                dataset, training=training, name=name, **tokenizing
+                dataset, training=training, name=name, **self._tokenizing
             )
         return PairRows(dataset)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As transformers', of another data set too, raw or tokenized."""
+        if eval_dataset is None or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        reports, workers_stay = dict(self.data_reports), self.args.dataloader_persistent_workers
+        rows = self._pairs(eval_dataset, "eval_dataset")
+        self.data_reports = reports  # which are of the run's own data
+        try:  # workers that stay would be found again for every other data set
+            self.args.dataloader_persistent_workers = False
+            return super().get_eval_dataloader(rows)
+        finally:
+            self.args.dataloader_persistent_workers = workers_stay
 
     def notes(self) -> list[str]:
         """What a reader of the log should know of the model and its reference."""
