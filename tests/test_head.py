@@ -129,6 +129,20 @@ def test_models_it_cannot_take():
         patch_head(tiny_model().model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_comparison_allows_for_autocast(dtype):
+    """Also where a model makes fp32 of its logits, or weights are bf16 themselves."""
+    model = tiny_model().to(dtype)
+    head = model.get_output_embeddings()
+    patch_head(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_head(model)
+        head.register_forward_hook(
+            lambda module, args, out: out.float() if isinstance(out, torch.Tensor) else out
+        )
+        check_head(model)
+
+
 def test_logits_treated_in_an_unknown_way_are_noticed():
     model = tiny_model()
     head = model.get_output_embeddings()

@@ -84,6 +84,15 @@ def test_trackers_and_kernels_that_are_not_installed(monkeypatch):
             PreferenceConfig(objective="simpo", use_cpu=True, **{name: value})
 
 
+def test_flash_attention_has_no_full_precision(monkeypatch):
+    monkeypatch.setattr("widemargin.trainer.checks._check_flash_attention", lambda: None)
+    given = {"objective": "simpo", "use_cpu": True, "attn_implementation": "flash_attention_2"}
+    with pytest.raises(UserError, match=r"flash_attention_2 .*set bf16: true"):
+        PreferenceConfig(**given)
+    for half in ({"bf16": True}, {"dtype": "bfloat16"}, {"dtype": "auto"}):
+        PreferenceConfig(**given, **half)
+
+
 def test_liger_leaves_the_head_alone(monkeypatch):
     monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: True)
     config = PreferenceConfig(

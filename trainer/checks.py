@@ -88,6 +88,12 @@ def check_environment(config: PreferenceConfig) -> None:
         raise UserError("use_liger_kernel: it is not installed; pip install 'widemargin[liger]'")
     if config.attn_implementation == "flash_attention_2":
         _check_flash_attention()
+    full = config.dtype == "float32" and config.mixed_precision == "no"
+    name = config.attn_implementation or ""
+    if full and "flash_attention" in name:
+        raise UserError(
+            f"attn_implementation: {name} computes in half precision only; set bf16: true"
+        )
     accelerator = config.accelerator_config
     for name in ("split_batches", "dispatch_batches"):
         if getattr(accelerator, name, None):

@@ -147,7 +147,8 @@ class PreferenceTrainer(ResumableTrainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            check_head(lm)
+            with self.accelerator.autocast():  # flash attention takes no fp32
+                check_head(lm)
         if self.reference is not None:
             self.reference.prepare(self, self.packing)
         self._train_batches: PairBatches | None = None
