@@ -9,7 +9,9 @@ import pytest
 import torch
 from packed_rows import FAMILIES, RELATIVES, family_model
 from tiny_models import tiny_model
+from widemargin.trainer import packing_choice
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.evaluation.scoring import usual_pairs
 from widemargin.trainer.head import patch_head
 from widemargin.trainer.packing_check import compare_with_padded, settle_packing
 from widemargin.trainer.packing_choice import FAMILIES as TESTED
@@ -76,6 +78,29 @@ def test_few_row_lengths_for_flex():
     )
     assert packing.shortest_row >= 4000
     assert packing.collator(0).shortest_row == packing.shortest_row
+    limited = choose_packing(
+        "auto",
+        family_model("llama").config,
+        lengths=lengths(100, 450),
+        pairs_per_batch=8,
+        max_tokens=1100,
+        **where,
+    )
+    assert 1100 <= limited.shortest_row < 1500
+    assert usual_pairs(lengths(100, 450), 16384) == 14
+    assert usual_pairs(lengths(100, 450, 4), 16384) == 4
+    assert usual_pairs(lengths(100, 450), 100) == 1
+
+
+def test_varlen_only_where_it_has_kernels_and_windows(monkeypatch):
+    where: dict[str, Any] = {"attention": "sdpa", "device": "cuda", "dtype": torch.bfloat16}
+    config = family_model("llama").config
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, rows in (((7, 5), "dense"), ((8, 0), "varlen"), ((9, 0), "varlen")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert choose_packing("auto", config, **where).rows == rows
+    monkeypatch.setattr(packing_choice, "knows_windows", lambda: False)
+    assert choose_packing("auto", config, **where).rows == "dense"
 
 
 @pytest.mark.parametrize("wanted", ["packed", "prefix_shared"])

@@ -88,8 +88,9 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
     #: padding), "prefix_shared" (and a pair's prompt once), or "auto", the fastest that is exact.
     packing: str = "auto"
     #: Most tokens a rank computes in a micro-batch of training: padded ones, those of both
-    #: sequences, or of prompt, chosen and rejected, as ``packing`` has it. Where the configured
-    #: micro-batches exceed it, ``gradient_accumulation_steps`` is raised; steps keep their pairs.
+    #: sequences, or of prompt, chosen and rejected, as ``packing`` has it. The padding of rows for
+    #: dense masks and flex_attention comes on top. Where the configured micro-batches exceed it,
+    #: ``gradient_accumulation_steps`` is raised; steps keep their pairs.
     max_tokens_per_micro_batch: int | None = None
     #: Write a trace of a few training steps, trace.json.gz, to ``output_dir``.
     profile: bool = False

@@ -152,6 +152,11 @@ def torch_varlen() -> tuple[Callable[..., Any], bool]:
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
+def knows_windows() -> bool:
+    """Whether torch's varlen attention takes ``window_size``; its first versions did not."""
+    return "window_size" in inspect.signature(torch_varlen()[0]).parameters
+
+
 def _cast(*tensors: Tensor) -> list[Tensor]:
     """In the dtype of autocast where it is on, as scaled_dot_product_attention would."""
     kind = tensors[0].device.type

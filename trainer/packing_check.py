@@ -55,6 +55,7 @@ def packing_for(
         dtype=half or weight.dtype,
         lengths=lengths,
         pairs_per_batch=args.per_device_train_batch_size,
+        max_tokens=args.max_tokens_per_micro_batch,
     )
     if args.process_index == 0:
         logger.info("%s", packing)

@@ -16,6 +16,7 @@ import torch
 from .data.collate import Layout, PairCollator, Rows
 from .data.placing import BLOCK, dense_cost, row_length
 from .errors import UserError
+from .packed_attention import knows_windows
 
 if TYPE_CHECKING:
     from .planner import PairLengths
@@ -70,6 +71,7 @@ def packings(
     dtype: torch.dtype = torch.float32,
     lengths: PairLengths | None = None,
     pairs_per_batch: int = 1,
+    max_tokens: int | None = None,
     checked: bool = True,
 ) -> list[Packing]:
     """Layouts that should be exact for a model, the fastest first; never empty.
@@ -81,6 +83,7 @@ def packings(
         device, dtype: where and in what dtype the model computes.
         lengths: of the data: what is fastest where masks are dense, and whether windows matter.
         pairs_per_batch: of one micro-batch.
+        max_tokens: of one micro-batch, where there is a limit.
         checked: whether `settle_packing` will compare; "auto" otherwise takes tested families only.
 
     Raises:
@@ -99,7 +102,7 @@ def packings(
             f"packing: {wanted} is not to be had here: {obstacle}; set packing: padded, or auto"
         )
     cost = area_cost(text)
-    shortest = _shortest(lengths, pairs_per_batch)
+    shortest = _shortest(lengths, pairs_per_batch, max_tokens)
     layouts: tuple[Any, ...] = ("prefix_shared", "packed") if wanted == "auto" else (wanted,)
     found = [
         Packing(layout, rows, why, area_cost=cost, shortest_row=shortest)
@@ -172,12 +175,19 @@ def _rows(
     if (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+        and _runs_varlen(device)
         and (getattr(config, "head_dim", None) or heads) <= WIDEST_HEAD
         and getattr(config, "attn_logit_softcapping", None) is None
     ):
         return ["varlen", "dense"], "torch's varlen attention: rows without padding"
     return ["dense"], f"sdpa in {str(dtype).removeprefix('torch.')}: dense masks"
+
+
+def _runs_varlen(device: torch.device) -> bool:
+    """Whether torch's varlen attention is there, knows windows, and has kernels for this GPU."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None or not knows_windows():
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _obstacle(config: Any, lengths: PairLengths | None, unknown_too: bool) -> str | None:
@@ -203,9 +213,13 @@ def _longest(lengths: PairLengths) -> int:
     return int((lengths.prompt + completions).max()) if len(lengths) else 0
 
 
-def _shortest(lengths: PairLengths | None, pairs: int) -> int:
-    """A row length below which few micro-batches fall, so that there are few lengths in all."""
+def _shortest(lengths: PairLengths | None, pairs: int, max_tokens: int | None) -> int:
+    """A row length below which few micro-batches fall, so that there are few lengths in all.
+
+    Shorter rows are padded to it, so it is none that a limit on tokens keeps them from reaching.
+    """
     if lengths is None or not len(lengths):
         return BLOCK
     total = lengths.prompt + lengths.chosen + lengths.rejected
-    return row_length(int(total.mean() * pairs / 2))
+    usual = row_length(int(total.mean() * pairs / 2))
+    return usual if max_tokens is None else min(usual, row_length(max_tokens))

@@ -49,7 +49,8 @@ def score_pairs(
         device=model.device,
         dtype=getattr(torch, dtype_of(settings)),
         lengths=rows.lengths,
-        pairs_per_batch=max(1, len(rows) // 8),
+        pairs_per_batch=usual_pairs(rows.lengths, settings.max_tokens_per_batch),
+        max_tokens=settings.max_tokens_per_batch,
     )
     collator = packing.collator(pad_token_id)
     sums = np.zeros((2, len(rows)))
@@ -68,6 +69,13 @@ def score_pairs(
             bar.update(len(batch))
     sums[:, np.concatenate(indices)] = torch.cat(found, dim=1).double().cpu().numpy()
     return PairLogps(*sums)
+
+
+def usual_pairs(lengths: PairLengths, max_tokens: int) -> int:
+    """Pairs of a batch that `pair_batches` makes of pairs of average length."""
+    widths = lengths.prompt + np.maximum(lengths.chosen, lengths.rejected)
+    mean = float(widths.mean()) if len(widths) else 0.0
+    return max(1, min(len(widths), int(max_tokens // (2 * max(mean, 1.0)))))
 
 
 def pair_batches(lengths: PairLengths, max_tokens: int) -> Iterator[list[int]]:
