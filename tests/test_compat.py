@@ -232,6 +232,34 @@ def test_an_override_wins_over_a_mixer_and_over_an_objectives_own_settings():
     assert merge(kept, {"alpha": 1}) == {**kept, "alpha": 1}
 
 
+def test_an_override_wins_over_the_objectives_own_name_for_it(tmp_path):
+    path = tmp_path / "c.yaml"
+
+    def found(file: str, *overrides: str) -> dict[str, Any]:
+        path.write_text(f"{file}\nreport_to: none\nuse_cpu: true\n")
+        return load_config(path, overrides).objective_args
+
+    r_dpo = "objective: r-dpo\nalpha: 0.1"
+    assert found(r_dpo, "--gamma_beta_ratio=0.3") == {"alpha": 0.3}
+    assert found("objective: cpo\nbeta: 2\nalpha: 0.1", "--gamma=1") == {"alpha": 0.5}
+    assert found("objective: cpo\ncpo_alpha: 0.1", "--gamma_beta_ratio=0.3") == {"alpha": 0.3}
+    args = "objective: cpo\nobjective_args: {alpha: 0.1}"
+    assert found(args, "--gamma_beta_ratio=0.3") == {"alpha": 0.3}
+    assert found("loss_type: [cpo]\ngamma_beta_ratio: 0.1", "--alpha=0.3")["alpha"] == 0.3
+    assert found("objective: simpo\nsft_weight: 0.1", "--cpo_alpha=0.3") == {"sft_weight": 0.3}
+    assert found("objective: simpo\ncpo_alpha: 0.1", "--sft_weight=0.3") == {"sft_weight": 0.3}
+    assert found("objective: cpo\ncpo_alpha: 0.1", "--sft_weight=0.3") == {
+        "alpha": 0.1,
+        "sft_weight": 0.3,
+    }
+    for file in (
+        r_dpo + "\ngamma_beta_ratio: 0.3",
+        "objective: simpo\ncpo_alpha: 1\nsft_weight: 2",
+    ):
+        with pytest.raises(UserError, match="both given"):
+            found(file)
+
+
 def test_scripts_twins_add_what_the_scripts_did():
     model = "mistralai/Mistral-7B-Instruct-v0.2"
     assert config_of("run_simpo", model_name_or_path=model).chat_template == "mistral"

@@ -281,29 +281,36 @@ def _null(key: Key, value: Any) -> str:
 
 def merge(file: Settings, overrides: Settings) -> Settings:
     """``file`` with ``overrides`` in place of what it says on the same matter, by any name."""
-    matters = {_matter(name) for name in overrides}
-    if "alpha" in matters and _knows_alpha(file | overrides):
-        matters.add("gamma_beta_ratio")
-    kept = {n: v for n, v in file.items() if _matter(n) not in matters}
-    own = kept.get("objective_args")
+    has_alpha = _has_alpha(file | overrides)
+    matters = {_matter(name, has_alpha) for name in overrides}
+
+    def kept(settings: Settings) -> Settings:
+        return {n: v for n, v in settings.items() if _matter(n, has_alpha) not in matters}
+
+    result = kept(file)
+    own = result.get("objective_args")
     if isinstance(own, dict):
-        kept["objective_args"] = {n: v for n, v in own.items() if _matter(n) not in matters}
-    return kept | overrides
+        result["objective_args"] = kept(own)
+    return result | overrides
 
 
-def _knows_alpha(settings: Settings) -> bool:
-    """Whether the objective takes gamma_beta_ratio as its alpha."""
-    given = (str(settings.get(name)) for name in ("objective", "loss_type"))
-    names = [ALIASES.get(name, name) for name in given]
+def _has_alpha(settings: Settings) -> bool:
+    """Whether the objective has an alpha, which is its gamma_beta_ratio and cpo_alpha."""
+    given = [settings.get(name) for name in ("objective", "loss_type")]
+    parts = [part for value in given for part in (value if isinstance(value, list) else [value])]
+    names = [ALIASES.get(str(part), str(part)) for part in parts]
     return any(name in OBJECTIVES and "alpha" in hyperparameters_of(name) for name in names)
 
 
-def _matter(name: str) -> str:
+def _matter(name: str, has_alpha: bool) -> str:
     """What a key decides. trainer_type goes with either value of loss_type."""
     if name in DATA:
         return "dataset"
     key = TABLE.get(name)
-    return key.becomes if key and key.becomes and name != "trainer_type" else name
+    matter = key.becomes if key and key.becomes and name != "trainer_type" else name
+    if matter == "gamma_beta_ratio" and has_alpha:
+        return "alpha"
+    return "sft_weight" if name == "cpo_alpha" and not has_alpha else matter
 
 
 def note(name: str, value: Any, new: Settings, why: str = "") -> str:
