@@ -125,7 +125,7 @@ def build_config(
             raise _unknown_key(key, settings["objective"], [*fields, *own, *TABLE])
     # A null stands for the default where it is no value of its own, as in published files.
     values = {
-        key: _coerced(key, value, fields[key])
+        key: coerced(key, value, fields[key])
         for key, value in settings.items()
         if value is not None or type(None) in typing.get_args(fields[key])
     }
@@ -146,7 +146,7 @@ def _unknown_key(key: str, objective: str, known: list[str]) -> UserError:
     return UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")
 
 
-def _coerced(key: str, value: Any, hint: Any) -> Any:
+def coerced(key: str, value: Any, hint: Any) -> Any:
     """``value`` as the field's type: 1e-6 as a number, whole numbers for floats, one for a list."""
     kinds = set(_kinds(hint))
     if value is None or not kinds & {int, float, bool, str, list, dict}:

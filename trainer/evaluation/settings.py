@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from ..compat import TABLE, merge, translate
 from ..compat_objective import name_objective
 from ..config import PreferenceConfig
-from ..config_file import _coerced, parse_overrides, read_yaml
+from ..config_file import coerced, parse_overrides, read_yaml
 from ..data import DataSettings
 from ..errors import UserError
 from ..objectives import OBJECTIVES, canonical_name, hyperparameters_of
@@ -151,7 +151,7 @@ def build(kind: type[Settings], given: dict[str, Any]) -> Settings:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")
     values = {
-        key: _coerced(key, value, known[key])
+        key: coerced(key, value, known[key])
         for key, value in given.items()
         if value is not None or type(None) in typing.get_args(known[key])
     }
@@ -212,7 +212,7 @@ def _from_training(config: str, betas: dict[str, float]) -> dict[str, Any]:
     default = own["beta"].default if "beta" in own else None
     kind = _kind(objective)
     if beta is not None or isinstance(default, float):
-        betas[kind] = _coerced("beta", default if beta is None else beta, float)
+        betas[kind] = coerced("beta", default if beta is None else beta, float)
     data = {field.name for field in fields(DataSettings)} - {"max_train_samples"}
     return {key: value for key, value in given.items() if key in data}
 
