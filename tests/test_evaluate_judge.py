@@ -143,7 +143,7 @@ def answered(tmp_path):
 
     def judge(url: str, **options):
         request = judging.JudgeRequest("m", url, str(baseline), 3, first_wait_s=0.001, **options)
-        request.check()
+        request.check(alpaca_outputs)
         return judging.judge(request, out, questions, records, alpaca_outputs, "AlpacaEval 2")
 
     return judge
@@ -229,6 +229,7 @@ def test_the_commands_judge_what_they_answered(tmp_path, monkeypatch, capsys):
         assert main([*command, *judge, url]) == 0
         assert len(seen) == 4
         assert_one_line_error([*command, "--judge-url", url], "api_config", capsys)
+        assert_one_line_error([*command, *judge[2:4]], "--baseline: Arena-Hard", capsys)
     assert json.loads((tmp_path / "out" / "judgment.json").read_text())["win_rate"] == 100
     assert KEY not in "".join(
         path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()

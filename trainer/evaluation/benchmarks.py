@@ -50,7 +50,7 @@ def alpaca_eval(request: Request) -> None:
     """Answer AlpacaEval's instructions, write ``model_outputs.json``, and have it judged."""
     settings, model, generator = _settings(request, "alpaca_eval")
     questions = _limited(alpaca_questions(request.questions or ALPACA_QUESTIONS), request.limit)
-    request.judge.check()
+    request.judge.check(alpaca_outputs)
     folder = output_folder(model, "alpaca-eval", request.out)
     records = answer(questions, settings, model, folder)
     path = folder / "model_outputs.json"
@@ -59,20 +59,25 @@ def alpaca_eval(request: Request) -> None:
     if request.judge.wanted:
         judging.judge(request.judge, folder, questions, records, alpaca_outputs, "AlpacaEval 2")
     else:
-        tools.alpaca_eval(path, request.judge.url, call=request.call_tools)
+        judge = request.judge
+        tools.alpaca_eval(path, judge.url, judge.baseline, call=request.call_tools)
 
 
 def arena_hard(request: Request) -> None:
     """Answer Arena-Hard's questions, write its answer file, and have it judged."""
     settings, model, generator = _settings(request, "arena_hard")
     questions = _limited(arena_questions(request.questions or ARENA_QUESTIONS), request.limit)
-    request.judge.check()
+    request.judge.check(arena_outputs)
     version = arena_version(questions)
-    if request.judge.url is not None and not request.judge.wanted:
-        raise UserError(
-            "--judge-url: Arena-Hard's own tool has its endpoints in config/api_config.yaml; give "
-            "--judge-model too to judge here"
-        )
+    for option, value in (
+        ("--judge-url", request.judge.url),
+        ("--baseline", request.judge.baseline),
+    ):
+        if value is not None and not request.judge.wanted:
+            raise UserError(
+                f"{option}: Arena-Hard's own tool has its endpoints in config/api_config.yaml and "
+                "its baseline in its settings; give --judge-model too to judge here"
+            )
     if request.arena_hard_dir is not None:
         tools.check_arena_hard(request.arena_hard_dir, version)
     folder = output_folder(model, version, request.out)

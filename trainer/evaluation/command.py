@@ -106,7 +106,11 @@ def _add_answering(command: argparse.ArgumentParser) -> None:
     add("--judge-model", metavar="NAME", help="judge here, with our prompt: no official number")
     add("--judge-url", metavar="URL", help="of an OpenAI-compatible endpoint, up to /v1")
     add("--judge-parallel", type=int, default=4, metavar="N", help="questions asked at once")
-    add("--baseline", metavar="FILE", help="answers that --judge-model compares with")
+    add(
+        "--baseline",
+        metavar="FILE",
+        help="answers that a judge compares with (default for AlpacaEval's tool: its own baseline)",
+    )
 
 
 def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> int:

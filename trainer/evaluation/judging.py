@@ -49,23 +49,21 @@ class JudgeRequest:
     def wanted(self) -> bool:
         return self.model is not None
 
-    def check(self) -> None:
+    def check(self, read_baseline: Callable[[str], dict[str, str]]) -> None:
         """Raise ``UserError`` before any work is done."""
         count("--judge-parallel", self.parallel)
-        if not self.wanted:
-            if self.baseline is not None:
-                raise UserError("--baseline: it goes with --judge-model, which is not given")
-            return
-        if self.baseline is None:
+        if self.baseline is not None:
+            read_baseline(self.baseline)
+        elif self.wanted:
             raise UserError(
                 "--judge-model: give the answers to compare with as --baseline FILE (a "
                 "model_outputs.json, or an answer file of Arena-Hard)"
             )
-        self.client()
+        if self.wanted or self.url is not None:
+            self.client()  # which looks at the address
 
     def client(self) -> JudgeClient:
-        assert self.model is not None
-        return JudgeClient(self.model, self.url or OPENAI, first_wait_s=self.first_wait_s)
+        return JudgeClient(self.model or "", self.url or OPENAI, first_wait_s=self.first_wait_s)
 
 
 def judge(

@@ -115,8 +115,8 @@ def _from_hub(source: str, repository: str, file: str) -> Path:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
     except Exception as error:  # connection, permission, absence: a dozen types, one meaning
         raise UserError(
-            f"{source}: the hub did not give it ({type(error).__name__}); give a local copy with "
-            "--questions"
+            f"{source}: the hub did not give it ({type(error).__name__}); give the path of a copy "
+            "(--questions, --baseline)"
         ) from error
 
 

@@ -15,24 +15,37 @@ import yaml
 from ..data.display import printable
 from ..errors import UserError
 from .output import write_text
+from .questions import read_file
 
+ALPACA_BASELINE = "tatsu-lab/alpaca_eval:alpaca_eval_gpt4_baseline.json"
+"""GPT-4 Turbo's answers, which AlpacaEval 2 compares with."""
 KEY = "OPENAI_API_KEY"
 """The environment variable with the judge's key. Its value is handed on, never shown."""
 
 
-def alpaca_eval(outputs: Path, judge_url: str | None, *, call: bool) -> None:
-    """Have ``outputs`` judged by the installed alpaca_eval, or print the command that does."""
-    command = ["alpaca_eval", "--model_outputs", str(outputs)]
-    if call and find_spec("alpaca_eval") is not None and os.environ.get(KEY):
+def alpaca_eval(outputs: Path, judge_url: str | None, baseline: str | None, *, call: bool) -> None:
+    """Have ``outputs`` judged by the installed alpaca_eval, or print the command that does.
+
+    The tool gets the answers that it compares with as a file, AlpacaEval 2's own if ``baseline`` is
+    None: left to itself it loads them by a script, which newer releases of datasets refuse.
+    """
+    installed = find_spec("alpaca_eval") is not None
+    command = ["alpaca_eval", "--model_outputs", str(outputs), "--reference_outputs"]
+    if call and installed and os.environ.get(KEY):
+        text, _ = read_file(baseline or ALPACA_BASELINE)
+        reference = write_text(outputs.with_name("reference_outputs.json"), text)
         start = [sys.executable, "-c", "from alpaca_eval.main import main; main()"]
         extra = {"OPENAI_API_BASE": judge_url} if judge_url else {}
-        _run([*start, *command[1:]], "alpaca_eval", extra=extra)
+        _run([*start, *command[1:], str(reference)], "alpaca_eval", extra=extra)
         return
-    install = "" if find_spec("alpaca_eval") is not None else "pip install 'widemargin[eval]' && "
+    install = "" if installed else "pip install 'widemargin[eval]' && "
     base = f"OPENAI_API_BASE={shlex.quote(judge_url)} " if judge_url else ""
+    data, _, file = ALPACA_BASELINE.partition(":")
+    fetched = f'"$(hf download {data} {file} --repo-type dataset --quiet)"'
+    reference = fetched if baseline is None else shlex.quote(baseline)
     print(
         "The official numbers (win rate and length-controlled win rate) come from AlpacaEval's "
-        f"judge:\n  {install}{base}{KEY}=... {shlex.join(command)}"
+        f"judge:\n  {install}{base}{KEY}=... {shlex.join(command)} {reference}"
     )
 
 
