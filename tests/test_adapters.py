@@ -11,10 +11,11 @@ import yaml
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
 from tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_pairs, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from widemargin.trainer import adapters, checks
+from widemargin.trainer import PreferenceTrainer, adapters, checks
 from widemargin.trainer.adapters import learnable_line, lora_config, quantization_config
 from widemargin.trainer.cli import main
 from widemargin.trainer.config import PreferenceConfig
+from widemargin.trainer.config_file import build_config
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.head import patch_head
 from widemargin.trainer.model import load_model, with_adapter
@@ -178,8 +179,6 @@ BAD = [
     pytest.param({"lora_dropout": 1.0}, "lora_dropout", id="dropout one"),
     pytest.param({"bnb_4bit_quant_type": "int4"}, "nf4, fp4", id="quant type"),
     pytest.param({"load_in_4bit": True, "load_in_8bit": True}, "keep one", id="4 and 8"),
-    pytest.param({"load_in_4bit": True, "use_peft": False}, "use_peft: true", id="no adapter"),
-    pytest.param({"merge_adapter": True, "use_peft": False}, "no adapter", id="nothing to merge"),
 ]
 
 
@@ -187,6 +186,32 @@ BAD = [
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):
         PreferenceConfig(**{"use_peft": True, "use_cpu": True} | settings)
+
+
+@pytest.mark.parametrize("name", ["merge_adapter", "load_in_4bit", "load_in_8bit"])
+def test_what_needs_an_adapter_is_refused_without_one(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(adapters, "find_spec", lambda package: object())
+    with pytest.raises(UserError, match=f"^{name}: .*use_peft: true"):
+        build_config({"objective": "simpo", "use_cpu": True, name: True})
+    with pytest.raises(UserError, match=f"^{name}: .*peft_config"):
+        tiny_trainer(tmp_path, **{name: True})
+
+
+def test_an_adapter_given_in_python_is_merged_on_saving(tmp_path):
+    changed = tiny_model(seed=5)  # an object, whose weights are in no file
+    settings = tiny_config(tmp_path, merge_adapter=True, learning_rate=0.5)
+    own = LoraConfig(target_modules=["q_proj", "up_proj"], r=2)
+    trainer = PreferenceTrainer(
+        changed, settings, tiny_pairs(), processing_class=TOKENIZER, peft_config=own
+    )
+    trainer.train()
+    trainer.save_model()
+    expected = logits_of(trainer.model)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits_of(tiny_model(seed=5))).abs().max() > 1e-2
+    assert any("lora" in name for name, _ in trainer.model.named_parameters())
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("yes")["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])

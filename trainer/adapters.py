@@ -64,17 +64,25 @@ class AdapterSettings:
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError("load_in_4bit and load_in_8bit are both given; keep one")
         for name in ("load_in_4bit", "load_in_8bit"):
-            if getattr(self, name) and not self.use_peft:
-                raise UserError(
-                    f"{name}: quantized weights cannot be trained themselves; set use_peft: true "
-                    "to train an adapter, or leave it out"
-                )
             if getattr(self, name) and find_spec("bitsandbytes") is None:
                 raise UserError(
                     f"{name}: bitsandbytes is not installed; pip install 'widemargin[qlora]'"
                 )
-        if self.merge_adapter and not self.use_peft:
-            raise UserError("merge_adapter: there is no adapter to merge; set use_peft: true")
+
+
+def check_adapted(settings: AdapterSettings, adapted: bool) -> None:
+    """Raise ``UserError`` for a setting that needs an adapter where none trains."""
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(settings, name) and not adapted:
+            raise UserError(
+                f"{name}: quantized weights cannot be trained themselves; set use_peft: true (or, "
+                "in Python, give peft_config) to train an adapter, or leave it out"
+            )
+    if settings.merge_adapter and not adapted:
+        raise UserError(
+            "merge_adapter: there is no adapter to merge; set use_peft: true (or, in Python, give "
+            "peft_config)"
+        )
 
 
 def lora_config(settings: AdapterSettings) -> Any:

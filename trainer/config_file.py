@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from .adapters import check_adapted
 from .compat import TABLE, merge, translate
 from .compat_objective import SCRIPTS, as_published_script, fit_objective, name_objective
 from .config import PreferenceConfig, objective_keys
@@ -129,7 +130,9 @@ def build_config(
         for key, value in settings.items()
         if value is not None or type(None) in typing.get_args(fields[key])
     }
-    return PreferenceConfig(**values, objective_args=arguments)
+    config = PreferenceConfig(**values, objective_args=arguments)
+    check_adapted(config, config.use_peft)
+    return config
 
 
 def _config_fields() -> dict[str, Any]:

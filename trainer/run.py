@@ -23,7 +23,6 @@ from .config_file import is_secret
 from .console import ConsoleLines, ConsoleProgress
 from .data import PairData, load_pairs, preflight_lines
 from .errors import UserError
-from .merging import export_merged
 from .model import load_model, load_model_config, load_tokenizer, vocabulary_size
 from .model_card import push
 from .objectives import Objective
@@ -128,9 +127,7 @@ def _write_results(
     print("\n" + "\n".join(summary_lines(Path(config.output_dir))))
     print(f"\nModel: {config.output_dir}")
     if config.merge_adapter:
-        merged = Path(config.output_dir) / "merged"
-        export_merged(config, Path(config.output_dir), merged)
-        print(f"Merged model: {merged}")
+        print(f"Merged model: {trainer.save_merged(Path(config.output_dir))}")
     trainer.create_model_card()
     if config.write_report:
         print(f"Report: {write_report(Path(config.output_dir))}")

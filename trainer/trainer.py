@@ -12,31 +12,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from .adapters import bare_model, learnable_line, lora_config, with_adapter
+from .adapters import bare_model, check_adapted, learnable_line, lora_config, with_adapter
 from .checks import check_evaluation
 from .config import PreferenceConfig
-from .data import is_tokenized, model_inputs, tokenize_pairs
-from .data.report import SplitReport
+from .data import model_inputs
 from .errors import UserError, refusals
 from .head import check_head, patch_head
+from .merging import check_merges_in_memory, export_merged
 from .metrics import PreferenceMetrics
 from .model import (
     disable_dropout,
     load_model,
     load_tokenizer,
-    pad_token,
     vocabulary_size,
 )
 from .model_card import hub_refusals, write_model_card
-from .packing_check import packing_for
-from .plan_limits import fitted, training_planner
-from .plan_summary import PlanSummary, summarise
-from .planner import Planner
+from .planned import PlannedTrainer
 from .profiling import ProfileCallback
 from .reference import reference_for
 from .report_recorder import MarginRecorder
-from .resumable import ResumableTrainer
-from .sampler import PairBatches, PairRows
 from .samples import SampleWriter
 from .throughput import Throughput, peak_memory_mib
 
@@ -47,7 +41,7 @@ OBJECTIVE_FILE = "objective.safetensors"
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(ResumableTrainer):
+class PreferenceTrainer(PlannedTrainer):
     """A `transformers.Trainer` for preference pairs.
 
     Args:
@@ -88,7 +82,12 @@ class PreferenceTrainer(ResumableTrainer):
         starting = ref_model is None and args.ref_model_name_or_path in of_policy
         if isinstance(model, str):
             args.model_name_or_path = model
+        self._merges_files = args.model_name_or_path is not None
+        adapted = args.use_peft or peft_config is not None or hasattr(model, "get_base_model")
+        check_adapted(args, adapted)
         lm: PreTrainedModel = load_model(args) if isinstance(model, str) else model
+        if args.merge_adapter and not self._merges_files:
+            check_merges_in_memory(lm, args)
         if processing_class is None:
             args.model_name_or_path = args.model_name_or_path or lm.config._name_or_path
             processing_class = load_tokenizer(args)
@@ -101,13 +100,8 @@ class PreferenceTrainer(ResumableTrainer):
                 "Using one of %d GPUs; for all of them start with accelerate launch", args.n_gpu
             )
             args._n_gpu = 1
-        self.data_reports: dict[str, SplitReport] = {}
         self.run_notes: dict[str, Any] | None = None  # of run.json, where there is one
-        self._tokenizing: dict[str, Any] = {
-            "tokenizer": processing_class,
-            "settings": args,
-            "vocab_size": vocabulary_size(lm),
-        }
+        self.tokenize_with(processing_class, args, vocabulary_size(lm))
         train_dataset = self._pairs(train_dataset, "train_dataset")
         eval_dataset = self._pairs(eval_dataset, "eval_dataset")
         peft_config = lora_config(args) if peft_config is None else peft_config
@@ -124,14 +118,7 @@ class PreferenceTrainer(ResumableTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
             lm = with_adapter(lm, peft_config)
-        collator, self.packing = data_collator, None
-        if collator is None:
-            self.packing = packing_for(lm, args, getattr(train_dataset, "lengths", None))
-            collator = self.packing.collator(pad_token(processing_class))
-        if train_dataset is not None:
-            layout = getattr(collator, "layout", "padded")
-            planner = training_planner(args, self.objective, train_dataset.lengths, layout)
-            fitted(args, self.objective, planner)
+        data_collator = self.plan_batches(lm, args, data_collator, train_dataset)
         with refusals("settings", ValueError, ImportError, OSError):
             super().__init__(
                 model=lm,
@@ -139,7 +126,7 @@ class PreferenceTrainer(ResumableTrainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
-                data_collator=collator,
+                data_collator=data_collator,
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
@@ -151,40 +138,20 @@ class PreferenceTrainer(ResumableTrainer):
                 check_head(lm)
         if self.reference is not None:
             self.reference.prepare(self, self.packing)
-        self._train_batches: PairBatches | None = None
+        self._watch(lm)
+
+    def _watch(self, model: Any) -> None:
+        """Metrics, and the callbacks that record what is asked for."""
         self._metrics = {"train": PreferenceMetrics(), "eval": PreferenceMetrics()}
         self._margins = MarginRecorder()
-        self._throughput = Throughput(lm, self.args.device, self.args.world_size)
-        self.add_callback(_Clock(self))
+        self._throughput = Throughput(model, self.args.device, self.args.world_size)
+        self.add_callback(_Clock(self._throughput))
         self.add_callback(self._margins)
+        args: Any = self.args
         if args.eval_samples:
             self.add_callback(SampleWriter(self))
         if args.profile:
             self.add_callback(ProfileCallback())
-
-    def _pairs(self, dataset: Any, name: str) -> Any:
-        """A data set as the sampler reads it, tokenized if it is not yet."""
-        if dataset is None or isinstance(dataset, PairRows):
-            return dataset
-        if not is_tokenized(dataset):
-            training = name == "train_dataset"
-            dataset, self.data_reports[name] = tokenize_pairs(
-                dataset, training=training, name=name, **self._tokenizing
-            )
-        return PairRows(dataset)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As transformers', of another data set too, raw or tokenized."""
-        if eval_dataset is None or eval_dataset is self.eval_dataset:
-            return super().get_eval_dataloader(eval_dataset)
-        reports, workers_stay = dict(self.data_reports), self.args.dataloader_persistent_workers
-        rows = self._pairs(eval_dataset, "eval_dataset")
-        self.data_reports = reports  # which are of the run's own data
-        try:  # workers that stay would be found again for every other data set
-            self.args.dataloader_persistent_workers = False
-            return super().get_eval_dataloader(rows)
-        finally:
-            self.args.dataloader_persistent_workers = workers_stay
 
     def notes(self) -> list[str]:
         """What a reader of the log should know of the model and its reference."""
@@ -199,40 +166,6 @@ class PreferenceTrainer(ResumableTrainer):
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         with refusals("lr_scheduler_type", ValueError, TypeError):
             return super().create_scheduler(*args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> PairBatches:
-        planner = self._planner(self.train_dataset if train_dataset is None else train_dataset)
-        self._train_batches = PairBatches(planner, self.args.process_index)
-        return self._train_batches
-
-    def _planner(self, dataset: Any) -> Planner:
-        layout = getattr(self.data_collator, "layout", "padded")
-        args: Any = self.args
-        return training_planner(args, self.objective, dataset.lengths, layout)
-
-    def plan_summary(self) -> PlanSummary:
-        """What the plan of the first epoch of training comes to."""
-        return summarise(self._planner(self.train_dataset))
-
-    def get_total_train_batch_size(self, args: Any) -> int:
-        """Pairs per step, also where ``max_tokens_per_micro_batch`` raised the accumulation."""
-        return args.pairs_per_step
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> PairBatches:
-        args = self.args
-        size = args.eval_batch_size * args.world_size
-        layout = getattr(self.data_collator, "layout", "padded")
-        planner = Planner(eval_dataset.lengths, size, 1, args.world_size, None, layout=layout)
-        return PairBatches(planner, args.process_index)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Pairs of this optimizer step over all ranks, as a device scalar."""
-        pairs = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in batch_samples:
-            pairs += (batch["pair_ids"] >= 0).sum().to(device)
-        if self.args.world_size > 1:
-            dist.all_reduce(pairs)
-        return pairs
 
     def compute_loss(
         self,
@@ -272,12 +205,6 @@ class PreferenceTrainer(ResumableTrainer):
             self.guards.saw(inputs["pair_ids"], out.losses, loss)
         return (loss, {"pairs": out}) if return_outputs else loss
 
-    def _max_pairs_per_rank(self, training: bool) -> int | None:
-        """A bound that all ranks know without asking each other; None where there is no plan."""
-        if not training:  # one rank may get all of a micro-batch
-            return self.args.eval_batch_size * self.args.world_size
-        return None if self._train_batches is None else self._train_batches.max_pairs_per_rank
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         stats, self.scoring.stats = self.scoring.stats, None
@@ -310,6 +237,20 @@ class PreferenceTrainer(ResumableTrainer):
         main = self.args.process_index == 0
         self._margins.write(self._own_output_dir, self.state.global_step, main=main)
         return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers', and with ``merge_adapter`` the merged model beside what it writes."""
+        super().save_model(output_dir, _internal_call)
+        args: Any = self.args
+        if args.merge_adapter and args.should_save and not _internal_call:
+            self.save_merged(Path(output_dir or self._own_output_dir))
+
+    def save_merged(self, folder: Path) -> Path:
+        """The model with the adapter saved in ``folder`` merged in; where it was written."""
+        args: Any = self.args
+        base = None if self._merges_files else self.model
+        export_merged(args, folder, folder / "merged", base)
+        return folder / "merged"
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', from the run's settings, data, results and versions."""
@@ -355,21 +296,16 @@ class PreferenceTrainer(ResumableTrainer):
 
 
 class _Clock(TrainerCallback):
-    """Starts the clock with training, and every epoch's order where it belongs."""
+    """Starts and stops the clock with training."""
 
-    def __init__(self, trainer: PreferenceTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._throughput.start()
+        self.throughput.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._throughput.pause()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """transformers' own `set_epoch` misses the sampler after a resume on several ranks."""
-        if self.trainer._train_batches is not None:
-            self.trainer._train_batches.set_epoch(int(state.epoch or 0))
+        self.throughput.pause()
 
 
 def _state_file(folder: str) -> Path:
