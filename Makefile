@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 DEEPSPEED := $(VENV)/.installed-deepspeed
+EVAL := $(VENV)/.installed-eval
 # An editable install maps the folders by an import hook, which pyright cannot run: it reads these.
 LINKS := $(VENV)/links/widemargin
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-distributed torture lint format bench bench-gpu wheels clean distclean
+.PHONY: help setup quickstart test test-slow test-distributed test-eval torture lint format bench bench-gpu wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,10 @@ $(DEEPSPEED): $(DEV)
 	$(INSTALL) '.[dev,deepspeed]'
 	@touch $@
 
+$(EVAL): $(DEV)
+	$(INSTALL) '.[dev,eval]'
+	@touch $@
+
 setup: $(DEV) ## Create .venv with the package and the development tools
 
 quickstart: $(BASE) ## Train a small model on this machine and write a report
@@ -53,6 +58,9 @@ test-slow: $(DEV) ## Run the slow tests
 
 test-distributed: $(DEEPSPEED) ## Two processes under DDP, ZeRO-2, ZeRO-3 and FSDP2 against one
 	$(BIN)/python -m pytest -m distributed $(PYTEST_ARGS)
+
+test-eval: $(EVAL) ## Evaluations with the benchmarks' own packages, alpaca_eval and lm_eval
+	$(BIN)/python -m pytest tests/test_evaluate_tools.py tests/test_evaluate_harness.py $(PYTEST_ARGS)
 
 torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
 	$(BIN)/python -m bench.torture
