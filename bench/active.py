@@ -8,20 +8,26 @@ of a stronger model; rows say so. Writes JSON and a plot. No GPU.
 """
 
 import argparse
-import dataclasses
-import datetime
-import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.colours import new_figure, save
 from bench.exact import Exact, exact, relative_error
-from bench.harness import ROOT, SCHEMA, find_commit
 from bench.peaked import PeakedCase, mean_entropy, peaked_case
+from bench.record import (
+    RESULTS,
+    Row,
+    add_output_options,
+    environment,
+    find_commit,
+    refused,
+    writer,
+)
 
-RESULTS = ROOT / "bench" / "results"
 EXPONENTS = range(-14, -7)
 
 
@@ -37,7 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512, help="tokens (default 512)")
     parser.add_argument("--sharpen", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--peaked", action="store_true", help="the standard peaked case as well")
-    parser.add_argument("--out", type=Path, default=RESULTS / "active.json")
+    add_output_options(parser, "active.json")
     return parser.parse_args(arguments)
 
 
@@ -85,7 +91,7 @@ def sharpened(case: PeakedCase, factor: float) -> PeakedCase:
     return PeakedCase(hidden, case.weight, case.targets, case.coefficients, entropy, factor)
 
 
-def routings(case: PeakedCase) -> Iterator[dict[str, Any]]:
+def routings(case: PeakedCase) -> Iterator[Row]:
     """One row per routing and `tail_eps`: active fraction, passes, errors."""
     from widemargin.kernels.cells import choose_cells
     from widemargin.kernels.routing import BLOCK, route, routing_stats
@@ -125,7 +131,7 @@ def routings(case: PeakedCase) -> Iterator[dict[str, Any]]:
             }
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     return (
         f"{row['case']:24} entropy {row['entropy']:.2f}  {row['form']}  "
         f"eps 2^{torch.tensor(row['tail_eps']).log2():.0f}  active {row['active_fraction']:.3f}  "
@@ -134,14 +140,9 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """Error of dH against the backward's passes, a curve per case and form."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, ((axes,),) = new_figure(1, 1, 4.6)
     for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
         for form, style in (("pairs", "o-"), ("cells", "s--")):
             curve = [row for row in rows if row["case"] == case and row["form"] == form]
@@ -159,16 +160,22 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         yscale="log",
         xlabel="backward: passes of [N, H] x [H, V] (full logits: 2, chunked heads: 3)",
         ylabel="relative error of dH against fp64",
-        title="Work against gradient error; stars: the default, 2^-11",
+    )
+    axes.set_title(
+        "Work against gradient error, tail_eps from 2^-14 to 2^-8 (stars: the default, 2^-11)",
+        loc="left",
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    commit = find_commit()
+    out = (options.out or RESULTS / "active.json").resolve()
+    commit = find_commit(options.commit)
+    if refused(out, commit, options.allow_dirty):
+        return 2
     states = real_states(options.model, options.pairs, options.rows, options.max_length)
     rows = []
     for factor in options.sharpen:
@@ -176,18 +183,13 @@ def main(arguments: list[str] | None = None) -> None:
         rows += measured(name, sharpened(states, factor))
     if options.peaked:
         rows += measured("standard peaked case", peaked_case(1024, 512, 131072))
-    content = {
-        "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **dataclasses.asdict(commit),
-        "rows": rows,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content, indent=1))
-    plot(rows, options.out.with_suffix(".png"))
+    shared = {"op": "active", **environment("cpu", commit)}
+    writer(out)([shared | row for row in rows])
+    plot(rows, out.with_suffix(".png"))
+    return 0
 
 
-def measured(name: str, case: PeakedCase) -> list[dict[str, Any]]:
+def measured(name: str, case: PeakedCase) -> list[Row]:
     """The rows of one case, printed as they come."""
     shape = {"tokens": len(case.hidden), "hidden_size": case.hidden.shape[1]}
     shape |= {"vocab": len(case.weight), "sharpen": case.sharpness, "entropy": case.entropy}
@@ -199,4 +201,4 @@ def measured(name: str, case: PeakedCase) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

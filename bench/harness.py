@@ -6,40 +6,27 @@ from nothing else (`bench.table`).
 
 import dataclasses
 import math
-import os
-import platform
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bench.cases import Case
 from bench.exact import Exact, exact, relative_error
-from bench.memory import ROOT, cpu_peak_extra, cuda_peak_extra
+from bench.memory import cpu_usage, cuda_usage, usage_here
 from bench.peaked import CHUNK_BYTES, PeakedCase, fp32_logits
 from bench.providers import BASELINE, Provider
-from bench.timing import ColdTimer, device_name, spread
+from bench.record import Commit, Row, environment
+from bench.timing import ColdTimer, spread
 
-SCHEMA = 1
 MEMORY_PROCESSES = 2  # at a time: memory, unlike time, does not depend on the neighbours
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
 STATS = ("active_fraction", "averaged_mass_mean", "averaged_mass_max", "dense")
-Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Commit:
-    """The code that was measured; `dirty` when the tree differs from the commit."""
-
-    commit: str | None
-    dirty: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,26 +35,7 @@ class Settings:
     repeats: int = 3
     warmup: int = 0  # rounds beyond the gate's run, which already loads and compiles everything
     budget_s: float = math.inf  # no further round begins past this, once there are two
-    memory: bool = True
-
-
-def find_commit(given: str | None = None) -> Commit:
-    """From git, or the given one where there is no repository. Files of results do not count."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(ROOT), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
-    if head is None:
-        return Commit(given, dirty=given is None)
-    if given is not None and not head.startswith(given):
-        raise ValueError(f"--commit is {given}, but the repository is at {head}: leave it out")
-    return Commit(head, dirty=bool(git("status", "--porcelain", "--", ".", ":!bench/results")))
+    memory: Literal["fresh", "here", "none"] = "fresh"  # in fresh processes (on a CPU), or in this
 
 
 def measure(
@@ -91,9 +59,10 @@ def measure(
         rows[name] |= times
         rows[name]["product_ms"] = product
         rows[name]["products"] = round(times["total_ms"]["median"] / product["median"], 3)
-    if settings.memory:
-        for name, memory in _memory(admitted, case, inputs, settings.device).items():
+    if settings.memory != "none":
+        for name, memory in _memory(admitted, case, inputs, settings).items():
             rows[name] |= memory
+    _count_passes(rows)
     _add_ratios(rows)
     return list(rows.values())
 
@@ -187,28 +156,31 @@ def _timings(
 
 
 def _memory(
-    providers: list[Provider], case: Case, inputs: PeakedCase, device: str
+    providers: list[Provider], case: Case, inputs: PeakedCase, settings: Settings
 ) -> dict[str, dict[str, Any]]:
-    """Peaks by provider's name; a failure here is noted in the row and costs no timings."""
+    """Peaks and operations by name; a failure here is noted in the row and costs no timings."""
     logits_mib = case.logits_bytes / 2**20
 
     def fields(provider: Provider) -> dict[str, Any]:
         try:
-            if device == "cuda":
-                peaks = cuda_peak_extra(provider, inputs)
+            if settings.device == "cuda":
+                found = cuda_usage(provider, inputs)
+            elif settings.memory == "here":
+                found = usage_here(provider, inputs)
             else:
-                peaks = cpu_peak_extra(provider.name, path)
+                found = cpu_usage(provider.name, path)
         except (RuntimeError, subprocess.SubprocessError) as error:
             return {"memory_reason": f"{type(error).__name__}: {error}"[:300]}
-        percent = round(100 * peaks["allocator"] / logits_mib, 2)
-        return {"peak_extra_mib": peaks, "peak_extra_percent_of_logits": percent}
+        percent = round(100 * found["peak_extra_mib"]["allocator"] / logits_mib, 2)
+        return found | {"peak_extra_percent_of_logits": percent}
 
+    fresh = settings.device != "cuda" and settings.memory == "fresh"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inputs.pt"
-        if device != "cuda":
+        if fresh:
             tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
             torch.save(tensors, path)
-        with ThreadPoolExecutor(1 if device == "cuda" else MEMORY_PROCESSES) as pool:
+        with ThreadPoolExecutor(MEMORY_PROCESSES if fresh else 1) as pool:
             names = [provider.name for provider in providers]
             return dict(zip(names, pool.map(fields, providers), strict=True))
 
@@ -219,6 +191,23 @@ def _head_stats(stats: Any) -> dict[str, float | None]:
         return {}
     values = {name: float(getattr(stats, name)) for name in STATS}
     return {name: value if value == value else None for name, value in values.items()}
+
+
+def _count_passes(rows: dict[str, Row]) -> None:
+    """Operations as passes of 2 N H V; in our Triton kernels, which no profiler sees into, what
+    routing left: a forward pass, three times the active part, and the tail's two thin products."""
+    from widemargin.kernels.routing import BLOCK
+
+    for row in rows.values():
+        operations = row.pop("operations", None)
+        active = row.get("active_fraction")
+        if row["provider"].startswith("widemargin-triton") and active is not None:
+            tail = 0 if row["provider"].endswith("exact") else 2 / BLOCK
+            row["passes"] = round(1 + 3 * active + tail, 3)
+        elif operations:
+            row["passes"] = round(
+                operations / (2 * row["tokens"] * row["hidden_size"] * row["vocab"]), 3
+            )
 
 
 def _add_ratios(rows: dict[str, Row]) -> None:
@@ -239,20 +228,5 @@ def _shared_fields(case: Case, inputs: PeakedCase, settings: Settings, commit: C
         **{k: v for k, v in dataclasses.asdict(case).items() if k not in ("name", "entropy")},
         "entropy": round(inputs.entropy, 3),
         "sharpness": round(inputs.sharpness, 3),
-        "device": settings.device,
-        "device_name": device_name(settings.device),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version(), **_versions()},
-        **dataclasses.asdict(commit),
+        **environment(settings.device, commit),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {"torch": str(torch.__version__)}

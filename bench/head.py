@@ -6,20 +6,16 @@ of our own heads failed its gate.
 """
 
 import argparse
-import datetime
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.cases import CASES
-from bench.harness import ROOT, SCHEMA, Settings, find_commit, measure
+from bench.harness import Settings, measure
 from bench.providers import PROVIDERS
+from bench.record import RESULTS, add_output_options, find_commit, refused, writer
 from bench.table import table
-
-RESULTS = ROOT / "bench" / "results"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -33,9 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--out", type=Path, help="default: bench/results/head_<device>.json")
-    parser.add_argument("--commit", help="what is measured, where there is no git repository")
-    parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
+    add_output_options(parser, "head_<device>.json")
     parser.add_argument("--list", action="store_true", help="list cases and providers, and stop")
     return parser.parse_args(arguments)
 
@@ -57,27 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
     cuda = options.device == "cuda"
     out = (options.out or RESULTS / f"head_{options.device}.json").resolve()
     commit = find_commit(options.commit)
-    if commit.dirty and out.is_relative_to(RESULTS) and not options.allow_dirty:
-        print(
-            "error: the tree has uncommitted changes, so nothing is written to bench/results: "
-            "commit first, or name another --out, or pass --allow-dirty",
-            file=sys.stderr,
-        )
+    if refused(out, commit, options.allow_dirty):
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     repeats = options.repeats or (10 if cuda else 3)
-    settings = Settings(
-        options.device, repeats, 2 * cuda, options.budget_s, memory=not options.no_memory
-    )
+    memory = "none" if options.no_memory else "fresh"
+    settings = Settings(options.device, repeats, 2 * cuda, options.budget_s, memory)
     providers = [PROVIDERS[name] for name in options.providers or PROVIDERS]
     rows: list[dict[str, Any]] = []
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    write = writer(out)
     for name in options.case or ["llama3-8b" if cuda else "cpu"]:
         rows += measure(CASES[name], providers, settings, commit)
         # After every case, so that a run that is cut short loses only the one it was at.
-        out.write_text(json.dumps({"schema": SCHEMA, "created": created, "rows": rows}, indent=1))
+        write(rows)
     print(table(rows))
     bad = {
         row["provider"]: row["reason"]

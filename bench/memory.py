@@ -1,6 +1,6 @@
-"""Peak memory of one forward and backward beyond the inputs and the two gradients.
+"""Peak memory of a forward and backward beyond the inputs and the two gradients; its products.
 
-Two numbers, each with its blind spot:
+Two numbers of memory, each with its blind spot:
 - *allocator*: the most that torch's allocator had out at any moment, not counting the gradients
   that are returned. Exact and repeatable; on a CPU it does not see buffers that a library such as
   oneDNN allocates itself.
@@ -8,10 +8,14 @@ Two numbers, each with its blind spot:
   both gradients there: what a machine must have beyond those. Sees everything, with some tens of
   MiB for the profiler and the libraries; what is alive only before the gradients counts less.
 
+The same profile counts the operations of all matrix products that torch was asked for; those inside
+Triton kernels and libraries it does not see.
+
 `python -m bench.memory INPUTS PROVIDER` is the fresh process; it prints one line of JSON.
 """
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,13 +26,23 @@ import torch
 
 from bench.peaked import PeakedCase
 from bench.providers import PROVIDERS, Provider
+from bench.record import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+"""torch's matrix products, by where their first factor stands."""
+Usage = dict[str, Any]
+"""`peak_extra_mib`: kind to mebibytes. `operations`: of matrix products, None where not known."""
 
 
-def cuda_peak_extra(provider: Provider, case: PeakedCase) -> dict[str, float]:
-    """Mebibytes in this process; run it after a warm-up.
+def usage_here(provider: Provider, case: PeakedCase) -> Usage:
+    """Of this process, by the allocator alone; run it after a warm-up."""
+    peak, operations = _profiled(provider, case)
+    return {"peak_extra_mib": _mebibytes({"allocator": peak}), "operations": operations}
+
+
+def cuda_usage(provider: Provider, case: PeakedCase) -> Usage:
+    """Of this process; run it after a warm-up.
 
     The allocator's own counter of the peak includes the gradients once they exist, which is
     subtracted here: what was alive only before them counts less. It stands in where the profiler
@@ -38,17 +52,18 @@ def cuda_peak_extra(provider: Provider, case: PeakedCase) -> dict[str, float]:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     try:
-        found = _allocator_peak(provider, case)
+        found, operations = _profiled(provider, case)
     except (RuntimeError, AttributeError):
-        found = None
+        found, operations = None, None
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before - case.hidden.nbytes - case.weight.nbytes
     peak = max(0, peak)
-    return _mebibytes({"allocator": peak if found is None else found, "cuda_peak": peak})
+    peaks = {"allocator": peak if found is None else found, "cuda_peak": peak}
+    return {"peak_extra_mib": _mebibytes(peaks), "operations": operations}
 
 
-def cpu_peak_extra(provider_name: str, inputs: Path, timeout_s: float = 300) -> dict[str, float]:
-    """Mebibytes, from a fresh process that loads `inputs` (written by `torch.save`)."""
+def cpu_usage(provider_name: str, inputs: Path, timeout_s: float = 300) -> Usage:
+    """From a fresh process that loads `inputs` (written by `torch.save`)."""
     command = [sys.executable, "-m", "bench.memory", str(inputs), provider_name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
     if done.returncode:
@@ -57,13 +72,14 @@ def cpu_peak_extra(provider_name: str, inputs: Path, timeout_s: float = 300) -> 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _cpu_peaks(provider: Provider, case: PeakedCase) -> dict[str, float]:
-    _allocator_peak(provider, _small(case))
+def _cpu_usage(provider: Provider, case: PeakedCase) -> Usage:
+    _profiled(provider, _small(case))
     gradients = [torch.zeros_like(case.hidden), torch.zeros_like(case.weight)]
-    level = _status_bytes("VmRSS")
+    level = status_bytes("VmRSS")
     gradients.clear()
-    allocator = _allocator_peak(provider, case)
-    return _mebibytes({"allocator": allocator, "rss": max(0, _status_bytes("VmHWM") - level)})
+    allocator, operations = _profiled(provider, case)
+    peaks = {"allocator": allocator, "rss": max(0, status_bytes("VmHWM") - level)}
+    return {"peak_extra_mib": _mebibytes(peaks), "operations": operations}
 
 
 def _small(case: PeakedCase, tokens: int = 16, vocab: int = 512) -> PeakedCase:
@@ -77,10 +93,13 @@ def _small(case: PeakedCase, tokens: int = 16, vocab: int = 512) -> PeakedCase:
     )
 
 
-def _allocator_peak(provider: Provider, case: PeakedCase) -> int:
-    """Bytes at the highest point of allocations minus frees, the returned gradients apart."""
+def _profiled(provider: Provider, case: PeakedCase) -> tuple[int, int]:
+    """Bytes at the highest point of allocations minus frees, the returned gradients apart; and the
+    operations of all matrix products."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, record_shapes=True
+    ) as profiled:
         _, *gradients = provider.run(case.hidden, case.weight, case.targets, case.coefficients)
     kept = {gradient.untyped_storage().data_ptr() for gradient in gradients}
     allocations = _allocations(profiled, case.hidden.device.type)
@@ -91,7 +110,18 @@ def _allocator_peak(provider: Provider, case: PeakedCase) -> int:
         if pointer not in kept or i < last[pointer]:
             level += size
             peak = max(peak, level)
-    return peak
+    return peak, _operations(profiled)
+
+
+def _operations(profiled: torch.profiler.profile) -> int:
+    """Of the matrix products: a multiplication and an addition for each term of a sum."""
+    found = 0
+    for event in profiled.events() or ():
+        name = event.name.removeprefix("aten::").rstrip("_")
+        if name in PRODUCTS:
+            first, second = event.input_shapes[PRODUCTS[name] :][:2]
+            found += 2 * math.prod(first) * second[-1]
+    return found
 
 
 def _allocations(profiled: torch.profiler.profile, device: str) -> list[tuple[int, int]]:
@@ -114,7 +144,7 @@ def _mebibytes(sizes: dict[str, int]) -> dict[str, float]:
     return {name: round(size / MIB, 2) for name, size in sizes.items()}
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     """`VmRSS` (now) or `VmHWM` (highest) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -124,7 +154,7 @@ def _status_bytes(field: str) -> int:
 
 def main(inputs: str, provider_name: str) -> None:
     case = PeakedCase(**torch.load(inputs, weights_only=True))
-    print(json.dumps(_cpu_peaks(PROVIDERS[provider_name], case)))
+    print(json.dumps(_cpu_usage(PROVIDERS[provider_name], case)))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ own with an empty cache:
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,17 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from bench.harness import SCHEMA, _versions, find_commit
-from bench.memory import ROOT, _status_bytes
-from bench.timing import device_name, spread
+from bench.memory import status_bytes
+from bench.record import (
+    RESULTS,
+    ROOT,
+    Row,
+    add_output_options,
+    environment,
+    find_commit,
+    refused,
+    writer,
+)
+from bench.timing import spread
 from bench.training_data import read_pairs
 
-RESULTS = ROOT / "bench" / "results"
 SHARED = ROOT.parent / "shared" / "data"
 RANKS, PAIRS_PER_RANK = 8, 16
-Row = dict[str, Any]
 Spec = dict[str, Any]
 
 
@@ -49,9 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--providers", nargs="+", choices=PREPARERS, default=list(PREPARERS))
     parser.add_argument("--processes", type=int, help="of Dataset.map (default: each one's own)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "planning.json")
-    parser.add_argument("--commit", help="what is measured, where there is no git repository")
-    parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
+    add_output_options(parser, "planning.json")
     return parser.parse_args(arguments)
 
 
@@ -130,9 +132,9 @@ def prepare(spec: Spec) -> Row:
     disable_progress_bars()
     rows: Any = Dataset.from_json(spec["rows"])
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     found = {"ours": ours, "trl": trl}[spec["job"]](spec, rows, tokenizer)
-    return found | {"peak_extra_mib": round((_status_bytes("VmHWM") - before) / 2**20, 1)}
+    return found | {"peak_extra_mib": round((status_bytes("VmHWM") - before) / 2**20, 1)}
 
 
 def million(spec: Spec) -> Row:
@@ -142,12 +144,12 @@ def million(spec: Spec) -> Row:
     real = np.load(spec["lengths_file"])
     picked = np.random.default_rng(0).integers(0, real.shape[1], spec["lengths"])
     lengths = PairLengths(*real[:, picked])
-    before, seconds = _status_bytes("VmRSS"), {}
+    before, seconds = status_bytes("VmRSS"), {}
     for coupled in (True, False):
         begin = time.perf_counter()
         Planner(lengths, RANKS * PAIRS_PER_RANK, 8, RANKS, coupled=coupled).plan(0)
         seconds["coupled" if coupled else "free"] = time.perf_counter() - begin
-    high = _status_bytes("VmHWM")
+    high = status_bytes("VmHWM")
     return {
         "pairs": spec["lengths"],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -267,28 +269,18 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    out = options.out.resolve()
+    out = (options.out or RESULTS / "planning.json").resolve()
     commit = find_commit(options.commit)
-    if commit.dirty and out.is_relative_to(RESULTS) and not options.allow_dirty:
-        print(
-            "error: the tree has uncommitted changes, so nothing is written to bench/results: "
-            "commit first, or name another --out, or pass --allow-dirty",
-            file=sys.stderr,
-        )
+    if refused(out, commit, options.allow_dirty):
         return 2
     facts = {
         "op": "planning", "max_length": options.max_length, "processes": options.processes,
         "ranks": RANKS, "pairs_per_rank": PAIRS_PER_RANK,
-        "device_name": device_name("cpu"), "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "commit": commit.commit, "dirty": commit.dirty,
+        **environment("cpu", commit),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         rows = [{**facts, **row} for row in measure(options, Path(folder))]
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"schema": SCHEMA, "created": created, "rows": rows}, indent=1))
+    writer(out)(rows)
     print(table(rows))
     return 1 if any("reason" in row for row in rows if row["provider"] == "widemargin") else 0
 

@@ -9,10 +9,7 @@ compared. A row has pairs/s (real time, batch fetching included), peak memory of
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,17 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from bench.harness import SCHEMA, _versions, find_commit
-from bench.memory import ROOT
-from bench.timing import device_name, spread
+from bench.record import (
+    RESULTS,
+    ROOT,
+    Commit,
+    Row,
+    add_output_options,
+    environment,
+    find_commit,
+    keep_others,
+    refused,
+    writer,
+)
+from bench.timing import spread
 from bench.training_data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
 from bench.training_table import table
 
-RESULTS = ROOT / "bench" / "results"
 SHARED = ROOT.parent / "shared" / "data"
-Row = dict[str, Any]
 
 LAYOUTS = ("padded", "packed", "prefix_shared")
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -68,6 +72,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+
+CASE = ("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device")
+"""What rows of one table have in common. `--append` replaces rows that have all this, the tail and
+the provider in common."""
+SKIPPED = {"simpo": {"trl-dpo"}, "lmpo": {"trl-cpo", "trl-dpo"}, "dpo": {"trl-cpo"}}
+"""Contenders that lack the objective."""
 
 
 class Worker:
@@ -133,10 +144,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--head-tail", choices=("mean", "exact", "drop"), default="mean")
-    parser.add_argument("--out", type=Path, help="default: bench/results/training_<device>.json")
-    parser.add_argument("--append", action="store_true", help="keep the rows that --out holds")
-    parser.add_argument("--commit", help="what is measured, where there is no git repository")
-    parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
+    parser.add_argument("--append", action="store_true", help="keep --out's rows of other cases")
+    add_output_options(parser, "training_<device>.json")
     return parser.parse_args(arguments)
 
 
@@ -242,7 +251,7 @@ def _take_steps(workers: list[Worker], found: dict[str, Row], options: argparse.
         }
 
 
-def shared_facts(options: argparse.Namespace, rows: Rows) -> Row:
+def shared_facts(options: argparse.Namespace, rows: Rows, commit: Commit) -> Row:
     lengths = lengths_of(rows)
     means = [round(sum(side) / len(rows), 1) for side in zip(*lengths, strict=True)]
     return {
@@ -259,11 +268,7 @@ def shared_facts(options: argparse.Namespace, rows: Rows) -> Row:
         "checkpointing": options.checkpointing,
         "head_tail": options.head_tail,
         "optimizer": options.optimizer,
-        "device": options.device,
-        "device_name": device_name(options.device),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version(), **_versions()},
+        **environment(options.device, commit),
     }
 
 
@@ -286,33 +291,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     out = (options.out or RESULTS / f"training_{options.device}.json").resolve()
     commit = find_commit(options.commit)
-    if commit.dirty and out.is_relative_to(RESULTS) and not options.allow_dirty:
-        print(
-            "error: the tree has uncommitted changes, so nothing is written to bench/results: "
-            "commit first, or name another --out, or pass --allow-dirty",
-            file=sys.stderr,
-        )
+    if refused(out, commit, options.allow_dirty):
         return 2
     rows = find_rows(options)
-    skipped = {"dpo": {"trl-cpo"}, "lmpo": {"trl-cpo", "trl-dpo"}}.get(
-        options.objective, {"trl-dpo"}
-    )
-    names = options.contenders or [name for name in CONTENDERS if name not in skipped]
+    names = options.contenders or [n for n in CONTENDERS if n not in SKIPPED[options.objective]]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "rows.json").write_text(json.dumps(rows))
         (folder / "order.json").write_text(json.dumps(batch_order(rows, options.batch)))
         found = run_contenders(names, options, folder)
-    facts = shared_facts(options, rows) | {"commit": commit.commit, "dirty": commit.dirty}
+    facts = shared_facts(options, rows, commit)
     new = [{**facts, "provider": name, **found[name]} for name in names]
     gap = loss_gap(new)
     for row in new:
         row["largest_loss_gap"] = gap
-    kept = json.loads(out.read_text())["rows"] if options.append and out.is_file() else []
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"schema": SCHEMA, "created": created, "rows": kept + new}
-    out.write_text(json.dumps(content, indent=1))
+    kept = keep_others(out, new, (*CASE, "head_tail", "provider")) if options.append else []
+    writer(out)(kept + new)
     print(table(new))
     if gap is not None:
         print(f"\nLargest relative difference between the losses of a step: {gap:.1e}")

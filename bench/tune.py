@@ -26,7 +26,7 @@ from widemargin.kernels.tiles import Tile, Tiles
 from bench.candidates import FIELDS, Candidate, candidates, verdicts
 from bench.cases import CASES, Case
 from bench.exact import relative_error
-from bench.harness import find_commit
+from bench.record import find_commit
 
 REPEATS = 7
 TOLERANCE = 5e-3  # relative, between two tiles: both round to bf16

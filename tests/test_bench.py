@@ -10,9 +10,10 @@ import torch
 from bench import head, peers, table
 from bench.cases import CASES, Case
 from bench.exact import exact, relative_error
-from bench.harness import Commit, Settings, measure
+from bench.harness import Settings, measure
 from bench.peaked import mean_entropy, peaked_case, simpo_coefficients
 from bench.providers import BASELINE, PROVIDERS, Provider
+from bench.record import Commit
 
 SMALL = Case("small", 48, 32, 700)
 COMMIT = Commit("0" * 40, dirty=False)
@@ -88,7 +89,7 @@ def test_gate_compares_a_whole_loss_with_its_own_reference() -> None:
     provider = Provider(
         "mean-loss", mean_loss, lambda *_: None, reference=peers.mean_cross_entropy_reference
     )
-    (row,) = measure(SMALL, [provider], Settings(repeats=1, memory=False), COMMIT)
+    (row,) = measure(SMALL, [provider], Settings(repeats=1, memory="none"), COMMIT)
     assert row["gate"] == "passed"
     assert row["products"] > 0
     assert row["fp32_logits_logp_error"] < 1e-4
@@ -98,7 +99,7 @@ def test_gate_compares_a_whole_loss_with_its_own_reference() -> None:
 def test_peers_that_run_on_a_cpu_pass_the_gate(name: str) -> None:
     if reason := PROVIDERS[name].available(SMALL, "cpu"):
         pytest.skip(reason)
-    (row,) = measure(SMALL, [PROVIDERS[name]], Settings(repeats=1, memory=False), COMMIT)
+    (row,) = measure(SMALL, [PROVIDERS[name]], Settings(repeats=1, memory="none"), COMMIT)
     assert row["gate"] == "passed", row.get("reason")
 
 
@@ -123,7 +124,7 @@ def test_gate_refuses_to_time_a_wrong_provider() -> None:
     failing = replace(good, name="failing", forward=broken)
     absent = Provider("absent", good.forward, lambda case, device: "not installed")
     providers = [good, wrong, failing, absent]
-    rows = measure(SMALL, providers, Settings(repeats=1, memory=False), COMMIT)
+    rows = measure(SMALL, providers, Settings(repeats=1, memory="none"), COMMIT)
     states = {row["provider"]: row["gate"] for row in rows}
     assert states == {
         BASELINE: "passed",
@@ -166,6 +167,9 @@ def test_head_writes_rows_and_prints_their_table(
     assert 0 < ours["active_fraction"] <= 1
     # logits, their log-softmax and its gradient
     assert base["peak_extra_percent_of_logits"] == pytest.approx(300, abs=5)
+    assert base["passes"] == 3
+    # The forward, then recomputation and both gradients of what is active; the tail is thin here.
+    assert ours["passes"] == pytest.approx(1 + 3 * ours["active_fraction"], rel=0.4)
 
 
 def test_results_folder_takes_nothing_from_a_dirty_tree(

@@ -8,6 +8,7 @@ import pytest
 from tiny_models import TOKENIZER, tiny_model
 
 from bench import training, training_table
+from bench.record import read_rows
 from bench.training_table import table
 from bench.training_worker import cpo_row
 
@@ -66,7 +67,10 @@ def test_random_weights_on_lengths_alone(tmp_path, capsys):
     ]
     assert training.main(arguments) == 0, capsys.readouterr()
     assert training.main([*arguments, "--append"]) == 0
-    rows = json.loads(out.read_text())["rows"]
+    assert len(read_rows(out)) == 1  # the same case again takes the old row's place
+    assert training.main([*arguments, "--append", "--objective", "lmpo"]) == 0
+    rows = read_rows(out)
+    assert [row["objective"] for row in rows] == ["simpo", "lmpo"]
     assert [row["tokens_per_step"] for row in rows] == [3 + 5 + 3 + 4 + 6 + 2 + 6 + 9] * 2
 
 
