@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
+import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from doc_pages import (
+    NOT_THERE,
+    OTHERS,
+    PAGES,
+    PLACEHOLDERS,
+    ROOT,
+    WRITTEN,
+    engine_keys,
+    fenced,
+    flags,
+    inline_code,
+    is_printed,
+    quoted_messages,
+    settings,
+    shell_lines,
+    sources,
+)
+from widemargin.kernels.routing import active_pairs
+from widemargin.trainer.cli import _parser
+from widemargin.trainer.compat import TABLE
+from widemargin.trainer.config_file import parse_overrides
 from widemargin.trainer.objectives import OBJECTIVES, hyperparameters_of
 
-ROOT = Path(__file__).parent.parent
-PAGES = [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCS = ROOT / "docs"
+FIGURES = DOCS / "figures"
+
+
+def named(page: Path) -> str:
+    return page.name
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_page_has_every_hyperparameter_and_default(name):
-    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    page = (DOCS / "objectives.md").read_text(encoding="utf-8")
     section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     said = dict(re.findall(r"`(\w+)`\s+(\w+(?:\.\w+)?)", section))
     for key, field in hyperparameters_of(name).items():
@@ -24,7 +54,106 @@ def test_objectives_page_has_every_hyperparameter_and_default(name):
             assert said.get(key) == str(field.default), key
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_within_the_project_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_index_has_every_page_once():
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        if page.name != "README.md":
+            assert index.count(f"]({page.name})") == 1, page.name
+
+
+def test_every_quoted_message_is_printed():
+    messages = quoted_messages(DOCS / "troubleshooting.md")
+    assert len(messages) > 40
+    assert [message for message in messages if not is_printed(message)] == []
+
+
+def test_a_message_that_is_not_printed_would_be_found():
+    assert is_printed("lora_r: expected a rank from 1 on, got …")
+    assert not is_printed("lora_r: expected a rank from 2 on, got …")
+    assert not is_printed("output_dir: … expected a rank from 1 on")
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_settings_that_pages_name_exist(page):
+    known = settings() | engine_keys() | TABLE.keys()
+    said = [re.match(r"([a-z][a-z0-9_]*):(?: |$)", code) for code in inline_code(page)]
+    assert [it[1] for it in said if it and it[1] not in known] == []
+    words = [
+        code for code in inline_code(page) if re.fullmatch(r"[A-Za-z0-9]+(_[A-Za-z0-9]+)+", code)
+    ]
+    unknown = {word for word in words if not re.search(rf"\b{word}\b", sources())}
+    assert unknown - known - OTHERS == set()
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_yaml_on_pages_has_known_settings(page):
+    for language, text in fenced(page):
+        if language == "yaml":
+            keys = yaml.safe_load(text).keys()
+            assert keys - settings() == set()
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_commands_on_pages_exist(page):
+    commands = [line.split("#")[0].strip() for line in shell_lines(page)] + inline_code(page)
+    for command in commands:
+        if command.startswith("widemargin ") and len(command.split()) > 2:
+            _check_widemargin(shlex.split(command)[1:])
+    everything = "\n".join(commands)
+    for module in re.findall(r"-m ((?:bench|widemargin)[\w.]*)", everything):
+        assert find_spec(module) is not None, module
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for line in re.findall(r"^make ((?:[a-z-]+ ?)+)", everything, re.MULTILINE):
+        assert set(line.split()) <= targets, line
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_options_that_pages_name_exist(page):
+    known = flags() | {f"--{name}" for name in settings()} | PLACEHOLDERS
+    for name in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", "\n".join(inline_code(page))):
+        assert name in known or name in sources(), name
+
+
+def _check_widemargin(words: list[str]) -> None:
+    """The words parse, and what the command itself does not know are settings."""
+    words = [word for word in words if word not in ("[--key=value", "...]")]
+    if words[0] == "quickstart":
+        return
+    _, rest = _parser().parse_known_args(words)
+    rest = [word for word in rest if word not in ("--profile", "--key=value")]
+    assert parse_overrides(rest).keys() - settings() - TABLE.keys() == set(), words
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=named)
+def test_files_that_pages_name_exist(page):
+    pattern = r"(?:kernels|trainer|configs|bench|tests|docs)/[\w./-]+\.(?:py|yaml|json|png|md|sh)"
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(pattern, text)) - NOT_THERE
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_figure_is_what_its_script_makes():
+    made = runpy.run_path(str(FIGURES / "head.py"))["figure"]()
+    assert (FIGURES / "head.svg").read_text(encoding="utf-8") == made, "run docs/figures/head.py"
+
+
+def test_figure_routes_as_the_head_does():
+    script = runpy.run_path(str(FIGURES / "head.py"))
+    masses, targets, shares, gradients = script["batch"]()
+    rest = script["without_targets"](masses, targets, shares)
+    grad = -torch.tensor(gradients)
+    wanted = active_pairs(torch.tensor(rest).T, grad, grad != 0, script["TAIL_EPS"])
+    assert torch.equal(torch.tensor(script["active_pairs"](rest, gradients)).T, wanted)
+
+
+def test_table_of_active_fractions_is_what_its_script_makes():
+    script = runpy.run_path(str(FIGURES / "active_table.py"))
+    page = script["PAGE"].read_text(encoding="utf-8")
+    assert script["page_with_table"](page) == page, "run docs/figures/active_table.py"
