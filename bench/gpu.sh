@@ -82,7 +82,7 @@ step ours 100 "${head[@]}" --repeats 5 --budget-s 10 --providers "${ours[@]}" --
 step head 130 "${head[@]}" --repeats 10 --budget-s 20 --providers "${ours[@]}" "${peers[@]}" --out "$out/head.json"
 step tune 120 "$python" -m bench.tune --dtype bf16 --kernel-s 18 --processes 12 --commit "$commit" --out "$out/tune.json"
 
-tests=(tests/test_triton_head.py tests/test_triton_margin.py tests/test_linear_logprob.py tests/test_margin_loss.py)
+tests=(tests/test_triton_{head,routing,margin}.py tests/test_linear_logprob{,_use}.py tests/test_margin_loss.py)
 # Most of the tests' time is Triton compiling: several processes where pytest-xdist is there.
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)

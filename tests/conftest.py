@@ -1,6 +1,7 @@
 """Where there is no CUDA device, tests marked `gpu` are skipped and Triton kernels interpreted."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,3 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for a reference's log-probs."""
+    from widemargin.trainer import reference_cache
+
+    monkeypatch.setattr(reference_cache, "cache_folder", lambda: str(tmp_path / "cache"))
+    return tmp_path / "cache"
