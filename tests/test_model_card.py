@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from tiny_models import TOKENIZER, tiny_model, tiny_pairs, tiny_trainer
 from widemargin.trainer.cli import main
-from widemargin.trainer.model_card import PAPERS
+from widemargin.trainer.model_card import PAPERS, unplaced
 from widemargin.trainer.objectives import OBJECTIVES
 
 
@@ -48,12 +48,23 @@ def run_config(tmp_path):
     for name, seed in (("train", 0), ("test", 1)):
         tiny_pairs(8, seed).to_json(tmp_path / "data" / f"{name}.jsonl")
     settings = {
-        "model_name_or_path": str(tmp_path / "model"), "dataset": str(tmp_path / "data"),
-        "objective": "lmpo", "beta": 3.0, "max_steps": 2, "logging_steps": 1, "use_cpu": True,
-        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "report_to": "none",
-        "output_dir": str(tmp_path / "run"), "disable_tqdm": True, "max_length": 64,
-        "per_device_train_batch_size": 4, "max_prompt_length": 32,
-    }  # fmt: skip
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset": str(tmp_path / "data"),
+        "objective": "lmpo",
+        "beta": 3.0,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "output_dir": str(tmp_path / "run"),
+        "disable_tqdm": True,
+        "max_length": 64,
+        "per_device_train_batch_size": 4,
+        "max_prompt_length": 32,
+    }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "c.yaml"
 
@@ -62,7 +73,7 @@ def test_every_objective_has_its_paper():
     assert set(PAPERS) == set(OBJECTIVES)
 
 
-def test_a_run_ends_with_its_card(run_config, tmp_path):
+def test_a_run_ends_with_its_card(run_config, tmp_path, monkeypatch):
     assert main(["train", str(run_config)]) == 0
     card: Any = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.library_name == "transformers"
@@ -72,15 +83,44 @@ def test_a_run_ends_with_its_card(run_config, tmp_path):
     assert "https://arxiv.org/abs/2502.14643" in card.text
     assert "| `beta` | `3.0` |" in card.text
     assert "| held-out pairs | first | last |" in card.text
-    assert "| `train.pairs` | `8` |" in card.text
+    assert "| pairs | 8 | 8 |" in card.text
+    assert "| from | `data` train | `data` test |" in card.text
     assert "torch 2" in card.text
+    assert "Trained from `model` (a local folder)" in card.text
+    assert "to be replaced by paths of yours: `model`, `data`" in card.text
+    assert str(tmp_path) not in card.text
     settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert settings["objective"] == "lmpo"
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["train", str(tmp_path / "again.yaml"), f"--output_dir={tmp_path / 'b'}"]) == 0
+    monkeypatch.chdir(tmp_path)  # where the names in the card are folders
+    assert main(["train", "again.yaml", "--output_dir=b"]) == 0
     ends = [json.loads((tmp_path / d / "trainer_state.json").read_text()) for d in ("run", "b")]
     losses = [[e["loss"] for e in end["log_history"] if "loss" in e] for end in ends]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/someone/models/mine", "mine"),
+        ("~/pairs.jsonl", "pairs.jsonl"),
+        ("../data/", "data"),
+        ("/", "folder"),
+        ("owner/model", "owner/model"),
+        ({"/a/b": 0.5, "owner/data": 1}, {"b": 0.5, "owner/data": 1}),
+        (["/a/b", 3, None], ["b", 3, None]),
+        ("x/" + "y" * 5000, "x/" + "y" * 5000),
+        ("a/\0", "a/\0"),
+    ],
+)
+def test_places_of_this_machine_are_named_by_their_last_part(value, shown):
+    assert unplaced(value) == shown
+
+
+def test_a_folder_that_looks_like_a_hub_name_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert unplaced("owner/model") == "model"
 
 
 def test_the_trainer_alone_writes_one_and_nothing_in_it_is_live(tmp_path):

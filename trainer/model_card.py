@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import refusals
+from .report import duration
 from .report_page import figure
 from .report_run import Run, flatten
 
@@ -21,24 +22,40 @@ if TYPE_CHECKING:
 PAPERS = {
     "simpo": ("SimPO: Simple Preference Optimization with a Reference-Free Reward", "2405.14734"),
     "hinge": ("SLiC-HF: Sequence Likelihood Calibration with Human Feedback", "2305.10425"),
-    "lmpo": ("Length-Controlled Margin-Based Preference Optimization without Reference Model",
-             "2502.14643"),
+    "lmpo": (
+        "Length-Controlled Margin-Based Preference Optimization without Reference Model",
+        "2502.14643",
+    ),
     "gamma-simpo": ("Robust Preference Optimization via Dynamic Target Margins", "2506.03690"),
     "gamma-dpo": ("Robust Preference Optimization via Dynamic Target Margins", "2506.03690"),
     "beta-simpo": ("β-DPO: Direct Preference Optimization with Dynamic β", "2407.08639"),
     "beta-dpo": ("β-DPO: Direct Preference Optimization with Dynamic β", "2407.08639"),
-    "dpo": ("Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
-            "2305.18290"),
+    "dpo": (
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "2305.18290",
+    ),
     "r-dpo": ("Disentangling Length from Quality in Direct Preference Optimization", "2403.19159"),
-    "ipo": ("A General Theoretical Paradigm to Understand Learning from Human Preferences",
-            "2310.12036"),
+    "ipo": (
+        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
+        "2310.12036",
+    ),
     "kto": ("KTO: Model Alignment as Prospect Theoretic Optimization", "2402.01306"),
     "cpo": ("Contrastive Preference Optimization", "2401.08417"),
     "orpo": ("ORPO: Monolithic Preference Optimization without Reference Model", "2403.07691"),
-}  # fmt: skip
+}
 """Title and arXiv number of what each objective is from."""
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+ASIDE = {
+    "accelerator_config",
+    "dataloader_pin_memory",
+    "disable_tqdm",
+    "do_eval",
+    "report_to",
+    "run_name",
+    "use_cpu",
+}
+"""Settings of where a run was and what it said there, which make no other model."""
 
 
 def write_model_card(
@@ -53,8 +70,9 @@ def write_model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     notes = own_notes(trainer) if notes is None else notes
-    base = given.get("finetuned_from") or notes["settings"].get("model_name_or_path")
-    data_sets = given.get("dataset") or _data_sets(notes["settings"])
+    settings = notes["settings"]
+    base = given.get("finetuned_from") or settings.get("model_name_or_path")
+    data_sets = given.get("dataset") or settings.get("dataset") or settings.get("dataset_mixer")
     tags = given.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)
     own = ["widemargin", "generated_from_trainer", "preference-optimization"]
@@ -119,28 +137,64 @@ def card_body(
     """The card below its front matter, in Markdown."""
     objective = trainer.objective
     run = Run(Path(str(trainer.args.output_dir)), trainer.state.log_history)
-    start = f" from {_code(base)}" if base else ""
+    start = f" from {_code(unplaced(base))}" if base else ""
+    if base and unplaced(base) != base:
+        start += " (a local folder)"
+    settings = {k: v for k, v in notes["settings"].items() if k not in ASIDE and v not in ([], {})}
     parts = [
         f"# {_plain(name)}",
         f"Trained{start} on preference pairs with {objective.name}, by widemargin.",
         "## Objective",
         f"```\n{objective.name}: {objective.spec.formula}\n```",
-        _settings_table(notes.get("objective") or {}),
+        _hyperparameters_table(notes.get("objective") or {}),
         _citation(objective.name),
         "## Results",
         _results_table(run),
+        _effort(run, notes.get("device")),
         "## Data",
-        _settings_table(notes.get("data") or {}),
+        _data_table(notes.get("data") or {}),
         "## Settings",
-        "Those that differ from their defaults:",
-        _settings_table(notes["settings"]),
+        "All that differ from their defaults. With these lines as `config.yaml`, `widemargin train "
+        "config.yaml` does it again.",
+        _local_places(settings),
+        f"```yaml\n{_yaml(unplaced(settings))}```",
         "## Versions",
         ", ".join(f"{key} {value}" for key, value in notes.get("versions", {}).items()),
-        "## Do it again",
-        "With these lines as `config.yaml`, `widemargin train config.yaml`:",
-        f"```yaml\n{_yaml(notes['settings'])}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def unplaced(value: Any) -> Any:
+    """Names and settings with a folder or file of this machine as its last component alone.
+
+    A card is for the hub, where paths say nothing but who trained where.
+    """
+    if isinstance(value, Mapping):
+        return {unplaced(key): unplaced(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [unplaced(part) for part in value]
+    return Path(value).name or "folder" if isinstance(value, str) and _is_place(value) else value
+
+
+def _is_place(name: str) -> bool:
+    """Whether a text is a path of this machine: one that is there, or could not be elsewhere."""
+    if name.startswith(("/", "~", "./", "../")):
+        return True
+    try:
+        return "/" in name and Path(name).exists()
+    except (OSError, ValueError):  # too long for a name, or no text for one
+        return False
+
+
+def _local_places(settings: dict[str, Any]) -> str:
+    """Which of the names in the settings the reader has to find a folder for."""
+    given = [settings.get("model_name_or_path"), *_listed(settings.get("dataset"))]
+    given += [settings.get("ref_model_name_or_path"), *_listed(settings.get("dataset_mixer"))]
+    names = [name for name in given if isinstance(name, str) and _is_place(name)]
+    listed = ", ".join(dict.fromkeys(_code(unplaced(name)) for name in names))
+    return (
+        f"Local where it was trained, to be replaced by paths of yours: {listed}" if names else ""
+    )
 
 
 def _citation(name: str) -> str:
@@ -162,13 +216,51 @@ def _results_table(run: Run) -> str:
     return "\n".join(rows)
 
 
-def _settings_table(values: dict[str, Any]) -> str:
+def _effort(run: Run, device: str | None) -> str:
+    """How long it took, and on what."""
+    seconds, rate = run.seconds(), run.pairs_per_s()
+    said = [f"{run.last_step():g} steps"]
+    said += [f"in {duration(seconds)}"] if seconds is not None else []
+    said += [f"on {_plain(device)}"] if device else []
+    said += [f"at {figure(rate)} pairs per second"] if rate is not None else []
+    return " ".join(said)
+
+
+def _hyperparameters_table(values: dict[str, Any]) -> str:
     rows = [
         f"| {_code(name)} | {_code(value)} |"
         for name, value in flatten(values)
-        if not (isinstance(value, float) and math.isnan(value))
+        if name != "name" and not (isinstance(value, float) and math.isnan(value))
     ]
     return "\n".join(["| | |", "| --- | --- |", *rows]) if rows else ""
+
+
+def _data_table(data: dict[str, Any]) -> str:
+    """What was trained and evaluated on: a column a split."""
+    splits = {name: part for name, part in data.items() if isinstance(part, dict)}
+    if not splits:
+        return ""
+    rows = {"from": [", ".join(map(_source, part["sources"])) for part in splits.values()]}
+    rows["pairs"] = [f"{part['pairs']:,}" for part in splits.values()]
+    for side in ("prompt", "chosen", "rejected"):
+        stats = [part["lengths"].get(side) for part in splits.values()]
+        rows[f"tokens, {side}"] = [
+            f"mean {each['mean']:,.0f}, at most {each['max']:,}" if each else "" for each in stats
+        ]
+    for kind, said in (("flags", "{}"), ("skipped", "skipped: {}")):
+        for name in dict.fromkeys(name for part in splits.values() for name in part[kind]):
+            counts = [part[kind].get(name, 0) for part in splits.values()]
+            rows[said.format(name)] = [f"{count:,}" for count in counts]
+    if any(part["flipped"] for part in splits.values()):
+        rows["sides swapped"] = [f"{part['flipped']:,}" for part in splits.values()]
+    head = f"| | {' | '.join(map(_plain, splits))} |\n|{' --- |' * (len(splits) + 1)}"
+    lines = [f"| {_plain(name)} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    return "\n".join([head, *lines])
+
+
+def _source(source: dict[str, Any]) -> str:
+    split = f" {_plain(source['split'])}" if source["split"] else ""
+    return f"{_code(unplaced(source['name']))}{split}"
 
 
 def _code(value: object) -> str:
@@ -188,16 +280,12 @@ def _yaml(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(settings, allow_unicode=True, sort_keys=False).replace("```", "'''")
 
 
-def _data_sets(settings: dict[str, Any]) -> list[str]:
-    return _listed(settings.get("dataset")) or list(settings.get("dataset_mixer") or {})
-
-
 def _listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
 def _on_hub(name: str | None) -> str | None:
     """The name if it can be one of the hub's; a folder of this machine says nothing there."""
-    if not name or not HUB_NAME.fullmatch(name) or Path(name).exists():
+    if not name or not HUB_NAME.fullmatch(name) or _is_place(name):
         return None
     return name
