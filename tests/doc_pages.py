@@ -32,8 +32,8 @@ OTHERS = {
 }  # fmt: skip
 """Names of other programs that pages mention and the sources do not."""
 
-PLACEHOLDERS = {"--key", "--name", "--signal"}
-"""Options that stand for any, and one of Slurm's."""
+PLACEHOLDERS = {"--key", "--name", "--signal", "--dependency"}
+"""Options that stand for any, and Slurm's."""
 NOT_THERE = {"kernels/__init__.py"}
 """Files that pages say must not be there."""
 
