@@ -19,6 +19,7 @@ class Case:
     distribution: Distribution = "peaked"
     entropy: float = 1.5
     seed: int = 0
+    standard: bool = True  # False: sizes or an entropy that no bound of the tails was set for
 
     @property
     def torch_dtype(self) -> torch.dtype:

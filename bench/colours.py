@@ -27,7 +27,7 @@ COLOURS = {
 OTHER = "#bdbdbd"
 WIDTH_IN = 11
 """Of a picture that a page shows at its full width: text of 9 points is then still readable."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

@@ -225,7 +225,11 @@ def _shared_fields(case: Case, inputs: PeakedCase, settings: Settings, commit: C
     return {
         "op": "linear_logprob",
         "case": case.name,
-        **{k: v for k, v in dataclasses.asdict(case).items() if k not in ("name", "entropy")},
+        **{
+            k: v
+            for k, v in dataclasses.asdict(case).items()
+            if k not in ("name", "entropy", "standard")
+        },
         "entropy": round(inputs.entropy, 3),
         "sharpness": round(inputs.sharpness, 3),
         **environment(settings.device, commit),

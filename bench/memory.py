@@ -16,19 +16,23 @@ Triton kernels and libraries it does not see.
 
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from bench.peaked import PeakedCase
 from bench.providers import PROVIDERS, Provider
 from bench.record import ROOT
 
 MIB = 2**20
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it begins and ends
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 """torch's matrix products, by where their first factor stands."""
 Usage = dict[str, Any]
@@ -94,15 +98,24 @@ def _small(case: PeakedCase, tokens: int = 16, vocab: int = 512) -> PeakedCase:
 
 
 def _profiled(provider: Provider, case: PeakedCase) -> tuple[int, int]:
-    """Bytes at the highest point of allocations minus frees, the returned gradients apart; and the
-    operations of all matrix products."""
+    """Bytes at the highest point, the returned gradients apart, and operations."""
+
+    def run() -> Iterable[Tensor]:
+        return provider.run(case.hidden, case.weight, case.targets, case.coefficients)[1:]
+
+    return profiled_run(run, case.hidden.device.type)
+
+
+def profiled_run(run: Callable[[], Iterable[Tensor]], device: str) -> tuple[int, int]:
+    """Bytes at the highest point of allocations minus frees, those of the tensors that ``run``
+    returns apart; and the operations of all matrix products."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(
         activities=activities, profile_memory=True, record_shapes=True
     ) as profiled:
-        _, *gradients = provider.run(case.hidden, case.weight, case.targets, case.coefficients)
+        gradients = list(run())
     kept = {gradient.untyped_storage().data_ptr() for gradient in gradients}
-    allocations = _allocations(profiled, case.hidden.device.type)
+    allocations = _allocations(profiled, device)
     # A gradient's address may have been in use before: its allocation is the last one there.
     last = {pointer: i for i, (pointer, size) in enumerate(allocations) if size > 0}
     level = peak = 0

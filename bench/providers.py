@@ -53,7 +53,7 @@ class Provider:
 
     def bounds(self, case: Case) -> tuple[float, float, float]:
         kind = self.bound
-        if kind == "mean" and case.distribution != "peaked":
+        if kind == "mean" and not (case.standard and case.distribution == "peaked"):
             kind = "mean-hard"
         return BOUNDS[kind]["float32" if case.dtype == "float32" else "half"]
 

@@ -10,6 +10,7 @@ compared. A row has pairs/s (real time, batch fetching included), peak memory of
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,11 +31,10 @@ from bench.record import (
     refused,
     writer,
 )
+from bench.subject import find_subject
 from bench.timing import spread
 from bench.training_data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
 from bench.training_table import table
-
-SHARED = ROOT.parent / "shared" / "data"
 
 LAYOUTS = ("padded", "packed", "prefix_shared")
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -82,9 +82,9 @@ SKIPPED = {"simpo": {"trl-dpo"}, "lmpo": {"trl-cpo", "trl-dpo"}, "dpo": {"trl-cp
 
 
 class Worker:
-    """A contender's process."""
+    """A contender's process, with some environment variables of its own."""
 
-    def __init__(self, name: str, spec: dict[str, Any], folder: Path) -> None:
+    def __init__(self, name: str, spec: dict[str, Any], folder: Path, **variables: str) -> None:
         self.name = name
         path = folder / f"{name}.json"
         path.write_text(json.dumps(spec))
@@ -96,6 +96,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
+            env={**os.environ, **variables},
         )
 
     def answer(self) -> dict[str, Any]:
@@ -109,10 +110,13 @@ class Worker:
 
     def step(self) -> float:
         """Milliseconds of one optimizer step."""
+        self.begin_step()
+        return self.answer()["ms"]
+
+    def begin_step(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        return self.answer()["ms"]
 
     def stop(self) -> None:
         self.process.kill()
@@ -124,11 +128,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all for it")
     parser.add_argument("--objective", choices=("simpo", "lmpo", "dpo"), default="simpo")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", type=Path, default=SHARED / "small_lm", help="a saved model")
+    parser.add_argument("--model", type=Path, help="a saved model (default: `bench/subject.py`)")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
-    parser.add_argument(
-        "--pairs", type=Path, default=SHARED / "judged_pairs_train.jsonl.gz", help="JSONL"
-    )
+    parser.add_argument("--pairs", type=Path, help="JSONL of pairs (default: the model's)")
     parser.add_argument("--lengths", type=Path, help="JSON of lengths, in place of --pairs")
     parser.add_argument("--write-lengths", type=Path, help="write the pairs' lengths, and stop")
     parser.add_argument(
@@ -286,6 +288,16 @@ def loss_gap(rows: list[Row]) -> float | None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if options.model is None or options.pairs is None:
+            subject = find_subject(folder)
+            options.model = options.model or subject.model
+            options.pairs = options.pairs or subject.pairs
+        return benchmark(options, folder)
+
+
+def benchmark(options: argparse.Namespace, folder: Path) -> int:
     if options.write_lengths:
         options.write_lengths.write_text(json.dumps(lengths_of(find_rows(options))))
         return 0
@@ -295,11 +307,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     rows = find_rows(options)
     names = options.contenders or [n for n in CONTENDERS if n not in SKIPPED[options.objective]]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        (folder / "rows.json").write_text(json.dumps(rows))
-        (folder / "order.json").write_text(json.dumps(batch_order(rows, options.batch)))
-        found = run_contenders(names, options, folder)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "order.json").write_text(json.dumps(batch_order(rows, options.batch)))
+    found = run_contenders(names, options, folder)
     facts = shared_facts(options, rows, commit)
     new = [{**facts, "provider": name, **found[name]} for name in names]
     gap = loss_gap(new)

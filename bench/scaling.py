@@ -1,0 +1,184 @@
+"""How time and memory grow: `python -m bench.scaling` from the repository root.
+
+Curves: the head against *tokens*, *vocab* and *hidden_size*, each alone; against the *active*
+fraction that routing leaves, with the crossing to the dense path; a whole model's forward and
+backward against *sequence* length (`scaling_steps.py`); pairs/s against *ranks*
+(`scaling_ranks.py`). Two and a half minutes on an idle pair of cores. On CUDA the head's curves
+only, at larger sizes.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+from bench.harness import Settings, measure
+from bench.providers import PROVIDERS, Provider
+from bench.record import (
+    RESULTS,
+    Commit,
+    Row,
+    add_output_options,
+    environment,
+    find_commit,
+    refused,
+    writer,
+)
+
+SIZES = ("tokens", "vocab", "hidden_size")
+CURVES = (*SIZES, "active", "sequence", "ranks")
+BASES = {
+    "cpu": Case("scaling", 512, 256, 32768, standard=False),
+    "cuda": Case("scaling", 4096, 2048, 65536, "bfloat16", standard=False),
+    "tiny": Case("scaling", 32, 32, 1024, standard=False),
+}
+FACTORS: dict[str, tuple[float, ...]] = {
+    "tokens": (0.25, 0.5, 1, 2, 4),
+    "vocab": (0.25, 0.5, 1, 2, 4),
+}
+FACTORS["hidden_size"] = (0.25, 0.5, 1, 2)
+ENTROPIES = (0.2, 0.5, 1.0, 1.5, 2.5, 4.0)
+FLAT_EPS = (2**-11, 2**-12, 2**-13, 2**-15)
+"""Flat inputs leave much active at the default; with a smaller bound nearly all is."""
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser.add_argument("--curves", nargs="+", choices=CURVES, help="default: all for the device")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--base", choices=BASES, help="sizes to start from (default: the device's)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default 3)")
+    parser.add_argument(
+        "--budget-s", type=float, default=4, help="of a point: no round begins after it (default 4)"
+    )
+    add_output_options(parser, "scaling_<device>.json")
+    return parser.parse_args(arguments)
+
+
+def heads(device: str) -> list[Provider]:
+    backend = "triton" if device == "cuda" else "torch"
+    names = ("full-logits", f"widemargin-{backend}-mean", f"widemargin-{backend}-exact")
+    return [PROVIDERS[name] for name in (*names, "trl-chunked")]
+
+
+def head_rows(curve: str, base: Case, settings: Settings, commit: Commit) -> Iterator[Row]:
+    """One size varied, the others as in ``base``."""
+    for factor in FACTORS[curve]:
+        case = replace(base, **{curve: round(getattr(base, curve) * factor)})
+        for row in measure(case, heads(settings.device), settings, commit):
+            yield row | {"op": "scaling", "curve": curve}
+
+
+def active_rows(base: Case, settings: Settings, commit: Commit) -> Iterator[Row]:
+    """From nearly certain tokens to flat ones, and to a bound under which nearly all is active."""
+    _, mean, exact, _ = heads(settings.device)
+    cases = [(replace(base, entropy=entropy), 2**-11) for entropy in ENTROPIES]
+    cases += [(replace(base, distribution="flat"), eps) for eps in FLAT_EPS]
+    for case, eps in cases:
+        ours = replace(mean, forward=partial(_with_eps, settings.device, eps))
+        for row in measure(case, [ours, exact], settings, commit):
+            yield row | {"op": "scaling", "curve": "active", "tail_eps": eps}
+
+
+def _with_eps(
+    device: str, eps: float, hidden: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, Any]:
+    module = importlib.import_module("widemargin.kernels.linear_logprob")
+    backend = "triton" if device == "cuda" else "torch"
+    return module.linear_logprob(
+        hidden, weight, targets, tail_eps=eps, backend=backend, return_stats=True
+    )
+
+
+def crossover(rows: list[Row]) -> float | None:
+    """The active fraction from which on tail "mean" takes as long as "exact", if there is one.
+
+    Args:
+        rows: of the curve *active*: of each case one of either tail.
+    """
+    points: list[tuple[float, float]] = []
+    timed = [row for row in rows if "total_ms" in row]
+    exact = {_point(row): row for row in timed if row["provider"].endswith("exact")}
+    for row in timed:
+        if row["provider"].endswith("mean") and _point(row) in exact:
+            ratio = row["total_ms"]["median"] / exact[_point(row)]["total_ms"]["median"]
+            points.append((row["active_fraction"], ratio))
+    points.sort()
+    if not points or points[-1][1] < 1:
+        return None
+    for (low, before), (high, after) in reversed(list(pairwise(points))):
+        if before < 1:
+            return low + (high - low) * (1 - before) / (after - before)
+    return points[0][0]
+
+
+def _point(row: Row) -> tuple[Any, ...]:
+    return row["entropy"], row["distribution"], row["tail_eps"]
+
+
+def line(row: Row) -> str:
+    """A row as one line of text."""
+    curve: str = row["curve"]
+    at = row.get({"active": "active_fraction", "sequence": "length"}.get(curve, curve))
+    name = f"{curve:12} {at if at is None else format(at, '.4g'):>8}  {row['provider']:26}"
+    if "reason" in row:
+        return f"{name} {row['reason']}"
+    if "pairs_per_s" in row:
+        return f"{name} {row['pairs_per_s']:8.2f} pairs/s  {row['case']}"
+    peak = row.get("peak_extra_mib", {}).get("allocator", float("nan"))
+    return f"{name} {row['total_ms']['median']:8.1f} ms  {peak:8.1f} MiB"
+
+
+def rows_of(options: argparse.Namespace, commit: Commit) -> Iterator[Row]:
+    base = BASES[options.base or options.device]
+    cuda = options.device == "cuda"
+    settings = Settings(options.device, options.repeats, 2 * cuda, options.budget_s, "here")
+    shared = {"op": "scaling", **environment(options.device, commit)}
+    small = (base.hidden_size, 2 * base.hidden_size) if options.base == "tiny" else None
+    for curve in options.curves or (CURVES[:4] if cuda else CURVES):
+        if curve in SIZES:
+            yield from head_rows(curve, base, settings, commit)
+        elif curve == "active":
+            yield from active_rows(base, settings, commit)
+        elif curve == "sequence":
+            from bench.scaling_steps import LENGTHS, sequence_rows
+
+            yield from (shared | row for row in sequence_rows(small or LENGTHS))
+        else:
+            from bench.scaling_ranks import rank_rows
+
+            yield from (shared | row for row in rank_rows(*((1, 4) if small else ())))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda: this machine has no CUDA device", file=sys.stderr)
+        return 2
+    out = (options.out or RESULTS / f"scaling_{options.device}.json").resolve()
+    commit = find_commit(options.commit)
+    if refused(out, commit, options.allow_dirty):
+        return 2
+    write = writer(out)
+    rows: list[Row] = []
+    for row in rows_of(options, commit):
+        rows.append(row)
+        print(line(row), flush=True)
+        write(rows)
+    at = crossover([row for row in rows if row["curve"] == "active"])
+    if at is not None:
+        print(f"mean takes as long as exact from an active fraction of {at:.2f} on")
+    ours = [row for row in rows if row["provider"].startswith("widemargin")]
+    return 1 if any(row.get("gate") in ("wrong", "failed to run") for row in ours) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
