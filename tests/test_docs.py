@@ -157,3 +157,14 @@ def test_table_of_active_fractions_is_what_its_script_makes():
     script = runpy.run_path(str(FIGURES / "active_table.py"))
     page = script["PAGE"].read_text(encoding="utf-8")
     assert script["page_with_table"](page) == page, "run docs/figures/active_table.py"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_page_says_which_couple_pairs(name):
+    spec = OBJECTIVES[name]
+    page = (DOCS / "objectives.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    assert ("Couples pairs" in section) == spec.couples_pairs
+    start = "| with a reference model |" if spec.needs_reference else "| without a reference |"
+    row = next(line for line in page.splitlines() if line.startswith(start))
+    assert f"`{name}`" in row.split("|")[3 if spec.couples_pairs else 2]
