@@ -32,7 +32,7 @@ from .head_inputs import Backend, Tail, choose_backend, compute_dtype_of, valida
 from .reference import IGNORE_INDEX
 from .routing import num_blocks
 from .torch_head import Head, ieee_products
-from .torch_head_backward import Saved
+from .torch_head_backward import Saved, Wanted
 
 
 class HeadStats:
@@ -97,20 +97,8 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(
-    hidden,
-    weight,
-    targets,
-    bias,
-    stats,
-    logit_scale,
-    softcap,
-    tail,
-    tail_eps,
-    compute_dtype,
-    backend,
-    keep,
-):
+def _(hidden, weight, *rest):
+    tail, _tail_eps, compute_dtype, _backend, keep = rest[-5:]
     dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     rows, vocabulary = len(hidden), len(weight)
 
@@ -160,14 +148,9 @@ def _backward_op(
         torch.autocast(hidden.device.type, enabled=False),
         ieee_products(),
     ):
-        gradients, routing = backward(
-            head,
-            saved,
-            grad,
-            scored,
-            0.0 if tail == "exact" else tail_eps,
-            (needs[0], needs[1], needs[2]),
-        )
+        eps = 0.0 if tail == "exact" else tail_eps
+        wanted = Wanted(grad, scored, eps, needs[0], needs[1], needs[2])
+        gradients, routing = backward(head, saved, wanted)
     if stats is not None:
         stats.copy_(routing)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
@@ -285,18 +268,6 @@ def linear_logprob(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     stats = hidden.new_full((4,), torch.nan, dtype=dtype) if return_stats else None
-    logps = _forward_op(
-        hidden,
-        weight,
-        targets,
-        bias,
-        stats,
-        logit_scale,
-        softcap,
-        tail,
-        tail_eps,
-        compute_dtype,
-        chosen,
-        keep,
-    )[0]
+    settings = (logit_scale, softcap, tail, tail_eps, compute_dtype, chosen, keep)
+    logps = _forward_op(hidden, weight, targets, bias, stats, *settings)[0]
     return logps if stats is None else (logps, HeadStats(stats))

@@ -29,6 +29,21 @@ class Saved(NamedTuple):
     profile: Tensor
 
 
+class Wanted(NamedTuple):
+    """What backward is asked for.
+
+    grad: [N] of the log-probs, 0 where not scored. scored: [N] bool. tail_eps: 0 computes every
+    pair. hidden, weight, bias: whether they want a gradient.
+    """
+
+    grad: Tensor
+    scored: Tensor
+    tail_eps: float
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
 class Gradients(NamedTuple):
     """Of hidden [N, H], weight [V, H] and bias [V]; None for those not asked for."""
 
@@ -82,17 +97,10 @@ def pieces(active: Tensor) -> Iterator[Piece]:
 
 
 class Backward:
-    """One backward pass: what every span reads, and the gradients it adds to.
+    """One backward pass: what every span reads, and the gradients it adds to."""
 
-    Args:
-        grad: [N] of the log-probs, 0 where the target is ignored.
-        needs: whether hidden, weight and bias want a gradient.
-    """
-
-    def __init__(
-        self, head: Head, saved: Saved, grad: Tensor, needs: tuple[bool, bool, bool]
-    ) -> None:
-        self.head, self.saved = head, saved
+    def __init__(self, head: Head, saved: Saved, wanted: Wanted) -> None:
+        self.head, self.saved, grad = head, saved, wanted.grad
         self.grad = grad * head.logit_scale
         self.hidden = head.operand(head.hidden)
         self.own = head.own_coefficients(self.grad, saved.logps, saved.targets)
@@ -102,14 +110,16 @@ class Backward:
         self.target_bounds = [0, *counts.cumsum(0).tolist()]
 
         width = head.hidden.shape[1]
-        self.d_hidden = grad.new_zeros(head.hidden.shape) if needs[0] else None
-        self.d_weight = torch.empty_like(head.weight) if needs[1] else None
-        self.d_bias = grad.new_zeros(len(head.weight)) if needs[2] else None
+        self.d_hidden = grad.new_zeros(head.hidden.shape) if wanted.hidden else None
+        self.d_weight = torch.empty_like(head.weight) if wanted.weight else None
+        self.d_bias = grad.new_zeros(len(head.weight)) if wanted.bias else None
         self.in_place = head.weight.dtype == grad.dtype
-        self.scratch = None if self.in_place or not needs[1] else grad.new_empty(COLUMNS, width)
+        self.scratch = (
+            grad.new_empty(COLUMNS, width) if wanted.weight and not self.in_place else None
+        )
         self.gathered = self.hidden.new_empty(ROWS, width)
         self.logits = grad.new_empty(ROWS * COLUMNS)
-        self.added = grad.new_empty(ROWS if needs[0] else 0, width)
+        self.added = grad.new_empty(ROWS if wanted.hidden else 0, width)
         self.pull: Tensor | None = None
 
     def run(self, routed: Routed) -> Gradients:
@@ -239,24 +249,12 @@ class Backward:
             self.d_bias.index_add_(0, local + start, own[:, 0])
 
 
-def backward(
-    head: Head,
-    saved: Saved,
-    grad: Tensor,
-    scored: Tensor,
-    tail_eps: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Gradients, Tensor]:
-    """Gradients for ``grad`` [N] of the log-probs, and the routing's statistics [4].
-
-    Args:
-        grad: 0 where not ``scored`` [N]. tail_eps: 0 computes every pair.
-        needs: whether hidden, weight and bias want a gradient.
-    """
+def backward(head: Head, saved: Saved, wanted: Wanted) -> tuple[Gradients, Tensor]:
+    """The gradients, and the routing's statistics [4]."""
     pairs = (saved.partial_lse, saved.lse, saved.logps, saved.targets)
-    routed = route(*pairs, grad, scored, tail_eps, FULL_FRACTION)
-    stats = routing_stats(routed, scored)
-    return Backward(head, saved, grad, needs).run(routed), stats
+    routed = route(*pairs, wanted.grad, wanted.scored, wanted.tail_eps, FULL_FRACTION)
+    stats = routing_stats(routed, wanted.scored)
+    return Backward(head, saved, wanted).run(routed), stats
 
 
 def profile_means(head: Head, profile: Tensor) -> Tensor:

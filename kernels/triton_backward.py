@@ -17,7 +17,7 @@ from .cells import TILE, list_cells, slice_count
 from .routing import BLOCK, num_blocks
 from .tiles import tiles_for
 from .torch_head import Head
-from .torch_head_backward import Gradients, Saved
+from .torch_head_backward import Gradients, Saved, Wanted
 from .triton_cells import _bias_kernel, _hidden_kernel, _recompute_kernel, _weight_kernel
 from .triton_routing import Routing
 from .triton_tile import inner_contiguous, programs, triton_dtype
@@ -26,15 +26,9 @@ WORKSPACE_BYTES = 256 * 2**20
 """Most memory for the cells' G, the sorted tokens' hidden states and the tail's rows together."""
 
 
-def backward(
-    head: Head,
-    saved: Saved,
-    grad: Tensor,
-    scored: Tensor,
-    tail_eps: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Gradients, Tensor]:
+def backward(head: Head, saved: Saved, wanted: Wanted) -> tuple[Gradients, Tensor]:
     """As `torch_head_backward.backward`, over cells in place of single pairs."""
+    grad, scored, tail_eps = wanted[:3]
     tokens, (vocabulary, width) = len(head.hidden), head.weight.shape
     if tail_eps:
         averaged = saved.profile.numel() > 0
@@ -43,10 +37,10 @@ def backward(
         routing = triton_routing.everything(num_blocks(vocabulary), scored, saved.lse.dtype)
     grad = grad * head.logit_scale
     launches = Launches(head, saved, routing, grad)
-    d_hidden = launches.first_d_hidden() if needs[0] else None
+    d_hidden = launches.first_d_hidden() if wanted.hidden else None
     new = head.weight.new_empty
-    d_weight = new(vocabulary, width) if needs[1] else None
-    d_bias = new(vocabulary, dtype=torch.float32) if needs[2] else None
+    d_weight = new(vocabulary, width) if wanted.weight else None
+    d_bias = new(vocabulary, dtype=torch.float32) if wanted.bias else None
     for piece in range(launches.slices) if tokens else ():
         launches.recompute(piece)
         if d_weight is not None:

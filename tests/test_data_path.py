@@ -103,13 +103,13 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(tmp_path, objective):
 def test_workers_by_default(tmp_path, monkeypatch):
     workers = PreferenceConfig.__dataclass_fields__["dataloader_num_workers"].default_factory
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert workers() == 2  # pyright: ignore
+    assert workers() == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert workers() == 0  # pyright: ignore
-    config = tiny_config(tmp_path)
+    assert workers() == 0
+    config: Any = tiny_config(tmp_path)
     assert not config.dataloader_persistent_workers
     assert not config.dataloader_pin_memory
-    assert not config.accelerator_config.non_blocking  # pyright: ignore
+    assert not config.accelerator_config.non_blocking
     assert tiny_config(tmp_path, dataloader_num_workers=1).dataloader_num_workers == 1
     none = tiny_config(tmp_path, dataloader_num_workers=0, dataloader_persistent_workers=True)
     assert not none.dataloader_persistent_workers

@@ -96,7 +96,7 @@ def test_lengths_and_rows_of_a_rearranged_data_set(name):
         lengths = getattr(rows.lengths, part)
         assert lengths.tolist() == [len(row) for row in ids]
         assert lengths.dtype == np.int64
-        assert [row[f"{part}_ids"].tolist() for row in rows] == list(ids)  # pyright: ignore
+        assert [row[f"{part}_ids"].tolist() for row in rows] == list(ids)
 
 
 def test_rows_in_any_order_fillers_included():

@@ -156,7 +156,7 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         if not hasattr(self, name):
             name = "gradient_checkpointing"
         kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None  # pyright: ignore
+        self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
         setattr(self, name, True)
         setattr(self, f"{name}_kwargs", kwargs)
 

@@ -76,9 +76,10 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.pad_token_id is None:
+    token_id: Any = tokenizer.pad_token_id
+    if token_id is None:
         raise UserError("processing_class: the tokenizer has no padding token; set pad_token")
-    return tokenizer.pad_token_id  # pyright: ignore
+    return token_id
 
 
 def _model_name(settings: ModelSettings) -> str:

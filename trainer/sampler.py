@@ -96,8 +96,7 @@ class PairRows(Dataset):
         rows = slice(None) if stored is None else stored.column(0).to_numpy()
 
         def lengths(name: str) -> np.ndarray:
-            counts = pc.list_value_length(self.dataset.data.column(name))  # pyright: ignore
-            return counts.to_numpy().astype(np.int64)[rows]
+            return _list_lengths(self.dataset.data.column(name)).astype(np.int64)[rows]
 
         return PairLengths(*(lengths(name) for name in TOKEN_COLUMNS))
 
@@ -122,6 +121,10 @@ def _values(column: pa.ChunkedArray) -> Sequence[Any]:
     """A column's values by row: arrays of tokens, or numbers."""
     if not pa.types.is_nested(column.type):
         return column.to_numpy()
-    tokens = pc.list_flatten(column).to_numpy()  # pyright: ignore
-    ends = np.cumsum(pc.list_value_length(column).to_numpy())  # pyright: ignore
+    tokens = pc.call_function("list_flatten", [column]).to_numpy()
+    ends = np.cumsum(_list_lengths(column))
     return np.split(tokens, ends[:-1])
+
+
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.call_function("list_value_length", [column]).to_numpy()
