@@ -96,7 +96,7 @@ def routings(case: PeakedCase) -> Iterator[Row]:
     from widemargin.kernels.cells import choose_cells
     from widemargin.kernels.routing import BLOCK, route, routing_stats
     from widemargin.kernels.torch_head import Head, forward
-    from widemargin.kernels.torch_head_backward import FULL_FRACTION, Backward, Saved
+    from widemargin.kernels.torch_head_backward import FULL_FRACTION, Backward, Saved, Wanted
 
     head = Head(case.hidden, case.weight, None, 1.0, None, torch.float32)
     logps, lse, partial_lse, profile = forward(head, case.targets, keep=True, profile=True)
@@ -112,7 +112,8 @@ def routings(case: PeakedCase) -> Iterator[Row]:
             else:
                 routed = choose_cells(*inputs, eps)[0]
             fraction, mean, top, _ = routing_stats(routed, scored).tolist()
-            got = Backward(head, saved, case.coefficients, (True, True, False)).run(routed)
+            wants = Wanted(case.coefficients, scored, eps, hidden=True, weight=True, bias=False)
+            got = Backward(head, saved, wants).run(routed)
             assert got.hidden is not None
             assert got.weight is not None
             yield {

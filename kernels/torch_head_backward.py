@@ -114,9 +114,8 @@ class Backward:
         self.d_weight = torch.empty_like(head.weight) if wanted.weight else None
         self.d_bias = grad.new_zeros(len(head.weight)) if wanted.bias else None
         self.in_place = head.weight.dtype == grad.dtype
-        self.scratch = (
-            grad.new_empty(COLUMNS, width) if wanted.weight and not self.in_place else None
-        )
+        aside = wanted.weight and not self.in_place
+        self.scratch = grad.new_empty(COLUMNS, width) if aside else None
         self.gathered = self.hidden.new_empty(ROWS, width)
         self.logits = grad.new_empty(ROWS * COLUMNS)
         self.added = grad.new_empty(ROWS if wanted.hidden else 0, width)
