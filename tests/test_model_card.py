@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from tiny_models import TOKENIZER, tiny_model, tiny_pairs, tiny_trainer
 from widemargin.trainer.cli import main
-from widemargin.trainer.model_card import PAPERS, unplaced
+from widemargin.trainer.model_card import PAPERS
 from widemargin.trainer.objectives import OBJECTIVES
+from widemargin.trainer.places import unplaced
 
 
 class Refused(HfHubHTTPError.__bases__[0]):

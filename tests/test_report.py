@@ -17,7 +17,7 @@ from widemargin.trainer.errors import UserError
 from widemargin.trainer.report import duration, summary_lines, write_report
 from widemargin.trainer.report_charts import nice_ticks, tick_label
 from widemargin.trainer.report_page import figure
-from widemargin.trainer.report_run import MAX_POINTS, load_run, thin
+from widemargin.trainer.report_run import MAX_POINTS, SAMPLED_TOKENS, load_run, thin
 
 HOSTILE = """<script>alert("x")</script>'"><img src=http://evil.example/x onerror=alert(1)>"""
 
@@ -121,7 +121,7 @@ def test_every_chart_is_well_formed_and_stays_in_its_box(tmp_path: Path) -> None
         "Log-probabilities",
         "Loss",
         "Target margin",
-        "Lengths",
+        "Lengths of the pairs",
         "Throughput",
         "Gradient norm",
         "Learning rate",
@@ -171,9 +171,8 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     page = read_report(run_dir)
     plain = Tags(read_report(make_run(tmp_path / "plain", logs[:-1])))
     tags = Tags(page)
-    assert {tag for tag, _ in tags.seen} <= {tag for tag, _ in plain.seen} | {
-        "details", "summary", "wbr", "div", "dl", "dt", "dd", "p",
-    }  # fmt: skip
+    more = {"details", "summary", "wbr", "div", "dl", "dt", "dd", "p"}
+    assert {tag for tag, _ in tags.seen} <= {tag for tag, _ in plain.seen} | more
     assert not any(name.startswith("on") for _, attrs in tags.seen for name in attrs)
     assert "<script" not in page
     assert "<img" not in page
@@ -267,9 +266,19 @@ def test_ticks_enclose_the_values(low: float, span: float, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0.0, "0"), (0.9682, "0.968"), (-4.7, "-4.70"), (22.66, "22.7"), (312.4, "312"),
-     (1250.4, "1250"), (0.0025, "0.0025"), (3e-6, "3e-06"), (5.0, "5"), (2.5e9, "2.5e+09")],
-)  # fmt: skip
+    [
+        (0.0, "0"),
+        (0.9682, "0.968"),
+        (-4.7, "-4.70"),
+        (22.66, "22.7"),
+        (312.4, "312"),
+        (1250.4, "1250"),
+        (0.0025, "0.0025"),
+        (3e-6, "3e-06"),
+        (5.0, "5"),
+        (2.5e9, "2.5e+09"),
+    ],
+)
 def test_figures_are_short(value: float, expected: str) -> None:
     assert figure(value) == expected
 
@@ -284,6 +293,16 @@ def test_the_share_of_padded_tokens_is_said(tmp_path: Path) -> None:
     shares = (0.52, 0.56, math.nan)
     logs = [{"step": i, "tokens/computed_vs_padded": share} for i, share in enumerate(shares)]
     assert "0.54 of padded tokens computed" in read_report(make_run(tmp_path, logs))
+
+
+def test_lengths_of_sampled_answers_are_drawn(tmp_path: Path) -> None:
+    """Step 5 was written again by a resumed run; its last answers count."""
+    rows = [(0, "a", 90), (0, "b", 10), (5, "a", 99), (5, "a", 20), (5, "b", 40), (6, "a", None)]
+    make_run(tmp_path, [{"step": 9, "loss": 1.0}])
+    lines = [{"step": s, "prompt": p, "answer": "x", "tokens": n} for s, p, n in rows]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_run(tmp_path).series(SAMPLED_TOKENS) == [(0, 50), (5, 30)]
+    assert "Lengths of its own answers" in read_report(tmp_path)
 
 
 def test_empty_parts_of_the_notes_are_left_out(tmp_path: Path) -> None:

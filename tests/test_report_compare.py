@@ -12,6 +12,7 @@ import pytest
 from test_report import HOSTILE, Tags, evaluation, history, make_run, training
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.report import load_runs, summary_lines, write_report
+from widemargin.trainer.report_compare import range_of
 from widemargin.trainer.report_groups import differences, group_runs
 from widemargin.trainer.report_margins import (
     BINS,
@@ -91,8 +92,8 @@ def test_the_comparison_page_and_lines(tmp_path: Path) -> None:
     assert out == tmp_path / "report.html"
     page = out.read_text(encoding="utf-8")
     titles = re.findall(r"<h3>(.*?)</h3>", page)
-    assert titles[:5] == ["Reward accuracy", "Reward margin", "Log-prob, chosen",
-                          "Log-prob, rejected", "Loss"]  # fmt: skip
+    first = ["Reward accuracy", "Reward margin", "Log-prob, chosen", "Log-prob, rejected", "Loss"]
+    assert titles[:5] == first
     assert "2 settings, 3 runs" in page
     assert "<th>objective.name</th>" in page
     assert "<th>seed</th>" in page
@@ -105,10 +106,13 @@ def test_nothing_in_a_comparison_is_live(tmp_path: Path) -> None:
     folders = []
     for i in range(2):
         folder = make_run(
-            tmp_path / f"r{i}", [*history(), {"step": 41, HOSTILE: math.nan}],
+            tmp_path / f"r{i}",
+            [*history(), {"step": 41, HOSTILE: math.nan}],
             settings={"run_name": f"{HOSTILE}{i}", HOSTILE: i},
-            objective={"name": f"{i}{HOSTILE}"}, data={HOSTILE: HOSTILE}, versions={"x": HOSTILE},
-        )  # fmt: skip
+            objective={"name": f"{i}{HOSTILE}"},
+            data={HOSTILE: HOSTILE},
+            versions={"x": HOSTILE},
+        )
         row = {"step": 0, "prompt": HOSTILE, "answer": HOSTILE, "tokens": 3}
         (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
         folders.append(folder)
@@ -142,6 +146,30 @@ def test_the_image(tmp_path: Path, count: int) -> None:
     assert len(data) > 20_000
 
 
+def test_margins_name_their_runs_in_a_legend_and_their_steps_beside(tmp_path: Path) -> None:
+    counts = [0] * BINS
+    counts[300:400] = [1] * 100
+    folders = [run_of(tmp_path, "lmpo", 0), run_of(tmp_path, "simpo", 0)]
+    for folder in folders:
+        lines = [line_of(step, {"reward_margins": counts}) for step in (0, 20)]
+        (folder / MARGINS_FILE).write_text("".join(lines))
+    both = write_report(folders).read_text(encoding="utf-8")
+    assert '<span class="c1"><i></i></span>simpo</li></ul><svg' in both
+    one = write_report(folders[0]).read_text(encoding="utf-8")
+    assert re.findall(r'text-anchor="end">(step \d+|\d+%)<', one) == [
+        "step 0",
+        "80%",
+        "step 20",
+        "80%",
+    ]
+
+
+def test_ranges_that_read_the_same_are_one_number() -> None:
+    assert range_of([-10.31, -10.34]) == "-10.3"
+    assert range_of([0.1, 0.3]) == "0.200 (0.100 to 0.300)"
+    assert range_of([]) == ""
+
+
 def test_a_histogram_tells_quantiles_and_shares() -> None:
     counts = [0] * BINS
     counts[BINS // 2 - 1], counts[BINS // 2] = 1, 3
@@ -166,10 +194,15 @@ def test_ridges_keep_nearly_all_pairs_and_their_place() -> None:
 
 def test_margins_are_read_past_what_a_killed_run_left(tmp_path: Path) -> None:
     one, two = [1] + [0] * (BINS - 1), [0] * (BINS - 1) + [2]
-    lines = [line_of(4, {"reward_margins": one}), line_of(2, {"reward_margins": one}),
-             '{"step": 6, "sca\n', "[]\n", line_of(4, {"reward_margins": two}),
-             '{"step": 8, "scale": 1, "width": 0.1, "bins": 160}\n',
-             line_of(9, {"reward_margins": [0] * BINS})]  # fmt: skip
+    lines = [
+        line_of(4, {"reward_margins": one}),
+        line_of(2, {"reward_margins": one}),
+        '{"step": 6, "sca\n',
+        "[]\n",
+        line_of(4, {"reward_margins": two}),
+        '{"step": 8, "scale": 1, "width": 0.1, "bins": 160}\n',
+        line_of(9, {"reward_margins": [0] * BINS}),
+    ]
     (tmp_path / MARGINS_FILE).write_text("".join(lines))
     found = read_margins(tmp_path)["reward_margins"]
     assert list(found) == [2, 4]
@@ -178,9 +211,16 @@ def test_margins_are_read_past_what_a_killed_run_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [{"first": -1, "counts": [1]}, {"first": 630, "counts": [1] * 20}, {"first": 0, "counts": []},
-     {"first": 0, "counts": [-1]}, {"first": 0, "counts": "11"}, {"first": None}, 3],
-)  # fmt: skip
+    [
+        {"first": -1, "counts": [1]},
+        {"first": 630, "counts": [1] * 20},
+        {"first": 0, "counts": []},
+        {"first": 0, "counts": [-1]},
+        {"first": 0, "counts": "11"},
+        {"first": None},
+        3,
+    ],
+)
 def test_histograms_that_cannot_be_are_passed_over(tmp_path: Path, broken: Any) -> None:
     entry = {"step": 1, "scale": 0.1, "width": WIDTH, "bins": BINS, "reward_margins": broken}
     (tmp_path / MARGINS_FILE).write_text(json.dumps(entry) + "\n")

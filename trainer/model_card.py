@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import refusals
+from .places import is_place, unplaced
 from .report import duration
 from .report_page import figure
 from .report_run import Run, flatten
@@ -164,33 +165,11 @@ def card_body(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def unplaced(value: Any) -> Any:
-    """Names and settings with a folder or file of this machine as its last component alone.
-
-    A card is for the hub, where paths say nothing but who trained where.
-    """
-    if isinstance(value, Mapping):
-        return {unplaced(key): unplaced(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [unplaced(part) for part in value]
-    return Path(value).name or "folder" if isinstance(value, str) and _is_place(value) else value
-
-
-def _is_place(name: str) -> bool:
-    """Whether a text is a path of this machine: one that is there, or could not be elsewhere."""
-    if name.startswith(("/", "~", "./", "../")):
-        return True
-    try:
-        return "/" in name and Path(name).exists()
-    except (OSError, ValueError):  # too long for a name, or no text for one
-        return False
-
-
 def _local_places(settings: dict[str, Any]) -> str:
     """Which of the names in the settings the reader has to find a folder for."""
     given = [settings.get("model_name_or_path"), *_listed(settings.get("dataset"))]
     given += [settings.get("ref_model_name_or_path"), *_listed(settings.get("dataset_mixer"))]
-    names = [name for name in given if isinstance(name, str) and _is_place(name)]
+    names = [name for name in given if isinstance(name, str) and is_place(name)]
     listed = ", ".join(dict.fromkeys(_code(unplaced(name)) for name in names))
     return (
         f"Local where it was trained, to be replaced by paths of yours: {listed}" if names else ""
@@ -286,6 +265,6 @@ def _listed(value: Any) -> list[str]:
 
 def _on_hub(name: str | None) -> str | None:
     """The name if it can be one of the hub's; a folder of this machine says nothing there."""
-    if not name or not HUB_NAME.fullmatch(name) or _is_place(name):
+    if not name or not HUB_NAME.fullmatch(name) or is_place(name):
         return None
     return name

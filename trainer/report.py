@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, refusals
+from .places import unplaced
 from .report_charts import run_charts
 from .report_compare import comparison_headline, render_comparison, results_rows
 from .report_groups import Group, group_runs
@@ -23,7 +24,7 @@ from .report_page import (
     section,
     text,
 )
-from .report_ridges import Ridges, over_steps
+from .report_ridges import REWARD_RIDGES, TARGET_RIDGES, Ridges, over_steps
 from .report_run import Run, load_run
 from .report_samples import sample_strips
 
@@ -131,10 +132,10 @@ def render(run: Run) -> str:
     body += section(
         "Answers to held-out prompts", [sample_card(s) for s in run.samples], small=True
     )
+    body += section("Over the steps of training", charts)
+    body += section("Margins, pair by pair", [ridges_card(chart) for chart in run_ridges(run)])
     if run.step_samples:
         body += ["<h2>Answers over the steps of training</h2>", sample_strips(run)]
-    body += section("Margins, pair by pair", [ridges_card(chart) for chart in run_ridges(run)])
-    body += section("Over the steps of training", charts)
     body += [_note(run), _how(run)]
     return page(f"{title} · {_name(run)}", [part for part in body if part])
 
@@ -143,12 +144,10 @@ def run_ridges(run: Run) -> list[Ridges]:
     """Histograms of margins over held-out pairs, from the first evaluation to the last."""
     charts = []
     if rewards := run.margins.get("reward_margins"):
-        note = "reward of chosen minus rejected, each held-out pair; right of zero is right"
-        charts.append(over_steps("Reward margins over pairs", note, rewards, "above zero"))
+        charts.append(over_steps("Reward margins over pairs", REWARD_RIDGES, rewards, "above zero"))
     targets = run.margins.get("target_margins", {})
     if any(histogram.spread for histogram in targets.values()):
-        note = "what the objective asks of each held-out pair"
-        charts.append(over_steps("Target margins over pairs", note, targets, "median"))
+        charts.append(over_steps("Target margins over pairs", TARGET_RIDGES, targets, "median"))
     return charts
 
 
@@ -157,13 +156,13 @@ def _header(run: Run, title: str) -> str:
     kicker = " · ".join(text(part) for part in (_name(run), when) if part)
     facts = [
         run.objective.get("name") or run.settings.get("objective"),
-        run.settings.get("model_name_or_path"),
-        run.settings.get("dataset") or run.settings.get("dataset_mixer"),
+        unplaced(run.settings.get("model_name_or_path")),
+        unplaced(run.settings.get("dataset") or run.settings.get("dataset_mixer")),
         run.device,
         *(f"{value} {name}" for name, value in _speed(run)),
     ]
-    lead = " · ".join(text(value) for value in facts if value)
-    top = f'<p class="kicker">{kicker}</p><h1>{text(title)}</h1><p class="lead">{lead}</p>'
+    lead = "".join(f"<li>{text(value)}</li>" for value in facts if value)
+    top = f'<p class="kicker">{kicker}</p><h1>{text(title)}</h1><ul class="lead">{lead}</ul>'
     return f"<header>{top}</header>"
 
 
@@ -216,7 +215,7 @@ def _how(run: Run) -> str:
     """Folding tables of everything it takes to run this again."""
     parts: list[tuple[str, dict[str, Any], bool]] = [
         ("Objective", run.objective, True),
-        ("Data", run.data, True),
+        ("Data", run.data, False),
         ("Summary", run.summary, False),
         ("Settings", run.settings, False),
         ("Versions", run.versions, False),

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
-from .report_run import Point, Run, thin
+from .report_run import SAMPLED_TOKENS, Point, Run, thin
 
+ACCURACY = "share of pairs where chosen earns more than rejected"
+MARGIN = "reward of chosen minus reward of rejected"
 Style = Literal["line", "dotted", "dots"]  # a line, a line with a dot each value, dots alone
 
 WIDTH, HEIGHT = 400.0, 210.0
@@ -73,24 +75,33 @@ def run_charts(run: Run) -> list[Chart]:
             lines.append(Line(f"{side}, held-out", side, run.series("eval_" + name), "dots"))
         return lines
 
+    def training(key: str, label: str = "training") -> list[Line]:
+        return [Line(label, "accent", run.series(key))]
+
+    asked = "what the objective asks of a pair, mean ± standard deviation"
     charts = [
-        Chart("Reward accuracy", "share of pairs where chosen earns more than rejected",
-              both("rewards/accuracies"), low=0.0, high=1.0, reference=0.5),
-        Chart("Reward margin", "reward of chosen minus reward of rejected",
-              both("rewards/margins")),
+        Chart("Reward accuracy", ACCURACY, both("rewards/accuracies"), 0.0, 1.0, 0.5),
+        Chart("Reward margin", MARGIN, both("rewards/margins")),
         Chart("Log-probabilities", mass_note(run), sides("logps")),
         Chart("Loss", "mean over pairs", both("loss")),
-        Chart("Target margin", "what the objective asks of a pair, mean ± standard deviation",
-              [_with_std(run)]),
-        Chart("Lengths", "completion tokens per answer", sides("lengths"), low=0.0),
-        Chart("Throughput", "pairs per second in training",
-              [Line("pairs per second", "accent", run.series("pairs_per_s"))], low=0.0),
-        Chart("Gradient norm", "before clipping",
-              [Line("training", "accent", run.series("grad_norm"))], low=0.0),
-        Chart("Learning rate", "", [Line("training", "accent", run.series("learning_rate"))],
-              low=0.0),
-    ]  # fmt: skip
-    filled = [_without_empty(chart) for chart in charts]
+        Chart("Target margin", asked, [_with_std(run)]),
+        Chart("Lengths of the pairs", "completion tokens per answer", sides("lengths"), low=0.0),
+        Chart(
+            "Lengths of its own answers",
+            "tokens, mean over the sampled prompts",
+            [Line("sampled", "accent", run.series(SAMPLED_TOKENS), "dotted")],
+            low=0.0,
+        ),
+        Chart(
+            "Throughput",
+            "pairs per second in training",
+            training("pairs_per_s", "pairs per second"),
+            low=0.0,
+        ),
+        Chart("Gradient norm", "before clipping", training("grad_norm"), low=0.0),
+        Chart("Learning rate", "", training("learning_rate"), low=0.0),
+    ]
+    filled = [without_empty(chart) for chart in charts]
     return [chart for chart in filled if chart.lines]
 
 
@@ -104,8 +115,10 @@ def mass_note(run: Run) -> str:
             return note
         moves.append(values[-1] - values[0])
     chosen, rejected = moves
-    said = [f"{side} {'rose' if v > 0 else 'fell'} by {abs(v):.2g}" for side, v in
-            zip(("chosen", "rejected"), moves, strict=True)]  # fmt: skip
+    said = [
+        f"{side} {'rose' if move > 0 else 'fell'} by {abs(move):.2g}"
+        for side, move in (("chosen", chosen), ("rejected", rejected))
+    ]
     verdict = ": probability leaves both answers" if chosen < -0.01 and rejected < 0 else ""
     return f"{note}; {', '.join(said)}{verdict}"
 
@@ -118,7 +131,8 @@ def _with_std(run: Run) -> Line:
     return Line("mean ± std", "accent", means, low=low, high=high)
 
 
-def _without_empty(chart: Chart) -> Chart:
+def without_empty(chart: Chart) -> Chart:
+    """The chart with the lines that have something to draw."""
     lines = [ln for ln in chart.lines if any(math.isfinite(v) for _, v in ln.points)]
     if len(lines) == 1 and lines[0].colour == "muted":
         lines = [replace(lines[0], colour="accent")]
@@ -136,7 +150,7 @@ def svg(chart: Chart, last_step: float) -> str:
         y = frame.y(tick)
         parts.append(f'<path class="grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>')
         parts.append(_text(LEFT - 7, y + 4, tick_label(tick, ticks), "end"))
-    parts.append(_text(LEFT - 7, HEIGHT - 8, "step", "end"))
+    parts.append(_text(LEFT - 11, HEIGHT - 8, "step", "end"))
     steps = [t for t in nice_ticks(0.0, last_step, 5) if t <= last_step]
     for step in steps:
         parts.append(_text(frame.x(step), HEIGHT - 8, f"{step:g}", "middle"))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from .report_charts import Chart
+from .report_charts import ACCURACY, MARGIN, Chart, without_empty
 from .report_groups import SEEDS, Group, differences, run_name
 from .report_page import card, chart_card, details, figure, page, ridges_card, section, text
-from .report_ridges import Ridge, Ridges, remark_on
-from .report_run import HEADLINE_METRICS, Run
+from .report_ridges import REWARD_RIDGES, TARGET_RIDGES, Ridge, Ridges, remark_on
+from .report_run import HEADLINE_METRICS, SAMPLED_TOKENS, Run
 from .report_samples import compared_samples
 
 METRICS = (
-    ("rewards/accuracies", "Reward accuracy", "share of pairs where chosen earns more"),
-    ("rewards/margins", "Reward margin", "reward of chosen minus reward of rejected"),
+    ("rewards/accuracies", "Reward accuracy", ACCURACY),
+    ("rewards/margins", "Reward margin", MARGIN),
     (
         "logps/chosen",
         "Log-prob, chosen",
@@ -29,10 +28,11 @@ IN_TRAINING = (
     ("tokens_per_s", "Tokens", "tokens per second in training"),
     ("peak_memory_mib", "Memory", "MiB at peak, in training"),
     ("grad_norm", "Gradient norm", "before clipping"),
+    (SAMPLED_TOKENS, "Lengths of their own answers", "tokens, mean over the sampled prompts"),
     ("lengths/chosen", "Length, chosen", "completion tokens per answer"),
     ("lengths/rejected", "Length, rejected", "completion tokens per answer"),
 )
-FROM_ZERO = {"pairs_per_s", "tokens_per_s", "peak_memory_mib", "grad_norm"}
+FROM_ZERO = ("pairs_per_s", "tokens_per_s", "peak_memory", "grad_norm", "lengths/", "samples/")
 
 
 def comparison_headline(groups: Sequence[Group]) -> str:
@@ -48,7 +48,8 @@ def comparison_headline(groups: Sequence[Group]) -> str:
         return f"{where} accuracy {means[0][1]:.2f} over {runs} seeds"
     means = sorted(means, key=lambda each: -each[1])
     if len(groups) > 3:
-        return f"{len(groups)} settings: {where.lower()} accuracy {means[-1][1]:.2f} to {means[0][1]:.2f}"  # noqa: E501
+        ends = f"{means[-1][1]:.2f} to {means[0][1]:.2f}"
+        return f"{len(groups)} settings: {where.lower()} accuracy {ends}"
     listed = ", ".join(f"{label} {value:.2f}" for label, value in means)
     return f"{where} accuracy: {listed}"
 
@@ -70,30 +71,23 @@ def comparison_charts(groups: Sequence[Group]) -> list[Chart]:
         bounds = (0.0, 1.0, 0.5) if key == "rewards/accuracies" else (None, None, None)
         charts.append(Chart(title, note, lines, *bounds))
     for key, title, note in IN_TRAINING:
-        low = 0.0 if key in FROM_ZERO or key.startswith("lengths") else None
+        low = 0.0 if key.startswith(FROM_ZERO) else None
         charts.append(Chart(title, note, [group.line(key) for group in groups], low))
-    filled = []
-    for chart in charts:
-        lines = [ln for ln in chart.lines if any(math.isfinite(v) for _, v in ln.points)]
-        if lines:
-            filled.append(Chart(chart.title, chart.note, lines, chart.low, chart.high,
-                                chart.reference))  # fmt: skip
-    return filled
+    return [chart for chart in map(without_empty, charts) if chart.lines]
 
 
 def comparison_ridges(groups: Sequence[Group]) -> list[Ridges]:
     """Margins over pairs at the end, a ridge for each group."""
     kinds = (
-        ("reward_margins", "Reward margins over pairs", "held-out pairs at the end", "above zero"),
-        ("target_margins", "Target margins over pairs", "asked of held-out pairs at the end",
-         "median"),
-    )  # fmt: skip
+        ("reward_margins", "Reward margins over pairs", REWARD_RIDGES, "above zero"),
+        ("target_margins", "Target margins over pairs", TARGET_RIDGES, "median"),
+    )
     found = []
     for kind, title, note, remark in kinds:
         last = [(group, group.final_margins(kind)) for group in groups]
         ridges = [Ridge(g.label, g.colour, h, remark_on(h, remark)) for g, h in last if h]
         if any(ridge.histogram.spread for ridge in ridges):
-            found.append(Ridges(title, note, ridges))
+            found.append(Ridges(title, note, ridges, named=False))
     return found
 
 
@@ -111,7 +105,7 @@ def render_comparison(groups: Sequence[Group]) -> str:
     body += section(f"{where}, at the end", [_results(groups)])
     body += section("Settings that differ", [_differences_table(groups)])
     body += section("Over the steps of training", charts)
-    body += section("Margins, pair by pair", ridges)
+    body += section("Margins at the end, pair by pair", ridges)
     if samples := compared_samples(groups):
         body += ["<h2>Answers to the same prompts</h2>", samples]
     body += [_notes(groups), _runs(groups)]
@@ -128,9 +122,8 @@ def range_of(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = figure(sum(values) / len(values))
-    if len(values) == 1 or min(values) == max(values):
-        return mean
-    return f"{mean} ({figure(min(values))} to {figure(max(values))})"
+    low, high = figure(min(values)), figure(max(values))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def results_rows(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -168,27 +161,23 @@ def _table(groups: Sequence[Group], rows: Sequence[tuple[str, list[str]]]) -> st
 
 
 def _differences_table(groups: Sequence[Group]) -> str:
-    rows = [
-        (
-            name,
-            [
-                _plain(value, "–" if name.startswith("objective.") else "default")
-                for value in values
-            ],
-        )
-        for name, values in differences([group.runs for group in groups]).items()
-    ]
+    rows = []
+    for name, values in differences([group.runs for group in groups]).items():
+        missing = "–" if name.startswith("objective.") else "default"
+        rows.append((name, [_plain(value, missing) for value in values]))
     for name in SEEDS:
         seeds = [[run.settings.get(name) for run in group.runs] for group in groups]
         if any(len(each) > 1 and len(set(map(str, each))) > 1 for each in seeds):
-            rows.append((name, [", ".join(_plain(s, "default") for s in each)
-                                for each in seeds]))  # fmt: skip
+            listed = [", ".join(_plain(seed, "default") for seed in each) for each in seeds]
+            rows.append((name, listed))
     return _table(groups, rows) if rows else ""
 
 
 def _plain(value: object, missing: str) -> str:
     if value is None:
         return missing
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -13,11 +13,11 @@ from .report_margins import Histogram
 from .report_run import Run, flatten
 
 SEEDS = ("seed", "data_seed", "mix_seed")
-ASIDE = (
+ASIDE = {
     *SEEDS,
-    "output_dir", "run_name", "logging_dir", "report_to", "resume_from_checkpoint", "push_to_hub",
-    "hub_model_id", "write_report", "disable_tqdm", "profile",
-)  # fmt: skip
+    *("output_dir", "run_name", "logging_dir", "report_to", "resume_from_checkpoint"),
+    *("push_to_hub", "hub_model_id", "write_report", "disable_tqdm", "profile"),
+}
 """Settings that do not make two runs different: where they write, and the draw of chance."""
 
 COLOURS = 8
@@ -89,8 +89,10 @@ def differences(groups: Sequence[Sequence[Run]]) -> dict[str, list[Any]]:
     table = {name: [each.get(name) for each in facts] for name in names}
     differing = {name: values for name, values in table.items() if not _all_same(values)}
     # A hyperparameter stands with the objective; the setting that gave it would say it twice.
-    return {n: v for n, v in differing.items() if f"objective.{n}" not in differing
-            and not (n == "objective" and "objective.name" in differing)}  # fmt: skip
+    own = [name for name in differing if name.startswith("objective.")]
+    said = {name.removeprefix("objective.") for name in own}
+    said |= {"objective"} if "objective.name" in differing else set()
+    return {name: values for name, values in differing.items() if name not in said}
 
 
 def labels(groups: Sequence[Sequence[Run]]) -> list[str]:

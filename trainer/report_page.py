@@ -30,7 +30,8 @@ main{max-width:1060px;margin:0 auto;padding:56px 24px 80px}
 h1{font-size:clamp(28px,5.2vw,46px);line-height:1.12;letter-spacing:-.022em;font-weight:650;margin:0;
 text-wrap:balance}
 h2{font-size:20px;letter-spacing:-.01em;font-weight:620;margin:60px 0 18px}
-.lead{color:var(--soft);font-size:17px;max-width:42em;margin:16px 0 0;overflow-wrap:anywhere}
+.lead{color:var(--soft);font-size:17px;margin:16px 0 0;padding:0;list-style:none;
+overflow-wrap:anywhere;display:flex;flex-wrap:wrap;gap:2px 26px}
 .grid{display:grid;gap:20px;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr))}
 .grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr))}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:18px 20px;
@@ -59,21 +60,21 @@ svg circle{fill:currentColor;stroke:var(--card);stroke-width:1.2}
 svg .ridge{fill:currentColor;fill-opacity:.32;stroke:none}svg .ridge.faint{fill-opacity:.1}
 svg .crest{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round}
 svg .crest.faint{stroke-width:1.2;stroke-opacity:.6}
-svg .over{fill:var(--ink);paint-order:stroke;stroke:var(--card);stroke-width:3px;
-stroke-linejoin:round;font-size:11.5px}
 .mark{display:inline-block;width:9px;height:9px;border-radius:50%;background:currentColor;
 margin-right:6px}
 .scroll{overflow-x:auto}.wide{grid-column:1/-1}
 .strip{margin-bottom:20px}.strip .asked{font-weight:600;margin:0 0 12px;white-space:pre-wrap;
 overflow-wrap:anywhere;max-height:9.5em;overflow-y:auto}
-.across{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(165px,1fr);
+.across{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(190px,1fr);
 overflow-x:auto;gap:0}
 .across>div{border-left:1px solid var(--rule);padding:0 16px}
 .across>div:first-child{padding-left:0;border-left:0}
 .strip h4{font-size:13px;font-weight:500;color:var(--soft);margin:0 0 4px}
 .strip h4 small{font-size:12.5px}
 .strip div>p{margin:0;font-size:14.5px;line-height:1.45;white-space:pre-wrap;overflow-wrap:anywhere;
-max-height:18em;overflow-y:auto}.strip div>p:empty:after{content:"(nothing)";color:var(--soft)}
+max-height:13em;overflow-y:auto;padding-bottom:1.6em;
+mask-image:linear-gradient(#000 calc(100% - 2em),transparent)}
+.strip div>p:empty:after{content:"(nothing)";color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:15px}
 th,td{text-align:left;padding:7px 14px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top}
 tr:last-child>th,tr:last-child>td{border-bottom:0}
@@ -91,7 +92,7 @@ white-space:pre-wrap}.sample dd:last-child{margin:0}
 .sample .after{font-weight:600}
 .note{color:var(--soft);font-size:14px;overflow-wrap:anywhere}
 @media(max-width:560px){main{padding:34px 16px 56px}.card{padding:16px 15px}h2{margin-top:46px}
-table{font-size:14px}svg text{font-size:14.5px}svg .over{font-size:13.5px}}
+table{font-size:14px}svg text{font-size:14.5px}}
 @media print{main{padding:0}.card{break-inside:avoid}}
 """
 
@@ -164,10 +165,15 @@ def chart_card(chart: Chart, last_step: float) -> str:
 
 
 def ridges_card(chart: Ridges) -> str:
-    """Histograms with their title and a line of explanation."""
+    """Histograms with their title, a line of explanation, and a legend where they need one."""
+    entries = "".join(
+        f'<li><span class="{ridge.colour}"><i></i></span>{text(ridge.label)}</li>'
+        for ridge in chart.ridges
+    )
+    legend = "" if chart.named else f'<ul class="legend">{entries}</ul>'
     return (
         f'<section class="card chart"><h3>{text(chart.title)}</h3><p>{text(chart.note)}</p>'
-        f"{ridges_svg(chart)}</section>"
+        f"{legend}{ridges_svg(chart)}</section>"
     )
 
 

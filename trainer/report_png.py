@@ -13,11 +13,9 @@ from .report_groups import group_runs
 from .report_ridges import POINTS, Ridges, shape
 from .report_run import Run
 
-COLOURS = {
-    "accent": "#2563c9", "muted": "#a3a8b3", "chosen": "#12836b", "rejected": "#c8622a",
-    "c0": "#2563c9", "c1": "#c8622a", "c2": "#12836b", "c3": "#9a3fb5", "c4": "#a87b00",
-    "c5": "#c2335d", "c6": "#0f8aa8", "c7": "#6b7280",
-}  # fmt: skip
+_GROUPS = ("2563c9", "c8622a", "12836b", "9a3fb5", "a87b00", "c2335d", "0f8aa8", "6b7280")
+COLOURS = {"accent": "#2563c9", "muted": "#a3a8b3", "chosen": "#12836b", "rejected": "#c8622a"}
+COLOURS |= {f"c{i}": f"#{colour}" for i, colour in enumerate(_GROUPS)}
 ACROSS, WIDTH, HEIGHT, DPI = 3, 4.6, 3.1, 150
 INK, SOFT, RULE, PAPER = "#1d1f23", "#666b75", "#e4e2dd", "#ffffff"
 
@@ -71,8 +69,9 @@ def _draw(axes: Any, chart: Chart) -> None:
             low, high = [v for _, v in line.low], [v for _, v in line.high]
             axes.fill_between([s for s, _ in line.low], low, high, color=colour, alpha=0.16, lw=0)
         dots = "" if line.style == "line" and len(values) > 1 else "o"
-        axes.plot(steps, values, linestyle="" if line.style == "dots" else "-", marker=dots,
-                  color=colour, markersize=3.5, linewidth=1.6, label=_safe(line.label))  # fmt: skip
+        stroke = "" if line.style == "dots" else "-"
+        look = {"linestyle": stroke, "linewidth": 1.6, "marker": dots, "markersize": 3.5}
+        axes.plot(steps, values, color=colour, label=_safe(line.label), **look)
     if chart.reference is not None:
         axes.axhline(chart.reference, color=SOFT, linewidth=0.8, linestyle=(0, (3, 3)))
     if chart.low is not None or chart.high is not None:
@@ -92,10 +91,13 @@ def _draw_ridges(axes: Any, chart: Ridges) -> None:
         alpha = 0.1 if ridge.faint else 0.32
         axes.fill_between(places, base, tops, color=colour, alpha=alpha, lw=0)
         axes.plot(places, tops, color=colour, linewidth=1.4, alpha=0.6 if ridge.faint else 1.0)
-        axes.text(found.low, base + 0.08, _safe(ridge.label), fontsize=7, color=INK)
-        axes.text(found.high, base + 0.08, ridge.remark, fontsize=7, color=INK, ha="right")
+        beside = {"fontsize": 7.5, "va": "bottom", "color": INK}
+        across = axes.get_yaxis_transform()
+        axes.text(1.01, base, _safe(ridge.remark), transform=across, **beside)
     axes.axvline(0, color=SOFT, linewidth=0.8, linestyle=(0, (3, 3)))
-    axes.set_yticks([])
+    bases = [-0.75 * row for row in range(len(chart.ridges))]
+    axes.set_yticks(bases, [_safe(ridge.label) for ridge in chart.ridges])
+    axes.grid(axis="y", visible=False)
 
 
 def _safe(label: str) -> str:

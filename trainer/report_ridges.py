@@ -12,7 +12,9 @@ from .report_margins import Histogram
 
 MOST_RIDGES = 7
 POINTS = 72
-WIDTH, LEFT, RIGHT, BOTTOM, GAP, PEAK = 400.0, 14.0, 14.0, 28.0, 34.0, 44.0
+WIDTH, NAMED, LEFT, RIGHT, BOTTOM, GAP, PEAK = 400.0, 70.0, 14.0, 46.0, 28.0, 34.0, 44.0
+REWARD_RIDGES = "chosen minus rejected, each held-out pair; beside it the share above zero"
+TARGET_RIDGES = "what the objective asks of each held-out pair; beside it the median"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Ridges:
     title: str
     note: str
     ridges: list[Ridge]
+    named: bool = True  # beside the ridges; else a legend says which is whose
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def over_steps(title: str, note: str, by_step: dict[float, Histogram], remark: s
 
 def remark_on(histogram: Histogram, remark: str) -> str:
     if remark == "median":
-        return f"median {histogram.quantile(0.5):.2f}"
-    return f"{histogram.share_above_zero():.0%} above 0"
+        return f"{histogram.quantile(0.5):.2f}"
+    return f"{histogram.share_above_zero():.0%}"
 
 
 def spread_out(values: Sequence[float], count: int) -> list[float]:
@@ -74,8 +77,8 @@ def spread_out(values: Sequence[float], count: int) -> list[float]:
 
 def shape(ridges: Sequence[Ridge]) -> Shape:
     """Where the values of nearly all pairs lie, and how densely, each ridge to its peak."""
-    lows = [ridge.histogram.quantile(0.005) for ridge in ridges]
-    highs = [ridge.histogram.quantile(0.995) for ridge in ridges]
+    lows = [ridge.histogram.quantile(0.01) for ridge in ridges]
+    highs = [ridge.histogram.quantile(0.99) for ridge in ridges]
     ticks = nice_ticks(min([0.0, *lows]), max([0.0, *highs]), 5)
     low, high = min(ticks[0], 0.0), max(ticks[-1], 0.0)
     if not high > low:
@@ -101,9 +104,10 @@ def ridges_svg(chart: Ridges) -> str:
     found = shape(chart.ridges)
     floor = 12 + PEAK + GAP * (len(chart.ridges) - 1)
     height = floor + BOTTOM
+    left, right = NAMED if chart.named else LEFT, WIDTH - RIGHT
 
     def x(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (value - found.low) / (found.high - found.low)
+        return left + (right - left) * (value - found.low) / (found.high - found.low)
 
     parts = [
         f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" '
@@ -112,27 +116,22 @@ def ridges_svg(chart: Ridges) -> str:
     for tick in found.ticks:
         kind = "reference" if tick == 0 else "grid"
         parts.append(f'<path class="{kind}" d="M{x(tick):.1f} 8V{floor:g}"/>')
-        label = tick_label(tick, found.ticks)
-        parts.append(
-            f'<text x="{x(tick):.1f}" y="{height - 8:g}" text-anchor="middle">{label}</text>'
-        )
-    step = (WIDTH - LEFT - RIGHT) / POINTS
+        parts.append(_label(x(tick), height - 8, "middle", tick_label(tick, found.ticks)))
+    step = (right - left) / POINTS
     for row, (ridge, heights) in enumerate(zip(chart.ridges, found.heights, strict=True)):
         base = 12 + PEAK + GAP * row
         places = [
-            f"{LEFT + (i + 0.5) * step:.1f} {base - PEAK * h:.1f}" for i, h in enumerate(heights)
+            f"{left + (i + 0.5) * step:.1f} {base - PEAK * h:.1f}" for i, h in enumerate(heights)
         ]
-        outline = f"M{LEFT:g} {base:g}L{'L'.join(places)}L{WIDTH - RIGHT:g} {base:g}"
+        outline = f"M{left:g} {base:g}L{'L'.join(places)}L{right:g} {base:g}"
         faint = " faint" if ridge.faint else ""
         parts.append(f'<path class="ridge {ridge.colour}{faint}" d="{outline}Z"/>')
         parts.append(f'<path class="crest {ridge.colour}{faint}" d="{outline}"/>')
-        parts.append(_label(LEFT + 2, base - 6, "start", ridge.label[:28]))
-        parts.append(_label(WIDTH - RIGHT - 2, base - 6, "end", ridge.remark))
+        if chart.named:
+            parts.append(_label(left - 8, base, "end", ridge.label))
+        parts.append(_label(WIDTH, base, "end", ridge.remark))
     return "".join([*parts, "</svg>"])
 
 
 def _label(x: float, y: float, anchor: str, label: str) -> str:
-    return (
-        f'<text class="over" x="{x:g}" y="{y:g}" text-anchor="{anchor}">'
-        f"{escape(label, quote=True)}</text>"
-    )
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(label)}</text>'

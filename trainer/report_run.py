@@ -20,6 +20,8 @@ Point = tuple[float, float]
 
 MAX_POINTS = 400
 SAMPLES_FILE = "samples.jsonl"
+SAMPLED_TOKENS = "samples/tokens"
+"""Tokens of the answers sampled at an evaluation, their mean: made here of the samples' file."""
 
 HEADLINE_METRICS = (
     ("rewards/accuracies", "accuracy"),
@@ -161,12 +163,14 @@ def load_run(run_dir: Path) -> Run:
     notes_file = run_dir / "run.json"
     notes = _read_json(notes_file) if notes_file.is_file() else {}
     parts = ("settings", "objective", "data", "versions", "summary")
+    step_samples = _step_samples(run_dir)
+    history = [entry for entry in history if isinstance(entry, dict)]
     return Run(
         folder=run_dir,
-        history=[entry for entry in history if isinstance(entry, dict)],
+        history=history + _sampled_lengths(step_samples),
         **{part: _mapping(notes.get(part)) for part in parts},
         samples=[sample for sample in _list(notes.get("samples")) if isinstance(sample, dict)],
-        step_samples=_step_samples(run_dir),
+        step_samples=step_samples,
         margins=read_margins(run_dir),
         started=notes.get("started"),
         device=notes.get("device"),
@@ -174,9 +178,24 @@ def load_run(run_dir: Path) -> Run:
 
 
 def _step_samples(run_dir: Path) -> list[dict[str, Any]]:
-    rows = json_lines(run_dir / SAMPLES_FILE)
-    return [row for row in rows if isinstance(row.get("step"), int) and "prompt" in row
-            and "answer" in row]  # fmt: skip
+    return [
+        row
+        for row in json_lines(run_dir / SAMPLES_FILE)
+        if isinstance(row.get("step"), int) and "prompt" in row and "answer" in row
+    ]
+
+
+def _sampled_lengths(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As entries of the log; a prompt answered again at a step counts once."""
+    by_step: dict[int, dict[str, float]] = {}
+    for row in samples:
+        tokens = number(row.get("tokens"))
+        if tokens is not None and math.isfinite(tokens):
+            by_step.setdefault(row["step"], {})[str(row["prompt"])] = tokens
+    return [
+        {"step": step, SAMPLED_TOKENS: sum(each.values()) / len(each)}
+        for step, each in by_step.items()
+    ]
 
 
 def _mapping(value: object) -> dict[str, Any]:

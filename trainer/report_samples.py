@@ -10,7 +10,7 @@ from .report_page import text
 from .report_ridges import spread_out
 from .report_run import Run
 
-MOST_STEPS, MOST_PROMPTS = 6, 12
+MOST_STEPS, MOST_PROMPTS = 5, 12
 
 
 def sample_strips(run: Run) -> str:
@@ -49,11 +49,12 @@ def _answer(title: str, row: Mapping[str, Any], colour: str = "") -> str:
     length = f" · {row['tokens']} tokens" if isinstance(row.get("tokens"), int) else ""
     length += "" if row.get("finished", True) else ", cut"
     mark = f'<span class="{colour}"><i class="mark"></i></span>' if colour else ""
-    return f"<div><h4>{mark}{text(title)}<small>{length}</small></h4><p>{text(row['answer'])}</p></div>"  # noqa: E501
+    heading = f"<h4>{mark}{text(title)}<small>{length}</small></h4>"
+    return f"<div>{heading}<p>{text(str(row['answer']).strip())}</p></div>"
 
 
 def _strip(prompt: str, cells: Sequence[str]) -> str:
     return (
-        f'<section class="card strip"><p class="asked">{text(prompt)}</p>'
+        f'<section class="card strip"><p class="asked">{text(prompt.strip())}</p>'
         f'<div class="across" tabindex="0">{"".join(cells)}</div></section>'
     )
