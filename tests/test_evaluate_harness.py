@@ -16,7 +16,7 @@ from widemargin.trainer.evaluation.harness import LEADERBOARDS, Task
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(
-    not INSTALLED, reason="lm-eval is not installed (it is in the eval extra)"
+    not INSTALLED, reason="lm-eval is not installed (it is in the eval extra; make test-eval)"
 )
 
 TASK = """\

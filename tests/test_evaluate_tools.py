@@ -6,6 +6,8 @@ import csv
 import gzip
 import json
 import shutil
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +95,14 @@ def hub_cache(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.skipif(
+    find_spec("alpaca_eval") is None,
+    reason="alpaca_eval is not installed (it is in the eval extra; make test-eval)",
+)
 def test_the_installed_alpaca_eval_reads_and_judges_the_file(tmp_path, monkeypatch):
     """The whole way through the package, to its win rates; its judge is on loopback."""
-    reason = "alpaca_eval is not installed (it is in the eval extra; make test-eval)"
-    utils = pytest.importorskip("alpaca_eval.utils", reason=reason)
-    package = Path(utils.__file__).parent  # copied: it keeps judgments and weights in itself
+    utils = import_module("alpaca_eval.utils")
+    package = Path(str(utils.__file__)).parent  # copied: it keeps judgments and weights in itself
     shutil.copytree(package, tmp_path / "own" / "alpaca_eval")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
     monkeypatch.setenv("HF_HUB_CACHE", str(hub_cache(tmp_path / "hub")))
