@@ -1,0 +1,1 @@
+"""Small trainings that answer a question: `python -m bench.studies`, or `make study`."""

@@ -1,0 +1,94 @@
+"""What each study asks, and the runs that answer it. A study is a function of its seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+SIMPO = {"objective": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.55}
+"""SimPO's values for Llama-3-8B-Instruct."""
+LEARNING_RATE = 2e-4
+"""For the 11M-parameter model: 5e-5 moves nothing to speak of in a hundred steps of eight pairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: ``settings`` are `PreferenceConfig`'s."""
+
+    study: str
+    arm: str
+    seed: int
+    steps: int
+    pairs_per_step: int
+    measure_every: int  # steps between measurements on the test pairs
+    answers: int  # sampled per test instruction at each measurement
+    sharpen: float  # factor on the logits of the model that training starts from
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+
+def tail(seed: int) -> list[Run]:
+    """Does the head's default, ``head_tail: mean``, train like the exact gradient?"""
+    return [
+        Run(
+            study="tail",
+            arm=f"{head_tail}, logits x {sharpen:g}",
+            seed=seed,
+            steps=150,
+            pairs_per_step=4,
+            measure_every=150,
+            answers=0,
+            sharpen=sharpen,
+            settings=SIMPO | {"head_tail": head_tail},
+        )
+        for sharpen in (1.0, 2.0)
+        for head_tail in ("exact", "mean")
+    ]
+
+
+def length(seed: int) -> list[Run]:
+    """Does LMPO keep answers shorter than SimPO at equal accuracy, on length-biased pairs?"""
+    arms = {"simpo": SIMPO, **{f"lmpo, weight {w:g}": _lmpo(w) for w in (0.2, 1.0)}}
+    return [
+        Run(
+            study="length",
+            arm=arm,
+            seed=seed,
+            steps=100,
+            pairs_per_step=8,
+            measure_every=50,
+            answers=4,
+            sharpen=1.0,
+            settings=settings,
+        )
+        for arm, settings in arms.items()
+    ]
+
+
+def flips(seed: int) -> list[Run]:
+    """Is γ-SimPO more robust than SimPO when labels are wrong?"""
+    return [
+        Run(
+            study="flips",
+            arm=f"{objective}, {flip:.0%} flipped",
+            seed=seed,
+            steps=80,
+            pairs_per_step=8,
+            measure_every=40,
+            answers=0,
+            sharpen=1.0,
+            settings=SIMPO | {"objective": objective, "flip": flip},
+        )
+        for flip in (0.0, 0.2, 0.4)
+        for objective in ("simpo", "gamma-simpo")
+    ]
+
+
+def _lmpo(weight: float) -> dict[str, Any]:
+    return SIMPO | {"objective": "lmpo", "objective_args": {"margin_weight": weight}}
+
+
+STUDIES = {"tail": tail, "length": length, "flips": flips}

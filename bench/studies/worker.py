@@ -1,0 +1,188 @@
+"""One run of a study, in a process of its own: `python -m bench.studies.worker SPEC.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from bench.record import Commit, versions
+from bench.studies.preparing import MAX_LENGTH, fingerprint
+from bench.studies.questions import LEARNING_RATE, Run
+
+CURVES = {
+    "loss": "loss",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "chosen_mean_logp": "logps/chosen",
+    "rejected_mean_logp": "logps/rejected",
+    "active_fraction": "head/active_fraction",
+}
+"""What is kept of every step, by the name it is logged under."""
+MAX_NEW_TOKENS = 384
+ANSWERS_SEED = 20
+
+
+class Measurements(TrainerCallback):
+    """Accuracy by length on the test pairs, and the lengths of sampled answers."""
+
+    def __init__(self, trainer: Any, run: Run, test: Any) -> None:
+        self.trainer, self.run, self.test = trainer, run, test
+        self.found: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run.seed == 0:  # no other starts anywhere else
+            self.measure(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if step == self.run.steps or step % self.run.measure_every == 0:
+            self.measure(step)
+
+    def measure(self, step: int) -> None:
+        model = self.trainer.model
+        training = model.training
+        model.eval()
+        found = {"step": step, **self.accuracies(model)}
+        if self.run.answers:
+            found["answers"] = self.answers(model)
+        model.train(training)
+        self.found.append(found)
+
+    def accuracies(self, model: Any) -> dict[str, Any]:
+        from widemargin.trainer.evaluation.pair_metrics import measure
+        from widemargin.trainer.evaluation.scoring import score_pairs
+        from widemargin.trainer.evaluation.settings import BETAS, PairSettings
+
+        settings = PairSettings(device="cpu", dtype="float32", packing=self.trainer.args.packing)
+        logps = score_pairs(model, self.test, settings, self.trainer.processing_class.pad_token_id)
+        everything = measure(logps, self.test.lengths, None, BETAS)
+        reward = everything["rewards"]["mean_logps"]
+        return {
+            "accuracy": reward["accuracy"],
+            "margin": reward["margin"]["mean"],
+            "by_length": reward["by_length"],
+            "correlation_with_length": reward["correlation_with_length"],
+            "mean_logps": everything["mean_logps"],
+        }
+
+    def answers(self, model: Any) -> dict[str, Any]:
+        """Tokens of answers sampled at temperature 1, with the same random numbers every time."""
+        rows = self.test.__getitems__(range(len(self.test)))
+        prompts = sorted({tuple(row["prompt_ids"].tolist()) for row in rows}) * self.run.answers
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(ANSWERS_SEED)
+            lengths, ended = self.sampled(model, prompts)
+        return {
+            "mean_tokens": statistics.fmean(lengths),
+            "median_tokens": statistics.median(lengths),
+            "standard_error": statistics.stdev(lengths) / len(lengths) ** 0.5,
+            "answers": len(lengths),
+            "cut": len(lengths) - sum(ended),
+        }
+
+    def sampled(self, model: Any, prompts: list[tuple[int, ...]]) -> tuple[list[int], list[bool]]:
+        """Length of one answer to each prompt, and whether it ended by itself."""
+        tokenizer = self.trainer.processing_class
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), pad)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[width - len(prompt) :] = torch.tensor(prompt)
+        written = model.generate(
+            ids,
+            attention_mask=(ids != pad).long(),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_id=end,
+            pad_token_id=pad,
+        )[:, width:]
+        ends = written == end
+        tokens = torch.where(ends.any(1), ends.int().argmax(1), written.shape[1])
+        return tokens.tolist(), ends.any(1).tolist()
+
+
+def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, Any]:
+    """Train and measure; what came out, as plain values."""
+    from widemargin.trainer import PreferenceConfig, PreferenceTrainer
+    from widemargin.trainer.data import load_pairs
+    from widemargin.trainer.model import load_model, load_tokenizer
+    from widemargin.trainer.sampler import PairRows
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = PreferenceConfig(
+            model_name_or_path=str(model_dir),
+            dataset=str(train),
+            eval_dataset=str(test),
+            max_length=max(MAX_LENGTH.values()),
+            output_dir=folder,
+            max_steps=run.steps,
+            per_device_train_batch_size=run.pairs_per_step,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            logging_steps=1,
+            seed=run.seed,
+            mix_seed=run.seed,
+            packing="prefix_shared",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **run.settings,
+        )
+        tokenizer, model = load_tokenizer(config), load_model(config)
+        data = load_pairs(config, tokenizer)
+        trainer = PreferenceTrainer(
+            model, config, train_dataset=data.train, processing_class=tokenizer
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        measurements = Measurements(trainer, run, PairRows(data.evaluation))
+        trainer.add_callback(measurements)
+        begin = time.monotonic()
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "seconds": round(time.monotonic() - begin),
+        "train_pairs": len(data.train or ()),
+        "test_pairs": len(data.evaluation or ()),
+        "curves": {
+            name: [round(float(entry[key]), 6) if key in entry else None for entry in log]
+            for name, key in CURVES.items()
+        },
+        "measurements": measurements.found,
+    }
+
+
+def main(path: str) -> None:
+    """Read a specification, write the run's record beside it, complete or not at all."""
+    spec = json.loads(Path(path).read_text())
+    run, commit = Run(**spec["run"]), Commit(**spec["commit"])
+    paths = {key: Path(spec[key]) for key in ("model_dir", "train", "test")}
+    torch.set_num_threads(spec["threads"])
+    record = {
+        **dataclasses.asdict(run),
+        **dataclasses.asdict(commit),
+        "versions": versions(),
+        "inputs": {key: fingerprint(path) for key, path in paths.items()},
+        **carry_out(run, **paths),
+    }
+    out = Path(spec["out"])
+    aside = out.with_suffix(".tmp")
+    aside.write_text(json.dumps(record, indent=1))
+    aside.rename(out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
