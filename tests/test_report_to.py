@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from tiny_models import tiny_trainer
 from transformers import TrainerCallback
-from transformers.integrations import integration_utils
 from widemargin.trainer.metrics import NAMES
 
 EVALUATIONS = {"eval_pairs": 5, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
@@ -26,21 +25,12 @@ class Tracker(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-class Writer:
-    """Stands in for TensorBoard's writer."""
-
-    def __init__(self) -> None:
-        self.scalars: dict[str, float] = {}
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.scalars[name] = value
-
-    def add_text(self, name: str, content: str) -> None:
-        json.loads(content)
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
+def module(monkeypatch: pytest.MonkeyPatch, name: str) -> MagicMock:
+    """A module of this name that can be imported and takes any call."""
+    stand_in = MagicMock(name=name)
+    stand_in.__spec__ = ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    return stand_in
 
 
 def test_trackers_get_every_name_as_a_number(tmp_path):
@@ -56,16 +46,27 @@ def test_trackers_get_every_name_as_a_number(tmp_path):
     assert all(isinstance(value, int | float) for value in (training | held_out).values())
 
 
-def test_tensorboard_s_own_callback_writes_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
-    module = SimpleNamespace(SummaryWriter=Writer)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    writer = Writer()
-    trainer = tiny_trainer(tmp_path, objective="lmpo", **EVALUATIONS)
-    trainer.add_callback(integration_utils.TensorBoardCallback(tb_writer=writer))
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_report_to_gives_each_tracker_the_names(tmp_path, monkeypatch, tracker):
+    """Through `report_to` and transformers' own callback; the tracker's package stands in."""
+    stand_in = module(monkeypatch, tracker)
+    log = stand_in.log
+    if tracker == "tensorboard":
+        log = module(monkeypatch, "torch.utils.tensorboard").SummaryWriter().add_scalar
+    elif tracker == "wandb":
+        for part in ("wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util"):
+            module(monkeypatch, part).ConfigError = ValueError
+    else:
+        stand_in.__version__ = "1.0"
+        stand_in.context_vars.current_space_id.get.return_value = None
+        stand_in.freeze.return_value = None
+    trainer = tiny_trainer(tmp_path, objective="lmpo", report_to=[tracker], **EVALUATIONS)
     trainer.train()
-    assert {f"train/{name}" for name in NAMES} <= writer.scalars.keys()
-    assert {f"eval/{name}" for name in NAMES} <= writer.scalars.keys()
-    assert writer.scalars["eval/rewards/accuracies"] == pytest.approx(
+    logged: dict[str, float] = {}
+    for call in log.call_args_list:
+        logged |= dict([call.args[:2]]) if tracker == "tensorboard" else call.args[0]
+    wanted = {f"train/{name}" for name in (*NAMES, "pairs_per_s", "tokens_per_s")}
+    assert wanted | {f"eval/{name}" for name in NAMES} <= logged.keys()
+    assert logged["eval/rewards/accuracies"] == pytest.approx(
         trainer.state.log_history[-2]["eval_rewards/accuracies"]
     )
