@@ -20,6 +20,7 @@ from widemargin.trainer.data import tokenize_pairs
 from widemargin.trainer.evaluation.pair_metrics import calibration, measure, reward_metrics
 from widemargin.trainer.evaluation.scoring import PairLogps, pair_batches, score_pairs
 from widemargin.trainer.evaluation.settings import BETAS, PairSettings, pair_settings
+from widemargin.trainer.head import patch_head
 from widemargin.trainer.planner import PairLengths
 from widemargin.trainer.sampler import PairRows
 
@@ -59,6 +60,15 @@ def test_logps_are_those_of_the_logits_in_any_batches(packing, max_tokens):
     for side, values in (("chosen", found.chosen), ("rejected", found.rejected)):
         expected = [plain_logps(model, rows[i], side) for i in range(len(rows))]
         np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+def test_a_head_that_is_trained_keeps_its_settings():
+    model = tiny_model()
+    scoring = patch_head(model, tail="exact")
+    rows = PairRows(tokenize_pairs(tiny_pairs(2), TOKENIZER)[0])
+    score_pairs(model, rows, PairSettings(packing="padded"), TOKENIZER.pad_token_id)
+    head: Any = model.get_output_embeddings()
+    assert head.scoring is scoring
 
 
 def test_batches_hold_every_pair_once_the_longest_first():

@@ -34,14 +34,15 @@ class PairLogps:
 def score_pairs(
     model: PreTrainedModel, rows: PairRows, settings: PairSettings, pad_token_id: int
 ) -> PairLogps:
-    """The model's log-probs of all pairs; ``model`` is patched, see `patch_head`.
+    """The model's log-probs of all pairs; ``model`` is patched, see `patch_head`, if it is not yet.
 
     Batches hold pairs of like length, the longest first (what does not fit in memory shows at
     once), and depend on the lengths and ``max_tokens_per_batch`` alone.
     """
     from tqdm.auto import tqdm
 
-    patch_head(model)
+    if not hasattr(model, "scoring"):  # in training it keeps the settings that it is trained with
+        patch_head(model)
     check_head(model)
     packing = settle_packing(
         settings.packing,
