@@ -1,8 +1,8 @@
 """Carry out the studies: `python -m bench.studies [tail] [length] [flips]`.
 
-Each run is a process that writes one JSON file, whole or not at all: what is there is not done
-again, so a study that was stopped goes on where it was. Tables and pictures are made of what there
-is, at the end or by `--report`. Three seeds of all studies take hours on two cores.
+Each run is a process, whose record is a line in the study's file when it ends: what is there is not
+done again, so a study that was stopped goes on with the run it was at. Tables and pictures are made
+of what there is, at the end or by `--report`. All studies take over an hour on two idle cores.
 """
 
 import argparse
@@ -19,8 +19,10 @@ from typing import Any
 from bench.record import RESULTS, ROOT, Commit, find_commit, refused
 from bench.studies.preparing import MAX_LENGTH, prepare_model, prepare_pairs
 from bench.studies.questions import STUDIES, Run
+from bench.studies.records import append, is_done, read
 from bench.studies.report import write_report
 
+WORK = ROOT / "outputs" / "studies"
 DATA = ROOT.parent / "shared" / "data"
 
 
@@ -54,28 +56,22 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
                 yield dataclasses.replace(run, steps=options.steps) if options.steps else run
 
 
-def record_path(out: Path, run: Run) -> Path:
-    name = run.name.replace(", ", "-").replace(" ", "-").replace("%", "pc")
-    return out / run.study / f"{name}.json"
-
-
 def carry_out(run: Run, options: argparse.Namespace, shared: dict[str, Any]) -> str | None:
-    """Start the run's process and wait; what went wrong, if anything did."""
-    out = record_path(options.out, run)
-    work = options.out / "work"
-    spec = work / f"{out.parent.name}-{out.stem}.json"
-    model = prepare_model(options.model, run.sharpen, work / f"model-x{run.sharpen:g}")
-    content = shared | {"run": dataclasses.asdict(run), "model_dir": str(model), "out": str(out)}
+    """Run in a process, and keep its record; what went wrong, if anything did."""
+    spec = WORK / f"{run.study}-{run.name}.json".replace(" ", "-")
+    model = prepare_model(options.model, run.sharpen, WORK)
+    content = shared | {"run": dataclasses.asdict(run), "model_dir": str(model)}
     spec.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "bench.studies.worker", str(spec)]
     begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.studies.worker", str(spec)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     minutes = (time.monotonic() - begin) / 60
-    problem = done.stderr.strip().splitlines()[-1:] if done.returncode else None
-    print(f"{run.study}: {run.name}: {problem or f'{minutes:.1f} min'}", flush=True)
-    return None if problem is None else done.stderr
+    if done.returncode:
+        print(f"{run.study}: {run.name}: failed", flush=True)
+        return done.stderr
+    append(options.out, json.loads(done.stdout.splitlines()[-1]))
+    print(f"{run.study}: {run.name}: {minutes:.1f} min", flush=True)
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         if refused(options.out, commit, options.allow_dirty):
             return 2
         runs = list(planned(options))
-        left = [run for run in runs if not record_path(options.out, run).exists()]
+        there = {study: read(options.out, study) for study in STUDIES}
+        left = [run for run in runs if not is_done(run, there[run.study])]
         print(f"{len(runs) - len(left)} of {len(runs)} runs are in {options.out} already")
         if left and (problems := carry_out_all(left, options, commit)):
             print(problems[0], file=sys.stderr)
@@ -98,17 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def carry_out_all(runs: list[Run], options: argparse.Namespace, commit: Commit) -> list[str]:
     """Several at a time; the messages of those that failed."""
-    work = options.out / "work"
-    for run in runs:
-        record_path(options.out, run).parent.mkdir(parents=True, exist_ok=True)
     sources = {"train": options.train, "test": options.test}
     shared: dict[str, Any] = {
-        key: str(prepare_pairs(path, options.model, MAX_LENGTH[key], work / f"{key}.jsonl"))
+        key: str(prepare_pairs(path, options.model, MAX_LENGTH[key], WORK / f"{key}.jsonl"))
         for key, path in sources.items()
     }
     shared |= {"threads": options.threads, "commit": dataclasses.asdict(commit)}
     for factor in {run.sharpen for run in runs}:  # here, not by two runs at once
-        prepare_model(options.model, factor, work / f"model-x{factor:g}")
+        prepare_model(options.model, factor, WORK)
     with ThreadPoolExecutor(options.jobs) as pool:
         found = pool.map(lambda run: carry_out(run, options, shared), runs)
     return [problem for problem in found if problem]

@@ -35,15 +35,16 @@ def prepare_pairs(source: Path, tokenizer_dir: Path, limit: int, target: Path) -
     return target
 
 
-def prepare_model(source: Path, factor: float, target: Path) -> Path:
-    """Save the model of ``source`` with logits ``factor`` times as large.
+def prepare_model(source: Path, factor: float, work: Path) -> Path:
+    """Save the model of ``source`` with logits ``factor`` times as large, once; its folder.
 
     The norm before lm_head takes the factor: the same function as a ``logit_scale``, for models
     that have none.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if (target / "config.json").exists():
+    target = work / f"model-{fingerprint(source)}-x{factor:g}"
+    if (target / "tokenizer_config.json").exists():  # what is saved last
         return target
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():

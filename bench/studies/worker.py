@@ -166,7 +166,7 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
 
 
 def main(path: str) -> None:
-    """Read a specification, write the run's record beside it, complete or not at all."""
+    """Read a specification, print the run's record as the last line."""
     spec = json.loads(Path(path).read_text())
     run, commit = Run(**spec["run"]), Commit(**spec["commit"])
     paths = {key: Path(spec[key]) for key in ("model_dir", "train", "test")}
@@ -178,10 +178,7 @@ def main(path: str) -> None:
         "inputs": {key: fingerprint(path) for key, path in paths.items()},
         **carry_out(run, **paths),
     }
-    out = Path(spec["out"])
-    aside = out.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=1))
-    aside.rename(out)
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

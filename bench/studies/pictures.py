@@ -1,0 +1,109 @@
+"""A picture per study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.colours import new_figure, save
+from bench.studies.records import Record, by_arm, last, mean_and_error
+from bench.studies.tables import gaps, tail_pairs
+
+DARK, LIGHT, OTHER = "#084594", "#9ecae1", "#e6550d"
+
+
+def tail(records: list[Record], path: Path) -> None:
+    """Loss of the exact run under the default's, and how far apart they are."""
+    models = tail_pairs(records)
+    figure, axes = new_figure(2, len(models), 5.5, sharex=True)
+    for column, (name, pairs) in enumerate(models.items()):
+        top, bottom = axes[0][column], axes[1][column]
+        for exact, mean in pairs:
+            steps = range(1, exact["steps"] + 1)
+            first = exact["seed"] == pairs[0][0]["seed"]
+            style = {"linewidth": 3.5, "color": LIGHT}
+            top.plot(steps, exact["curves"]["loss"], **style, label="exact" if first else None)
+            style = {"linewidth": 0.8, "color": DARK}
+            top.plot(steps, mean["curves"]["loss"], **style, label="mean" if first else None)
+            bottom.plot(steps, [max(g, 1e-7) for g in gaps(exact, mean)], **style)
+        bottom.axhline(0.01, color=OTHER, linewidth=1, label="1%")
+        bottom.set_yscale("log")
+        top.set_title(f"small_lm, {name}: loss of each step, {len(pairs)} seeds")
+        bottom.set_xlabel("step")
+        top.set_ylabel("loss")
+        bottom.set_ylabel("difference / loss of exact")
+        top.legend()
+        bottom.legend()
+    save(figure, path)
+
+
+def length(records: list[Record], path: Path) -> None:
+    """Accuracy and length of answers, from the common start to each seed's end."""
+    figure, axes = new_figure(1, 2, 3.6)
+    arms = by_arm(records)
+    colours: dict[str, str] = dict(zip(arms, (OTHER, LIGHT, DARK), strict=False))
+    for arm, runs in arms.items():
+        start = next((run["measurements"][0] for run in runs if run["seed"] == 0), None)
+        for run in runs:
+            points = [m for m in ([start] if start else []) + run["measurements"] if m]
+            points = [m for i, m in enumerate(points) if i == 0 or m["step"] > 0]
+            axes[0][0].plot(
+                [m["answers"]["mean_tokens"] for m in points],
+                [m["accuracy"] for m in points],
+                color=colours[arm], alpha=0.5, linewidth=1, marker=".",
+            )  # fmt: skip
+        axes[0][0].scatter(
+            [last(run)["answers"]["mean_tokens"] for run in runs],
+            [last(run)["accuracy"] for run in runs],
+            color=colours[arm], s=40, zorder=3, label=arm,
+        )  # fmt: skip
+    axes[0][0].set(xlabel="mean tokens of sampled answers", ylabel="test accuracy")
+    axes[0][0].set_title("From the start (left out of the dots) to the end of each seed")
+    axes[0][0].legend()
+    _length_groups(axes[0][1], arms, colours)
+    save(figure, path)
+
+
+def _length_groups(panel: Any, arms: dict[str, list[Record]], colours: dict[str, str]) -> None:
+    groups = {"chosen is longer": "chosen_longer", "rejected is longer": "rejected_longer"}
+    for i, (arm, runs) in enumerate(arms.items()):
+        for j, key in enumerate(groups.values()):
+            mean, error = mean_and_error([last(run)["by_length"][key]["accuracy"] for run in runs])
+            place = j + 0.25 * (i - 1)
+            panel.bar(place, mean, 0.22, yerr=error, color=colours[arm], label=None if j else arm)
+    panel.axhline(0.5, color="black", linewidth=0.6)
+    panel.set_xticks(range(len(groups)), groups)
+    panel.set_ylabel("test accuracy at the end")
+    panel.set_title("Where the better answer is the longer one, and where not")
+    panel.legend()
+
+
+def flips(records: list[Record], path: Path) -> None:
+    """Accuracy on unflipped test pairs against the share of flipped training labels."""
+    figure, axes = new_figure(1, 2, 3.6)
+    arms = by_arm(records)
+    for objective, colour in (("simpo", OTHER), ("gamma-simpo", DARK)):
+        shares, found = [], []
+        for arm, runs in arms.items():
+            if arm.startswith(f"{objective}, "):
+                shares.append(float(runs[0]["settings"]["flip"]))
+                found.append(runs)
+        for panel, key in zip(axes[0], ("accuracy", "margin"), strict=True):
+            stats = [mean_and_error([last(run)[key] for run in runs]) for runs in found]
+            panel.errorbar(
+                shares, [mean for mean, _ in stats], yerr=[error or 0 for _, error in stats],
+                color=colour, marker="o", capsize=3, label=objective,
+            )  # fmt: skip
+            for share, runs in zip(shares, found, strict=True):
+                each = [last(run)[key] for run in runs]
+                panel.scatter([share] * len(each), each, color=colour, s=8, alpha=0.6)
+    for panel, text in zip(axes[0], ("test accuracy", "test margin, nats a token"), strict=True):
+        panel.set(xlabel="share of training labels flipped", ylabel=text)
+        panel.xaxis.set_major_formatter("{x:.0%}")
+        panel.legend()
+    axes[0][0].set_title("Accuracy on clean test pairs; bars: standard error")
+    axes[0][1].set_title("Margin on clean test pairs")
+    save(figure, path)
+
+
+PICTURES = {"tail": tail, "length": length, "flips": flips}

@@ -1,0 +1,163 @@
+"""A Markdown table per study. Every ± is a standard error over seeds."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from bench.studies.records import Record, at_step, by_arm, last, paired, shown
+
+SMOOTHED = 10  # steps
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Means over windows of `SMOOTHED` steps."""
+    return [statistics.fmean(values[i : i + SMOOTHED]) for i in range(len(values) - SMOOTHED + 1)]
+
+
+def gaps(exact: Record, other: Record) -> list[float]:
+    """Difference of the losses of every step, relative to the exact run's."""
+    losses = (record["curves"]["loss"] for record in (exact, other))
+    return [abs(b - a) / abs(a) for a, b in zip(*losses, strict=True)]
+
+
+def tail_pairs(records: list[Record]) -> dict[str, list[tuple[Record, Record]]]:
+    """By model ("logits x 2"), the exact run and the default's of every seed."""
+    arms = by_arm(records)
+    names = dict.fromkeys(arm.partition(", ")[2] for arm in arms)
+    found = {n: paired(arms.get(f"exact, {n}", []), arms.get(f"mean, {n}", [])) for n in names}
+    return {name: pairs for name, pairs in found.items() if pairs}
+
+
+def tail(records: list[Record]) -> str:
+    rows = []
+    for name, pairs in tail_pairs(records).items():
+        for exact, mean in pairs:
+            smooth = [smoothed(r["curves"]["loss"]) for r in (exact, mean)]
+            window = max(abs(b - a) / abs(a) for a, b in zip(*smooth, strict=True))
+            active = [a for a in mean["curves"]["active_fraction"] if a is not None]
+            rows.append(
+                [
+                    name,
+                    exact["seed"],
+                    f"{statistics.fmean(active):.2f}" if active else "–",
+                    f"{statistics.median(gaps(exact, mean)):.2%}",
+                    f"{max(gaps(exact, mean)):.2%}",
+                    f"{window:.2%}",
+                    f"{last(exact)['accuracy']:.3f}",
+                    f"{last(mean)['accuracy']:.3f}",
+                    f"{last(exact)['margin']:.4f}",
+                    f"{last(mean)['margin']:.4f}",
+                ]
+            )
+    head = (
+        "model", "seed", "active fraction", "loss gap, median", "largest of a step",
+        f"largest of {SMOOTHED} steps' mean", "test accuracy, exact", "mean", "test margin, exact",
+        "mean",
+    )  # fmt: skip
+    return markdown(head, rows)
+
+
+def length(records: list[Record]) -> str:
+    arms = by_arm(records)
+    rows = []
+    for arm, runs in arms.items():
+        for step in measured_steps(runs):
+            found = [at_step(run, step) for run in runs if has_step(run, step)]
+            groups = ("chosen_longer", "rejected_longer")
+            rows.append(
+                [
+                    arm,
+                    step,
+                    shown([m["accuracy"] for m in found]),
+                    *(shown([m["by_length"][g]["accuracy"] for m in found]) for g in groups),
+                    shown([m["correlation_with_length"] for m in found], 2),
+                    shown([m["answers"]["mean_tokens"] for m in found], 0),
+                    shown([m["answers"]["cut"] / m["answers"]["answers"] for m in found], 2),
+                ]
+            )
+    head = (
+        "objective", "step", "test accuracy", "where chosen is longer", "where rejected is longer",
+        "margin's correlation with length", "mean answer, tokens", "answers cut at the limit",
+    )  # fmt: skip
+    return markdown(head, rows) + "\n\n" + length_differences(arms)
+
+
+def length_differences(arms: dict[str, list[Record]]) -> str:
+    """Each arm less SimPO with the same seed, at the end."""
+    rows = []
+    for arm, runs in arms.items():
+        if arm == "simpo" or not (pairs := paired(runs, arms.get("simpo", []))):
+            continue
+        ends = [(last(a), last(b)) for a, b in pairs]
+        rows.append(
+            [
+                f"{arm} − simpo",
+                len(pairs),
+                shown([a["accuracy"] - b["accuracy"] for a, b in ends], sign=True),
+                shown(
+                    [a["answers"]["mean_tokens"] - b["answers"]["mean_tokens"] for a, b in ends],
+                    1,
+                    sign=True,
+                ),
+            ]
+        )
+    return markdown(
+        ("at the end, same seed", "seeds", "test accuracy", "mean answer, tokens"), rows
+    )
+
+
+def flips(records: list[Record]) -> str:
+    arms = by_arm(records)
+    rows = []
+    shares = dict.fromkeys(arm.partition(", ")[2] for arm in arms)
+    for share in shares:
+        simpo, gamma = (arms.get(f"{name}, {share}", []) for name in ("simpo", "gamma-simpo"))
+        pairs = [(last(a), last(b)) for a, b in paired(simpo, gamma)]
+        if pairs:
+            rows.append(
+                [
+                    share,
+                    len(pairs),
+                    shown([a["accuracy"] for a, _ in pairs]),
+                    shown([b["accuracy"] for _, b in pairs]),
+                    shown([b["accuracy"] - a["accuracy"] for a, b in pairs], sign=True),
+                    shown([a["margin"] for a, _ in pairs]),
+                    shown([b["margin"] for _, b in pairs]),
+                ]
+            )
+    head = (
+        "labels", "seeds", "test accuracy, simpo", "gamma-simpo", "difference, same seed",
+        "test margin (nats a token), simpo", "gamma-simpo",
+    )  # fmt: skip
+    return markdown(head, rows)
+
+
+def measured_steps(runs: list[Record]) -> list[int]:
+    return sorted({m["step"] for run in runs for m in run["measurements"]})
+
+
+def has_step(run: Record, step: int) -> bool:
+    return any(m["step"] == step for m in run["measurements"])
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    marks = ["---", *itertools.repeat("---:", len(head) - 1)]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, marks, *rows))
+
+
+def provenance(records: list[Record]) -> str:
+    """What the runs of a study ran on."""
+    first = records[0]
+    commits = ", ".join(dict.fromkeys(str(record["commit"])[:9] for record in records))
+    minutes = sum(record["seconds"] for record in records) / 60
+    return (
+        f"{len(records)} runs of {first['steps']} steps, {first['pairs_per_step']} pairs each; "
+        f"{first['train_pairs']:,} pairs to train on, {first['test_pairs']:,} to test; "
+        f"torch {first['versions']['torch']}; {minutes:.0f} minutes in all; {commits}"
+    )
+
+
+TABLES = {"tail": tail, "length": length, "flips": flips}
