@@ -3,24 +3,27 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-OUT ?= outputs/bench-gpu
+OUT ?=
+BENCH_FAIL ?= min:30%
 
 VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 DEEPSPEED := $(VENV)/.installed-deepspeed
+BENCH := $(VENV)/.installed-bench
+BASELINE := outputs/bench-baseline
 EVAL := $(VENV)/.installed-eval
 # An editable install maps the folders by an import hook, which pyright cannot run: it reads these.
 LINKS := $(VENV)/links/widemargin
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-distributed test-eval torture lint format bench bench-gpu wheels clean distclean
+.PHONY: help setup quickstart test test-slow test-distributed test-eval torture lint format bench bench-baseline bench-compare bench-gpu wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=$(PYTHON) (>= 3.10)  PIP_ARGS= (say, an index)  PYTEST_ARGS=  OUT=$(OUT)"
+	@echo "  Variables: PYTHON=$(PYTHON) (>= 3.10)  PIP_ARGS= (say, an index)  PYTEST_ARGS=  OUT= (of a benchmark)  BENCH_FAIL=$(BENCH_FAIL)"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -39,6 +42,10 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEEPSPEED): $(DEV)
 	$(INSTALL) '.[dev,deepspeed]'
+	@touch $@
+
+$(BENCH): $(DEV)
+	$(INSTALL) '.[dev,bench]'
 	@touch $@
 
 $(EVAL): $(DEV)
@@ -75,11 +82,19 @@ format: $(DEV) ## Format and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEV) ## Benchmark the head on this CPU
-	$(BIN)/python -m bench.head
+bench: $(BENCH) ## Benchmark on this CPU in under ten minutes, into OUT (outputs/bench); bench/results publishes
+	$(BIN)/python -m bench.all --out "$(or $(OUT),outputs/bench)"
+
+bench-baseline: $(DEV) ## Save the kernels' times on this machine
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-storage="$(BASELINE)" --benchmark-save=baseline $(PYTEST_ARGS)
+
+bench-compare: $(DEV) ## Time them again, and fail where one is slower than saved by more than BENCH_FAIL
+	@test -d "$(BASELINE)" || { echo "error: nothing to compare with; run make bench-baseline first" >&2; exit 2; }
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-storage="$(BASELINE)" --benchmark-compare \
+		--benchmark-compare-fail="$(BENCH_FAIL)" $(PYTEST_ARGS)
 
 bench-gpu: $(DEV) ## Test and benchmark the kernels on this machine's GPU, into OUT
-	PYTHON=$(CURDIR)/$(BIN)/python bash bench/gpu.sh "$$(git rev-parse HEAD)" "$(OUT)"
+	PYTHON=$(CURDIR)/$(BIN)/python bash bench/gpu.sh "$$(git rev-parse HEAD)" "$(or $(OUT),outputs/bench-gpu)"
 
 wheels: $(DEV) ## Gather the benchmark's peers into .whl, for a GPU machine without network
 	PIP_ARGS="$(PIP_ARGS)" bash bench/wheels.sh

@@ -10,19 +10,21 @@ from bench.record import Row
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Three panels: forward and backward of each provider, its memory, what its error buys.
+    """Forward and backward of each provider, its memory, and, where counted, error against work.
 
     Args:
         rows: of one case on one device; providers that were not timed are left out.
     """
     timed = [row for row in rows if "total_ms" in row]
     timed.sort(key=lambda row: row["total_ms"]["median"])
-    figure, axes = new_figure(1, 3, 1.2 + 0.27 * max(len(timed), 6), width_ratios=(1.25, 1, 1.15))
-    time, memory, error = axes[0]
+    ratios = (1.25, 1, 1.15) if any("passes" in row for row in timed) else (1.25, 1)
+    height = 1.2 + 0.27 * max(len(timed), 6)
+    figure, axes = new_figure(1, len(ratios), height, width_ratios=ratios)
     names = [label(row["provider"]) for row in timed]
-    _times(time, timed, names)
-    _memory(memory, timed, names)
-    _errors(error, timed)
+    _times(axes[0][0], timed, names)
+    _memory(axes[0][1], timed, names)
+    if len(ratios) == 3:
+        _errors(axes[0][2], timed)
     figure.suptitle(title(rows[0]), fontsize=9, x=0.01, ha="left")
     save(figure, path)
 

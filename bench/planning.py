@@ -36,17 +36,18 @@ from bench.record import (
     refused,
     writer,
 )
+from bench.subject import find_subject
 from bench.timing import spread
 from bench.training_data import read_pairs
 
-SHARED = ROOT.parent / "shared" / "data"
 RANKS, PAIRS_PER_RANK = 8, 16
 Spec = dict[str, Any]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.planning", description=__doc__)
-    parser.add_argument("--pairs", type=Path, default=SHARED, help="folder of pairs and model")
+    parser.add_argument("--model", type=Path, help="its tokenizer (default: `bench/subject.py`)")
+    parser.add_argument("--pairs", type=Path, help="JSONL of pairs (default: the model's)")
     parser.add_argument("--count", type=int, default=10_000, help="pairs to prepare")
     parser.add_argument("--lengths", type=int, default=1_000_000, help="lengths to plan")
     parser.add_argument("--max-length", type=int, default=1024)
@@ -204,10 +205,14 @@ def run_alone(spec: Spec, folder: Path) -> Row:
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     rows_file = folder / "rows.jsonl"
-    rows = sample(options.pairs / "judged_pairs_train.jsonl.gz", options.count)
+    if options.model is None or options.pairs is None:
+        subject = find_subject(folder)
+        options.model = options.model or subject.model
+        options.pairs = options.pairs or subject.pairs
+    rows = sample(options.pairs, options.count)
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
-        "rows": str(rows_file), "model": str((options.pairs / "small_lm").resolve()),
+        "rows": str(rows_file), "model": str(options.model.resolve()),
         "max_length": options.max_length, "processes": options.processes,
         "lengths_file": str(folder / "lengths.npy"), "lengths": options.lengths,
     }  # fmt: skip
@@ -279,7 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
         **environment("cpu", commit),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        rows = [{**facts, **row} for row in measure(options, Path(folder))]
+        rows = measure(options, Path(folder))
+    facts["data"] = options.pairs.name
+    rows = [{**facts, **row} for row in rows]
     writer(out)(rows)
     print(table(rows))
     return 1 if any("reason" in row for row in rows if row["provider"] == "widemargin") else 0

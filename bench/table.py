@@ -18,6 +18,7 @@ COLUMNS = (
     ("total ms (min–max)", "---:"),
     ("× full logits", "---:"),
     ("products", "---:"),
+    ("passes", "---:"),
     ("extra memory, % of logits", "---:"),
     ("error logp / dH / dW", "---:"),
     ("active", "---:"),
@@ -64,7 +65,7 @@ def _line(row: dict[str, Any]) -> str:
     shown = " / ".join(f"{error:.0e}" for error in errors.values()) if errors else "–"
     if "total_ms" not in row:
         reason = f"{row['gate']}: {row.get('reason', '')}".replace("|", "/")
-        return _join([row["provider"], "–", "–", reason, "–", "–", "–", shown, "–"])
+        return _join([row["provider"], "–", "–", reason, "–", "–", "–", "–", shown, "–"])
     total = row["total_ms"]
     active = row.get("active_fraction")
     return _join(
@@ -75,6 +76,7 @@ def _line(row: dict[str, Any]) -> str:
             f"{total['median']:.1f} ({total['min']:.1f}–{total['max']:.1f})",
             f"{row['speedup']['total']:.2f}" if "speedup" in row else "–",
             f"{row['products']:.2f}" if "products" in row else "–",
+            f"{row['passes']:.2f}" if "passes" in row else "–",
             f"{row['peak_extra_percent_of_logits']:.1f}" if "peak_extra_mib" in row else "–",
             shown,
             "–" if active is None else f"{active:.3f}",

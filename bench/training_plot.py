@@ -3,13 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-COLOURS = {
-    "widemargin-padded": "#9ecae1",
-    "widemargin-packed": "#4292c6",
-    "widemargin-prefix_shared": "#084594",
-}
-OTHER = "#d95f02"
+from bench.colours import colour, label, new_figure, save
+from bench.record import Row
+
 PANELS = (
     ("pairs_per_s", "pairs per second", 1.0),
     ("tokens_per_step", "decoder tokens a step", 1.0),
@@ -19,22 +15,16 @@ PANELS = (
 
 def draw(rows: list[Row], path: Path) -> None:
     """One line of panels per case; trainers that could not run are left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = _cases([row for row in rows if "pairs_per_s" in row])
-    figure, axes = pyplot.subplots(
-        len(cases), 4, figsize=(15, 3.2 * len(cases)), squeeze=False, layout="constrained"
-    )
+    figure, axes = new_figure(len(cases), 4, 2.3 * len(cases))
     for line, (title, found) in zip(axes, cases.items(), strict=True):
-        for panel, (key, label, scale) in zip(line, PANELS, strict=False):
-            _bars(panel, found, key, label, scale)
+        for index, (panel, (key, text, scale)) in enumerate(zip(line, PANELS, strict=False)):
+            _bars(panel, found, key, text, scale)
+            if index:
+                panel.set_yticklabels([])
         _losses(line[3], found)
-        line[0].set_title(title, loc="left", fontsize=10)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        line[0].set_title(title, loc="left")
+    save(figure, path)
 
 
 def _cases(rows: list[Row]) -> dict[str, list[Row]]:
@@ -46,15 +36,14 @@ def _cases(rows: list[Row]) -> dict[str, list[Row]]:
     return cases
 
 
-def _bars(panel: Any, rows: list[Row], key: str, label: str, scale: float) -> None:
-    names = [row["provider"].removeprefix("widemargin-") for row in rows]
+def _bars(panel: Any, rows: list[Row], key: str, text: str, scale: float) -> None:
+    names = [label(row["provider"]) for row in rows]
     values = [row[key] * scale for row in rows]
-    bars = panel.barh(names, values, color=[COLOURS.get(r["provider"], OTHER) for r in rows])
+    bars = panel.barh(names, values, color=[colour(row["provider"]) for row in rows])
     panel.bar_label(bars, fmt="%.2f" if max(values) < 100 else "%.0f", padding=3, fontsize=8)
-    panel.margins(x=0.18)
+    panel.margins(x=0.25)
     panel.invert_yaxis()
-    panel.set_xlabel(label)
-    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel(text)
 
 
 def _losses(panel: Any, rows: list[Row]) -> None:
@@ -63,10 +52,9 @@ def _losses(panel: Any, rows: list[Row]) -> None:
         panel.plot(
             range(1, len(row["losses"]) + 1),
             row["losses"],
-            color=COLOURS.get(row["provider"], OTHER),
+            color=colour(row["provider"]),
             linewidth=2 * (len(rows) - i),
             alpha=0.8,
         )
     panel.set_xlabel("step")
     panel.set_ylabel("loss (all trainers)")
-    panel.spines[["top", "right"]].set_visible(False)

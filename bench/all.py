@@ -1,0 +1,127 @@
+"""All benchmarks that a CPU can run, within ten minutes: `python -m bench.all` (`make bench`).
+
+The head, scaling curves, training steps against TRL's trainers for SimPO and for DPO, and planning
+in a smaller form, each in a process with a limit of its own; then tables, pictures and a page of
+results, `results.md`, in the same folder. With ``--out bench/results``, from a clean tree only,
+README's tables and docs/results.md are renewed instead. Whole steps run on the model that
+`bench/subject.py` finds. A part that fails or is cut leaves the
+others as they are, and the exit status is 1.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import results
+from bench.record import ROOT, find_commit, refused
+
+TOTAL_S = 570
+"""Parts begin and are cut so that all end within this; drawing takes a few seconds more."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A benchmark: its module, what it is told, and the seconds it may take."""
+
+    name: str
+    arguments: tuple[str, ...]
+    file: str
+    limit_s: float
+
+    @property
+    def module(self) -> str:
+        return f"bench.{self.name.partition('-')[0]}"
+
+
+PARTS = (
+    Part("head", ("--budget-s", "15"), "head_cpu.json", 150),
+    Part("training-simpo", ("--steps", "6", "--warmup", "2", "--append"), "training_cpu.json", 150),
+    Part("scaling", (), "scaling_cpu.json", 230),
+    Part(
+        "training-dpo",
+        (
+            *("--objective", "dpo", "--steps", "5", "--warmup", "1", "--append"),
+            *("--contenders", "widemargin-padded", "widemargin-prefix_shared", "trl-dpo"),
+        ),
+        "training_cpu.json",
+        130,
+    ),
+    Part(
+        "planning",
+        ("--count", "2000", "--lengths", "200000", "--repeats", "1"),
+        "planning.json",
+        80,
+    ),
+)
+"""Most wanted first, since what comes late may be cut."""
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.all", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--total-s", type=float, default=TOTAL_S, help=f"default {TOTAL_S}")
+    parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
+    return parser.parse_args(arguments)
+
+
+def run(part: Part, out: Path, limit_s: float, allow_dirty: bool) -> str:
+    """Run it; "done in 12 s", or what became of it."""
+    command = [sys.executable, "-m", part.module, *part.arguments, "--out", str(out / part.file)]
+    command += ["--allow-dirty"] * allow_dirty
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    begin = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | quiet, start_new_session=True)
+    try:
+        status = process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        _stop(process)
+        return f"cut after {limit_s:.0f} s; rows it had written are kept"
+    except BaseException:
+        _stop(process)
+        raise
+    took = f"{time.monotonic() - begin:.0f} s"
+    return f"done in {took}" if status == 0 else f"failed with exit status {status} after {took}"
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """The part and its workers, which are a process group of their own."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    out = options.out.resolve()
+    if refused(out / "all.json", find_commit(), options.allow_dirty):
+        return 2
+    end = time.monotonic() + options.total_s
+    fates: dict[str, str] = {}
+    for part in PARTS:
+        if part.name not in options.parts:
+            continue
+        left = min(part.limit_s, end - time.monotonic())
+        if left < 5:
+            fates[part.name] = "skipped: no time is left"
+        else:
+            print(f"== {part.name}", flush=True)
+            fates[part.name] = run(part, out, left, options.allow_dirty)
+        print(f"== {part.name}: {fates[part.name]}\n", flush=True)
+    if not any(out.glob("*.json")):
+        print(json.dumps(fates, indent=1))
+        return 1
+    status = results.main([str(out)])
+    print("\n".join(f"{name:16} {fate}" for name, fate in fates.items()))
+    bad = ("failed", "cut", "skipped: no time")
+    return 1 if status or any(fate.startswith(bad) for fate in fates.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
