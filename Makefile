@@ -19,7 +19,7 @@ LINKS := $(VENV)/links/widemargin
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-distributed test-eval torture lint format bench bench-baseline bench-compare bench-gpu wheels clean distclean
+.PHONY: help setup quickstart test test-slow test-distributed test-eval torture study lint format bench bench-baseline bench-compare bench-gpu wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ test-eval: $(EVAL) ## Evaluations with the benchmarks' own packages, alpaca_eval
 torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
 	$(BIN)/python -m bench.torture
 	FUZZ_CASES=50000 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_fuzz.py
+
+study: $(DEV) ## Carry out the studies of docs/studies.md, over an hour on two idle cores
+	$(BIN)/python -m bench.studies
 
 lint: $(DEV) ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
