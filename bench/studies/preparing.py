@@ -23,10 +23,9 @@ def prepare_pairs(source: Path, tokenizer_dir: Path, limit: int, target: Path) -
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     fitting = []
     for row in read_pairs(source):
-        texts = [
-            tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
-            for side in ("chosen", "rejected")
-        ]
+        texts = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
+        if not isinstance(texts[0], str):
+            texts = [tokenizer.apply_chat_template(text, tokenize=False) for text in texts]
         tokens = tokenizer(texts, add_special_tokens=False).input_ids
         if max(map(len, tokens)) <= limit:
             fitting.append(row)

@@ -31,6 +31,7 @@ def append(out: Path, record: Record) -> None:
     """Add a run, on a line of its own even after one that was cut."""
     path = out / f"{record['study']}.jsonl"
     with _LOCK:
+        out.mkdir(parents=True, exist_ok=True)
         before = path.read_bytes() if path.exists() else b""
         with path.open("a") as file:
             file.write("" if before[-1:] in (b"", b"\n") else "\n")
