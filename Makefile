@@ -70,8 +70,7 @@ test-eval: $(EVAL) ## Evaluations with the benchmarks' own packages, alpaca_eval
 	$(BIN)/python -m pytest tests/test_evaluate_tools.py tests/test_evaluate_harness.py $(PYTEST_ARGS)
 
 torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
-	$(BIN)/python -m bench.torture
-	FUZZ_CASES=50000 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_fuzz.py
+	$(BIN)/python -m bench.torture --cases 50000 $(if $(OUT),--out $(OUT))
 
 study: $(DEV) ## Carry out the studies of docs/studies.md, over an hour on two idle cores
 	$(BIN)/python -m bench.studies

@@ -1,32 +1,38 @@
-"""Kill a training at seeded random moments, go on from what is left, and compare with a whole run.
+"""Runs killed at seeded random moments and resumed, and strange inputs by the ten thousand.
 
-    python -m bench.torture --kills 30 --ranks 1
+    python -m bench.torture --kills 30 --ranks 1 2 --cases 50000 --out bench/results/torture.json
 
-A moment is one event of one kind (a step, a save, an evaluation): a callback of the training loop,
-or a file opened, renamed or removed in the output folder. The process tells this one when it gets
-there and is killed (SIGKILL) up to a few milliseconds later. After every kill each checkpoint must
-be whole, and every run that gets to its end must have the weights of the one never stopped: bit for
-bit on one process, within 1e-6 on two. Processes are forks of this one, which spares the imports.
+After every kill each checkpoint must be whole, and every run that gets to its end must have the
+weights of the one never stopped: bit for bit on one process, within 1e-6 on two. A case is rows and
+settings (`tests/fuzzing.py`), and must end in a batch or in one of our errors.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import importlib
+import multiprocessing
 import os
 import random
-import select
-import signal
-import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from bench.killed_runs import Moment, run
+from bench.record import Row, environment, find_commit, refused, writer
 
 PHASES = ("step", "save", "evaluate")
-TIMEOUT_S = 120
+BOUNDS = {1: 0.0, 2: 1e-6}
+"""How far the weights may be from the uninterrupted run's, by the number of processes."""
+
+PIECE = 5000
+PIECE_TIMEOUT_S = 1800
+"""Cases of one seed and process, and how long they may take: longer is a hang."""
+
 SETTINGS = """\
 {model_name_or_path: ./model, dataset: train.jsonl, eval_dataset: test.jsonl, objective: lmpo,
  optim: adamw_torch, learning_rate: 0.001, lr_scheduler_type: cosine, max_steps: 8,
@@ -36,133 +42,14 @@ SETTINGS = """\
 """
 
 
-@dataclass(frozen=True)
-class Moment:
-    """The ``count``-th event of a kind in one rank's process, and how long after it."""
-
-    phase: str
-    count: int
-    rank: int
-    delay_s: float
-
-
-class Events:
-    """Counts the events of this process, and tells the parent when the moment has come."""
-
-    def __init__(self, folder: Path, moment: Moment | None, pipe: int) -> None:
-        self.folder, self.moment, self.pipe = str(folder.resolve()), moment, pipe
-        self.counts: Counter[str] = Counter()
-
-    def __call__(self, phase: str) -> None:
-        self.counts[phase] += 1
-        if self.moment is not None and (phase, self.counts[phase]) == (
-            self.moment.phase, self.moment.count,
-        ):  # fmt: skip
-            os.write(self.pipe, b"x")
-
-    def audit(self, event: str, args: Any) -> None:
-        if event == "open":
-            written = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-            if not written or not isinstance(args[0], str | os.PathLike):
-                return
-        elif event not in ("os.rename", "os.mkdir", "os.rmdir", "os.remove"):
-            return
-        if isinstance(args[0], str | os.PathLike) and self.folder in os.path.abspath(args[0]):
-            self("save")
-
-
-def train_here(place: Path, folder: Path, ranks: int, events: Events) -> None:
-    """One process' training in ``folder``, from whatever is there."""
-    from transformers import TrainerCallback
-    from widemargin.trainer.config_file import load_config
-    from widemargin.trainer.run import train
-    from widemargin.trainer.trainer import PreferenceTrainer
-
-    class Telling(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            events("step")
-
-        on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_step_end = on_step_begin
-
-        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-            events("evaluate")
-
-        on_evaluate = on_prediction_step
-
-    original = PreferenceTrainer.train
-
-    def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.add_callback(Telling())
-        return original(self, *args, **kwargs)
-
-    PreferenceTrainer.train = telling
-    os.chdir(place)
-    sys.addaudithook(events.audit)
-    train(load_config(place / f"config-{ranks}.yaml", [f"--output_dir={folder}"]))
-
-
-def fork(
-    place: Path, folder: Path, rank: int, ranks: int, port: int, moment: Moment | None
-) -> tuple[int, int]:
-    """A process that trains; its id, and the pipe on which it tells of the moment."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writing)
-        return child, reading
-    status = 1
-    try:
-        log = os.open(f"{folder}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        if ranks > 1:
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-        own = moment if moment is not None and moment.rank == rank else None
-        train_here(place, folder, ranks, Events(folder, own, writing))
-        status = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def run(place: Path, folder: Path, ranks: int, moment: Moment | None) -> bool:
-    """Train until the end (True) or the moment (False, all killed)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [fork(place, folder, rank, ranks, port, moment) for rank in range(ranks)]
-    watched = children[moment.rank if moment else 0]
-    if not select.select([watched[1]], [], [], TIMEOUT_S)[0]:
-        for child, _ in children:
-            os.kill(child, signal.SIGKILL)
-        raise SystemExit(f"{folder}: no end after {TIMEOUT_S} s")
-    told = os.read(watched[1], 1)
-    if told:
-        assert moment is not None
-        time.sleep(moment.delay_s)
-        os.kill(watched[0], signal.SIGKILL)
-        time.sleep(0.01 * (ranks > 1))
-    for child, _ in children if told else ():
-        if child != watched[0]:
-            os.kill(child, signal.SIGKILL)
-    statuses = [os.waitpid(child, 0)[1] for child, _ in children]
-    for _, pipe in children:
-        os.close(pipe)
-    if not told and any(statuses):
-        tail = Path(f"{folder}.log").read_text()[-3000:]
-        raise SystemExit(f"a run failed by itself, statuses {statuses}:\n{tail}")
-    return not told
+def test_helpers() -> None:
+    """Let the tests' modules be imported."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 
 def prepare(place: Path) -> None:
     """A tiny model and pairs for it."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    test_helpers()
     from tiny_models import (  # pyright: ignore[reportMissingImports]
         TOKENIZER,
         tiny_model,
@@ -173,7 +60,7 @@ def prepare(place: Path) -> None:
     TOKENIZER.save_pretrained(place / "model")
     tiny_pairs(13).to_json(place / "train.jsonl")
     tiny_pairs(5, seed=1).to_json(place / "test.jsonl")
-    for ranks in (1, 2):
+    for ranks in BOUNDS:
         backend = "null" if ranks == 1 else "gloo"
         (place / f"config-{ranks}.yaml").write_text(SETTINGS % (4 // ranks, backend))
 
@@ -187,13 +74,20 @@ def apart(one: Path, two: Path) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-def torture(place: Path, kills: int, ranks: int, seed: int) -> None:
+def torture(place: Path, kills: int, ranks: int, seed: int) -> Row:
+    """Kill and resume; what came of it.
+
+    Raises:
+        SystemExit: a broken checkpoint, a run that fails by itself or hangs, other weights.
+    """
     from widemargin.trainer.checkpoints import newest_complete
 
+    started = time.monotonic()
     generator = random.Random(seed)
     whole, folder = place / "whole", place / "run-0"
     assert run(place, whole, ranks, None)
-    done, finished, worst, seen = 0, 0, 0.0, Counter()
+    done, finished, resumed, worst = 0, 0, 0, 0.0
+    seen: Counter[str] = Counter()
     while True:
         phase = PHASES[done % len(PHASES)]
         most = {"step": 16, "save": 30, "evaluate": 5}[phase]
@@ -201,6 +95,7 @@ def torture(place: Path, kills: int, ranks: int, seed: int) -> None:
             phase, generator.randint(1, most), generator.randrange(ranks),
             generator.choice([0.0, 0.0005, 0.003]),
         )  # fmt: skip
+        resumed += newest_complete(folder)[0] is not None
         ended = run(place, folder, ranks, moment if done < kills else None)
         if not ended:
             done += 1
@@ -211,40 +106,103 @@ def torture(place: Path, kills: int, ranks: int, seed: int) -> None:
             continue
         finished += 1
         worst = max(worst, apart(folder, whole))
-        if worst > (0.0 if ranks == 1 else 1e-6):
+        if worst > BOUNDS[ranks]:
             raise SystemExit(f"{folder}: weights differ by {worst:.3g} from {whole}")
         if done >= kills:
             break
         folder = place / f"run-{finished}"
-    counts = ", ".join(f"{seen[phase]} in {phase}" for phase in PHASES)
-    print(
-        f"{done} kills on {ranks} process(es) ({counts}); {finished} runs came to their end, "
-        f"weights at most {worst:.3g} from the uninterrupted run's",
-        flush=True,
+    return {
+        "case": "kill", "ranks": ranks, "seed": seed, "kills": done, "killed_in": dict(seen),
+        "starts_from_a_checkpoint": resumed, "runs_to_the_end": finished,
+        "largest_difference": worst, "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def tortured(kills: int, ranks: int, seed: int) -> Row:
+    """`torture` in a folder of its own, with the imports done that the forks share."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder).resolve()
+        os.environ["HF_DATASETS_CACHE"] = str(place / "cache")
+        importlib.import_module("widemargin.trainer.run")
+        preparing = os.fork()  # this process starts no threads, which a fork would lack
+        if not preparing:
+            prepare(place)
+            os._exit(0)
+        assert os.waitpid(preparing, 0)[1] == 0
+        return torture(place, kills, ranks, seed)
+
+
+def try_cases(count: int, seed: int) -> Counter[str]:
+    """A piece of the cases, in a process of its own.
+
+    Raises:
+        RuntimeError: a finding, with the case and its traceback as text, since not every library's
+            exception travels between processes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
+        test_helpers()
+        try:
+            return importlib.import_module("fuzzing").search(count, seed, Path(folder))
+        except BaseException:
+            raise RuntimeError(traceback.format_exc()) from None
+
+
+def fuzz(cases: int, seed: int, processes: int) -> Row:
+    """Try ``cases`` of them in pieces, each of the next seed; what became of them."""
+    started = time.monotonic()
+    sizes = [min(PIECE, cases - first) for first in range(0, cases, PIECE)]
+    seeds = [seed + number for number in range(len(sizes))]
+    context = multiprocessing.get_context("spawn")
+    outcomes: Counter[str] = Counter()
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+        for found in pool.map(try_cases, sizes, seeds, timeout=PIECE_TIMEOUT_S * len(sizes)):
+            outcomes += found
+    return {
+        "case": "fuzz", "seeds": [seeds[0], seeds[-1]], "cases": outcomes.total(),
+        "outcomes": dict(outcomes), "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def described(row: Row) -> str:
+    if row["case"] == "fuzz":
+        outcomes = ", ".join(f"{count:,} {name}" for name, count in row["outcomes"].items())
+        return f"{row['cases']:,} cases without a finding ({outcomes})"
+    counts = ", ".join(f"{row['killed_in'].get(phase, 0)} in {phase}" for phase in PHASES)
+    return (
+        f"{row['kills']} kills on {row['ranks']} process(es) ({counts}), "
+        f"{row['starts_from_a_checkpoint']} starts from a checkpoint; {row['runs_to_the_end']} "
+        f"runs came to their end, weights at most {row['largest_difference']:.3g} from the "
+        "uninterrupted run's"
     )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--ranks", type=int, nargs="+", choices=(1, 2), default=[1, 2])
+    parser.add_argument("--kills", type=int, default=30, help="per number of ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", choices=tuple(BOUNDS), default=[*BOUNDS])
+    parser.add_argument("--cases", type=int, default=0, help="of strange rows and settings")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="for the cases")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a file for the results, as JSON")
     options = parser.parse_args()
+    commit = find_commit()
+    if options.out is not None and refused(options.out, commit):
+        return 2
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for ranks in options.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder).resolve()
-            os.environ["HF_DATASETS_CACHE"] = str(place / "cache")
-            import widemargin.trainer.run  # noqa: F401 (forks need not import it again)
-
-            preparing = os.fork()  # this process starts no threads, which a fork would lack
-            if not preparing:
-                prepare(place)
-                os._exit(0)
-            assert os.waitpid(preparing, 0)[1] == 0
-            torture(place, options.kills, ranks, options.seed)
+    facts = {"op": "torture", **environment("cpu", commit)}
+    rows: list[Row] = []
+    for ranks in options.ranks if options.kills else ():
+        rows.append({**facts, **tortured(options.kills, ranks, options.seed)})
+        print(described(rows[-1]), flush=True)
+    if options.cases:
+        rows.append({**facts, **fuzz(options.cases, options.seed, options.processes)})
+        print(described(rows[-1]), flush=True)
+    if options.out is not None:
+        writer(options.out)(rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 from chat_tokenizers import MISTRAL
 from datasets import Dataset, disable_progress_bars
+from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny_tokenizer
 from widemargin.trainer import PreferenceConfig
@@ -160,3 +163,28 @@ def quietly() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
+
+
+def search(count: int, seed: int, folder: Path) -> Counter[str]:
+    """Try ``count`` cases; how many came to each of `run_case`'s ends.
+
+    Raises:
+        Exception: of the smallest case found that ends otherwise; its notes show the case.
+    """
+    outcomes: Counter[str] = Counter()
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(CASES)
+    def attempt(case: tuple[Any, Any, str, str]) -> None:
+        outcomes[run_case(case, folder)] += 1
+
+    with quietly():
+        attempt()
+    return outcomes
