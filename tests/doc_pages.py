@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 GENERATED = ("migration.md", "results.md")
 """Pages made by a program, and full of other projects' keys."""
+MAKERS = {"results.md": "bench/results.py", "studies.md": "bench/studies/report.py"}
+"""What writes pages that are not there before the first results are."""
 WRITTEN = [page for page in PAGES if page.name not in GENERATED]
 
 OTHERS = {
