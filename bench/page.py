@@ -74,7 +74,7 @@ class File:
 def read_files(folder: Path) -> list[File]:
     """Every file of results in the folder, CPU before GPU, then by name."""
     files = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("rows"):
             files.append(File(path, _kind(path, content), content))
