@@ -67,7 +67,7 @@ test-distributed: $(DEEPSPEED) ## Two processes under DDP, ZeRO-2, ZeRO-3 and FS
 	$(BIN)/python -m pytest -m distributed $(PYTEST_ARGS)
 
 test-eval: $(EVAL) ## Evaluations with the benchmarks' own packages, alpaca_eval and lm_eval
-	$(BIN)/python -m pytest tests/test_evaluate_tools.py tests/test_evaluate_harness.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/test_evaluate_*.py $(PYTEST_ARGS)
 
 torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
 	$(BIN)/python -m bench.torture --cases 50000 $(if $(OUT),--out $(OUT))

@@ -68,10 +68,8 @@ def test_average_of_leaderboard_v1():
     assert harness._average(tasks, scores) is None
 
 
-@pytest.fixture
-def tasks(tmp_path) -> Path:
+def local_tasks(folder: Path) -> Path:
     """A folder with two small tasks."""
-    folder = tmp_path / "tasks"
     folder.mkdir()
     data = folder / "data.json"
     rows = [
@@ -85,7 +83,8 @@ def tasks(tmp_path) -> Path:
 
 
 @needs_harness
-def test_local_tasks_and_going_on_after_them(tasks, tmp_path, monkeypatch, capsys):
+def test_local_tasks_and_going_on_after_them(tmp_path, monkeypatch, capsys):
+    tasks = local_tasks(tmp_path / "tasks")
     command = ["evaluate", "lm-eval", "--model", save_model(tmp_path / "m"), "--device=cpu"]
     command += ["--tasks", "wet_one,wet_two", "--include-path", str(tasks)]
     command += ["--out", str(tmp_path / "out"), "--num_fewshot=1"]
