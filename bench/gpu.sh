@@ -4,10 +4,9 @@
 # Needs torch, triton, pytest and hypothesis in $PYTHON (default python3); no network, git or install. The package is
 # found through a folder of links. What `make wheels` put into .whl/ is unpacked beside it: the peers to compare with.
 # Steps, in order: machine ours head tune tests shapes; and, only when named, training-1b training-8b training-flex, which
-# need the lengths that `make wheels` writes, and scaling. Each has its own limit, and together they end within TOTAL_S seconds
-# (default 525); JSON is written case by case, so a step that is cut keeps its rows. OUTDIR gets at most eight files.
-# Put
-# into bench/results/, the JSON shows on docs/results.md after `python -m bench.results`.
+# need the lengths that `make wheels` writes, and scaling. Each has its own limit, and together they end within TOTAL_S
+# seconds (default 525); JSON is written case by case, so a step that is cut keeps its rows. OUTDIR gets at most eight
+# files. The JSON, put into bench/results/, shows on docs/results.md after `python -m bench.results`.
 # Exit status 1: a step failed or was cut.
 set -uo pipefail
 
