@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs, tiny_trainer
+from widemargin.trainer.config import PreferenceConfig
 from widemargin.trainer.config_file import build_config
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.model import load_model
@@ -99,6 +100,23 @@ def test_escape_codes_of_data_do_not_reach_the_terminal(tmp_path):
     )
     lines = [*preflight_lines(pairs[0], TOKENIZER), *report.lines()]
     assert all(line.isprintable() for line in lines)
+
+
+def test_only_settings_that_somebody_gave(tmp_path):
+    """Not what transformers and this project put in place of defaults on this machine."""
+    found = changed_settings(PreferenceConfig(objective="simpo", output_dir=str(tmp_path)))
+    assert found == {"objective": "simpo", "output_dir": str(tmp_path)}
+    checkpointing = tiny_config(tmp_path, gradient_checkpointing=True)
+    assert True in changed_settings(checkpointing).values(), "under transformers' name of the day"
+    given = {"accelerator_config": {"use_seedable_sampler": False}, "per_device_eval_batch_size": 3}
+    config = PreferenceConfig(objective="simpo", output_dir=str(tmp_path), **given)
+    found = changed_settings(config)
+    assert found["accelerator_config"]["use_seedable_sampler"] is False
+    assert found["per_device_eval_batch_size"] == 3
+    config.gradient_accumulation_steps = 7
+    config.per_device_eval_batch_size = 5
+    found = changed_settings(config)
+    assert (found["gradient_accumulation_steps"], found["per_device_eval_batch_size"]) == (7, 5)
 
 
 def test_settings_in_lists_are_plain_too(tmp_path):

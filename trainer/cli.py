@@ -18,6 +18,8 @@ data and objective, and all of transformers.TrainingArguments. Any of them can b
 
   widemargin train configs/train/quickstart.yaml --beta=2.5 --learning_rate=1e-6
 
+--resume_from_checkpoint=auto goes on from the newest whole checkpoint in output_dir, if there is
+one. configs/train has the published settings with comments; --preflight shows those in effect.
 --profile writes a trace of a few steps, trace.json.gz, for chrome://tracing.
 """
 

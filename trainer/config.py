@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -117,6 +117,7 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
 
     def __post_init__(self) -> None:
         self._name_checkpointing_as_installed()
+        given = _values(self)
         self.remove_unused_columns = False  # the data set has only those that are used
         if self.use_liger_kernel:  # its own head, put on after ours, would take its place
             liger = self.liger_kernel_config or {}
@@ -125,8 +126,8 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         self.check()
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
-        given = self.accelerator_config or {}
-        copies_settled = not isinstance(given, dict) or "non_blocking" in given
+        engine = self.accelerator_config or {}
+        copies_settled = not isinstance(engine, dict) or "non_blocking" in engine
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # statistics are kept in float64, which Apple's GPUs do not have
         try:
@@ -136,9 +137,9 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         except OSError as error:  # of the settings that may name a file
             names = ("accelerator_config", "fsdp_config", "deepspeed")
             files = {n: v for n in names if isinstance(v := getattr(self, n, None), str)}
-            given = ", ".join(f"{name}: {value!r}" for name, value in files.items())
+            named = ", ".join(f"{name}: {value!r}" for name, value in files.items())
             reason = error.strerror or type(error).__name__
-            raise UserError(f"{given or 'settings'}: the file cannot be read: {reason}") from error
+            raise UserError(f"{named or 'settings'}: the file cannot be read: {reason}") from error
         check_environment(self)
         if self.head_backend == "triton" and self.device.type != "cuda":
             raise UserError("head_backend: triton needs a CUDA device; leave it at auto")
@@ -147,6 +148,13 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         accelerator: Any = self.accelerator_config
         if self.dataloader_pin_memory and not copies_settled:  # or each copy waits for the device
             accelerator.non_blocking = True
+        defaults = _defaults(type(self))
+        self.filled_in = {
+            name: value
+            for name, value in _values(self).items()
+            if given[name] == defaults[name] != value
+        }
+        """What stands in place of defaults that nobody changed: found out, not asked for."""
 
     def _name_checkpointing_as_installed(self) -> None:
         """Old and new transformers differ in the name; non-reentrant unless told otherwise."""
@@ -214,6 +222,17 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
     def keep_pairs_per_step(self) -> None:
         """Let ``pairs_per_step`` stay as it is when the accumulation steps change."""
         self._kept_pairs_per_step = self.pairs_per_step
+
+
+def _values(config: PreferenceConfig) -> dict[str, Any]:
+    return {each.name: getattr(config, each.name, None) for each in fields(config)}
+
+
+def _defaults(kind: type[PreferenceConfig]) -> dict[str, Any]:
+    return {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(kind)
+    }
 
 
 def objective_keys(objective: str) -> set[str]:

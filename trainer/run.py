@@ -48,7 +48,8 @@ def preflight(config: PreferenceConfig) -> None:
     model_config = load_model_config(config).get_text_config()
     data = load_pairs(config, tokenizer, model_config.vocab_size)
     saved_dtype = str(model_config.dtype).removeprefix("torch.")
-    data.report.notes += weight_notes(saved_dtype if config.dtype == "auto" else config.dtype)
+    if not config.use_peft:  # whose own weights are kept in float32
+        data.report.notes += weight_notes(saved_dtype if config.dtype == "auto" else config.dtype)
     print("Settings that differ from their defaults")
     for name, value in changed_settings(config).items():
         print(f"  {name}: {value}")
@@ -75,7 +76,8 @@ def train(config: PreferenceConfig) -> None:
     tokenizer = load_tokenizer(config)
     model = load_model(config)
     data = load_pairs(config, tokenizer, vocabulary_size(model))
-    if not (config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+    by_deepspeed = config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if not (config.use_peft or by_deepspeed):
         data.report.notes += weight_notes(str(model.dtype).removeprefix("torch."))
     main = config.process_index == 0
     if main:
@@ -96,7 +98,7 @@ def train(config: PreferenceConfig) -> None:
     record.content["plan"] = plan.as_dict()
     trainer.run_notes = record.content
     if main:
-        print("\n".join([*plan.lines(), *trainer.notes()]), flush=True)
+        print("\n".join([str(trainer.packing), *plan.lines(), *trainer.notes()]), flush=True)
         record.write()
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     try:
@@ -161,7 +163,8 @@ def check_data(config: PreferenceConfig, data: PairData) -> None:
 def weight_notes(dtype: str) -> list[str]:
     """A remark where the optimizer's small steps would vanish in the weights' rounding.
 
-    DeepSpeed keeps weights in fp32 beside those that compute, whatever their dtype.
+    DeepSpeed keeps weights in fp32 beside those that compute, whatever their dtype, and peft keeps
+    an adapter's.
     """
     if dtype not in ("bfloat16", "float16"):
         return []
@@ -208,15 +211,17 @@ class RunRecord:
 
 
 def changed_settings(config: PreferenceConfig) -> dict[str, Any]:
-    """Settings that differ from their defaults, as plain values; secrets are left out."""
+    """Settings somebody gave or a run adjusted, as plain values; secrets are left out."""
     changed = {}
     for field in dataclasses.fields(config):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         value: Any = getattr(config, field.name, default)
-        if isinstance(value, AcceleratorConfig):  # which is always filled in
-            default, value = type(value)().to_dict(), value.to_dict()
+        if field.name in config.filled_in:  # unless it was changed afterwards, as by the planner
+            default = config.filled_in[field.name]
+        elif isinstance(value, AcceleratorConfig):  # which is filled up
+            default = type(value)()
         value = _plain(value)
         if value != _plain(default) and not is_secret(field.name):
             changed[field.name] = value
@@ -227,6 +232,8 @@ def _plain(value: Any) -> Any:
     """The value as JSON and YAML have it."""
     if isinstance(value, Enum):
         return _plain(value.value)
+    if isinstance(value, AcceleratorConfig):
+        return _plain(value.to_dict())
     if isinstance(value, dict):
         return {str(_plain(key)): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple | set):
