@@ -28,7 +28,16 @@ import torch
 from torch import Tensor
 
 from . import torch_head, torch_head_backward
-from .head_inputs import Backend, Tail, choose_backend, compute_dtype_of, validate
+from .arguments import check_tensors
+from .head_inputs import (
+    Backend,
+    Tail,
+    check_targets,
+    choose_backend,
+    compute_dtype_of,
+    refuse_forward_mode,
+    validate,
+)
 from .reference import IGNORE_INDEX
 from .routing import num_blocks
 from .torch_head import Head, ieee_products
@@ -80,6 +89,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps [N], lse [N], partial_lse [B, N], profile [V]; without ``keep`` the last two empty."""
     head = Head(hidden, weight, bias, logit_scale, softcap, compute_dtype)
+    check_targets(targets, len(weight))
     ignored = targets == IGNORE_INDEX
     targets = targets.masked_fill(ignored, 0)
     forward = torch_head.forward
@@ -173,6 +183,20 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.settings = settings
 
 
+class _OnlyOnce(torch.autograd.Function):
+    """A gradient that depends on ``inputs``, by which it cannot be differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "linear_logprob: it has no second derivative; linear_logprob of kernels.reference has"
+        )
+
+
 def _backward(ctx, grad, *_):
     none = (None,) * 12
     if grad is None:
@@ -180,8 +204,11 @@ def _backward(ctx, grad, *_):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     *inputs, logps, lse, partial_lse, profile = ctx.saved_tensors
     saved = (logps, lse, partial_lse, profile)
-    gradients = _backward_op(grad, *inputs, ctx.stats, *saved, *ctx.settings, needs)
-    d_hidden, d_weight, d_bias = (g if n else None for g, n in zip(gradients, needs, strict=True))
+    with torch.no_grad():
+        found = _backward_op(grad, *inputs, ctx.stats, *saved, *ctx.settings, needs)
+    if torch.is_grad_enabled():  # create_graph=True
+        found = (_OnlyOnce.apply(gradient, grad, *inputs) for gradient in found)
+    d_hidden, d_weight, d_bias = (g if n else None for g, n in zip(found, needs, strict=True))
     return d_hidden, d_weight, None, d_bias, *none[4:]
 
 
@@ -242,8 +269,8 @@ def linear_logprob(
         hidden: [N, H], fp32, bf16 or fp16; fp64 in the torch backend.
         weight: [V, H], hidden's dtype (any under autocast).
         targets: [N] int64 in [0, V), or -100: log-prob 0 and no gradient there. Such a position
-            still costs forward, so select positions first. Ranges are not checked: on a GPU that
-            would wait for the device; check where the data is made.
+            still costs forward, so select positions first. Ranges are checked on a CPU only: a GPU
+            would be waited for; check where the data is made.
         bias: [V] or None.
         logit_scale: multiplies the logits, bias included.
         softcap: ``c`` in ``c * tanh(z / c)``; None for none.
@@ -261,10 +288,14 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit.
     """
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        check_tensors(bias=bias)
+    validate(hidden, weight, targets, bias, logit_scale, softcap, tail, tail_eps)
     compute_dtype = compute_dtype_of(hidden, weight)
-    validate(hidden, weight, targets, bias, softcap, tail, tail_eps, compute_dtype)
     chosen = choose_backend(backend, hidden, compute_dtype)
     inputs = (hidden, weight, bias)
+    refuse_forward_mode(*inputs)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
     stats = hidden.new_full((4,), torch.nan, dtype=dtype) if return_stats else None

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_tensors, is_number
+
 Kind = Literal["sigmoid", "hinge"]
 Backend = Literal["auto", "triton", "torch"]
 
@@ -145,6 +147,7 @@ def margin_loss(
 
 
 def _check_tokens(token_logps: Tensor, cu_seqlens: Tensor) -> None:
+    check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
         raise ValueError(
             "token_logps: expected a floating tensor of shape [N], got "
@@ -165,6 +168,20 @@ def _check_tokens(token_logps: Tensor, cu_seqlens: Tensor) -> None:
             f"cu_seqlens: expected the device of token_logps, {token_logps.device}, got "
             f"{cu_seqlens.device}"
         )
+    _check_boundaries(cu_seqlens, len(token_logps))
+
+
+def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """On a CPU only, where values are at hand: memory past the tokens would be read."""
+    holds_values = type(cu_seqlens) is Tensor and not torch.compiler.is_compiling()
+    if cu_seqlens.device.type != "cpu" or not holds_values:
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] > tokens or bounds != sorted(bounds):
+        shown = f"{bounds[:3]} ... {bounds[-3:]}" if len(bounds) > 9 else bounds
+        raise ValueError(
+            f"cu_seqlens: expected ascending boundaries from 0 to at most {tokens}, got {shown}"
+        )
 
 
 def _check_settings(
@@ -174,6 +191,7 @@ def _check_settings(
     kind: str,
     label_smoothing: float,
 ) -> None:
+    check_tensors(target_margins=target_margins)
     pairs = cu_seqlens.numel() // 2
     if target_margins.shape != (pairs,):
         raise ValueError(
@@ -185,11 +203,11 @@ def _check_settings(
             f"target_margins: expected the device of token_logps, {cu_seqlens.device}, got "
             f"{target_margins.device}"
         )
-    if not beta > 0:
+    if not is_number(beta) or not beta > 0:
         raise ValueError(f"beta: expected a number above 0, got {beta!r}")
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if not 0 <= label_smoothing <= 0.5:
+    if not is_number(label_smoothing) or not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing: expected a number in [0, 0.5], got {label_smoothing!r}")
     if kind == "hinge" and label_smoothing != 0:
         raise ValueError(

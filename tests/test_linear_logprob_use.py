@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from head_cases import gradients, make, relative
@@ -158,6 +159,27 @@ def test_gradient_checkpointing():
     torch.testing.assert_close(torch.autograd.grad(out, (hidden, weight), grad), plain)
 
 
+def test_second_derivatives_are_refused():
+    hidden, weight, targets, _, grad = make(6, 8, 300)
+    logps = linear_logprob(hidden, weight, targets)
+    (first,) = torch.autograd.grad(logps, hidden, grad, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(first.sum(), weight)
+
+
+def test_forward_mode_is_refused():
+    """It would have given derivatives of zero."""
+    hidden, weight, targets, _, _ = make(6, 8, 300)
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda h: linear_logprob(h, weight, targets), (hidden,), (hidden,))
+
+
+def test_shapes_on_the_meta_device():
+    hidden, weight, targets, _, _ = make(6, 8, 300)
+    moved = (x.detach().to("meta") for x in (hidden, weight, targets))
+    assert linear_logprob(*moved).shape == (6,)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -173,6 +195,15 @@ def test_gradient_checkpointing():
         ({"tail": "average"}, "tail"),
         ({"tail_eps": 0.0}, "tail_eps"),
         ({"backend": "cuda"}, "backend"),
+        ({"hidden": [[0.0] * 4] * 3}, "hidden: expected a tensor, got list"),
+        ({"targets": np.zeros(3, np.int64)}, "targets: expected a tensor, got ndarray"),
+        ({"targets": torch.tensor([0, 1, 5])}, r"targets: expected ids in \[0, 5\).*got 5"),
+        ({"targets": torch.tensor([0, 1, -1])}, r"or -100.*got -1"),
+        ({"bias": torch.zeros(5, dtype=torch.int64)}, "bias"),
+        ({"logit_scale": None}, "logit_scale"),
+        ({"logit_scale": float("nan")}, "logit_scale"),
+        ({"logit_scale": torch.ones((), requires_grad=True)}, "logit_scale.*multiply hidden"),
+        ({"softcap": "30"}, "softcap"),
     ],
 )
 def test_errors_name_the_argument(change, named):

@@ -219,6 +219,17 @@ CU = torch.tensor([0, 1, 2], dtype=torch.int32)
     ("change", "message"),
     [
         ({"token_logps": torch.zeros(1, 2)}, "token_logps"),
+        ({"cu_seqlens": [0, 1, 2]}, "cu_seqlens: expected a tensor, got list"),
+        ({"target_margins": 0.5}, "target_margins: expected a tensor, got float"),
+        (
+            {"cu_seqlens": torch.tensor([0, 1, 3])},
+            r"from 0 to at most 2.*\[0, 1, 3\]",
+        ),
+        ({"cu_seqlens": torch.tensor([1, 1, 2])}, r"cu_seqlens: .*\[1, 1, 2\]"),
+        ({"cu_seqlens": torch.tensor([0, 2, 1])}, r"cu_seqlens: .*ascending"),
+        ({"beta": "2"}, "beta"),
+        ({"beta": float("inf")}, "beta"),
+        ({"beta": torch.ones(())}, "beta"),
         ({"token_logps": torch.zeros(2, dtype=torch.int64)}, "token_logps"),
         ({"cu_seqlens": CU.double()}, "cu_seqlens"),
         ({"cu_seqlens": CU[:2]}, r"2P \+ 1"),
