@@ -31,7 +31,7 @@ def tail(records: list[Record], path: Path) -> None:
         top.set_title(f"small_lm, {name}: loss of each step, {len(pairs)} seeds")
         bottom.set_xlabel("step")
         top.set_ylabel("loss")
-        bottom.set_ylabel("difference / loss of exact")
+        bottom.set_ylabel("difference / smoothed loss")
         top.legend()
         bottom.legend()
     save(figure, path)

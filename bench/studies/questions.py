@@ -32,19 +32,24 @@ class Run:
 
 def tail(seed: int) -> list[Run]:
     """Does the head's default, ``head_tail: mean``, train like the exact gradient?"""
+    models: list[tuple[str, float, dict[str, Any]]] = [
+        ("logits x 1", 1.0, {}),
+        ("logits x 2", 2.0, {}),
+        ("logits x 2, learning rate 5e-5", 2.0, {"learning_rate": 5e-5}),
+    ]
     return [
         Run(
             study="tail",
-            arm=f"{head_tail}, logits x {sharpen:g}",
+            arm=f"{head_tail}, {name}",
             seed=seed,
             steps=150,
             pairs_per_step=4,
             measure_every=150,
             answers=0,
             sharpen=sharpen,
-            settings=SIMPO | {"head_tail": head_tail},
+            settings=SIMPO | {"head_tail": head_tail} | settings,
         )
-        for sharpen in (1.0, 2.0)
+        for name, sharpen, settings in models
         for head_tail in ("exact", "mean")
     ]
 
@@ -57,9 +62,9 @@ def length(seed: int) -> list[Run]:
             study="length",
             arm=arm,
             seed=seed,
-            steps=100,
+            steps=60,
             pairs_per_step=8,
-            measure_every=50,
+            measure_every=20,
             answers=4,
             sharpen=1.0,
             settings=settings,
@@ -75,9 +80,9 @@ def flips(seed: int) -> list[Run]:
             study="flips",
             arm=f"{objective}, {flip:.0%} flipped",
             seed=seed,
-            steps=80,
+            steps=60,
             pairs_per_step=8,
-            measure_every=40,
+            measure_every=30,
             answers=0,
             sharpen=1.0,
             settings=SIMPO | {"objective": objective, "flip": flip},

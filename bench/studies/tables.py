@@ -12,14 +12,17 @@ SMOOTHED = 10  # steps
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Means over windows of `SMOOTHED` steps."""
-    return [statistics.fmean(values[i : i + SMOOTHED]) for i in range(len(values) - SMOOTHED + 1)]
+    """Each step's mean with those before it, `SMOOTHED` in all where there are as many."""
+    return [statistics.fmean(values[max(0, i + 1 - SMOOTHED) : i + 1]) for i in range(len(values))]
 
 
 def gaps(exact: Record, other: Record) -> list[float]:
-    """Difference of the losses of every step, relative to the exact run's."""
-    losses = (record["curves"]["loss"] for record in (exact, other))
-    return [abs(b - a) / abs(a) for a, b in zip(*losses, strict=True)]
+    """Difference of the losses of every step, as a share of the exact run's smoothed loss.
+
+    Not of that step's loss alone, which is next to nothing where all of its pairs are learnt.
+    """
+    a, b = (record["curves"]["loss"] for record in (exact, other))
+    return [abs(y - x) / mean for x, y, mean in zip(a, b, smoothed(a), strict=True)]
 
 
 def tail_pairs(records: list[Record]) -> dict[str, list[tuple[Record, Record]]]:
@@ -35,7 +38,7 @@ def tail(records: list[Record]) -> str:
     for name, pairs in tail_pairs(records).items():
         for exact, mean in pairs:
             smooth = [smoothed(r["curves"]["loss"]) for r in (exact, mean)]
-            window = max(abs(b - a) / abs(a) for a, b in zip(*smooth, strict=True))
+            window = max(abs(b - a) / a for a, b in zip(*smooth, strict=True))
             active = [a for a in mean["curves"]["active_fraction"] if a is not None]
             rows.append(
                 [

@@ -119,6 +119,7 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
     from widemargin.trainer.model import load_model, load_tokenizer
     from widemargin.trainer.sampler import PairRows
 
+    settings: dict[str, Any] = {"learning_rate": LEARNING_RATE} | run.settings
     with tempfile.TemporaryDirectory() as folder:
         config = PreferenceConfig(
             model_name_or_path=str(model_dir),
@@ -128,7 +129,6 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
             output_dir=folder,
             max_steps=run.steps,
             per_device_train_batch_size=run.pairs_per_step,
-            learning_rate=LEARNING_RATE,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             logging_steps=1,
@@ -139,7 +139,7 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
-            **run.settings,
+            **settings,
         )
         tokenizer, model = load_tokenizer(config), load_model(config)
         data = load_pairs(config, tokenizer)
