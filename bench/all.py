@@ -40,23 +40,29 @@ class Part:
 
 
 PARTS = (
-    Part("head", ("--budget-s", "15"), "head_cpu.json", 150),
-    Part("training-simpo", ("--steps", "6", "--warmup", "2", "--append"), "training_cpu.json", 150),
-    Part("scaling", (), "scaling_cpu.json", 230),
+    Part("head", ("--budget-s", "15"), "head_cpu.json", 180),
+    Part(
+        "training-simpo",
+        ("--steps", "6", "--warmup", "2", "--budget-s", "70", "--append"),
+        "training_cpu.json",
+        170,
+    ),
+    Part("scaling", (), "scaling_cpu.json", 240),
     Part(
         "training-dpo",
         (
-            *("--objective", "dpo", "--steps", "5", "--warmup", "1", "--append"),
+            *("--objective", "dpo", "--steps", "5", "--warmup", "1", "--budget-s", "50"),
             *("--contenders", "widemargin-padded", "widemargin-prefix_shared", "trl-dpo"),
+            "--append",
         ),
         "training_cpu.json",
-        130,
+        150,
     ),
     Part(
         "planning",
         ("--count", "2000", "--lengths", "200000", "--repeats", "1"),
         "planning.json",
-        80,
+        90,
     ),
 )
 """Most wanted first, since what comes late may be cut."""

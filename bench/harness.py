@@ -180,7 +180,9 @@ def _memory(
         if fresh:
             tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
             torch.save(tensors, path)
-        with ThreadPoolExecutor(MEMORY_PROCESSES if fresh else 1) as pool:
+        if not fresh:
+            return {provider.name: fields(provider) for provider in providers}
+        with ThreadPoolExecutor(MEMORY_PROCESSES) as pool:
             names = [provider.name for provider in providers]
             return dict(zip(names, pool.map(fields, providers), strict=True))
 

@@ -10,10 +10,12 @@ compared. A row has pairs/s (real time, batch fetching included), peak memory of
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,52 +35,13 @@ from bench.record import (
 )
 from bench.subject import find_subject
 from bench.timing import spread
+from bench.training_contenders import CONTENDERS, SHAPES, SKIPPED
 from bench.training_data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
 from bench.training_table import table
-
-LAYOUTS = ("padded", "packed", "prefix_shared")
-CONTENDERS: dict[str, dict[str, Any]] = {
-    **{f"widemargin-{layout}": {"trainer": "ours", "packing": layout} for layout in LAYOUTS},
-    "trl-cpo": {"trainer": "trl-cpo"},
-    "trl-dpo": {"trainer": "trl-dpo"},
-}
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": LLAMA
-    | {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "llama-1b": LLAMA
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "llama-8b": LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
-}
-
 
 CASE = ("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device")
 """What rows of one table have in common. `--append` replaces rows that have all this, the tail and
 the provider in common."""
-SKIPPED = {"simpo": {"trl-dpo"}, "lmpo": {"trl-cpo", "trl-dpo"}, "dpo": {"trl-cpo"}}
-"""Contenders that lack the objective."""
 
 
 class Worker:
@@ -114,8 +77,11 @@ class Worker:
         return self.answer()["ms"]
 
     def begin_step(self) -> None:
+        self.tell("step")
+
+    def tell(self, line: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
     def stop(self) -> None:
@@ -140,6 +106,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="pairs per step (default 4)")
     parser.add_argument("--steps", type=int, default=12, help="steps that count (default 12)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those (default 3)")
+    parser.add_argument(
+        "--budget-s", type=float, default=math.inf, help="no turn begins after it once two count"
+    )
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--optimizer", default="adamw_torch")
@@ -227,7 +196,13 @@ def _ready(worker: Worker) -> Row:
 
 def _take_steps(workers: list[Worker], found: dict[str, Row], options: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    begin = time.monotonic()
     for turn in range(options.warmup + options.steps):
+        if turn >= options.warmup + 2 and time.monotonic() - begin > options.budget_s:
+            for worker in workers:
+                if "reason" not in found[worker.name]:
+                    worker.tell("stop")
+            break
         shift = turn % max(1, len(workers))
         for worker in workers[shift:] + workers[:shift]:
             if "reason" in found[worker.name]:
@@ -245,6 +220,7 @@ def _take_steps(workers: list[Worker], found: dict[str, Row], options: argparse.
         last = worker.answer()
         seconds = sum(times[worker.name]) / 1000
         found[worker.name] |= {
+            "steps": len(times[worker.name]),
             "step_ms": spread(times[worker.name]),
             "pairs_per_s": round(options.batch * len(times[worker.name]) / seconds, 4),
             "tokens_per_step": round(last["tokens"] / len(last["losses"]), 1),

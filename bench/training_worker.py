@@ -1,7 +1,8 @@
 """One contender of `bench.training` in a process of its own, which takes a step when told to.
 
 `python -m bench.training_worker SPEC.json` builds the trainer and then, for every line that comes
-in, takes one optimizer step and answers with a line of JSON. Peak memory is the process's own.
+in, takes one optimizer step and answers with a line of JSON; the line "stop" ends it early. Peak
+memory is the process's own.
 """
 
 import importlib
@@ -48,22 +49,24 @@ class Turns(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.tokens = 0  # without those of checks made while the trainer was built
         self.answer(ready=True, peak_mib=self.peak_mib())
-        self.wait()
+        self.wait(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.cuda:
             torch.cuda.synchronize()
         self.answer(step=state.global_step, ms=1000 * (time.perf_counter() - self.begin))
         if state.global_step < state.max_steps:
-            self.wait()
+            self.wait(control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         self.answer(losses=losses, peak_mib=self.peak_mib(), tokens=self.tokens)
 
-    def wait(self) -> None:
-        if not sys.stdin.readline():
+    def wait(self, control: Any) -> None:
+        line = sys.stdin.readline()
+        if not line:
             raise SystemExit("the benchmark that asked for steps is gone")
+        control.should_training_stop = line.strip() == "stop"
         self.begin = time.perf_counter()
 
     def answer(self, **facts: Any) -> None:

@@ -74,6 +74,20 @@ def test_random_weights_on_lengths_alone(tmp_path, capsys):
     assert [row["tokens_per_step"] for row in rows] == [3 + 5 + 3 + 4 + 6 + 2 + 6 + 9] * 2
 
 
+def test_turns_end_early_where_time_is_short(tmp_path, capsys):
+    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
+    lengths.write_text(json.dumps([[3, 5, 4]] * 20))
+    arguments = [
+        *("--contenders", "widemargin-padded", "widemargin-packed", "--shape", "tiny"),
+        *("--lengths", str(lengths), "--steps", "9", "--warmup", "1", "--batch", "2"),
+        *("--budget-s", "0", "--out", str(out), "--allow-dirty"),
+    ]
+    assert training.main(arguments) == 0, capsys.readouterr()
+    for row in read_rows(out):
+        assert row["steps"] == 2
+        assert len(row["losses"]) == 3  # with the one that does not count
+
+
 def test_a_contender_that_cannot_run_is_listed_with_the_reason(folder, capsys):
     out = folder / "out.json"
     status = training.main(
