@@ -77,45 +77,41 @@ def test_gzip_byte_order_mark_and_first_layout(tmp_path):
     assert arena_version([question]) == FIRST_VERSION
 
 
-BAD_ALPACA = [
-    pytest.param("", "line 1: expected a JSON list", id="empty"),
-    pytest.param("{}", "line 1: expected a JSON list", id="object"),
-    pytest.param("[]", "the list is empty", id="no items"),
-    pytest.param('[\n{"instruction": "a"},\n{"instruction": 5}\n]', "line 3 (item 2)", id="number"),
-    pytest.param(
-        '[\n{"instruction": "a"},\n{"inst": "b"}]',
-        "(item 2): instruction is missing",
-        id="other key",
-    ),
-    pytest.param('[\n{"instruction": " "}]', "(item 1): instruction: expected", id="blank"),
-    pytest.param('[\n\n"words"]', "line 3: expected an object", id="text"),
-    pytest.param('[{"instruction": "a"}\n{"instruction": "b"}]', "line 2", id="no comma"),
-    pytest.param('[{"instruction": "a"},\n{"instruction": tru}]', "line 2: not valid", id="word"),
-    pytest.param('[{"instruction": "a"}', "line 1: not valid JSON", id="cut"),
-    pytest.param('[{"instruction": "a"}]\n[]', "line 2: there is something after", id="more"),
-    pytest.param('[{"instruction": "a", "dataset": 3}]', "dataset: expected text", id="dataset"),
-]
-BAD_ARENA = [
-    pytest.param("", "the file is empty", id="empty"),
-    pytest.param('{"uid": "a", "prompt": "x"}\n{"uid": "a"', "line 2: not valid JSON", id="cut"),
-    pytest.param('{"uid": "a", "prompt": "x"}\n[1]', "line 2: expected an object", id="list"),
-    pytest.param('{"prompt": "x"}', "line 1: uid is missing", id="no id"),
-    pytest.param('{"uid": "a", "prompt": ["x"]}', "line 1: prompt: expected text", id="prompt"),
-    pytest.param('{"uid": "a"}', "line 1: prompt is missing", id="no prompt"),
-    pytest.param(
-        '{"uid": "a", "prompt": "x"}\n\n{"uid": "a", "prompt": "y"}',
-        "line 3: a is on line 1 already",
-        id="twice",
-    ),
-    pytest.param('{"question_id": "a", "turns": []}', "line 1: turns", id="no turns"),
-    pytest.param('{"question_id": "a", "turns": [{"content": 1}]}', "line 1: content", id="turn"),
-]
+BAD_ALPACA = {
+    "empty": ("", "line 1: expected a JSON list"),
+    "object": ("{}", "line 1: expected a JSON list"),
+    "no items": ("[]", "the list is empty"),
+    "number": ('[\n{"instruction": "a"},\n{"instruction": 5}\n]', "line 3 (item 2)"),
+    "other key": ('[{"instruction": "a"}, {"inst": "b"}]', "(item 2): instruction is missing"),
+    "blank": ('[\n{"instruction": " "}]', "(item 1): instruction: expected"),
+    "text": ('[\n\n"words"]', "line 3: expected an object"),
+    "no comma": ('[{"instruction": "a"}\n{"instruction": "b"}]', "line 2"),
+    "word": ('[{"instruction": "a"},\n{"instruction": tru}]', "line 2: not valid"),
+    "cut": ('[{"instruction": "a"}', "line 1: not valid JSON"),
+    "more": ('[{"instruction": "a"}]\n[]', "line 2: there is something after"),
+    "dataset": ('[{"instruction": "a", "dataset": 3}]', "dataset: expected text"),
+}
+ONE = '{"uid": "a", "prompt": "x"}\n'
+BAD_ARENA = {
+    "empty": ("", "the file is empty"),
+    "cut": (ONE + '{"uid": "a"', "line 2: not valid JSON"),
+    "list": (ONE + "[1]", "line 2: expected an object"),
+    "no id": ('{"prompt": "x"}', "line 1: uid is missing"),
+    "prompt": ('{"uid": "a", "prompt": ["x"]}', "line 1: prompt: expected text"),
+    "no prompt": ('{"uid": "a"}', "line 1: prompt is missing"),
+    "twice": (ONE + "\n" + ONE, "line 3: a is on line 1 already"),
+    "no turns": ('{"question_id": "a", "turns": []}', "line 1: turns"),
+    "turn": ('{"question_id": "a", "turns": [{"content": 1}]}', "line 1: content"),
+}
 
 
 @pytest.mark.parametrize(
     ("read", "text", "named"),
-    [pytest.param(alpaca_questions, *p.values, id=f"alpaca, {p.id}") for p in BAD_ALPACA]
-    + [pytest.param(arena_questions, *p.values, id=f"arena, {p.id}") for p in BAD_ARENA],
+    [
+        pytest.param(read, text, named, id=f"{read.__name__}, {kind}")
+        for read, bad in ((alpaca_questions, BAD_ALPACA), (arena_questions, BAD_ARENA))
+        for kind, (text, named) in bad.items()
+    ],
 )
 def test_broken_questions_are_told_by_file_and_line(tmp_path, read, text, named):
     path = tmp_path / "questions"

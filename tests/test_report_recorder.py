@@ -48,10 +48,9 @@ def test_lines_follow_an_unfinished_one(tmp_path):
 
 
 def test_training_goes_on_where_they_cannot_be_written(tmp_path, caplog):
-    trainer = tiny_trainer(
-        tmp_path / "run", eval_pairs=4, eval_strategy="steps", eval_steps=1, eval_samples=1,
-        eval_samples_max_new_tokens=2,
-    )  # fmt: skip
+    every_step = {"eval_pairs": 4, "eval_strategy": "steps", "eval_steps": 1}
+    sampled = {"eval_samples": 1, "eval_samples_max_new_tokens": 2}
+    trainer = tiny_trainer(tmp_path / "run", **every_step, **sampled)
 
     class Blocking(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
@@ -65,18 +64,18 @@ def test_training_goes_on_where_they_cannot_be_written(tmp_path, caplog):
 
 
 def test_training_writes_them_at_evaluations_only(tmp_path):
+    evaluations = {"eval_pairs": 7, "eval_strategy": "steps", "eval_steps": 2}
     trainer = tiny_trainer(
-        tmp_path, objective="lmpo", eval_pairs=7, eval_strategy="steps", eval_steps=2,
-        eval_on_start=True, max_steps=4,
-    )  # fmt: skip
+        tmp_path, objective="lmpo", eval_on_start=True, max_steps=4, **evaluations
+    )
     (tmp_path / MARGINS_FILE).write_text('{"step": 99}\n')  # of an earlier run
     trainer.train()
     found = read_margins(tmp_path)
     for by_step in found.values():
         assert list(by_step) == [0, 2, 4]
         assert all(histogram.pairs == 7 for histogram in by_step.values())
-    accuracies = {e["step"]: e["eval_rewards/accuracies"] for e in trainer.state.log_history
-                  if "eval_loss" in e}  # fmt: skip
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    accuracies = {entry["step"]: entry["eval_rewards/accuracies"] for entry in evaluated}
     for step, histogram in found["reward_margins"].items():
         assert histogram.share_above_zero() == pytest.approx(accuracies[step])
     lines = (tmp_path / MARGINS_FILE).read_text()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import random
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_trainer
@@ -14,8 +14,14 @@ from widemargin.trainer import samples
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.report import write_report
 
-EVALUATIONS = {"eval_pairs": 7, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True,
-               "max_steps": 4, "pairs": 12}  # fmt: skip
+EVALUATIONS = {
+    "eval_pairs": 7,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "eval_on_start": True,
+    "max_steps": 4,
+    "pairs": 12,
+}
 
 
 def read(folder):
@@ -29,19 +35,18 @@ def test_training_is_the_same_to_the_bit_with_and_without(tmp_path, temperature)
     ends, drawn = [], []
     for wanted in (0, 3):
         model = tiny_model(attention_dropout=0.2)
-        trainer = tiny_trainer(
-            tmp_path / str(wanted), model=model, eval_samples=wanted,
-            eval_samples_max_new_tokens=6, eval_samples_temperature=temperature, **common,
-        )  # fmt: skip
+        sampled = {"eval_samples": wanted, "eval_samples_temperature": temperature}
+        common |= {"eval_samples_max_new_tokens": 6, **sampled}
+        trainer = tiny_trainer(tmp_path / str(wanted), model=model, **common)
         trainer.train()
         ends.append(parameters_of(trainer.model))
-        drawn.append((torch.rand(3).tolist(), random.random(), np.random.rand()))  # noqa: NPY002
+        drawn.append((torch.rand(3).tolist(), random.random()))
     assert torch.equal(*ends)
     assert drawn[0] == drawn[1]
     assert not (tmp_path / "0" / "samples.jsonl").exists()
     rows = read(tmp_path / "3")
-    assert [(row["step"], row["index"]) for row in rows] == [(s, i) for s in (0, 2, 4)
-                                                            for i in range(3)]  # fmt: skip
+    places = [(step, i) for step in (0, 2, 4) for i in range(3)]
+    assert [(row["step"], row["index"]) for row in rows] == places
     assert len({row["prompt"] for row in rows}) == 3
     assert all(0 <= row["tokens"] <= 6 for row in rows)
 
@@ -67,10 +72,8 @@ def test_greedy_answers_are_the_likeliest_tokens(tmp_path):
 
 
 def test_drawn_answers_repeat_by_seed(tmp_path):
-    trainer = tiny_trainer(
-        tmp_path, **EVALUATIONS, eval_samples=3, eval_samples_max_new_tokens=8,
-        eval_samples_temperature=1.5,
-    )  # fmt: skip
+    sampled = {"eval_samples_max_new_tokens": 8, "eval_samples_temperature": 1.5}
+    trainer = tiny_trainer(tmp_path, eval_samples=3, **sampled, **EVALUATIONS)
     writer = samples.SampleWriter(trainer)
     first = writer.answers(0)
     torch.manual_seed(99)
@@ -89,10 +92,8 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 def test_sampling_leaves_nothing_on_the_model_inside_an_adapter(tmp_path):
-    trainer = tiny_trainer(
-        tmp_path, **EVALUATIONS, use_peft=True, eval_samples=1, eval_samples_max_new_tokens=2,
-        eval_samples_temperature=1.0,
-    )  # fmt: skip
+    sampled = {"eval_samples_max_new_tokens": 2, "eval_samples_temperature": 1.0}
+    trainer = tiny_trainer(tmp_path, use_peft=True, eval_samples=1, **sampled, **EVALUATIONS)
     own = trainer.model.get_base_model().generation_config
     samples.SampleWriter(trainer).answers(0)
     assert trainer.model.get_base_model().generation_config is own
@@ -100,7 +101,8 @@ def test_sampling_leaves_nothing_on_the_model_inside_an_adapter(tmp_path):
 
 def test_a_prompt_that_fills_the_context_gets_no_answer(tmp_path):
     trainer = tiny_trainer(tmp_path, **EVALUATIONS, eval_samples=2)
-    setattr(trainer.model.config, "max_position_embeddings", 3)  # noqa: B010
+    config: Any = trainer.model.config
+    config.max_position_embeddings = 3
     assert [(r["answer"], r["finished"]) for r in samples.SampleWriter(trainer).answers(0)] == [
         ("", False)
     ] * 2
@@ -127,10 +129,16 @@ def test_weights_in_pieces_are_left_alone_with_one_remark(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("eval_samples", -1), ("eval_samples", True), ("eval_samples", 2.5),
-     ("eval_samples_max_new_tokens", 0), ("eval_samples_temperature", -1.0),
-     ("eval_samples_temperature", "hot"), ("eval_samples", 3)],
-)  # fmt: skip
+    [
+        ("eval_samples", -1),
+        ("eval_samples", True),
+        ("eval_samples", 2.5),
+        ("eval_samples_max_new_tokens", 0),
+        ("eval_samples_temperature", -1.0),
+        ("eval_samples_temperature", "hot"),
+        ("eval_samples", 3),
+    ],
+)
 def test_settings_that_cannot_be(tmp_path, setting, value):
     """The last is a fair number, but nothing would evaluate."""
     with pytest.raises(UserError, match=setting):
