@@ -43,7 +43,8 @@ def check_training(config: PreferenceConfig) -> None:
             raise UserError(f"{name}: expected a whole number from {least} on, got {value!r}")
     for name in (*NOT_NEGATIVE, *BELOW_ONE):
         value = getattr(config, name)
-        if not 0 <= value < (1 if name in BELOW_ONE else math.inf):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < (1 if name in BELOW_ONE else math.inf):
             limit = ", below 1" if name in BELOW_ONE else ""
             raise UserError(f"{name}: expected a number from 0 on{limit}, got {value!r}")
     if config.max_steps != -1 and config.max_steps < 1:

@@ -68,11 +68,15 @@ class PlannedTrainer(ResumableTrainer):
         """A data set as the sampler reads it, tokenized if it is not yet."""
         if dataset is None or isinstance(dataset, PairRows):
             return dataset
-        if not is_tokenized(dataset):
-            training = name == "train_dataset"
-            dataset, self.data_reports[name] = tokenize_pairs(
-                dataset, training=training, name=name, **self._tokenizing
-            )
+        if is_tokenized(dataset):
+            rows = PairRows(dataset)
+            if "pair_id" not in dataset.column_names:  # not made, and checked, by tokenize_pairs
+                rows.check(name, self._tokenizing["vocab_size"])
+            return rows
+        training = name == "train_dataset"
+        dataset, self.data_reports[name] = tokenize_pairs(
+            dataset, training=training, name=name, **self._tokenizing
+        )
         return PairRows(dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -87,6 +91,10 @@ class PlannedTrainer(ResumableTrainer):
             return super().get_eval_dataloader(rows)
         finally:
             self.args.dataloader_persistent_workers = workers_stay
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As transformers', for `predict`: of pairs raw or tokenized."""
+        return self.get_eval_dataloader(test_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PairBatches:
         planner = self._planner(self.train_dataset if train_dataset is None else train_dataset)

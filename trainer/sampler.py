@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from .errors import UserError
 from .planner import PairLengths, Plan, Planner
 
 FILLER_ID = -1
@@ -99,6 +100,27 @@ class PairRows(Dataset):
             return _list_lengths(self.dataset.data.column(name)).astype(np.int64)[rows]
 
         return PairLengths(*(lengths(name) for name in TOKEN_COLUMNS))
+
+    def check(self, name: str, vocab_size: int) -> None:
+        """Raise ``UserError`` for tokens that cannot train; ``name`` is what messages call them."""
+        parts = ("prompt", "chosen", "rejected")
+        whole = self.dataset._indices is None
+        table: Any = self.dataset.data if whole else self.dataset[:]
+        for column, part in zip(TOKEN_COLUMNS, parts, strict=True):
+            empty = np.flatnonzero(getattr(self.lengths, part) == 0)
+            if len(empty):
+                raise UserError(
+                    f"{name}: {column} of row {empty[0]} is empty, {len(empty)} in all; every "
+                    "pair needs a prompt (BOS at least) and two answers: leave such rows out"
+                )
+            ids = pc.call_function("list_flatten", [table.column(column)])
+            limits = pc.call_function("min_max", [ids])
+            least, most = (limits[key].as_py() for key in ("min", "max"))
+            if least is not None and not 0 <= least <= most < vocab_size:
+                raise UserError(
+                    f"{name}: {column} has token ids from {least} to {most}, the model's "
+                    f"vocabulary those from 0 to {vocab_size - 1}; use the model's own tokenizer"
+                )
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         wanted = [index if index >= 0 else FILLER_ID - index for index in indices]

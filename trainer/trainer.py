@@ -74,6 +74,7 @@ class PreferenceTrainer(PlannedTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        _check_arguments(model, args, processing_class)
         self.objective = args.build_objective()
         if isinstance(ref_model, str):
             args.ref_model_name_or_path, ref_model = ref_model, None
@@ -306,6 +307,24 @@ class _Clock(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.throughput.pause()
+
+
+def _check_arguments(model: object, args: object, tokenizer: object) -> None:
+    """Raise ``UserError`` for an argument of another kind, such as TRL's settings."""
+    if not isinstance(model, str | torch.nn.Module):
+        raise UserError(
+            f"model: expected a causal language model or its name, got {type(model).__name__}"
+        )
+    if not isinstance(args, PreferenceConfig):
+        raise UserError(
+            f"args: expected a PreferenceConfig, got {type(args).__name__}; for other libraries' "
+            "settings see docs/migration.md"
+        )
+    if isinstance(tokenizer, str):
+        raise UserError(
+            "processing_class: expected a tokenizer, got its name; leave it out and set "
+            f"PreferenceConfig(tokenizer_name_or_path={tokenizer!r})"
+        )
 
 
 def _state_file(folder: str) -> Path:

@@ -74,6 +74,17 @@ def _found(tables: dict[str, Dataset]) -> str:
     return f"found: {', '.join(tables) or 'none'}"
 
 
+ADVICE = {
+    "DatasetDict": "give one of its splits, such as data['train']",
+    "IterableDataset": "lengths are planned before training: make one with "
+    "Dataset.from_list(list(rows))",
+    "DataFrame": "make one with Dataset.from_pandas(rows)",
+    "str": "load_dataset makes one, and PreferenceConfig(dataset=...) with `widemargin train`",
+    "dict": "make one with Dataset.from_dict(columns)",
+}
+"""How to get a data set from other things that hold one."""
+
+
 def is_tokenized(dataset: Any) -> bool:
     """Whether a data set holds token ids already, by its columns."""
     return set(TOKEN_COLUMNS) <= set(getattr(dataset, "column_names", None) or ())
@@ -83,10 +94,9 @@ def checked_columns(name: str, dataset: Any) -> Dataset:
     """``dataset`` with only the columns that matter; an error where they are missing."""
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or not hasattr(dataset, "select"):
-        raise UserError(
-            f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}; make one with "
-            "Dataset.from_list(rows)"
-        )
+        kind = type(dataset).__name__
+        advice = ADVICE.get(kind, "make one with Dataset.from_list(rows)")
+        raise UserError(f"{name}: expected a datasets.Dataset, got {kind}; {advice}")
     if is_tokenized(dataset):
         return dataset.select_columns(list(TOKEN_COLUMNS))
     if not {"chosen", "rejected"} <= set(columns):
