@@ -7,6 +7,7 @@ there and is killed (SIGKILL) up to a few milliseconds later. Forks spare the im
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import select
 import signal
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def fork(
         log = os.open(f"{folder}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.enable()
         if ranks > 1:
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
@@ -124,9 +126,10 @@ def run(place: Path, folder: Path, ranks: int, moment: Moment | None) -> bool:
     children = [fork(place, folder, rank, ranks, port, moment) for rank in range(ranks)]
     watched = children[moment.rank if moment else 0]
     if not select.select([watched[1]], [], [], TIMEOUT_S)[0]:
-        for child, _ in children:
-            os.kill(child, signal.SIGKILL)
-        raise SystemExit(f"{folder}: no end after {TIMEOUT_S} s")
+        for child, _ in children:  # which makes each write down where it is
+            os.kill(child, signal.SIGABRT)
+            os.waitpid(child, 0)
+        raise SystemExit(f"{folder}: no end after {TIMEOUT_S} s:\n{_end_of(folder)}")
     told = os.read(watched[1], 1)
     if told:
         assert moment is not None
@@ -140,6 +143,9 @@ def run(place: Path, folder: Path, ranks: int, moment: Moment | None) -> bool:
     for _, pipe in children:
         os.close(pipe)
     if not told and any(statuses):
-        tail = Path(f"{folder}.log").read_text()[-3000:]
-        raise SystemExit(f"a run failed by itself, statuses {statuses}:\n{tail}")
+        raise SystemExit(f"a run failed by itself, statuses {statuses}:\n{_end_of(folder)}")
     return not told
+
+
+def _end_of(folder: Path) -> str:
+    return Path(f"{folder}.log").read_text()[-6000:]

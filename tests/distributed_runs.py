@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.errors import UserError
 
 STEPS = 10
 UNTIED, TIED = "untied", "tied"
@@ -42,18 +43,24 @@ RUNS: dict[str, dict[str, Any]] = {
         "model": TIED, "objective": "dpo", "packing": "prefix_shared", "beta": 0.5,
         "ref_model_name_or_path": "reference",
     },
+    "dpo-precomputed": {
+        "model": UNTIED, "objective": "dpo", "packing": "packed", "beta": 0.5,
+        "precompute_ref_log_probs": True,
+    },
     "dpo-lora": {"model": TIED, "objective": "dpo", "packing": "packed", "beta": 0.5, **LORA},
     "checkpointing": {
         "model": UNTIED, "objective": "lmpo", "packing": "padded", "gradient_checkpointing": True,
     },
 }  # fmt: skip
-OFFLOADED = ("lmpo", "dpo-tied")
+OFFLOADED = ("lmpo", "dpo-tied", "dpo-lora")
 RESUMED: dict[str, Any] = {
     "model": UNTIED, "objective": "lmpo", "packing": "padded", "optim": "adamw_torch",
     "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "max_steps": 4,
     "save_strategy": "steps", "save_steps": 2,
 }  # fmt: skip
 """Run twice, the second time from the first one's checkpoint in the middle."""
+
+SPOILT_STEP = 3
 
 
 class Noting(PreferenceTrainer):
@@ -74,6 +81,36 @@ class Noting(PreferenceTrainer):
         return loss
 
 
+class Spoilt(Noting):
+    """Meets with a loss or a gradient that is not finite, in one step of the last rank."""
+
+    what = ""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        last = self.args.process_index == self.args.world_size - 1
+        if last and self.state.global_step + 1 == SPOILT_STEP:
+            if self.what == "loss":
+                ids = inputs["pair_ids"]
+                self.guards.saw(ids, torch.full(ids.shape, torch.nan), torch.tensor(torch.nan))
+            else:
+                loss.register_hook(lambda gradient: gradient * torch.nan)
+        return loss
+
+
+class Keeping(TrainerCallback):
+    """Keeps the parameters as they are before the spoilt step."""
+
+    weights: dict[str, torch.Tensor]
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == SPOILT_STEP:
+            self.weights = weights_in_training(self.trainer)
+
+
 def write_inputs(folder: Path) -> None:
     """The models that the runs name."""
     models = {
@@ -86,7 +123,9 @@ def write_inputs(folder: Path) -> None:
         TOKENIZER.save_pretrained(folder / name)
 
 
-def trainer_of(settings: dict[str, Any], inputs: Path, output: Path) -> Noting:
+def trainer_of(
+    settings: dict[str, Any], inputs: Path, output: Path, kind: type[Noting] = Noting
+) -> Noting:
     """The trainer of a run on this process's share of the ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {"max_steps": STEPS, "gradient_accumulation_steps": 2, **settings}
@@ -96,7 +135,7 @@ def trainer_of(settings: dict[str, Any], inputs: Path, output: Path) -> Noting:
         settings["ref_model_name_or_path"] = str(inputs / settings["ref_model_name_or_path"])
     model = settings.pop("model")
     config = tiny_config(output, per_device_train_batch_size=4 // ranks, **settings)
-    trainer = Noting(str(inputs / model), config, tiny_pairs(PAIRS[model]))
+    trainer = kind(str(inputs / model), config, tiny_pairs(PAIRS[model]))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -131,6 +170,29 @@ def gathered(model: Any) -> dict[str, torch.Tensor]:
         }
 
 
+def weights_in_training(trainer: Any) -> dict[str, torch.Tensor]:
+    return gathered(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def spoil(what: str, inputs: Path, output: Path) -> None:
+    """A run stopped at a step that is not finite: its message, its weights before and after."""
+    trainer = trainer_of(RUNS["simpo"], inputs, output, Spoilt)
+    trainer.what = what  # pyright: ignore[reportAttributeAccessIssue]
+    keeping = Keeping(trainer)
+    trainer.add_callback(keeping)
+    try:
+        trainer.train()
+        message = "not stopped"
+    except UserError as error:
+        message = str(error)
+    after = weights_in_training(trainer)
+    if trainer.args.process_index == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        save_file(keeping.weights, output / "before.safetensors")
+        save_file(after, output / "after.safetensors")
+        (output / "message.txt").write_text(message)
+
+
 def take_the_cpu_for_an_accelerator() -> None:
     """accelerate offers FSDP on accelerators only; to its state, let this be one."""
     import accelerate.state as state
@@ -161,7 +223,7 @@ def main(engine: str, folder: Path) -> None:
     for name in wanted:
         trainer = run(RUNS[name], folder, output / name)
         if name in OFFLOADED:
-            weights = gathered(trainer.accelerator.unwrap_model(trainer.model))
+            weights = weights_in_training(trainer)
             if trainer.args.process_index == 0:
                 save_file(weights, output / name / "in_training.safetensors")
     if engine.endswith("offload"):
@@ -169,6 +231,8 @@ def main(engine: str, folder: Path) -> None:
     run(RESUMED, folder, output / "uninterrupted")
     checkpoint = output / "uninterrupted" / "checkpoint-2"
     run(RESUMED, folder, output / "resumed", str(checkpoint))
+    for what in ("loss", "gradient"):
+        spoil(what, folder, output / f"spoilt-{what}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from distributed_runs import OFFLOADED, PAIRS, RUNS, run, write_inputs
+from distributed_runs import (
+    OFFLOADED,
+    PAIRS,
+    RESUMED,
+    RUNS,
+    SPOILT_STEP,
+    run,
+    write_inputs,
+)
 from safetensors.torch import load_file
 from tiny_models import TOKENIZER
 from transformers import AutoModelForCausalLM
+from widemargin.trainer.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2")
@@ -63,11 +72,12 @@ def engine(request, inputs) -> Engine:
         pytest.skip("deepspeed is not installed; make test-distributed installs it")
     launch = ["-m", "accelerate.commands.launch", "--config_file"]
     launch += [f"configs/accelerate/{name}.yaml", "--num_processes=2", "--main_process_port=0"]
+    cache = inputs / f"cache-{name}"
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *launch, "-m", "distributed_runs", name, str(inputs)],
         cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "HF_DATASETS_CACHE": str(cache)},
         capture_output=True,
         text=True,
         check=False,
@@ -148,3 +158,38 @@ def test_resumed_equals_uninterrupted(engine):
     whole, resumed = weights(engine.output / "uninterrupted"), weights(engine.output / "resumed")
     assert farthest(resumed, whole) < 1e-6
     assert farthest(whole, weights(engine.alone.parent / "untied")) > 1e-4
+
+
+def test_another_number_of_ranks_goes_on_or_is_refused(engine):
+    """Two ranks' checkpoint, taken up by one process that has no engine."""
+    if "offload" in engine.name:
+        pytest.skip("the same files as without offloading")
+    checkpoint = str(engine.output / "uninterrupted" / "checkpoint-2")
+    folder = engine.output / "one-rank"
+    if engine.name == "multi_gpu":
+        run(RESUMED, engine.alone.parent, folder, checkpoint)
+        assert farthest(weights(folder), weights(engine.output / "uninterrupted")) < 1e-6
+    else:
+        with pytest.raises(UserError, match=r"engine was (DeepSpeed|FSDP), is none or DDP"):
+            run(RESUMED, engine.alone.parent, folder, checkpoint)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_before_the_update(engine, what):
+    if "offload" in engine.name:
+        pytest.skip("the same guards as without offloading")
+    folder = engine.output / f"spoilt-{what}"
+    message = (folder / "message.txt").read_text()
+    assert f"Step {SPOILT_STEP}: " in message
+    assert "nothing was updated" in message
+    assert ("the loss is nan" if what == "loss" else "the gradient's norm") in message
+    before, after = (load_file(folder / f"{name}.safetensors") for name in ("before", "after"))
+    assert farthest(before, after) == 0
+
+
+def test_references_were_computed_by_the_engine(engine):
+    """Not read from what another left."""
+    if "dpo-precomputed" not in engine.runs:
+        pytest.skip("not among its runs")
+    kept = engine.alone.parent / f"cache-{engine.name}" / "widemargin"
+    assert len(list(kept.glob("reference-*"))) == 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import subprocess
+import time
+
 import numpy as np
 import pytest
 import torch
 from reference_runs import LORA, ONCE, dpo_trainer, losses, sums_by_hand, trained, with_columns
 from tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_pairs, tiny_trainer
-from widemargin.trainer import PreferenceTrainer, reference_cache
+from widemargin.trainer import PreferenceTrainer, reference, reference_cache
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.reference_cache import model_digest
 from widemargin.trainer.sampler import REFERENCE_COLUMNS
@@ -121,3 +125,22 @@ def test_columns_that_the_data_has_need_no_model(tmp_path, names):
 def test_precomputing_is_told_to_do_nothing_without_a_reference(tmp_path, caplog):
     dpo_trainer(tmp_path, objective="simpo", **ONCE)
     assert "simpo has no reference" in caplog.text
+
+
+def test_workers_outlive_a_sigterm(tmp_path, monkeypatch):
+    """As schedulers send it, to every process."""
+    summed = reference._summed_logps
+    killed = []
+
+    def score(model, batch):
+        if not killed:
+            killed.extend(multiprocessing.active_children())
+            for child in killed:
+                subprocess.run(["kill", str(child.pid)], check=True)
+            time.sleep(0.3)
+        return summed(model, batch)
+
+    monkeypatch.setattr(reference, "_summed_logps", score)
+    trainer = dpo_trainer(tmp_path, **ONCE, per_device_eval_batch_size=2, dataloader_num_workers=1)
+    assert len(killed) == 1
+    assert "computed for 12 pairs" in trainer.reference.notes[0]

@@ -146,8 +146,17 @@ class Guards(TrainerCallback):
     def _forget(self) -> None:
         self._seen, self._loss, self.norm, self._before = [], None, None, None
 
+    def _deepspeed_updated(self) -> bool:
+        """Whether it made this step's update; recent versions pass over gradients not finite."""
+        if self.norm is None or not self.trainer.is_deepspeed_enabled:
+            return False
+        engine: Any = self.trainer.model_wrapped
+        return bool(engine.was_step_applied())
+
     def _norm_may_overflow(self) -> bool:
         """Whether a loss scaler (fp16) tries scales, and passes over such steps itself."""
+        if self.trainer.is_deepspeed_enabled:
+            return bool(self.trainer.args.fp16)
         scaler = getattr(self.trainer.accelerator, "scaler", None)
         return scaler is not None and scaler.is_enabled()
 
@@ -161,13 +170,14 @@ class Guards(TrainerCallback):
         message = self._message()
         if self.passed_over >= limit:
             advice = f"after {limit} steps passed over" if limit else "nothing was updated"
-            if self.norm is not None and self.trainer.is_deepspeed_enabled:
+            if self._deepspeed_updated():
                 advice = "DeepSpeed had made its update, so go on from a checkpoint"
             last = self.saved or self.trainer.last_checkpoint()
+            ways = "Look at these pairs, or lower learning_rate"
+            if not self.trainer.is_deepspeed_enabled:
+                ways += ", or pass over such steps with max_nonfinite_steps"
             raise NotFinite(
-                f"{message}; {advice}. The last complete checkpoint is {last or 'none'}. Look at "
-                "these pairs, lower learning_rate, or pass over such steps with "
-                "max_nonfinite_steps"
+                f"{message}; {advice}. The last complete checkpoint is {last or 'none'}. {ways}"
             )
         self.passed_over += 1
         self._undo()

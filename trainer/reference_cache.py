@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from .adapters import bare_model
 from .errors import UserError
+from .guards import sheltered
 from .placement import is_split
 from .sampler import REFERENCE_COLUMNS as COLUMNS
 from .sampler import TOKEN_COLUMNS, PairRows
@@ -86,11 +87,13 @@ def _computed(rows: PairRows, score: Callable[[Any], Tensor], trainer: Trainer) 
     args = trainer.args
     batches = list(_batches(rows, args.eval_batch_size * args.world_size))
     shares = [batch[args.process_index :: args.world_size].tolist() for batch in batches]
-    loader: Any = DataLoader(
-        rows,
-        batch_sampler=shares,  # pyright: ignore[reportArgumentType]
-        collate_fn=trainer.data_collator,
-        num_workers=args.dataloader_num_workers,
+    loader: Any = sheltered(
+        DataLoader(
+            rows,
+            batch_sampler=shares,  # pyright: ignore[reportArgumentType]
+            collate_fn=trainer.data_collator,
+            num_workers=args.dataloader_num_workers,
+        )
     )
     if args.process_index == 0 and not args.disable_tqdm:
         from tqdm.auto import tqdm
