@@ -10,20 +10,24 @@ import pytest
 import torch
 from tiny_models import parameters_of, tiny_config, tiny_model, tiny_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
+from widemargin.kernels.margin_loss import _check_boundaries
 from widemargin.trainer import PreferenceConfig
 
 OBJECTIVES = ["simpo", "lmpo", "gamma-simpo"]
 WAITS = {"_local_scalar_dense", "nonzero", "item", "masked_select", "equal", "_unique2"}
 """Operations whose result the host must wait for."""
+CHECKS_OF_A_CPU = {"_check_boundaries"}
+"""Functions that look at values, and return at once for tensors that are elsewhere."""
 
 
 def _refused(name: str) -> Any:
-    """The method, for the torch head alone, which is made for CPUs; GPUs have another."""
+    """The method, for the torch head, which is made for CPUs, and what a CPU alone checks."""
     method = getattr(torch.Tensor, name)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        caller = Path(sys._getframe(1).f_code.co_filename).name
-        if caller.startswith("torch_head"):
+        code = sys._getframe(1).f_code
+        caller = Path(code.co_filename).name
+        if caller.startswith("torch_head") or code.co_name in CHECKS_OF_A_CPU:
             return method(*args, **kwargs)
         raise AssertionError(f"{name} in {caller} waits for the device")
 
@@ -138,3 +142,10 @@ def test_torch_compile_trains(tmp_path, packing):
         parameters_of(compiled.model), parameters_of(plain.model), atol=1e-6, rtol=1e-5
     )
     assert (parameters_of(plain.model) - parameters_of(tiny_model())).abs().max() > 1e-2
+
+
+def test_checks_of_a_cpu_leave_other_devices_alone():
+    """A meta tensor has no values to look at: reading one would raise."""
+    _check_boundaries(torch.empty(5, dtype=torch.int32, device="meta"), 7)
+    with pytest.raises(ValueError, match="expected ascending boundaries"):
+        _check_boundaries(torch.tensor([0, 9, 3], dtype=torch.int32), 7)
