@@ -41,7 +41,7 @@ def length(records: list[Record], path: Path) -> None:
     """Accuracy and length of answers, from the common start to each seed's end."""
     figure, axes = new_figure(1, 2, 3.6)
     arms = by_arm(records)
-    colours: dict[str, str] = dict(zip(arms, (OTHER, LIGHT, DARK), strict=False))
+    colours: dict[str, str] = dict(zip(arms, (OTHER, DARK, LIGHT), strict=False))
     for arm, runs in arms.items():
         start = next((run["measurements"][0] for run in runs if run["seed"] == 0), None)
         for run in runs:
@@ -58,7 +58,7 @@ def length(records: list[Record], path: Path) -> None:
             color=colours[arm], s=40, zorder=3, label=arm,
         )  # fmt: skip
     axes[0][0].set(xlabel="mean tokens of sampled answers", ylabel="test accuracy")
-    axes[0][0].set_title("From the start (left out of the dots) to the end of each seed")
+    axes[0][0].set_title("From the common start to the end of each seed (large dots)")
     axes[0][0].legend()
     _length_groups(axes[0][1], arms, colours)
     save(figure, path)
@@ -69,7 +69,7 @@ def _length_groups(panel: Any, arms: dict[str, list[Record]], colours: dict[str,
     for i, (arm, runs) in enumerate(arms.items()):
         for j, key in enumerate(groups.values()):
             mean, error = mean_and_error([last(run)["by_length"][key]["accuracy"] for run in runs])
-            place = j + 0.25 * (i - 1)
+            place = j + 0.25 * (i - (len(arms) - 1) / 2)
             panel.bar(place, mean, 0.22, yerr=error, color=colours[arm], label=None if j else arm)
     panel.axhline(0.5, color="black", linewidth=0.6)
     panel.set_xticks(range(len(groups)), groups)

@@ -7,6 +7,8 @@ from typing import Any
 
 SIMPO = {"objective": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.55}
 """SimPO's values for Llama-3-8B-Instruct."""
+GAMMA_SIMPO = {"beta": 10.0, "gamma_beta_ratio": 0.4}
+"""γ-SimPO's values for Llama-3-8B-Instruct; its temperature τ is the default, 10."""
 LEARNING_RATE = 2e-4
 """For the 11M-parameter model: 5e-5 moves nothing to speak of in a hundred steps of eight pairs."""
 
@@ -81,12 +83,12 @@ def flips(seed: int) -> list[Run]:
             study="flips",
             arm=f"{objective}, {flip:.0%} flipped",
             seed=seed,
-            steps=40,
+            steps=100,
             pairs_per_step=8,
-            measure_every=40,
+            measure_every=50,
             answers=0,
             sharpen=1.0,
-            settings=SIMPO | {"objective": objective, "flip": flip},
+            settings=GAMMA_SIMPO | {"objective": objective, "flip": flip},
         )
         for flip in (0.0, 0.2, 0.4)
         for objective in ("simpo", "gamma-simpo")
