@@ -11,8 +11,9 @@ import pytest
 import torch
 from measured_memory import PACKINGS, estimated_bytes, measured_bytes, small_config
 from tiny_tokenizers import tiny_tokenizer
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from widemargin.trainer import PreferenceConfig
+from widemargin.trainer.adapters import lora_config, with_adapter
 from widemargin.trainer.cli import main
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.fit.batches import micro_batch
@@ -182,6 +183,24 @@ def test_the_published_run_fits_on_four_gpus(tmp_path, capsys):
     inputs = found["largest_micro_batch"]["length"] * 4096 * 2 * 32
     assert inputs < less["kept"] < 1.5 * inputs
     assert {row["ranks"] for row in found["scaling"]} == {4, 8, 16, 64, 256}
+
+
+@pytest.mark.parametrize("quantized", ["false", "true"])
+def test_an_adapter_learns_in_fp32(tmp_path, quantized):
+    small = tmp_path / "config.json"
+    small.write_text(json.dumps(TINY))
+    found = plan(
+        *(LMPO, "--model-config", str(small), "--gpus", "1", "--engine", "ddp", "--use_peft=true"),
+        *("--dtype=bfloat16", "--lora_r=8", f"--load_in_4bit={quantized}"),
+        *("--packing=padded", "--attn_implementation=sdpa"),
+        folder=tmp_path,
+    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY), dtype=torch.bfloat16)
+    adapted = with_adapter(model, lora_config(settings(use_peft=True, lora_r=8)))
+    learns = [weight for weight in adapted.parameters() if weight.requires_grad]
+    parts = {part["name"]: part["bytes"] for part in found["memory"]["lasting"]}
+    assert parts["gradients"] == sum(weight.nbytes for weight in learns)
+    assert parts["optimizer states"] == 2 * parts["gradients"]
 
 
 def test_what_to_change_where_it_does_not_fit(tmp_path, capsys):

@@ -174,13 +174,20 @@ def _weights(
 ) -> list[Part]:
     if engine.parameters_on_cpu:
         return []
-    width = kinds.stored.itemsize
-    amount = size.trainable * width / shares + _frozen(settings, size, kinds) / shares
+    amount = (
+        size.trainable * _trained_bytes(settings, kinds) / shares
+        + _frozen(settings, size, kinds) / shares
+    )
     split = f" / {shares} ranks" if shares > 1 else ""
     text = f"{size.total:,} in {_name(kinds.stored)}{split}"
     if settings.load_in_4bit or settings.load_in_8bit:
         text = f"{size.quantizable:,} of {size.total:,} quantized{split}"
     return [Part("weights", amount, text)]
+
+
+def _trained_bytes(settings: PreferenceConfig, kinds: Precision) -> int:
+    """Of each weight that learns: peft keeps an adapter's in fp32, whatever the model's dtype."""
+    return FP32 if settings.use_peft else kinds.stored.itemsize
 
 
 def _frozen(settings: PreferenceConfig, size: ModelSize, kinds: Precision) -> float:
@@ -204,7 +211,7 @@ def _learning(
     shares = 1 if engine.name == "ddp" else ranks
     own = trained / shares
     split = f" / {shares} ranks" if shares > 1 else ""
-    master = FP32 if engine.is_deepspeed else kinds.stored.itemsize
+    master = FP32 if engine.is_deepspeed else _trained_bytes(settings, kinds)
     gradient = compute if engine.is_deepspeed and not engine.gradients_fp32 else master
     state = state_bytes(settings, master)
     parts = []
@@ -283,7 +290,7 @@ def _step(
     if engine.optimizer_on_cpu:
         return [Part("nothing on the GPU", 0)]
     own = size.trainable / (1 if engine.name == "ddp" else ranks)
-    master = FP32 if engine.is_deepspeed else kinds.stored.itemsize
+    master = FP32 if engine.is_deepspeed else _trained_bytes(settings, kinds)
     aside = master if _optimizer(settings) in ("adamw_torch", "adamw", "adam") else 0
     together = min(own, engine.sub_group) if engine.name == "zero3" else own
     parts = []
