@@ -47,7 +47,7 @@ PARTS = (
         "training_cpu.json",
         170,
     ),
-    Part("scaling", (), "scaling_cpu.json", 230),
+    Part("scaling", (), "scaling_cpu.json", 240),
     Part(
         "training-dpo",
         (
