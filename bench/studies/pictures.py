@@ -7,13 +7,13 @@ from typing import Any
 
 from bench.colours import new_figure, save
 from bench.studies.records import Record, by_arm, last, mean_and_error
-from bench.studies.tables import gaps, tail_pairs
+from bench.studies.tables import SMOOTHED, gaps, smoothed, tail_pairs
 
 DARK, LIGHT, OTHER = "#084594", "#9ecae1", "#e6550d"
 
 
 def tail(records: list[Record], path: Path) -> None:
-    """Loss of the exact run under the default's, and how far apart they are."""
+    """Loss of the exact run under the default's, and how far apart they are; a curve per seed."""
     models = tail_pairs(records)
     figure, axes = new_figure(2, len(models), 5.5, sharex=True)
     for column, (name, pairs) in enumerate(models.items()):
@@ -22,18 +22,21 @@ def tail(records: list[Record], path: Path) -> None:
             steps = range(1, exact["steps"] + 1)
             first = exact["seed"] == pairs[0][0]["seed"]
             style = {"linewidth": 3.5, "color": LIGHT}
-            top.plot(steps, exact["curves"]["loss"], **style, label="exact" if first else None)
+            losses = smoothed(exact["curves"]["loss"])
+            top.plot(steps, losses, **style, label="exact" if first else None)
             style = {"linewidth": 0.8, "color": DARK}
-            top.plot(steps, mean["curves"]["loss"], **style, label="mean" if first else None)
+            losses = smoothed(mean["curves"]["loss"])
+            top.plot(steps, losses, **style, label="mean" if first else None)
             bottom.plot(steps, [max(g, 1e-7) for g in gaps(exact, mean)], **style)
         bottom.axhline(0.01, color=OTHER, linewidth=1, label="1%")
         bottom.set_yscale("log")
-        top.set_title(f"small_lm, {name}: loss of each step, {len(pairs)} seeds")
+        top.set_title(name.replace(", ", ",\n"))
         bottom.set_xlabel("step")
-        top.set_ylabel("loss")
-        bottom.set_ylabel("difference / smoothed loss")
-        top.legend()
-        bottom.legend()
+        bottom.set_ylim(1e-7, 1)
+        bottom.legend(loc="upper left")
+    axes[0][0].set_ylabel(f"loss, mean of {SMOOTHED} steps")
+    axes[1][0].set_ylabel("difference of a step / that mean")
+    axes[0][0].legend()
     save(figure, path)
 
 
