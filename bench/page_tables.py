@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from bench.colours import label
 from bench.record import Row
 from bench.scaling import SIZES, crossover
+from bench.table import markdown
 
 NAMES = {"tokens": "tokens N", "vocab": "vocabulary V", "hidden_size": "hidden size H"}
-
-
-def markdown(columns: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
-    """A table; all columns but the first are aligned to the right."""
-    columns = list(columns)
-    aligns = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (columns, aligns, *lines))
 
 
 def machine(row: Row) -> str:

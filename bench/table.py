@@ -38,6 +38,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def markdown(columns: Iterable[str], lines: Iterable[Iterable[Any]], text: int = 1) -> str:
+    """A table; all columns but the first ``text`` are aligned to the right."""
+    columns = list(columns)
+    aligns = ["---"] * text + ["---:"] * (len(columns) - text)
+    return "\n".join(_join(map(str, line)) for line in (columns, aligns, *lines))
+
+
 def _not_available(rows: list[dict[str, Any]]) -> list[str]:
     """One line that names the providers this machine cannot run, by reason."""
     reasons: dict[str, list[str]] = {}

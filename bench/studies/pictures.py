@@ -9,34 +9,37 @@ from bench.colours import new_figure, save
 from bench.studies.records import Record, by_arm, last, mean_and_error
 from bench.studies.tables import SMOOTHED, gaps, smoothed, tail_pairs
 
-DARK, LIGHT, OTHER = "#084594", "#9ecae1", "#e6550d"
+DARK, MIDDLE, LIGHT, OTHER, GREY = "#084594", "#4292c6", "#9ecae1", "#e6550d", "#999999"
+SMALLEST = 1e-7
+"""Differences below it are drawn there."""
 
 
 def tail(records: list[Record], path: Path) -> None:
-    """Loss of the exact run under the default's, and how far apart they are; a curve per seed."""
+    """Loss of the exact run under the default's, and how far apart runs are; a curve per seed."""
     models = tail_pairs(records)
     figure, axes = new_figure(2, len(models), 5.5, sharex=True)
-    for column, (name, pairs) in enumerate(models.items()):
+    every_way = dict.fromkeys(way for ways in models.values() for way in ways)
+    colours = dict(zip(every_way, (DARK, MIDDLE, GREY), strict=False))
+    for column, (name, ways) in enumerate(models.items()):
         top, bottom = axes[0][column], axes[1][column]
-        for exact, mean in pairs:
-            steps = range(1, exact["steps"] + 1)
-            first = exact["seed"] == pairs[0][0]["seed"]
-            style = {"linewidth": 3.5, "color": LIGHT}
-            losses = smoothed(exact["curves"]["loss"])
-            top.plot(steps, losses, **style, label="exact" if first else None)
-            style = {"linewidth": 0.8, "color": DARK}
-            losses = smoothed(mean["curves"]["loss"])
-            top.plot(steps, losses, **style, label="mean" if first else None)
-            bottom.plot(steps, [max(g, 1e-7) for g in gaps(exact, mean)], **style)
-        bottom.axhline(0.01, color=OTHER, linewidth=1, label="1%")
-        bottom.set_yscale("log")
+        steps = range(1, records[0]["steps"] + 1)
+        for i, (exact, mean) in enumerate(ways.get("mean", [])):
+            for run, way, width, colour in zip(
+                (exact, mean), ("exact", "mean"), (3.5, 0.8), (LIGHT, DARK), strict=True
+            ):
+                losses = smoothed(run["curves"]["loss"])
+                top.plot(steps, losses, linewidth=width, color=colour, label=None if i else way)
+        for way, colour in colours.items():
+            for i, pair in enumerate(ways.get(way, [])):
+                shares = [max(gap, SMALLEST) for gap in gaps(*pair)]
+                bottom.plot(steps, shares, linewidth=0.8, color=colour, label=None if i else way)
+        bottom.axhline(0.01, color=OTHER, linewidth=1)
+        bottom.set(yscale="log", xlabel="step", ylim=(SMALLEST, 1))
         top.set_title(name.replace(", ", ",\n"))
-        bottom.set_xlabel("step")
-        bottom.set_ylim(1e-7, 1)
-        bottom.legend(loc="upper left")
     axes[0][0].set_ylabel(f"loss, mean of {SMOOTHED} steps")
-    axes[1][0].set_ylabel("difference of a step / that mean")
-    axes[0][0].legend()
+    axes[1][0].set_ylabel("difference of a step / that mean; line: 1%")
+    for panels in axes:
+        panels[0].legend(loc="lower left" if panels is axes[0] else "upper left", fontsize=7)
     save(figure, path)
 
 

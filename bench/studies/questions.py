@@ -33,26 +33,37 @@ class Run:
 
 
 def tail(seed: int) -> list[Run]:
-    """Does the head's default, ``head_tail: mean``, train like the exact gradient?"""
-    models: list[tuple[str, float, dict[str, Any]]] = [
-        ("logits x 1", 1.0, {}),
-        ("logits x 2", 2.0, {}),
-        ("logits x 2, learning rate 5e-5", 2.0, {"learning_rate": 5e-5}),
+    """Does the head's default, ``head_tail: mean``, train like the exact gradient?
+
+    "exact rounded otherwise" is a control: the same sums in another order.
+    """
+    exact, mean = {"head_tail": "exact"}, {"head_tail": "mean"}
+    ways = {"exact": exact, "mean": mean}
+    more = {
+        "mean below 2^-13": mean | {"head_tail_eps": 2.0**-13},
+        "exact rounded otherwise": exact | {"packing": "packed"},
+    }
+    slow = {"learning_rate": 5e-5}
+    models: list[tuple[str, float, dict[str, Any], dict[str, dict[str, Any]]]] = [
+        ("logits x 1", 1.0, {}, ways | more),
+        ("logits x 2", 2.0, {}, ways | more),
+        ("logits x 1, learning rate 5e-5", 1.0, slow, ways),
+        ("logits x 2, learning rate 5e-5", 2.0, slow, ways),
     ]
     return [
         Run(
             study="tail",
-            arm=f"{head_tail}, {name}",
+            arm=f"{way}, {name}",
             seed=seed,
             steps=150,
             pairs_per_step=4,
             measure_every=150,
             answers=0,
             sharpen=sharpen,
-            settings=SIMPO | {"head_tail": head_tail} | settings,
+            settings=SIMPO | head | settings,
         )
-        for name, sharpen, settings in models
-        for head_tail in ("exact", "mean")
+        for name, sharpen, settings, compared in models
+        for way, head in compared.items()
     ]
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Sequence
 
 from bench.studies.records import Record, at_step, by_arm, last, paired, shown
+from bench.table import markdown
 
 SMOOTHED = 10  # steps
 
@@ -25,41 +24,52 @@ def gaps(exact: Record, other: Record) -> list[float]:
     return [abs(y - x) / mean for x, y, mean in zip(a, b, smoothed(a), strict=True)]
 
 
-def tail_pairs(records: list[Record]) -> dict[str, list[tuple[Record, Record]]]:
-    """By model ("logits x 2"), the exact run and the default's of every seed."""
+def tail_pairs(records: list[Record]) -> dict[str, dict[str, list[tuple[Record, Record]]]]:
+    """By model ("logits x 2") and way ("mean"), the exact run and that way's of every seed."""
     arms = by_arm(records)
-    names = dict.fromkeys(arm.partition(", ")[2] for arm in arms)
-    found = {n: paired(arms.get(f"exact, {n}", []), arms.get(f"mean, {n}", [])) for n in names}
-    return {name: pairs for name, pairs in found.items() if pairs}
+    found: dict[str, dict[str, list[tuple[Record, Record]]]] = {}
+    for arm, runs in arms.items():
+        way, _, model = arm.partition(", ")
+        if way != "exact" and (pairs := paired(arms.get(f"exact, {model}", []), runs)):
+            found.setdefault(model, {})[way] = pairs
+    return found
 
 
 def tail(records: list[Record]) -> str:
+    """The largest of all seeds, but for active fractions and what is measured at the end."""
     rows = []
-    for name, pairs in tail_pairs(records).items():
-        for exact, mean in pairs:
-            smooth = [smoothed(r["curves"]["loss"]) for r in (exact, mean)]
-            window = max(abs(b - a) / a for a, b in zip(*smooth, strict=True))
-            active = [a for a in mean["curves"]["active_fraction"] if a is not None]
+    for model, ways in tail_pairs(records).items():
+        for way, pairs in ways.items():
+            active = [
+                a for _, run in pairs for a in run["curves"]["active_fraction"] if a is not None
+            ]
+            ends = [(last(exact), last(run)) for exact, run in pairs]
             rows.append(
                 [
-                    name,
-                    exact["seed"],
+                    model,
+                    way,
+                    len(pairs),
                     f"{statistics.fmean(active):.2f}" if active else "–",
-                    f"{statistics.median(gaps(exact, mean)):.2%}",
-                    f"{max(gaps(exact, mean)):.2%}",
-                    f"{window:.2%}",
-                    f"{last(exact)['accuracy']:.3f}",
-                    f"{last(mean)['accuracy']:.3f}",
-                    f"{last(exact)['margin']:.4f}",
-                    f"{last(mean)['margin']:.4f}",
+                    f"{max(statistics.median(gaps(*pair)) for pair in pairs):.2%}",
+                    f"{max(smooth_gap(*pair) for pair in pairs):.2%}",
+                    f"{max(max(gaps(*pair)) for pair in pairs):.2%}",
+                    shown([exact["accuracy"] for exact, _ in ends]),
+                    shown([run["accuracy"] - exact["accuracy"] for exact, run in ends], sign=True),
+                    f"{max(abs(run['margin'] / exact['margin'] - 1) for exact, run in ends):.2%}",
                 ]
             )
     head = (
-        "model", "seed", "active fraction", "loss gap, median", "largest of a step",
-        f"largest of {SMOOTHED} steps' mean", "test accuracy, exact", "mean", "test margin, exact",
-        "mean",
+        "model", "compared with exact", "seeds", "active fraction", "loss gap, median step",
+        f"{SMOOTHED} steps' mean, largest", "single step, largest", "test accuracy, exact", "difference, same seed",
+        "test margin, gap",
     )  # fmt: skip
-    return markdown(head, rows)
+    return markdown(head, rows, text=2)
+
+
+def smooth_gap(exact: Record, other: Record) -> float:
+    """The largest difference of the mean loss of ten steps, as a share of it."""
+    one, two = (smoothed(record["curves"]["loss"]) for record in (exact, other))
+    return max(abs(b - a) / a for a, b in zip(one, two, strict=True))
 
 
 def length(records: list[Record]) -> str:
@@ -143,12 +153,6 @@ def measured_steps(runs: list[Record]) -> list[int]:
 
 def has_step(run: Record, step: int) -> bool:
     return any(m["step"] == step for m in run["measurements"])
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; the first column is text, the others are numbers."""
-    marks = ["---", *itertools.repeat("---:", len(head) - 1)]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, marks, *rows))
 
 
 def provenance(records: list[Record]) -> str:

@@ -119,7 +119,8 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
     from widemargin.trainer.model import load_model, load_tokenizer
     from widemargin.trainer.sampler import PairRows
 
-    settings: dict[str, Any] = {"learning_rate": LEARNING_RATE} | run.settings
+    fixed = {"learning_rate": LEARNING_RATE, "packing": "prefix_shared"}
+    settings: dict[str, Any] = fixed | run.settings
     with tempfile.TemporaryDirectory() as folder:
         config = PreferenceConfig(
             model_name_or_path=str(model_dir),
@@ -134,7 +135,6 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
             logging_steps=1,
             seed=run.seed,
             mix_seed=run.seed,
-            packing="prefix_shared",
             save_strategy="no",
             report_to="none",
             use_cpu=True,
