@@ -72,7 +72,7 @@ test-eval: $(EVAL) ## Evaluations with the benchmarks' own packages, alpaca_eval
 torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
 	$(BIN)/python -m bench.torture --cases 50000 $(if $(OUT),--out $(OUT))
 
-study: $(DEV) ## Carry out the studies of docs/studies.md, over an hour on two idle cores
+study: $(DEV) ## Carry out the studies of docs/studies.md, about two hours on two idle cores
 	$(BIN)/python -m bench.studies
 
 lint: $(DEV) ## ruff check, ruff format --check, pyright

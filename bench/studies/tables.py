@@ -60,8 +60,8 @@ def tail(records: list[Record]) -> str:
             )
     head = (
         "model", "compared with exact", "seeds", "active fraction", "loss gap, median step",
-        f"{SMOOTHED} steps' mean, largest", "single step, largest", "test accuracy, exact", "difference, same seed",
-        "test margin, gap",
+        f"{SMOOTHED} steps' mean, largest", "single step, largest", "test accuracy, exact",
+        "difference, same seed", "test margin, gap",
     )  # fmt: skip
     return markdown(head, rows, text=2)
 
