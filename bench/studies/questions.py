@@ -33,15 +33,17 @@ class Run:
 
 
 def tail(seed: int) -> list[Run]:
-    """Does the head's default, ``head_tail: mean``, train like the exact gradient?
+    """Does ``head_tail: mean`` train like the exact gradient, and down to which ``head_tail_eps``?
 
-    "exact rounded otherwise" is a control: the same sums in another order.
+    Two controls: the same sums in another order, and matrix products in bfloat16.
     """
     exact, mean = {"head_tail": "exact"}, {"head_tail": "mean"}
-    ways = {"exact": exact, "mean": mean}
+    ways = {"exact": exact, "mean 2^-11": mean | {"head_tail_eps": 2.0**-11}}
     more = {
-        "mean below 2^-13": mean | {"head_tail_eps": 2.0**-13},
-        "exact rounded otherwise": exact | {"packing": "packed"},
+        "mean 2^-12": mean | {"head_tail_eps": 2.0**-12},
+        "mean 2^-13": mean | {"head_tail_eps": 2.0**-13},
+        "exact in another order": exact | {"packing": "packed"},
+        "exact in bfloat16": exact | {"bf16": True},
     }
     slow = {"learning_rate": 5e-5}
     models: list[tuple[str, float, dict[str, Any], dict[str, dict[str, Any]]]] = [
