@@ -82,6 +82,11 @@ def test_checkpointing_changes_nothing(tmp_path, checkpointing):
     assert (learnt[0] - fresh).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_no_warning_of_names_between_libraries():
+    with_adapter(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+
+
 def test_only_the_adapter_learns_and_every_linear_layer_has_one(tmp_path):
     trainer = tiny_trainer(tmp_path, **LORA)
     learning = {name for name, p in trainer.model.named_parameters() if p.requires_grad}

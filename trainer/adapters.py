@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -140,7 +143,8 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model.enable_input_require_grads()  # for reentrant checkpointing; peft does it elsewhere
     try:
-        adapted = get_peft_model(model, peft_config)
+        with peft_warnings_aside():
+            adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise UserError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
     now = model.get_output_embeddings()
@@ -157,6 +161,14 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
             "target_modules and modules_to_save"
         )
     return adapted
+
+
+@contextmanager
+def peft_warnings_aside() -> Iterator[None]:
+    """Wrap a model inside: peft asks it by a name that transformers 5 warns will go."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def bare_model(model: Any) -> PreTrainedModel:

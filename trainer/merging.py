@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import AdapterSettings
+from .adapters import AdapterSettings, peft_warnings_aside
 from .config import ModelSettings
 from .errors import UserError, refusals
 from .model import load_model, load_tokenizer
@@ -53,6 +53,7 @@ def export_merged(settings: ModelSettings, adapter: Path, out: Path, trained: An
     with refusals(f"adapter {adapter}: cannot be merged", OSError, ValueError, RuntimeError):
         adapted: Any = copy.deepcopy(trained)
         if base is not None:
-            adapted = PeftModel.from_pretrained(base, str(adapter))
+            with peft_warnings_aside():
+                adapted = PeftModel.from_pretrained(base, str(adapter))
         adapted.merge_and_unload(safe_merge=True).save_pretrained(out)
         load_tokenizer(plain, str(adapter)).save_pretrained(out)
