@@ -127,6 +127,17 @@ def test_models_it_cannot_take():
         patch_head(mixture)
     with pytest.raises(UserError, match="AutoModelForCausalLM"):
         patch_head(tiny_model().model)
+    for other in ("a-name", None, torch.nn.Linear(2, 2), torch.nn.DataParallel(tiny_model())):
+        with pytest.raises(UserError, match=f"got {type(other).__name__}; patch the bare model"):
+            patch_head(other)
+
+
+def test_a_mask_in_place_of_positions():
+    model = tiny_model()
+    patch_head(model)
+    tokens, mask, _, targets = batch()
+    with pytest.raises(ValueError, match=r"select: expected int64 .* got torch.bool .* \[3, 14\]"):
+        model(input_ids=tokens, select=mask.bool(), targets=targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -98,6 +98,12 @@ def _model_forward(
         return self.unpatched_forward(*args, **kwargs)
     if select is None:
         raise ValueError("select: expected the positions [N] whose hidden states predict targets")
+    if select.dtype not in (torch.int64, torch.int32) or select.dim() != 1:
+        raise ValueError(
+            "select: expected int64 positions [N] in the flattened batch, got "
+            f"{select.dtype} of shape {list(select.shape)}; those of a mask are "
+            "mask.flatten().nonzero()[:, 0]"
+        )
     kwargs["use_cache"] = False
     hidden = self.get_decoder()(*args, **kwargs)[0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, select)
@@ -140,7 +146,12 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: flo
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    config = model.config
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
+        raise UserError(
+            f"model: expected a causal language model of transformers, got {type(model).__name__}; "
+            "patch the bare model, before DDP, FSDP or ZeRO wrap it"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"model: expected a decoder-only language model, got the encoder-decoder "
