@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_models import VOCABULARY, tiny_model
 from transformers import AutoModelForSeq2SeqLM, T5Config
 from widemargin.trainer.errors import UserError
@@ -93,6 +95,33 @@ def test_a_copy_is_its_own_model():
         scored[1], torch.full_like(scored[1], -torch.tensor(VOCABULARY).log().item())
     )
     assert not torch.allclose(scored[0], scored[1])
+
+
+def test_a_saved_module_loads_and_scores(tmp_path):
+    model = tiny_model()
+    patch_head(model, tail="exact")
+    tokens, _, select, targets = batch()
+    expected = model(input_ids=tokens, select=select, targets=targets).token_logps
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    found = loaded(input_ids=tokens, select=select, targets=targets).token_logps
+    assert torch.equal(found, expected)
+    assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_accelerate_wraps_it_and_takes_the_wrapper_off(keep):
+    model = tiny_model()
+    patch_head(model, tail="exact")
+    tokens, _, select, targets = batch()
+    expected = model(input_ids=tokens, select=select, targets=targets).token_logps
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    bare = accelerator.unwrap_model(accelerator.prepare_model(model), keep_fp32_wrapper=keep)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = bare(input_ids=tokens, select=select, targets=targets).token_logps
+    bound = 0.1 if keep else 1e-6  # kept, it computes in bf16
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
 
 
 def test_lora_in_attention_trains_and_on_the_head_is_refused():

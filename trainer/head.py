@@ -13,8 +13,8 @@ Patch the bare model, before PEFT, DDP, FSDP or ZeRO wrap it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,8 +79,21 @@ def patch_head(
         if not hasattr(patched, "unpatched_forward"):
             patched.unpatched_forward = patched.forward
         patched.scoring = scoring
-        patched.forward = MethodType(forward, patched)
+        patched.forward = _Bound(forward, patched)
     return scoring
+
+
+class _Bound:
+    """A method of one module, which `torch.save` of the module takes, unlike ``MethodType``'s.
+
+    accelerate looks for ``__func__``, to wrap the function and to find it again.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.__func__, self.__self__ = function, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
 
 
 def _model_forward(
