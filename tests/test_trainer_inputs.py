@@ -59,3 +59,44 @@ def test_predict_takes_raw_pairs(tmp_path):
     pairs = tiny_pairs(5, seed=3)
     found = trainer.predict(pairs).metrics["test_loss"]
     assert found == pytest.approx(trainer.evaluate(pairs)["eval_loss"])
+
+
+def test_several_evaluation_sets(tmp_path):
+    """Each as if it were alone, by name, also while training and with a reference."""
+    sets = {"near": tiny_pairs(4, seed=1), "far": tiny_pairs(7, seed=7)}
+    settings = {"objective": "dpo", "precompute_ref_log_probs": True, "max_steps": 1}
+    args = tiny_config(
+        tmp_path, **settings, eval_strategy="steps", eval_steps=1, metric_for_best_model="far_loss"
+    )
+    trainer = PreferenceTrainer(
+        tiny_model(), args, tiny_pairs(), eval_dataset=sets, processing_class=TOKENIZER
+    )
+    assert {"eval_dataset['near']", "eval_dataset['far']"} < set(trainer.data_reports)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_near_loss", "eval_far_rewards/accuracies"} < logged
+    metrics = trainer.evaluate()
+    assert trainer.state.best_metric == metrics["eval_far_loss"]
+    assert trainer.evaluate("far")["eval_loss"] == metrics["eval_far_loss"]
+    alone = trainer.evaluate(trainer.eval_dataset["near"])
+    assert alone["eval_loss"] == metrics["eval_near_loss"] != metrics["eval_far_loss"]
+
+
+SEVERAL = {"near": tiny_pairs(4)}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
+NOT_OF_SEVERAL = [
+    pytest.param({"metric_for_best_model": "loss"}, SEVERAL, "one of near_loss", id="metric"),
+    pytest.param({"metric_for_best_model": "near_loss"}, tiny_pairs(4), "one of loss", id="single"),
+    pytest.param({"eval_samples": 2}, SEVERAL, "eval_samples: .*several", id="samples"),
+    pytest.param({}, {}, "there is no evaluation data", id="none"),
+    pytest.param({}, {"near": [TOKENS]}, r"eval_dataset\['near'\]: .*got list", id="list"),
+]
+
+
+@pytest.mark.parametrize(("settings", "held_out", "message"), NOT_OF_SEVERAL)
+def test_what_several_evaluation_sets_cannot_be(tmp_path, settings, held_out, message):
+    args = tiny_config(tmp_path, **EVALUATED, **settings)
+    with pytest.raises(UserError, match=message):
+        PreferenceTrainer(
+            tiny_model(), args, tiny_pairs(), eval_dataset=held_out, processing_class=TOKENIZER
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -121,13 +122,26 @@ def _check_flash_attention() -> None:
 
 
 def check_evaluation(config: PreferenceConfig, evaluation: object) -> None:
-    """Raise ``UserError`` where evaluation is wanted and there is no data for it."""
+    """Raise ``UserError`` where evaluation is wanted and there is no data for it, or not such."""
+    several = isinstance(evaluation, dict)
     for name in ("eval_strategy", "eval_on_start"):
-        if evaluation is None and getattr(config, name) not in ("no", False):
+        if (evaluation is None or (several and not evaluation)) and getattr(config, name) not in (
+            "no",
+            False,
+        ):
             raise UserError(
                 f"{name}: there is no evaluation data; give some (a test split, eval_dataset) or "
                 f"set {name}: {'no' if name == 'eval_strategy' else 'false'}"
             )
+    if several and config.eval_samples:
+        raise UserError(
+            "eval_samples: answers are to the prompts of one evaluation set, and eval_dataset has "
+            "several; give one, or set eval_samples: 0"
+        )
+    best = config.metric_for_best_model
+    if best is not None:
+        sets = [f"{each}_" for each in evaluation] if several else [""]
+        _check_metric(best, [f"{each}{name}" for each in sets for name in NAMES])
 
 
 def check_output(config: PreferenceConfig) -> None:
@@ -145,7 +159,12 @@ def _check_best(config: PreferenceConfig) -> None:
     name = config.metric_for_best_model
     if name is None and str(getattr(config.save_strategy, "value", config.save_strategy)) == "best":
         raise UserError("metric_for_best_model: save_strategy: best needs one, such as loss")
-    if name is not None and name.removeprefix("eval_") not in NAMES:
+    if name is not None and not name.endswith(tuple(f"_{known}" for known in NAMES)):
+        _check_metric(name, NAMES)  # others may begin with an evaluation set: `check_evaluation`
+
+
+def _check_metric(name: str, known: Sequence[str]) -> None:
+    if name.removeprefix("eval_") not in known:
         raise UserError(
-            f"metric_for_best_model: {name!r} is not known; expected one of {', '.join(NAMES)}"
+            f"metric_for_best_model: {name!r} is not known; expected one of {', '.join(known)}"
         )

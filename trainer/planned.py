@@ -79,9 +79,19 @@ class PlannedTrainer(ResumableTrainer):
         )
         return PairRows(dataset)
 
+    def _held_out(self, dataset: Any) -> Any:
+        """Data for evaluation as `_pairs` has it; several data sets by name stay a dict."""
+        if not isinstance(dataset, dict):
+            return self._pairs(dataset, "eval_dataset")
+        return {
+            name: self._pairs(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()
+        }
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As transformers', of another data set too, raw or tokenized."""
-        if eval_dataset is None or eval_dataset is self.eval_dataset:
+        own: Any = self.eval_dataset
+        by_name = isinstance(eval_dataset, str) and isinstance(own, dict) and eval_dataset in own
+        if eval_dataset is None or eval_dataset is own or by_name:
             return super().get_eval_dataloader(eval_dataset)
         reports, workers_stay = dict(self.data_reports), self.args.dataloader_persistent_workers
         rows = self._pairs(eval_dataset, "eval_dataset")

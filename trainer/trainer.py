@@ -50,6 +50,8 @@ class PreferenceTrainer(PlannedTrainer):
         args: every setting; its ``objective`` must be named.
         train_dataset, eval_dataset: pairs, raw (``prompt``, ``chosen``, ``rejected``; tokenized
             here by ``args``) or tokenized (``prompt_ids``, ``chosen_ids``, ``rejected_ids``).
+            Several of evaluation as a dict: metrics are then ``eval_NAME_...``, and the report,
+            which charts ``eval_...``, leaves them out.
         processing_class: the tokenizer; the model's own if None.
         ref_model: a frozen model for objectives with a reference; if None, the one that ``args``
             name, or else the model as it is now. It is patched too.
@@ -104,7 +106,8 @@ class PreferenceTrainer(PlannedTrainer):
         self.run_notes: dict[str, Any] | None = None  # of run.json, where there is one
         self.tokenize_with(processing_class, args, vocabulary_size(lm))
         train_dataset = self._pairs(train_dataset, "train_dataset")
-        eval_dataset = self._pairs(eval_dataset, "eval_dataset")
+        eval_dataset = self._held_out(eval_dataset)
+        held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         peft_config = lora_config(args) if peft_config is None else peft_config
         self.reference = reference_for(
             self.objective,
@@ -113,7 +116,7 @@ class PreferenceTrainer(PlannedTrainer):
             ref_model,
             processing_class,
             peft_config,
-            [train_dataset, eval_dataset],
+            [train_dataset, *held_out],
             starting=starting,
         )
         if peft_config is not None:
@@ -235,8 +238,9 @@ class PreferenceTrainer(PlannedTrainer):
             output: Any = super().evaluation_loop(*args, **kwargs)
         means, _ = self._metrics["eval"].report(f"{prefix}_")
         output.metrics.update(means)
-        main = self.args.process_index == 0
-        self._margins.write(self._own_output_dir, self.state.global_step, main=main)
+        if prefix == "eval":  # the report has the margins of one evaluation a step
+            main = self.args.process_index == 0
+            self._margins.write(self._own_output_dir, self.state.global_step, main=main)
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
