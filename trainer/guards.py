@@ -124,8 +124,8 @@ class Guards(TrainerCallback):
         if args.max_nonfinite_steps:
             objective = self.trainer.objective.state_dict()
             kept = {name: value.clone() for name, value in objective.items()}
-            sums = dict(self.trainer._metrics["train"]._sums)  # which are never added to in place
-            self._before = (kept, self.trainer._tr_loss.clone(), sums)
+            metrics = self.trainer._metrics["train"].state()
+            self._before = (kept, self.trainer._tr_loss.clone(), metrics)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         figures = [self._loss]
@@ -203,7 +203,7 @@ class Guards(TrainerCallback):
         if self._before is not None:
             self.trainer.objective.load_state_dict(self._before[0])
             self.trainer._tr_loss.copy_(self._before[1])
-            self.trainer._metrics["train"]._sums = self._before[2]
+            self.trainer._metrics["train"].load(self._before[2])
 
     def _message(self) -> str:
         seen = [(ids.tolist(), losses.tolist()) for ids, losses in self._seen]

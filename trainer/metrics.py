@@ -72,6 +72,14 @@ class PreferenceMetrics:
         """Add one micro-batch's ``decoder_tokens`` [3], see `PairCollator`."""
         self.add(**dict(zip(TOKENS, decoder_tokens, strict=True)))
 
+    def state(self) -> dict[str, Tensor]:
+        """What was added so far; no later `add` changes it."""
+        return dict(self._sums)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go back to a `state`."""
+        self._sums = dict(state)
+
     def report(self, prefix: str = "") -> tuple[dict[str, float], dict[str, float]]:
         """Means over all ranks under ``prefix``, totals of pairs and tokens; then anew."""
         sums, self._sums = self._sums, {}
