@@ -148,7 +148,7 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         accelerator: Any = self.accelerator_config
         if self.dataloader_pin_memory and not copies_settled:  # or each copy waits for the device
             accelerator.non_blocking = True
-        defaults = _defaults(type(self))
+        defaults = defaults_of(type(self))
         self.filled_in = {
             name: value
             for name, value in _values(self).items()
@@ -228,7 +228,8 @@ def _values(config: PreferenceConfig) -> dict[str, Any]:
     return {each.name: getattr(config, each.name, None) for each in fields(config)}
 
 
-def _defaults(kind: type[PreferenceConfig]) -> dict[str, Any]:
+def defaults_of(kind: type[PreferenceConfig]) -> dict[str, Any]:
+    """Every setting's default, before a run fills in or adjusts any."""
     return {
         each.name: each.default if each.default_factory is MISSING else each.default_factory()
         for each in fields(kind)

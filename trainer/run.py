@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .checkpoints import choose_checkpoint, could_not_write
 from .checks import check_evaluation, check_output
-from .config import PreferenceConfig
+from .config import PreferenceConfig, defaults_of
 from .config_file import is_secret
 from .console import ConsoleLines, ConsoleProgress
 from .data import PairData, load_pairs, preflight_lines
@@ -213,18 +213,15 @@ class RunRecord:
 def changed_settings(config: PreferenceConfig) -> dict[str, Any]:
     """Settings somebody gave or a run adjusted, as plain values; secrets are left out."""
     changed = {}
-    for field in dataclasses.fields(config):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        value: Any = getattr(config, field.name, default)
-        if field.name in config.filled_in:  # unless it was changed afterwards, as by the planner
-            default = config.filled_in[field.name]
+    for name, default in defaults_of(type(config)).items():
+        value: Any = getattr(config, name, default)
+        if name in config.filled_in:  # unless it was changed afterwards, as by the planner
+            default = config.filled_in[name]
         elif isinstance(value, AcceleratorConfig):  # which is filled up
             default = type(value)()
         value = _plain(value)
-        if value != _plain(default) and not is_secret(field.name):
-            changed[field.name] = value
+        if value != _plain(default) and not is_secret(name):
+            changed[name] = value
     return changed
 
 
