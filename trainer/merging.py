@@ -51,8 +51,9 @@ def export_merged(settings: ModelSettings, adapter: Path, out: Path, trained: An
         logger.info("merging into the weights as they were before quantization")
     base = load_model(plain) if trained is None else None
     with refusals(f"adapter {adapter}: cannot be merged", OSError, ValueError, RuntimeError):
-        adapted: Any = copy.deepcopy(trained)
-        if base is not None:
+        if base is None:
+            adapted: Any = copy.deepcopy(trained)
+        else:
             with peft_warnings_aside():
                 adapted = PeftModel.from_pretrained(base, str(adapter))
         adapted.merge_and_unload(safe_merge=True).save_pretrained(out)

@@ -86,9 +86,6 @@ class ResumableTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return sheltered(super().get_eval_dataloader(eval_dataset))
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        return sheltered(super().get_test_dataloader(test_dataset))
-
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint in ``output_dir`` whose files are there in their sizes."""
         return newest_complete(Path(self._own_output_dir), hashes=False)[0]
