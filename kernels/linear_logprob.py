@@ -184,7 +184,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 class _OnlyOnce(torch.autograd.Function):
-    """A gradient that depends on ``inputs``, by which it cannot be differentiated in turn."""
+    """A gradient that depends on ``inputs``, by which it cannot be differentiated in turn.
+
+    torch's ``once_differentiable`` would return a constant, and so derivatives of zero, where the
+    gradient that came in is one itself.
+    """
 
     @staticmethod
     def forward(ctx, gradient, *inputs):

@@ -9,10 +9,10 @@ Shapes: N tokens, P pairs. ``token_logps`` holds 2P sequences back to back, P ch
 rejected; sequence s is ``token_logps[cu_seqlens[s]:cu_seqlens[s + 1]]``. Tokens past the last
 sequence are padding. Half precision is computed in fp32, fp64 in fp64.
 
-Nothing here reads a value back to the host. A token that is NaN reaches only its own pair, forward
-and backward: sums are taken segment by segment, not as differences of a running sum. Source of the
-form: SimPO, arXiv 2405.14734. On a GPU the kernels of `triton_margin.py` do the same in one launch
-forward and one backward.
+On a GPU nothing here reads a value back to the host. A token that is NaN reaches only its own pair,
+forward and backward: sums are taken segment by segment, not as differences of a running sum. There
+the kernels of `triton_margin.py` do the same in one launch forward and one backward. Source of the
+form: SimPO, arXiv 2405.14734.
 """
 
 from __future__ import annotations
