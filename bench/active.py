@@ -18,15 +18,7 @@ import torch
 from bench.colours import new_figure, save
 from bench.exact import Exact, exact, relative_error
 from bench.peaked import PeakedCase, mean_entropy, peaked_case
-from bench.record import (
-    RESULTS,
-    Row,
-    add_output_options,
-    environment,
-    find_commit,
-    refused,
-    writer,
-)
+from bench.record import Row, add_output_options, destination, environment, writer
 
 EXPONENTS = range(-14, -7)
 
@@ -173,10 +165,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    out = (options.out or RESULTS / "active.json").resolve()
-    commit = find_commit(options.commit)
-    if refused(out, commit, options.allow_dirty):
-        return 2
+    out, commit = destination(options, "active.json")
     states = real_states(options.model, options.pairs, options.rows, options.max_length)
     rows = []
     for factor in options.sharpen:

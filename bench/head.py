@@ -14,7 +14,7 @@ import torch
 from bench.cases import CASES
 from bench.harness import Settings, measure
 from bench.providers import PROVIDERS
-from bench.record import RESULTS, add_output_options, find_commit, refused, writer
+from bench.record import add_output_options, destination, writer
 from bench.table import table
 
 
@@ -49,10 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         show_choices(options.device)
         return 0
     cuda = options.device == "cuda"
-    out = (options.out or RESULTS / f"head_{options.device}.json").resolve()
-    commit = find_commit(options.commit)
-    if refused(out, commit, options.allow_dirty):
-        return 2
+    out, commit = destination(options, f"head_{options.device}.json")
     if options.threads:
         torch.set_num_threads(options.threads)
     repeats = options.repeats or (10 if cuda else 3)

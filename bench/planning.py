@@ -26,17 +26,8 @@ from typing import Any
 import numpy as np
 
 from bench.memory import status_bytes
-from bench.record import (
-    RESULTS,
-    ROOT,
-    Row,
-    add_output_options,
-    environment,
-    find_commit,
-    refused,
-    writer,
-)
-from bench.subject import find_subject
+from bench.record import ROOT, Row, add_output_options, destination, environment, writer
+from bench.subject import fill_in
 from bench.timing import spread
 from bench.training_data import read_pairs
 
@@ -205,10 +196,7 @@ def run_alone(spec: Spec, folder: Path) -> Row:
 
 def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     rows_file = folder / "rows.jsonl"
-    if options.model is None or options.pairs is None:
-        subject = find_subject(folder)
-        options.model = options.model or subject.model
-        options.pairs = options.pairs or subject.pairs
+    fill_in(options, folder)
     rows = sample(options.pairs, options.count)
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
@@ -274,10 +262,7 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    out = (options.out or RESULTS / "planning.json").resolve()
-    commit = find_commit(options.commit)
-    if refused(out, commit, options.allow_dirty):
-        return 2
+    out, commit = destination(options, "planning.json")
     facts = {
         "op": "planning", "max_length": options.max_length, "processes": options.processes,
         "ranks": RANKS, "pairs_per_rank": PAIRS_PER_RANK,

@@ -82,6 +82,19 @@ def refused(out: Path, commit: Commit, allow_dirty: bool = False) -> bool:
     return refuses
 
 
+def destination(options: argparse.Namespace, default: str) -> tuple[Path, Commit]:
+    """Where the options of `add_output_options` put rows, and the code that is measured.
+
+    Raises:
+        SystemExit: rows of this code may not be written there.
+    """
+    out = (options.out or RESULTS / default).resolve()
+    commit = find_commit(options.commit)
+    if refused(out, commit, options.allow_dirty):
+        raise SystemExit(2)
+    return out, commit
+
+
 def environment(device: str, commit: Commit) -> Row:
     """The part of a row that says where it was measured, and what with."""
     return {

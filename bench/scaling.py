@@ -22,16 +22,7 @@ from torch import Tensor
 from bench.cases import Case
 from bench.harness import Settings, measure
 from bench.providers import PROVIDERS, Provider
-from bench.record import (
-    RESULTS,
-    Commit,
-    Row,
-    add_output_options,
-    environment,
-    find_commit,
-    refused,
-    writer,
-)
+from bench.record import Commit, Row, add_output_options, destination, environment, writer
 
 SIZES = ("tokens", "vocab", "hidden_size")
 CURVES = (*SIZES, "active", "sequence", "ranks")
@@ -163,10 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: this machine has no CUDA device", file=sys.stderr)
         return 2
-    out = (options.out or RESULTS / f"scaling_{options.device}.json").resolve()
-    commit = find_commit(options.commit)
-    if refused(out, commit, options.allow_dirty):
-        return 2
+    out, commit = destination(options, f"scaling_{options.device}.json")
     write = writer(out)
     rows: list[Row] = []
     for row in rows_of(options, commit):

@@ -9,6 +9,7 @@ what the head does on a trained model.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ def find_subject(folder: Path) -> Subject:
     """The shared model, or a stand-in, which is written to ``folder``."""
     model, pairs = SHARED / "small_lm", SHARED / "judged_pairs_train.jsonl.gz"
     return Subject(model, pairs) if model.is_dir() and pairs.is_file() else stand_in(folder)
+
+
+def fill_in(options: argparse.Namespace, folder: Path) -> None:
+    """Set `model` and `pairs` where the user named none."""
+    if options.model is None or options.pairs is None:
+        subject = find_subject(folder)
+        options.model = options.model or subject.model
+        options.pairs = options.pairs or subject.pairs
 
 
 def stand_in(folder: Path, **shape: int) -> Subject:

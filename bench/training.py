@@ -22,18 +22,16 @@ from typing import Any
 import numpy as np
 
 from bench.record import (
-    RESULTS,
     ROOT,
     Commit,
     Row,
     add_output_options,
+    destination,
     environment,
-    find_commit,
     keep_others,
-    refused,
     writer,
 )
-from bench.subject import find_subject
+from bench.subject import fill_in
 from bench.timing import spread
 from bench.training_contenders import CONTENDERS, SHAPES, SKIPPED
 from bench.training_data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
@@ -266,10 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if options.model is None or options.pairs is None:
-            subject = find_subject(folder)
-            options.model = options.model or subject.model
-            options.pairs = options.pairs or subject.pairs
+        if not (options.shape and options.lengths):  # which take neither a model nor pairs
+            fill_in(options, folder)
         return benchmark(options, folder)
 
 
@@ -277,10 +273,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
     if options.write_lengths:
         options.write_lengths.write_text(json.dumps(lengths_of(find_rows(options))))
         return 0
-    out = (options.out or RESULTS / f"training_{options.device}.json").resolve()
-    commit = find_commit(options.commit)
-    if refused(out, commit, options.allow_dirty):
-        return 2
+    out, commit = destination(options, f"training_{options.device}.json")
     rows = find_rows(options)
     names = options.contenders or [n for n in CONTENDERS if n not in SKIPPED[options.objective]]
     (folder / "rows.json").write_text(json.dumps(rows))

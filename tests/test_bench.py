@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import head, peers, table
+from bench import head, peers, record, table
 from bench.cases import CASES, Case
 from bench.exact import exact, relative_error
 from bench.harness import Settings, measure
@@ -175,7 +175,8 @@ def test_head_writes_rows_and_prints_their_table(
 def test_results_folder_takes_nothing_from_a_dirty_tree(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(head, "find_commit", lambda given: Commit("0" * 40, dirty=True))
+    monkeypatch.setattr(record, "find_commit", lambda given: Commit("0" * 40, dirty=True))
     monkeypatch.setattr(head, "measure", lambda *_: pytest.fail("must refuse before it measures"))
-    assert head.main(["--case", "tiny"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        head.main(["--case", "tiny"])
     assert "uncommitted changes" in capsys.readouterr().err
