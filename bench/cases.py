@@ -30,10 +30,6 @@ class Case:
         """Size of the logits in fp32, the dtype of a softmax: what memory is compared with."""
         return 4 * self.tokens * self.vocab
 
-    @property
-    def gradient_bytes(self) -> int:
-        return (self.tokens + self.vocab) * self.hidden_size * self.torch_dtype.itemsize
-
     def build(self, device: torch.device | str) -> PeakedCase:
         return peaked_case(
             self.tokens,

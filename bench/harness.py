@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from widemargin.kernels.routing import BLOCK
 
 from bench.cases import Case
 from bench.exact import Exact, exact, relative_error
@@ -71,7 +72,7 @@ def gate(
     provider: Provider, case: Case, inputs: PeakedCase, wanted: Exact, device: str
 ) -> dict[str, Any]:
     """Errors against fp64 and whether they are within the provider's bounds."""
-    if reason := provider.available(case, device):
+    if reason := provider.unavailable(case, device):
         return {"gate": "not available", "reason": reason}
     try:
         found = provider.run(inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients)
@@ -202,8 +203,6 @@ def _count_passes(rows: dict[str, Row]) -> None:
     A head that routes nothing needs three; where fewer were seen the rest is in its own kernels,
     and the row says nothing.
     """
-    from widemargin.kernels.routing import BLOCK
-
     for row in rows.values():
         operations = row.pop("operations", None)
         active = row.get("active_fraction")

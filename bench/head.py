@@ -40,7 +40,7 @@ def show_choices(device: str) -> None:
         print(f"case      {case.name:28} {shape:22} {case.dtype} {case.distribution}")
     some = CASES["tiny"]
     for provider in PROVIDERS.values():
-        print(f"provider  {provider.name:28} {provider.available(some, device) or 'available'}")
+        print(f"provider  {provider.name:28} {provider.unavailable(some, device) or 'available'}")
 
 
 def main(arguments: list[str] | None = None) -> int:

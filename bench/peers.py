@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,28 +64,25 @@ def trl_unavailable(case: Case, device: str) -> str | None:
 
 def liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor):
     """A loss per token: Liger then puts the gradient off to backward and recomputes the logits."""
-    losses = _liger_ops().LigerFusedLinearCrossEntropyFunction.apply(
-        hidden, weight, targets, None, None, -100, 0.0, 0.0, "none", None, False, torch.float32
-    )[0]
-    return -losses, None
+    return -_liger_loss(hidden, weight, targets, "none"), None
 
 
 def liger_mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor):
     """The mean cross-entropy, three passes: no preference loss, but what Liger is fastest at."""
-    loss = _liger_ops().LigerFusedLinearCrossEntropyFunction.apply(
-        hidden, weight, targets, None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32
+    return _liger_loss(hidden, weight, targets, "mean").view(1), None
+
+
+def _liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    function = importlib.import_module("liger_kernel.ops").LigerFusedLinearCrossEntropyFunction
+    return function.apply(
+        hidden, weight, targets, None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32
     )[0]
-    return loss.view(1), None
 
 
 def mean_cross_entropy_reference(case: PeakedCase, wanted: Exact) -> Exact:
     each = torch.full_like(wanted.logp, -1 / len(wanted.logp))
     found = exact(replace(case, coefficients=each))
     return replace(found, logp=-found.logp.mean().view(1))
-
-
-def _liger_ops() -> Any:
-    return importlib.import_module("liger_kernel.ops")
 
 
 def liger_unavailable(case: Case, device: str) -> str | None:

@@ -5,7 +5,6 @@ A peer that cannot run is listed with the reason, never dropped. To add one: wri
 cannot run (`peers.py`), and append it to `PROVIDERS`.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from widemargin.kernels import tiles
+from widemargin.kernels.linear_logprob import linear_logprob
 
 from bench import peers
 from bench.cases import Case
@@ -57,10 +58,6 @@ class Provider:
             kind = "mean-hard"
         return BOUNDS[kind]["float32" if case.dtype == "float32" else "half"]
 
-    def available(self, case: Case, device: str) -> str | None:
-        """None, or the reason why it cannot run this case."""
-        return self.unavailable(case, device)
-
     def run(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,27 +83,17 @@ def _full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
     return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), None
 
 
-def _widemargin(
-    tail: str, backend: str, hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, Any]:
-    module = importlib.import_module("widemargin.kernels.linear_logprob")
-    return module.linear_logprob(
-        hidden, weight, targets, tail=tail, backend=backend, return_stats=True
-    )
-
-
 def _other_product(
     product: str, hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> tuple[Tensor, Any]:
     """Tail "mean" with another way to the forward's logits than the chip's own (`tiles.py`)."""
-    tiles = importlib.import_module("widemargin.kernels.tiles")
     table = dict(tiles.HALF)
     forward = tiles.FORWARDS[product]
     tiles.HALF.update(
         {arch: each._replace(product=product, forward=forward) for arch, each in table.items()}
     )
     try:
-        return _widemargin("mean", "triton", hidden, weight, targets)
+        return linear_logprob(hidden, weight, targets, backend="triton", return_stats=True)
     finally:
         tiles.HALF.update(table)
 
@@ -125,18 +112,15 @@ def _library_unavailable(case: Case, device: str) -> str | None:
     return _triton_unavailable(case, device)
 
 
-def _widemargin_unavailable(case: Case, device: str) -> str | None:
-    try:
-        importlib.import_module("widemargin.kernels.linear_logprob")
-    except ImportError as error:
-        return f"cannot be imported: {error}"
-    return None
-
-
 def _triton_unavailable(case: Case, device: str) -> str | None:
-    if device != "cuda":
-        return "the Triton kernels need a CUDA device"
-    return _widemargin_unavailable(case, device)
+    return None if device == "cuda" else "the Triton kernels need a CUDA device"
+
+
+def _ours(backend: str, tail: str) -> Provider:
+    settings: Any = {"backend": backend, "tail": tail, "return_stats": True}
+    unavailable = _triton_unavailable if backend == "triton" else _always
+    head = partial(linear_logprob, **settings)
+    return Provider(f"widemargin-{backend}-{tail}", head, unavailable, bound=tail)
 
 
 BASELINE = "full-logits"
@@ -144,24 +128,8 @@ PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider(BASELINE, _full_logits, _always),
-        *(
-            Provider(
-                f"widemargin-torch-{tail}",
-                partial(_widemargin, tail, "torch"),
-                _widemargin_unavailable,
-                bound=tail,
-            )
-            for tail in ("exact", "mean", "drop")
-        ),
-        *(
-            Provider(
-                f"widemargin-triton-{tail}",
-                partial(_widemargin, tail, "triton"),
-                _triton_unavailable,
-                bound=tail,
-            )
-            for tail in ("exact", "mean")
-        ),
+        *(_ours("torch", tail) for tail in ("exact", "mean", "drop")),
+        *(_ours("triton", tail) for tail in ("exact", "mean")),
         Provider(
             "widemargin-triton-mean-tma",
             partial(_other_product, "descriptors"),

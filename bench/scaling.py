@@ -8,7 +8,6 @@ only, at larger sizes.
 """
 
 import argparse
-import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.cases import Case
 from bench.harness import Settings, measure
@@ -74,19 +72,9 @@ def active_rows(base: Case, settings: Settings, commit: Commit) -> Iterator[Row]
     cases = [(replace(base, entropy=entropy), 2**-11) for entropy in ENTROPIES]
     cases += [(replace(base, distribution="flat"), eps) for eps in FLAT_EPS]
     for case, eps in cases:
-        ours = replace(mean, forward=partial(_with_eps, settings.device, eps))
+        ours = replace(mean, forward=partial(mean.forward, tail_eps=eps))
         for row in measure(case, [ours, exact], settings, commit):
             yield row | {"op": "scaling", "curve": "active", "tail_eps": eps}
-
-
-def _with_eps(
-    device: str, eps: float, hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, Any]:
-    module = importlib.import_module("widemargin.kernels.linear_logprob")
-    backend = "triton" if device == "cuda" else "torch"
-    return module.linear_logprob(
-        hidden, weight, targets, tail_eps=eps, backend=backend, return_stats=True
-    )
 
 
 def crossover(rows: list[Row]) -> float | None:

@@ -50,16 +50,11 @@ def test_helpers() -> None:
 def prepare(place: Path) -> None:
     """A tiny model and pairs for it."""
     test_helpers()
-    from tiny_models import (  # pyright: ignore[reportMissingImports]
-        TOKENIZER,
-        tiny_model,
-        tiny_pairs,
-    )
-
-    tiny_model().save_pretrained(place / "model")
-    TOKENIZER.save_pretrained(place / "model")
-    tiny_pairs(13).to_json(place / "train.jsonl")
-    tiny_pairs(5, seed=1).to_json(place / "test.jsonl")
+    tiny = importlib.import_module("tiny_models")
+    tiny.tiny_model().save_pretrained(place / "model")
+    tiny.TOKENIZER.save_pretrained(place / "model")
+    tiny.tiny_pairs(13).to_json(place / "train.jsonl")
+    tiny.tiny_pairs(5, seed=1).to_json(place / "test.jsonl")
     for ranks in BOUNDS:
         backend = "null" if ranks == 1 else "gloo"
         (place / f"config-{ranks}.yaml").write_text(SETTINGS % (4 // ranks, backend))

@@ -8,6 +8,7 @@ figures that pages show come from `bench.head`, which checks every result first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from widemargin.kernels.margin_loss import margin_loss
 
 from bench.cases import Case
 from bench.peaked import PeakedCase
+from bench.providers import BASELINE, PROVIDERS
 
 pytest.importorskip("pytest_benchmark")
 
@@ -50,18 +52,14 @@ def inputs(device: str) -> PeakedCase:
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return PROVIDERS[BASELINE].forward(hidden, weight, targets)[0]
 
 
-def tail(name: str) -> Callable[..., Tensor]:
-    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return linear_logprob(hidden, weight, targets, tail=name)  # pyright: ignore
-
-    return head
-
-
-HEADS = {"full-logits": full_logits, "mean": tail("mean"), "exact": tail("exact")}
+HEADS: dict[str, Callable[..., Any]] = {
+    "full-logits": full_logits,
+    "mean": partial(linear_logprob, tail="mean"),
+    "exact": partial(linear_logprob, tail="exact"),
+}
 
 
 def finished(result: Any) -> Any:
