@@ -10,6 +10,7 @@ from typing import Any
 
 from bench import page_tables, table, training_table
 from bench.record import Row
+from bench.scaling import SIZES
 
 KINDS = {"linear_logprob": "head", "training": "training", "scaling": "scaling"}
 KINDS |= {"planning": "planning", "active": "active"}
@@ -60,8 +61,8 @@ class File:
             alone = len({row["case"] for row in self.rows}) == 1
             return {f"{stem}.png" if alone else f"{stem}-{c}.png": r for c, r in cases.items()}
         if self.kind == "scaling":
-            sizes = [r for r in self.rows if r["curve"] in page_tables.NAMES]
-            rest = [r for r in self.rows if r["curve"] not in page_tables.NAMES]
+            sizes = [r for r in self.rows if r["curve"] in SIZES]
+            rest = [r for r in self.rows if r["curve"] not in SIZES]
             both = {f"{stem}-sizes.png": sizes, f"{stem}-rest.png": rest}
             return {
                 name: rows for name, rows in both.items() if any("reason" not in r for r in rows)

@@ -9,8 +9,6 @@ from bench.record import Row
 from bench.scaling import SIZES, crossover
 from bench.table import markdown
 
-NAMES = {"tokens": "tokens N", "vocab": "vocabulary V", "hidden_size": "hidden size H"}
-
 
 def machine(row: Row) -> str:
     """Where and with what a row was measured."""
@@ -37,9 +35,9 @@ def _size(curve: str, rows: list[Row]) -> str:
     for at in dict.fromkeys(row[curve] for row in found):
         here = {row["provider"]: row for row in found if row[curve] == at}
         lines.append([f"{at:,}", *(_time_and_memory(here[name]) for name in names)])
-    fixed = ", ".join(f"{NAMES[o]} {found[0][o]:,}" for o in SIZES if o != curve)
-    table = markdown([NAMES[curve], *(f"{label(name)}: ms / MiB" for name in names)], lines)
-    return f"Against {NAMES[curve]}; {fixed}.\n\n{table}"
+    fixed = ", ".join(f"{SIZES[o]} {found[0][o]:,}" for o in SIZES if o != curve)
+    table = markdown([SIZES[curve], *(f"{label(name)}: ms / MiB" for name in names)], lines)
+    return f"Against {SIZES[curve]}; {fixed}.\n\n{table}"
 
 
 def _time_and_memory(row: Row) -> str:

@@ -3,15 +3,16 @@
 Curves: the head against *tokens*, *vocab* and *hidden_size*, each alone; against the *active*
 fraction that routing leaves, with the crossing to the dense path; a whole model's forward and
 backward against *sequence* length (`scaling_steps.py`); pairs/s against *ranks*
-(`scaling_ranks.py`). Three minutes on an idle pair of cores. On CUDA the head's curves
-only, at larger sizes.
+(`scaling_ranks.py`). The point that the curves of sizes have in common is measured once. Three
+minutes on an idle pair of cores. On CUDA the head's curves only, at larger sizes, and with TRL's
+head, which costs a CPU about as much as all others together (`bench.head` has it there).
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from bench.harness import Settings, measure
 from bench.providers import PROVIDERS, Provider
 from bench.record import Commit, Row, add_output_options, destination, environment, writer
 
-SIZES = ("tokens", "vocab", "hidden_size")
+SIZES = {"tokens": "tokens N", "vocab": "vocabulary V", "hidden_size": "hidden size H"}
 CURVES = (*SIZES, "active", "sequence", "ranks")
 BASES = {
     "cpu": Case("scaling", 512, 256, 32768, standard=False),
@@ -32,8 +33,8 @@ BASES = {
 FACTORS: dict[str, tuple[float, ...]] = {
     "tokens": (0.25, 1, 4),
     "vocab": (0.25, 1, 4),
+    "hidden_size": (0.5, 1, 2),
 }
-FACTORS["hidden_size"] = (0.5, 1, 2)
 ENTROPIES = (0.5, 1.5, 4.0)
 FLAT_EPS = (2**-11, 2**-15)
 """Flat inputs leave much active at the default; with a smaller bound nearly all is."""
@@ -54,21 +55,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def heads(device: str) -> list[Provider]:
     backend = "triton" if device == "cuda" else "torch"
-    names = ("full-logits", f"widemargin-{backend}-mean", f"widemargin-{backend}-exact")
-    return [PROVIDERS[name] for name in (*names, "trl-chunked")]
+    names = ["full-logits", f"widemargin-{backend}-mean", f"widemargin-{backend}-exact"]
+    return [PROVIDERS[name] for name in names + ["trl-chunked"] * (device == "cuda")]
 
 
-def head_rows(curve: str, base: Case, settings: Settings, commit: Commit) -> Iterator[Row]:
+def head_rows(curve: str, base: Case, rows_at: Callable[[Case], list[Row]]) -> Iterator[Row]:
     """One size varied, the others as in ``base``."""
     for factor in FACTORS[curve]:
         case = replace(base, **{curve: round(getattr(base, curve) * factor)})
-        for row in measure(case, heads(settings.device), settings, commit):
+        for row in rows_at(case):
             yield row | {"op": "scaling", "curve": curve}
 
 
 def active_rows(base: Case, settings: Settings, commit: Commit) -> Iterator[Row]:
     """From nearly certain tokens to flat ones, and to a bound under which nearly all is active."""
-    _, mean, exact, _ = heads(settings.device)
+    _, mean, exact = heads(settings.device)[:3]
     cases = [(replace(base, entropy=entropy), 2**-11) for entropy in ENTROPIES]
     cases += [(replace(base, distribution="flat"), eps) for eps in FLAT_EPS]
     for case, eps in cases:
@@ -122,9 +123,10 @@ def rows_of(options: argparse.Namespace, commit: Commit) -> Iterator[Row]:
     settings = Settings(options.device, options.repeats, 2 * cuda, options.budget_s, "here")
     shared = {"op": "scaling", **environment(options.device, commit)}
     small = (base.hidden_size, 2 * base.hidden_size) if options.base == "tiny" else None
+    rows_at = cache(lambda case: measure(case, heads(options.device), settings, commit))
     for curve in options.curves or (CURVES[:4] if cuda else CURVES):
         if curve in SIZES:
-            yield from head_rows(curve, base, settings, commit)
+            yield from head_rows(curve, base, rows_at)
         elif curve == "active":
             yield from active_rows(base, settings, commit)
         elif curve == "sequence":

@@ -7,8 +7,6 @@ from bench.colours import colour, label, new_figure, save
 from bench.record import Row
 from bench.scaling import SIZES, crossover
 
-AXES = {"tokens": "tokens N", "vocab": "vocabulary V", "hidden_size": "hidden size H"}
-
 
 def draw_sizes(rows: list[Row], path: Path) -> None:
     """Time and memory of each head against N, V and H, two lines of three panels."""
@@ -26,11 +24,11 @@ def draw_sizes(rows: list[Row], path: Path) -> None:
         ticks = sorted({row[curve] for row in found})
         for panel in (axes[0][column], axes[1][column]):
             _log_log(panel, ticks)
-            panel.set_xlabel(AXES[curve])
+            panel.set_xlabel(SIZES[curve])
         fixed = ", ".join(
-            f"{AXES[other][-1]} {found[0][other]:,}" for other in SIZES if other != curve and found
+            f"{SIZES[other][-1]} {found[0][other]:,}" for other in SIZES if other != curve and found
         )
-        axes[0][column].set_title(f"{AXES[curve]} varied ({fixed})", loc="left")
+        axes[0][column].set_title(f"{SIZES[curve]} varied ({fixed})", loc="left")
     axes[0][0].set_ylabel("forward + backward, ms")
     axes[1][0].set_ylabel("peak memory, MiB")
     handles = axes[0][0].get_legend_handles_labels()
