@@ -42,7 +42,6 @@ def rank_rows(steps: int = STEPS, pairs_per_step: int = PAIRS_PER_STEP) -> Itera
         options = training_options(subject, steps, pairs_per_step)
         pairs = find_rows(options)
         (folder / "rows.json").write_text(json.dumps(pairs))
-        (folder / "order.json").write_text("null")
         shared: Row = {"curve": "ranks", "case": subject.case, "pairs_per_step": pairs_per_step}
         shared |= {"threads_per_rank": 1}
         alone = None

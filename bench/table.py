@@ -1,10 +1,5 @@
-"""A Markdown table from rows of JSON: `python -m bench.table RESULTS.json ... [--into README.md]`.
+"""Markdown: the head's table from rows of JSON, and tables' places in pages."""
 
-With `--into` the table replaces what stands between `<!-- table:head -->` and `<!-- /table -->`.
-"""
-
-import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,16 +7,16 @@ from typing import Any
 CLOSE = "<!-- /table -->"
 
 COLUMNS = (
-    ("provider", "---"),
-    ("forward ms", "---:"),
-    ("backward ms", "---:"),
-    ("total ms (min–max)", "---:"),
-    ("× full logits", "---:"),
-    ("products", "---:"),
-    ("passes", "---:"),
-    ("extra memory, % of logits", "---:"),
-    ("error logp / dH / dW", "---:"),
-    ("active", "---:"),
+    "provider",
+    "forward ms",
+    "backward ms",
+    "total ms (min–max)",
+    "× full logits",
+    "products",
+    "passes",
+    "extra memory, % of logits",
+    "error logp / dH / dW",
+    "active",
 )
 
 
@@ -30,11 +25,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(_heading(row), []).append(row)
-    head = [_join(title for title, _ in COLUMNS), _join(align for _, align in COLUMNS)]
     parts = []
     for title, group in groups.items():
-        lines = [_line(row) for row in group if row["gate"] != "not available"]
-        parts.append("\n".join([title, "", *head, *lines, *_not_available(group)]))
+        lines = [_cells(row) for row in group if row["gate"] != "not available"]
+        parts.append("\n".join([title, "", markdown(COLUMNS, lines), *_not_available(group)]))
     return "\n\n".join(parts)
 
 
@@ -42,7 +36,7 @@ def markdown(columns: Iterable[str], lines: Iterable[Iterable[Any]], text: int =
     """A table; all columns but the first ``text`` are aligned to the right."""
     columns = list(columns)
     aligns = ["---"] * text + ["---:"] * (len(columns) - text)
-    return "\n".join(_join(map(str, line)) for line in (columns, aligns, *lines))
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (columns, aligns, *lines))
 
 
 def _not_available(rows: list[dict[str, Any]]) -> list[str]:
@@ -67,55 +61,33 @@ def _heading(row: dict[str, Any]) -> str:
     )
 
 
-def _line(row: dict[str, Any]) -> str:
+def _cells(row: dict[str, Any]) -> list[str]:
     errors = row.get("errors")
     shown = " / ".join(f"{error:.0e}" for error in errors.values()) if errors else "–"
     if "total_ms" not in row:
         reason = f"{row['gate']}: {row.get('reason', '')}".replace("|", "/")
-        return _join([row["provider"], "–", "–", reason, "–", "–", "–", "–", shown, "–"])
+        return [row["provider"], "–", "–", reason, "–", "–", "–", "–", shown, "–"]
     total = row["total_ms"]
     active = row.get("active_fraction")
-    return _join(
-        [
-            row["provider"],
-            f"{row['forward_ms']['median']:.1f}",
-            f"{row['backward_ms']['median']:.1f}",
-            f"{total['median']:.1f} ({total['min']:.1f}–{total['max']:.1f})",
-            f"{row['speedup']['total']:.2f}" if "speedup" in row else "–",
-            f"{row['products']:.2f}" if "products" in row else "–",
-            f"{row['passes']:.2f}" if "passes" in row else "–",
-            f"{row['peak_extra_percent_of_logits']:.1f}" if "peak_extra_mib" in row else "–",
-            shown,
-            "–" if active is None else f"{active:.3f}",
-        ]
-    )
+    return [
+        row["provider"],
+        f"{row['forward_ms']['median']:.1f}",
+        f"{row['backward_ms']['median']:.1f}",
+        f"{total['median']:.1f} ({total['min']:.1f}–{total['max']:.1f})",
+        f"{row['speedup']['total']:.2f}" if "speedup" in row else "–",
+        f"{row['products']:.2f}" if "products" in row else "–",
+        f"{row['passes']:.2f}" if "passes" in row else "–",
+        f"{row['peak_extra_percent_of_logits']:.1f}" if "peak_extra_mib" in row else "–",
+        shown,
+        "–" if active is None else f"{active:.3f}",
+    ]
 
 
-def _join(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def write_into(path: Path, text: str, name: str = "head") -> None:
-    """Put ``text`` between the markers of this name in a Markdown file."""
+def write_into(path: Path, text: str, name: str) -> None:
+    """Put ``text`` between `<!-- table:NAME -->` and `<!-- /table -->` of a Markdown file."""
     mark = f"<!-- table:{name} -->"
     before, opened, rest = path.read_text(encoding="utf-8").partition(mark)
     _, closed, after = rest.partition(CLOSE)
     if not opened or not closed:
         raise SystemExit(f"error: {path} has no {mark} ... {CLOSE}")
     path.write_text(f"{before}{mark}\n{text}\n{CLOSE}{after}", encoding="utf-8")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--into", type=Path, help="a Markdown file with the markers")
-    options = parser.parse_args(arguments)
-    rows = [row for path in options.results for row in json.loads(path.read_text())["rows"]]
-    if options.into is None:
-        print(table(rows))
-    else:
-        write_into(options.into, table(rows))
-
-
-if __name__ == "__main__":
-    main()

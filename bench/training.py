@@ -2,10 +2,11 @@
 
 `python -m bench.training` from the repository root. Every contender is a trainer in a process of
 its own (`bench.training_worker`); they take optimizer steps in turns, so that a noisy machine is
-noisy for all, and the first steps do not count. All see the same token ids in the same batches, so
-the loss curves of contenders with the same objective must lie on each other: they are stored and
-compared. A row has pairs/s (real time, batch fetching included), peak memory of the process
-(resident on a CPU, allocated on a GPU) and the loss of each step.
+noisy for all (on a GPU, whose memory they need alone, one runs after the other), and the first
+steps do not count. All see the same token ids in the same batches, so the loss curves of contenders
+with the same objective must lie on each other: they are stored and compared. A row has pairs/s
+(real time, batch fetching included), peak memory of the process (resident on a CPU, allocated on a
+GPU) and the loss of each step.
 """
 
 import argparse
@@ -35,11 +36,7 @@ from bench.subject import fill_in
 from bench.timing import spread
 from bench.training_contenders import CONTENDERS, SHAPES, SKIPPED
 from bench.training_data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
-from bench.training_table import table
-
-CASE = ("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device")
-"""What rows of one table have in common. `--append` replaces rows that have all this, the tail and
-the provider in common."""
+from bench.training_table import CASE, table
 
 
 class Worker:
@@ -140,7 +137,10 @@ def batch_order(rows: Rows, batch: int) -> list[int]:
     return [i for together in batches for i in together]
 
 
-def specification(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def specification(
+    name: str, options: argparse.Namespace, folder: Path, order: list[int] | None = None
+) -> dict[str, Any]:
+    """What a worker is told; ``order`` is that of the pairs for trainers that draw none."""
     contender = CONTENDERS[name]
     settings = {}
     if contender["trainer"] == "ours":
@@ -154,7 +154,7 @@ def specification(name: str, options: argparse.Namespace, folder: Path) -> dict[
         "model": None if options.shape else str(options.model.resolve()),
         "shape": SHAPES[options.shape] if options.shape else None,
         "rows": str(folder / "rows.json"),
-        "order": json.loads((folder / "order.json").read_text()),
+        "order": order,
         "output_dir": str(folder / f"run-{name}"),
         "pairs": options.batch,
         "steps": options.steps + options.warmup,
@@ -167,17 +167,20 @@ def specification(name: str, options: argparse.Namespace, folder: Path) -> dict[
     }
 
 
-def run_contenders(names: list[str], options: argparse.Namespace, folder: Path) -> dict[str, Row]:
+def run_contenders(
+    names: list[str], options: argparse.Namespace, folder: Path, order: list[int]
+) -> dict[str, Row]:
     """Facts by name. Together and in turns on a CPU; one after the other on a GPU."""
     groups = [[name] for name in names] if options.device == "cuda" else [names]
     found: dict[str, Row] = {}
     for group in groups:
-        workers = []
+        workers: list[Worker] = []
         try:
             for name in group:
-                worker = Worker(name, specification(name, options, folder), folder)
-                workers.append(worker)
-                found[name] = _ready(worker)
+                spec = specification(name, options, folder, order)
+                workers.append(Worker(name, spec, folder))
+            # They start at the same time: a start is mostly imports, on one core each.
+            found |= {worker.name: _ready(worker) for worker in workers}
             _take_steps([w for w in workers if "reason" not in found[w.name]], found, options)
         finally:
             for worker in workers:
@@ -277,14 +280,14 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
     rows = find_rows(options)
     names = options.contenders or [n for n in CONTENDERS if n not in SKIPPED[options.objective]]
     (folder / "rows.json").write_text(json.dumps(rows))
-    (folder / "order.json").write_text(json.dumps(batch_order(rows, options.batch)))
-    found = run_contenders(names, options, folder)
+    found = run_contenders(names, options, folder, batch_order(rows, options.batch))
     facts = shared_facts(options, rows, commit)
     new = [{**facts, "provider": name, **found[name]} for name in names]
     gap = loss_gap(new)
     for row in new:
         row["largest_loss_gap"] = gap
-    kept = keep_others(out, new, (*CASE, "head_tail", "provider")) if options.append else []
+    same = (*CASE, "head_tail", "provider")  # a new row takes the place of one with all these
+    kept = keep_others(out, new, same) if options.append else []
     writer(out)(kept + new)
     print(table(new))
     if gap is not None:

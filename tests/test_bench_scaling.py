@@ -108,6 +108,5 @@ def test_plan_s_model_is_given_one_process(subject: Subject) -> None:
 def test_two_processes_are_measured(subject: Subject, tmp_path: Path) -> None:
     options = scaling_ranks.training_options(subject, steps=1, pairs_per_step=2)
     (tmp_path / "rows.json").write_text(json.dumps(scaling_ranks.find_rows(options)))
-    (tmp_path / "order.json").write_text("null")
     found = scaling_ranks.measure(2, options, tmp_path)
     assert found.get("pairs_per_s", 0) > 0, found

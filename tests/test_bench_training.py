@@ -7,8 +7,9 @@ import json
 import pytest
 from tiny_models import TOKENIZER, tiny_model
 
-from bench import training, training_table
+from bench import training, training_plot
 from bench.record import read_rows
+from bench.table import write_into
 from bench.training_table import table
 from bench.training_worker import cpo_row
 
@@ -51,7 +52,8 @@ def test_layouts_do_the_same_work(folder, capsys):
     assert rows[1]["tokens_per_step"] < rows[0]["tokens_per_step"]
     page = folder / "page.md"
     page.write_text("before\n<!-- table:training -->\n<!-- /table -->\nafter\n")
-    training_table.main([str(out), "--into", str(page), "--plot", str(folder / "plot.png")])
+    write_into(page, table(rows), "training")
+    training_plot.draw(rows, folder / "plot.png")
     assert table(rows) in page.read_text()
     assert page.read_text().endswith("<!-- /table -->\nafter\n")
     assert (folder / "plot.png").stat().st_size > 10_000
