@@ -162,7 +162,9 @@ def planning(rows: list[Row]) -> str:
     ]  # fmt: skip
     parts = [markdown(("from text to batches", "pairs", "seconds", "× fastest of TRL"), lines)]
     for row in rows:
-        if row["case"] == "million" and "seconds" in row:
+        if row["case"] == "million" and "reason" in row:
+            parts.append(f"An epoch of many pairs was not planned: {row['reason']}")
+        elif row["case"] == "million":
             times = ", ".join(f"{value:.2f} s {name}" for name, value in row["seconds"].items())
             parts.append(
                 f"An epoch of {row['pairs']:,} pairs for 8 ranks is planned in {times}, with "

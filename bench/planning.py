@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import page_tables
 from bench.memory import status_bytes
 from bench.record import ROOT, Row, add_output_options, destination, environment, writer
 from bench.subject import fill_in
@@ -235,31 +236,6 @@ def _of_runs(runs: list[Row]) -> Row:
     return row
 
 
-def table(rows: list[Row]) -> str:
-    lines = []
-    for row in rows:
-        name = f"{row['case']:8} {row['provider']:12}"
-        if "reason" in row:
-            lines.append(f"{name} {row['reason']}")
-        elif row["case"] == "prepare":
-            against = f"  {row['speedup']:.2f} times the fastest of TRL" if "speedup" in row else ""
-            lines.append(
-                f"{name} {row['seconds']['median']:8.2f} s, {row['pairs']:,} pairs{against}"
-            )
-        elif row["case"] == "million":
-            times = ", ".join(f"{k} {v:.2f} s" for k, v in row["seconds"].items())
-            lines.append(
-                f"{name} {row['pairs']:,} pairs: {times}; {row['peak_mib']:,.0f} MiB at peak"
-            )
-        else:
-            kind = "coupled" if row["coupled"] else "free"
-            lines.append(
-                f"{name} {row['micro_batches']:2} micro-batches, {kind:7}: step {row['step']:.3f} "
-                f"(worst {row['worst_step']:.3f}), micro-batch {row['micro_batch']:.3f}"
-            )
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     out, commit = destination(options, "planning.json")
@@ -273,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts["data"] = options.pairs.name
     rows = [{**facts, **row} for row in rows]
     writer(out)(rows)
-    print(table(rows))
+    print(page_tables.planning(rows))
     return 1 if any("reason" in row for row in rows if row["provider"] == "widemargin") else 0
 
 

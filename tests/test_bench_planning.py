@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from bench import planning
+from bench import page_tables, planning
 
 
 def test_a_sample_of_different_pairs_that_repeats(tmp_path):
@@ -36,4 +36,7 @@ def test_planning_and_balance_of_given_lengths(tmp_path):
     rows = [{"case": "balance", "provider": "widemargin", **row} for row in rows]
     rows.append({"case": "million", "provider": "widemargin", **planned})
     rows.append({"case": "prepare", "provider": "trl-dpo", "reason": "not installed"})
-    assert len(planning.table(rows).splitlines()) == len(rows)
+    text = page_tables.planning([{**row, "ranks": planning.RANKS} for row in rows])
+    assert "| trl-dpo | – | not installed | – |" in text
+    assert "An epoch of 900 pairs for 8 ranks is planned in" in text
+    assert text.count("coupled |") == text.count("free |") == 4
