@@ -35,17 +35,21 @@ class ColdTimer:
         self._evict.add_(1)
 
     def time(self, function: Callable[[], Result]) -> tuple[Result, float]:
-        """The function's result and its time: CUDA events around it, or wall time on a CPU."""
-        if not self.cuda:
-            start = time.perf_counter()
-            result = function()
-            return result, (time.perf_counter() - start) * 1e3
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        return timed(function, self.cuda)
+
+
+def timed(function: Callable[[], Result], cuda: bool) -> tuple[Result, float]:
+    """The function's result and its time in ms: CUDA events around it, or wall time on a CPU."""
+    if not cuda:
+        start = time.perf_counter()
         result = function()
-        end.record()
-        torch.cuda.synchronize()
-        return result, begin.elapsed_time(end)
+        return result, (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    result = function()
+    end.record()
+    torch.cuda.synchronize()
+    return result, begin.elapsed_time(end)
 
 
 def spread(times_ms: list[float]) -> dict[str, float]:

@@ -26,12 +26,15 @@ from widemargin.kernels.tiles import Tile, Tiles
 from bench.candidates import FIELDS, Candidate, candidates, verdicts
 from bench.cases import CASES, Case
 from bench.exact import relative_error
-from bench.record import find_commit
+from bench.record import find_commit, refused
+from bench.timing import timed
 
 REPEATS = 7
 TOLERANCE = 5e-3  # relative, between two tiles: both round to bf16
-CASES_BY_DTYPE = {"bf16": ("llama3-8b", "gemma2-2b"), "fp32": ("fp32",)}
-SMALL = Case("fp32", 2048, 2048, 32000)
+CASES_BY_DTYPE = {
+    "bf16": [CASES["llama3-8b"], CASES["gemma2-2b"]],
+    "fp32": [Case("fp32", 2048, 2048, 32000)],
+}
 
 
 class Bench:
@@ -88,22 +91,13 @@ class Bench:
         error = relative_error(found, wanted.double())
         if not error <= TOLERANCE:
             return {"reason": f"differs from the table's tile by {error:.1e}"}
-        times = [_time(run) for _ in range(REPEATS)]
+        times = [timed(run, cuda=True)[1] for _ in range(REPEATS)]
         ms = statistics.median(times)
         return {
             "ms": round(ms, 4),
             "min_ms": round(min(times), 4),
             "tflops": round(self.operations(candidate.field) / ms / 1e9, 1),
         }
-
-
-def _time(run: Callable[[], Any]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
 
 
 def tune(
@@ -175,6 +169,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    commit = find_commit(options.commit)
+    if options.out and refused(options.out, commit):
+        raise SystemExit(2)
     if options.compile_only:
         archs = options.arch
     else:
@@ -187,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     import triton
 
     result: dict[str, Any] = {
-        **dataclasses.asdict(find_commit(options.commit)),
+        **dataclasses.asdict(commit),
         "versions": {"torch": str(torch.__version__), "triton": triton.__version__},
         "rows": rows,
     }
@@ -218,8 +215,7 @@ def _one_dtype(dtype: str, arch: int, options: argparse.Namespace) -> list[dict[
     rows = [row(c, reason=reason) for c, reason in reasons.items() if reason is not None]
     if options.compile_only:
         return rows + [row(candidate, fits=True) for candidate in usable]
-    cases = [SMALL if name == "fp32" else CASES[name] for name in CASES_BY_DTYPE[dtype]]
-    measured = tune(usable, cases, options.kernel_s)
+    measured = tune(usable, CASES_BY_DTYPE[dtype], options.kernel_s)
     return rows + [row(candidate, case=case, **fields) for candidate, case, fields in measured]
 
 
