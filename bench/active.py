@@ -17,7 +17,7 @@ import torch
 
 from bench.colours import new_figure, save
 from bench.exact import Exact, exact, relative_error
-from bench.peaked import PeakedCase, mean_entropy, peaked_case
+from bench.peaked import PeakedCase, fp32_logps, mean_entropy, peaked_case
 from bench.record import Row, add_output_options, destination, environment, writer
 
 EXPONENTS = range(-14, -7)
@@ -64,13 +64,7 @@ def real_states(model_dir: Path, pairs: Path, rows: int, max_length: int) -> Pea
         hidden = torch.stack(states).flatten(0, 1)[batch["select"]]
         head: Any = model.get_output_embeddings()
         weight = head.weight.detach().contiguous()
-        logps = torch.cat(
-            [
-                (h @ weight.T).log_softmax(-1).gather(1, t[:, None])[:, 0]
-                for h, t in zip(hidden.split(256), batch["targets"].split(256), strict=True)
-            ]
-        )
-    logps.requires_grad_()
+    logps = fp32_logps(hidden, weight, batch["targets"]).requires_grad_()
     build_objective("simpo")(logps, batch["cu_seqlens"]).losses.sum().backward()
     assert logps.grad is not None
     return PeakedCase(hidden, weight, batch["targets"], logps.grad, 0.0, 1.0)

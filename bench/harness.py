@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from widemargin.kernels.routing import BLOCK
 
 from bench.cases import Case
 from bench.exact import Exact, exact, relative_error
 from bench.memory import cpu_usage, cuda_usage, usage_here
-from bench.peaked import CHUNK_BYTES, PeakedCase, fp32_logits
+from bench.peaked import PeakedCase, fp32_logps
 from bench.providers import BASELINE, Provider
 from bench.record import Commit, Row, environment
 from bench.timing import ColdTimer, spread
@@ -46,7 +45,9 @@ def measure(
     inputs = case.build(settings.device)
     wanted = exact(inputs)
     shared = _shared_fields(case, inputs, settings, commit)
-    shared["fp32_logits_logp_error"] = relative_error(_fp32_logits_logp(inputs), wanted.logp)
+    # What rounding alone costs.
+    rounded = fp32_logps(inputs.hidden, inputs.weight, inputs.targets)
+    shared["fp32_logits_logp_error"] = relative_error(rounded, wanted.logp)
     rows: dict[str, Row] = {}
     admitted: list[Provider] = []
     for provider in providers:
@@ -88,17 +89,6 @@ def gate(
     over = [f"{n} {errors[n]:.1e} > {bounds[n]:.0e}" for n in names if not errors[n] <= bounds[n]]
     row = {"gate": "wrong" if over else "passed", "errors": errors, "bounds": bounds}
     return row | ({"reason": "error beyond the bound: " + ", ".join(over)} if over else {})
-
-
-@torch.no_grad()
-def _fp32_logits_logp(inputs: PeakedCase) -> Tensor:
-    """logps [N] as torch makes them from logits that are fp32: what rounding alone costs."""
-    rows = max(1, CHUNK_BYTES // (4 * len(inputs.weight)))
-    found = []
-    for hidden, targets in zip(inputs.hidden.split(rows), inputs.targets.split(rows), strict=True):
-        logps = fp32_logits(hidden, inputs.weight).log_softmax(-1)
-        found.append(logps.gather(1, targets[:, None])[:, 0])
-    return torch.cat(found)
 
 
 def _timings(
@@ -175,14 +165,11 @@ def _memory(
         percent = round(100 * found["peak_extra_mib"]["allocator"] / logits_mib, 2)
         return found | {"peak_extra_percent_of_logits": percent}
 
-    fresh = settings.device != "cuda" and settings.memory == "fresh"
+    if settings.device == "cuda" or settings.memory == "here":
+        return {provider.name: fields(provider) for provider in providers}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inputs.pt"
-        if fresh:
-            tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-            torch.save(tensors, path)
-        if not fresh:
-            return {provider.name: fields(provider) for provider in providers}
+        torch.save(vars(inputs), path)
         with ThreadPoolExecutor(MEMORY_PROCESSES) as pool:
             names = [provider.name for provider in providers]
             return dict(zip(names, pool.map(fields, providers), strict=True))

@@ -150,6 +150,17 @@ def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
+@torch.no_grad()
+def fp32_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """logps [N] as torch makes them from logits that are fp32, a chunk of tokens at a time."""
+    rows = max(1, CHUNK_BYTES // (4 * len(weight)))
+    found = []
+    for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logps = fp32_logits(part, weight).log_softmax(-1)
+        found.append(logps.gather(1, wanted[:, None])[:, 0])
+    return torch.cat(found)
+
+
 def _entropies(logits: Tensor) -> Tensor:
     """[n] nats; overwrites nothing."""
     lse = logits.logsumexp(-1)
