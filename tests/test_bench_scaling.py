@@ -74,7 +74,7 @@ def test_whole_steps_agree_and_prefixes_are_shared(
     monkeypatch.setattr(scaling_steps, "find_subject", lambda folder: subject)
     rows = list(scaling_steps.sequence_rows((48,), repeats=1))
     assert [row["provider"] for row in rows] == list(scaling_steps.LAYOUTS)
-    assert all(row["case"] == STAND_IN for row in rows)
+    assert all(row["case"] == STAND_IN and row["gate"] == "passed" for row in rows)
     full, padded, shared = (row["computed_tokens"] for row in rows)
     assert full == padded == 4 * 48
     assert shared == 2 * (48 + 18)
