@@ -8,6 +8,7 @@ of a stronger model; rows say so. Writes JSON and a plot. No GPU.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +122,7 @@ def routings(case: PeakedCase) -> Iterator[Row]:
 def line(row: Row) -> str:
     return (
         f"{row['case']:24} entropy {row['entropy']:.2f}  {row['form']}  "
-        f"eps 2^{torch.tensor(row['tail_eps']).log2():.0f}  active {row['active_fraction']:.3f}  "
+        f"eps 2^{math.log2(row['tail_eps']):.0f}  active {row['active_fraction']:.3f}  "
         f"passes 1 + {row['backward_passes']:.2f}  "
         f"dH {row['errors']['dhidden']:.1e}  dW {row['errors']['dweight']:.1e}"
     )

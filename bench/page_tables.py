@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from bench.colours import label
 from bench.record import Row
-from bench.scaling import SIZES, crossover
+from bench.scaling import SIZES, both_tails, crossover
 from bench.table import markdown
 
 
@@ -48,28 +49,19 @@ def _time_and_memory(row: Row) -> str:
 
 
 def _active(rows: list[Row]) -> str:
-    found = [row for row in rows if row["curve"] == "active" and "total_ms" in row]
-    if not found:
+    found = [row for row in rows if row["curve"] == "active"]
+    lines = [
+        [
+            f"{mean['entropy']:.2f}", f"2^{math.log2(mean['tail_eps']):.0f}",
+            f"{mean['active_fraction']:.2f}", f"{mean['total_ms']['median']:.1f}",
+            f"{exact['total_ms']['median']:.1f}",
+            f"{exact['total_ms']['median'] / mean['total_ms']['median']:.2f}",
+            f"{mean['errors']['dhidden']:.0e}",
+        ]
+        for mean, exact in both_tails(found)
+    ]  # fmt: skip
+    if not lines:
         return ""
-    lines = []
-    for row in found:
-        if not row["provider"].endswith("mean"):
-            continue
-        same = ("entropy", "distribution", "tail_eps")
-        exact = next(
-            r
-            for r in found
-            if r["provider"].endswith("exact") and all(r[k] == row[k] for k in same)
-        )
-        ratio = exact["total_ms"]["median"] / row["total_ms"]["median"]
-        lines.append(
-            [
-                f"{row['entropy']:.2f}", f"2^{_log2(row['tail_eps'])}",
-                f"{row['active_fraction']:.2f}", f"{row['total_ms']['median']:.1f}",
-                f"{exact['total_ms']['median']:.1f}", f"{ratio:.2f}",
-                f"{row['errors']['dhidden']:.0e}",
-            ]
-        )  # fmt: skip
     at = crossover(found)
     meets = (
         f"they take the same time at an active fraction of {at:.2f}"
@@ -83,10 +75,6 @@ def _active(rows: list[Row]) -> str:
     )
     columns = ("entropy", "tail_eps", "active", "mean ms", "exact ms", "exact / mean", "error dH")
     return f"{text}\n\n{markdown(columns, lines)}"
-
-
-def _log2(value: float) -> int:
-    return round(value).bit_length() - 1 if value >= 1 else -(round(1 / value).bit_length() - 1)
 
 
 def _sequence(rows: list[Row]) -> str:

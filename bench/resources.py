@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench.table import markdown
 from bench.triton_compile import Attributes, aligned, compile_resources
 
 if TYPE_CHECKING:
@@ -222,10 +223,7 @@ def measure(kernels: list[Kernel]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| kernel | arch | registers | spilled, bytes | shared, KiB | instructions |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
-    ]
+    lines = []
     for row in rows:
         if "error" in row:
             found = ["–", "–", "–", row["error"].splitlines()[0].replace("|", "/")]
@@ -233,8 +231,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             counts = ", ".join(f"{count} {opcode}" for opcode, count in row["instructions"].items())
             shared = f"{row['shared_bytes'] / 1024:.2f}".rstrip("0").rstrip(".")
             found = [row["registers"], row["spill_bytes"], shared, counts or "–"]
-        lines.append("| " + " | ".join(map(str, [row["kernel"], row["arch"], *found])) + " |")
-    return "\n".join(lines)
+        lines.append([row["kernel"], row["arch"], *found])
+    columns = ("kernel", "arch", "registers", "spilled, bytes", "shared, KiB", "instructions")
+    return markdown(columns, lines, text=2)
 
 
 def main() -> None:

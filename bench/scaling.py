@@ -84,14 +84,10 @@ def crossover(rows: list[Row]) -> float | None:
     Args:
         rows: of the curve *active*: of each case one of either tail.
     """
-    points: list[tuple[float, float]] = []
-    timed = [row for row in rows if "total_ms" in row]
-    exact = {_point(row): row for row in timed if row["provider"].endswith("exact")}
-    for row in timed:
-        if row["provider"].endswith("mean") and _point(row) in exact:
-            ratio = row["total_ms"]["median"] / exact[_point(row)]["total_ms"]["median"]
-            points.append((row["active_fraction"], ratio))
-    points.sort()
+    points = sorted(
+        (mean["active_fraction"], mean["total_ms"]["median"] / exact["total_ms"]["median"])
+        for mean, exact in both_tails(rows)
+    )
     if not points or points[-1][1] < 1:
         return None
     for (low, before), (high, after) in reversed(list(pairwise(points))):
@@ -100,8 +96,16 @@ def crossover(rows: list[Row]) -> float | None:
     return points[0][0]
 
 
-def _point(row: Row) -> tuple[Any, ...]:
-    return row["entropy"], row["distribution"], row["tail_eps"]
+def both_tails(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """Rows of the curve *active* that were timed, as (mean, exact) of the same case."""
+
+    def case(row: Row) -> tuple[Any, ...]:
+        return row["entropy"], row["distribution"], row["tail_eps"]
+
+    timed = [row for row in rows if "total_ms" in row]
+    exact = {case(row): row for row in timed if row["provider"].endswith("exact")}
+    mean = [row for row in timed if row["provider"].endswith("mean")]
+    return [(row, exact[case(row)]) for row in mean if case(row) in exact]
 
 
 def line(row: Row) -> str:
