@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Test, benchmark and tune the kernels on a GPU machine: bench/gpu.sh COMMIT OUTDIR [STEP ...]
 #
-# Needs torch, triton, pytest and hypothesis in $PYTHON (default python3); no network, git or install. The package is
-# found through a folder of links. What `make wheels` put into .whl/ is unpacked beside it: the peers to compare with.
+# Needs torch, triton, pytest and hypothesis in $PYTHON (default python3), and transformers and accelerate for TRL's head
+# and for training; no network, git or install. The package is found through a folder of links. What `make wheels` put
+# into .whl/ is unpacked beside it: the peers to compare with, and datasets.
 # Steps, in order: machine ours head tune tests shapes; and, only when named, training-1b training-8b training-flex, which
 # need the lengths that `make wheels` writes, and scaling. Each has its own limit, and together they end within TOTAL_S
 # seconds (default 525); JSON is written case by case, so a step that is cut keeps its rows. OUTDIR gets at most eight
@@ -18,7 +19,12 @@ commit=$1
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
 shift 2
-steps=" ${*:-machine ours head tune tests shapes} "
+default="machine ours head tune tests shapes"
+steps=" ${*:-$default} "
+known=" $default training-1b training-8b training-flex scaling "
+for name in $steps; do
+    case $known in *" $name "*) ;; *) echo "unknown step: $name; known:$known" >&2; exit 2 ;; esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}
 total=${TOTAL_S:-525}
