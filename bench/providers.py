@@ -119,7 +119,7 @@ def _triton_unavailable(case: Case, device: str) -> str | None:
 def _ours(backend: str, tail: str) -> Provider:
     settings: Any = {"backend": backend, "tail": tail, "return_stats": True}
     unavailable = _triton_unavailable if backend == "triton" else _always
-    head = partial(linear_logprob, **settings)
+    head: Any = partial(linear_logprob, **settings)
     return Provider(f"widemargin-{backend}-{tail}", head, unavailable, bound=tail)
 
 

@@ -70,10 +70,11 @@ def head_rows(curve: str, base: Case, rows_at: Callable[[Case], list[Row]]) -> I
 def active_rows(base: Case, settings: Settings, commit: Commit) -> Iterator[Row]:
     """From nearly certain tokens to flat ones, and to a bound under which nearly all is active."""
     _, mean, exact = heads(settings.device)[:3]
+    forward: Any = mean.forward  # linear_logprob, which a provider's callers give no tail_eps
     cases = [(replace(base, entropy=entropy), 2**-11) for entropy in ENTROPIES]
     cases += [(replace(base, distribution="flat"), eps) for eps in FLAT_EPS]
     for case, eps in cases:
-        ours = replace(mean, forward=partial(mean.forward, tail_eps=eps))
+        ours = replace(mean, forward=partial(forward, tail_eps=eps))
         for row in measure(case, [ours, exact], settings, commit):
             yield row | {"op": "scaling", "curve": "active", "tail_eps": eps}
 
