@@ -10,8 +10,9 @@ import pytest
 from published_files import EARLY, FILES
 from transformers import TrainingArguments
 from widemargin.trainer.adapters import AdapterSettings
-from widemargin.trainer.compat import TABLE, merge
+from widemargin.trainer.compat import merge
 from widemargin.trainer.compat_docs import render
+from widemargin.trainer.compat_keys import TABLE
 from widemargin.trainer.config import PreferenceConfig
 from widemargin.trainer.config_file import build_config, load_config
 from widemargin.trainer.errors import UserError
@@ -54,6 +55,7 @@ RENAMED = [
     ({"dataset_train_split": "train_prefs"}, "dataset_splits", ["train_prefs"]),
     ({"padding_free": True}, "packing", "packed"),
     ({"overwrite_output_dir": True}, "output_dir", "outputs/run"),
+    ({"no_cuda": True, "use_cpu": None}, "use_cpu", True),
 ]
 
 
@@ -71,6 +73,10 @@ def test_flash_attention_is_asked_for_by_either_name(monkeypatch):
 
 NEUTRAL = {
     "overwrite_output_dir": True,
+    "save_safetensors": True,
+    "group_by_length": False,
+    "half_precision_backend": "auto",
+    "logging_dir": "logs",
     "max_target_length": 128,
     "padding_value": 0,
     "label_pad_token_id": -100,
@@ -113,6 +119,9 @@ REFUSED = [
     ({"generate_during_eval": True}, "generate_during_eval: True cannot be done"),
     ({"reference_free": True}, "reference_free"),
     ({"model_init_kwargs": {"torch_dtype": "bfloat16"}}, "model_init_kwargs.*dtype"),
+    ({"save_safetensors": False}, "save_safetensors: False cannot be done"),
+    ({"group_by_length": True}, "group_by_length: True cannot be done"),
+    ({"dataset_mixture": {"datasets": [{"id": "a/b"}]}}, "write dataset_mixer .*dataset_splits"),
     ({"max_seq_length": 2048}, "max_seq_length.*supervised"),
     ({"objective": "simpo", "loss_type": "dpo"}, "loss_type and objective"),
     ({"trainer_type": "ppo"}, "trainer_type: expected one of simpo, dpo"),

@@ -32,7 +32,7 @@ from doc_pages import (
 )
 from widemargin.kernels.routing import active_pairs
 from widemargin.trainer.cli import _parser
-from widemargin.trainer.compat import TABLE
+from widemargin.trainer.compat_keys import TABLE
 from widemargin.trainer.config_file import parse_overrides
 from widemargin.trainer.objectives import OBJECTIVES, hyperparameters_of
 

@@ -1,13 +1,13 @@
 """``python -m widemargin.trainer.compat_docs > docs/migration.md``: the table of keys as a page.
 
-What it says of keys comes from ``compat.py``, the names of objectives from ``objectives``.
+What it says of keys comes from ``compat_keys.py``, the names of objectives from ``objectives``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .compat import SOURCES, Key
+from .compat_keys import SOURCES, Key
 from .objectives import ALIASES, OBJECTIVES, hyperparameters_of
 
 INTRODUCTION = """\
@@ -26,10 +26,11 @@ A YAML file of those repositories trains as it is. Change the launch line only:
 | `... scripts/run_simpo.py FILE.yaml` | `... -m widemargin.trainer.run_simpo FILE.yaml` |
 | `... scripts/run_xpo.py FILE.yaml` | `... -m widemargin.trainer.run_xpo FILE.yaml` |
 
-`--key=value` overrides follow, under old or new names, and win. `--preflight` shows what would be \
-trained, and stops. The run prints what became of each setting that had another name. The values \
-of every published setting are also in `configs/train/`, under the names used here, for \
-`widemargin train` and `-m widemargin.trainer`.
+`--key=value` overrides follow, under old or new names, and win. `--preflight` shows what would \
+be trained, and stops. To try a file without a GPU, give `--use_cpu=true \
+--attn_implementation=sdpa --report_to=none` and a small model. The run prints what became of \
+each setting that had another name. The values of every published setting are also in \
+`configs/train/`, under the names used here, for `widemargin train` and `-m widemargin.trainer`.
 
 The three twins do what the scripts did where a file says nothing: they put an empty system \
 message before a prompt whose template has a place for one (`auto_insert_empty_system_msg: true`), \

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compat import Settings, note, number, yaml_value
+from .compat import note
+from .compat_keys import Settings, number, yaml_value
 from .errors import UserError
 from .objectives import OBJECTIVES, canonical_name, hyperparameters_of
 

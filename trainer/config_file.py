@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from .adapters import check_adapted
-from .compat import TABLE, merge, translate
+from .compat import merge, translate
+from .compat_keys import TABLE
 from .compat_objective import SCRIPTS, as_published_script, fit_objective, name_objective
 from .config import PreferenceConfig, objective_keys
 from .errors import UserError

@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..compat import TABLE, merge, translate
+from ..compat import merge, translate
+from ..compat_keys import TABLE
 from ..compat_objective import name_objective
 from ..config import PreferenceConfig
 from ..config_file import coerced, parse_overrides, read_yaml
