@@ -84,6 +84,26 @@ def test_trackers_and_kernels_that_are_not_installed(monkeypatch):
             PreferenceConfig(objective="simpo", use_cpu=True, **{name: value})
 
 
+def test_bfloat16_without_a_gpu_for_it(monkeypatch):
+    monkeypatch.setattr(import_utils, "is_torch_bf16_gpu_available", lambda: False)
+    for name in ("bf16", "bf16_full_eval"):
+        with pytest.raises(UserError, match=f"^{name}: .* set use_cpu: true .* or {name}: false"):
+            PreferenceConfig(objective="simpo", **{name: True})
+        assert getattr(PreferenceConfig(objective="simpo", use_cpu=True, **{name: True}), name)
+
+
+def test_deepspeed_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("widemargin.trainer.checks.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^deepspeed: .* pip install 'widemargin\[deepspeed\]'"):
+        PreferenceConfig(objective="simpo", use_cpu=True, deepspeed="zero3.json")
+
+
+@pytest.mark.parametrize("name", ["optim", "lr_scheduler_type", "hub_strategy"])
+def test_a_choice_that_transformers_does_not_know_is_named(name):
+    with pytest.raises(UserError, match=f"^{name}: other is not a valid "):
+        PreferenceConfig(objective="simpo", use_cpu=True, run_name="x", **{name: "other"})
+
+
 def test_flash_attention_has_no_full_precision(monkeypatch):
     monkeypatch.setattr("widemargin.trainer.checks._check_flash_attention", lambda: None)
     given = {"objective": "simpo", "use_cpu": True, "attn_implementation": "flash_attention_2"}

@@ -69,6 +69,28 @@ def check_training(config: PreferenceConfig) -> None:
     _check_best(config)
 
 
+def check_machine(config: PreferenceConfig) -> None:
+    """What transformers refuses too, in words that name neither the setting nor the remedy."""
+    from transformers.utils import import_utils
+
+    bfloat16 = import_utils.is_torch_bf16_gpu_available() or import_utils.is_torch_xla_available()
+    for name in ("bf16", "bf16_full_eval"):
+        if getattr(config, name) and not (bfloat16 or config.use_cpu):
+            raise UserError(
+                f"{name}: there is no GPU here that computes in bfloat16; set use_cpu: true to do "
+                f"so on the CPU, or {name}: false"
+            )
+    if config.deepspeed and find_spec("deepspeed") is None:
+        raise UserError("deepspeed: it is not installed; pip install 'widemargin[deepspeed]'")
+
+
+def with_setting(message: str, config: PreferenceConfig) -> str:
+    """transformers' message of a choice that it does not know, after the setting's name."""
+    value, refused, _ = message.partition(" is not a valid ")
+    names = [name for name, given in vars(config).items() if refused and given == value]
+    return f"{', '.join(names)}: {message}" if names else message
+
+
 def check_environment(config: PreferenceConfig) -> None:
     """Raise ``UserError`` for what a setting needs and this machine or launch lacks."""
     from transformers.integrations.integration_utils import (

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from ..kernels.linear_logprob import Backend, Tail
 from .adapters import AdapterSettings
-from .checks import check_environment, check_training
+from .checks import check_environment, check_machine, check_training, with_setting
 from .data import DataSettings
 from .errors import UserError
 from .objectives import Objective, build_objective, hyperparameters_of
@@ -130,10 +130,11 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         copies_settled = not isinstance(engine, dict) or "non_blocking" in engine
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # statistics are kept in float64, which Apple's GPUs do not have
+        check_machine(self)
         try:
             super().__post_init__()
         except (ValueError, TypeError, ImportError) as error:
-            raise UserError(" ".join(str(error).split())) from error
+            raise UserError(with_setting(" ".join(str(error).split()), self)) from error
         except OSError as error:  # of the settings that may name a file
             names = ("accelerator_config", "fsdp_config", "deepspeed")
             files = {n: v for n in names if isinstance(v := getattr(self, n, None), str)}
