@@ -59,10 +59,12 @@ def test_what_a_checkpoint_holds(run):
 def test_torch_files_load_without_running_code(run):
     from transformers.trainer_pt_utils import safe_globals
 
-    for path in (run / "checkpoint-4").iterdir():
-        if path.suffix in (".pt", ".pth", ".bin"):
-            with safe_globals():
-                torch.load(path, weights_only=True)
+    suffixes = (".pt", ".pth", ".bin")
+    paths = [path for path in (run / "checkpoint-4").iterdir() if path.suffix in suffixes]
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {path.name for path in paths}
+    for path in paths:
+        with safe_globals():
+            torch.load(path, weights_only=True)
 
 
 def test_bit_flips_are_noticed_in_every_file(copied):

@@ -107,7 +107,8 @@ def test_only_settings_that_somebody_gave(tmp_path):
     found = changed_settings(PreferenceConfig(objective="simpo", output_dir=str(tmp_path)))
     assert found == {"objective": "simpo", "output_dir": str(tmp_path)}
     checkpointing = tiny_config(tmp_path, gradient_checkpointing=True)
-    assert True in changed_settings(checkpointing).values(), "under transformers' name of the day"
+    names = {"gradient_checkpointing", "activation_checkpointing"}  # by transformers' version
+    assert len(names & changed_settings(checkpointing).keys()) == 1
     given = {"accelerator_config": {"use_seedable_sampler": False}, "per_device_eval_batch_size": 3}
     config = PreferenceConfig(objective="simpo", output_dir=str(tmp_path), **given)
     found = changed_settings(config)
