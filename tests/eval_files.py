@@ -6,7 +6,7 @@ import gzip
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,13 @@ def chat_endpoint(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 number = len(seen)
                 seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
             status, content = reply(body, number)
-            self.send_response(status)
-            if status == 307:
-                self.send_header("Location", "/elsewhere")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            with suppress(ConnectionError):  # a client may have given up
+                self.send_response(status)
+                if status == 307:
+                    self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

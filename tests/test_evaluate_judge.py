@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 from eval_files import chat_endpoint, said, save_alpaca, save_arena
@@ -76,15 +77,16 @@ def test_what_will_not_pass_is_told_at_once_without_the_key(status):
 
 
 def test_timeouts_and_nobody_there():
-    def slow(_, n):
-        if n < 1:
-            import time
+    answered = threading.Event()
 
-            time.sleep(0.3)
+    def slow(_, n):
+        if n == 0:
+            answered.wait(30)
         return 200, A
 
     with chat_endpoint(slow) as (url, seen):
-        assert ask(client(url, timeout_s=0.1)) == 1.0
+        assert ask(client(url, timeout_s=0.5)) == 1.0
+        answered.set()
     assert len(seen) == 2
     with pytest.raises(UserError, match="2 attempts failed"):
         ask(client(url, attempts=2))

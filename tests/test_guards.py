@@ -191,7 +191,7 @@ def test_workers_outlive_a_sigterm_to_all_processes(tmp_path, persistent):
     assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-2"
     for child in multiprocessing.active_children():
         child.terminate()
-        child.join(5)
+        child.join(60)
         assert child.exitcode == 0
 
 
