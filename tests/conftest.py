@@ -1,6 +1,7 @@
 """Where there is no CUDA device, tests marked `gpu` are skipped and Triton kernels interpreted."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of the module's own for tokenized pairs."""
+    from datasets import config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
 
 
 @pytest.fixture

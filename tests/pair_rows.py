@@ -18,6 +18,14 @@ def make_rows(n: int, start: int = 0) -> list[Row]:
     return [{"prompt": "a", "chosen": " yes", "rejected": f" {start + i}"} for i in range(n)]
 
 
+def user(text: Any) -> Row:
+    return {"role": "user", "content": text}
+
+
+def bot(text: Any) -> Row:
+    return {"role": "assistant", "content": text}
+
+
 def names(dataset: Dataset | None) -> list[int]:
     assert dataset is not None
     return [int(str(tiny_tokenizer().decode(ids[:-1]))) for ids in dataset["rejected_ids"]]

@@ -9,6 +9,7 @@ import pytest
 from chat_tokenizers import FAMILIES, MISTRAL, family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_rows import Row, bot, user
 from tiny_tokenizers import TEMPLATES, tiny_tokenizer
 from tokenizers import AddedToken
 from widemargin.trainer.data.chat import Rendering, read_chat_template
@@ -17,16 +18,7 @@ from widemargin.trainer.data.fitting import FLAGS, OK, Limits
 from widemargin.trainer.data.tokenizing import PairTokenizer
 from widemargin.trainer.errors import UserError
 
-Row = dict[str, Any]
 LOOSE = Limits(None, None, None, "keep_end")
-
-
-def user(text: str) -> Row:
-    return {"role": "user", "content": text}
-
-
-def bot(text: str) -> Row:
-    return {"role": "assistant", "content": text}
 
 
 def system(text: str) -> Row:

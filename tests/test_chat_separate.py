@@ -9,7 +9,7 @@ from chat_tokenizers import GEMMA2_OPEN, family_tokenizer
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pair_rows import Row, write
+from pair_rows import Row, bot, user, write
 from tiny_tokenizers import MERGING, tiny_tokenizer
 from widemargin.trainer.data import (
     DataSettings,
@@ -94,14 +94,6 @@ def ours(tokenizer: Any, row: Row, limits: Limits = LOOSE, empty_system: bool = 
     columns = PairTokenizer(tokenizer, limits, rendering)({key: [row[key]] for key in row})
     done = {name: values[0] for name, values in columns.items()}
     return done | {"flags": {flag for i, flag in enumerate(FLAGS) if done["flags"] >> i & 1}}
-
-
-def user(text: str) -> Row:
-    return {"role": "user", "content": text}
-
-
-def bot(text: str) -> Row:
-    return {"role": "assistant", "content": text}
 
 
 ASK = [user("Is water wet?")]

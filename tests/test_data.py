@@ -8,14 +8,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, config, load_dataset
+from datasets import Dataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_rows import Row, make_rows, names, write
@@ -36,11 +35,7 @@ from widemargin.trainer.errors import UserError
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_flip_swaps_a_seeded_share_of_training_pairs_only() -> None:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict, config
+from datasets import Dataset, DatasetDict
 from pair_rows import Row, make_rows, names, write
 from tiny_tokenizers import tiny_tokenizer
 from widemargin.trainer.data import DataSettings, caching, load_pairs, tokenize_pairs
 from widemargin.trainer.errors import UserError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet"])

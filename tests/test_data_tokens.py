@@ -7,23 +7,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_rows import Row, bot, user
 from tiny_tokenizers import MERGING, TEMPLATES, WITH_BOS, WITHOUT_END, tiny_tokenizer
 from widemargin.trainer.data import fitting, rows
 from widemargin.trainer.data.fitting import FLAGS, OK, Limits
 from widemargin.trainer.data.tokenizing import PairTokenizer
 from widemargin.trainer.errors import UserError
 
-Row = dict[str, Any]
 LOOSE = Limits(None, None, None, "keep_end")
 BOS, EOS, END = 0, 1, 3
-
-
-def user(text: Any) -> Row:
-    return {"role": "user", "content": text}
-
-
-def bot(text: Any) -> Row:
-    return {"role": "assistant", "content": text}
 
 
 ASK = [user("Is water wet?")]
