@@ -105,6 +105,14 @@ def test_a_choice_that_transformers_does_not_know_is_named(name):
         PreferenceConfig(objective="simpo", use_cpu=True, run_name="x", **{name: "other"})
 
 
+def test_checkpointing_takes_no_unknown_arguments():
+    """torch would hand them to the layers, which look at none."""
+    given = {"objective": "simpo", "use_cpu": True, "gradient_checkpointing": True}
+    with pytest.raises(UserError, match="gradient_checkpointing_kwargs: 'reentrant' is not known"):
+        PreferenceConfig(**given, gradient_checkpointing_kwargs={"reentrant": False})
+    PreferenceConfig(**given, gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
 def test_flash_attention_has_no_full_precision(monkeypatch):
     monkeypatch.setattr("widemargin.trainer.checks._check_flash_attention", lambda: None)
     given = {"objective": "simpo", "use_cpu": True, "attn_implementation": "flash_attention_2"}

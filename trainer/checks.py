@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+from torch.utils.checkpoint import checkpoint
 
 from .errors import UserError
 from .metrics import NAMES
@@ -67,6 +70,18 @@ def check_training(config: PreferenceConfig) -> None:
         if name in defaults and getattr(config, name) != defaults[name].default:
             raise UserError(f"{name}: does nothing in preference training; {advice}")
     _check_best(config)
+
+
+def check_checkpointing(kwargs: object) -> None:
+    """Raise ``UserError`` for what torch's checkpoint() would hand on to the layers, unread."""
+    parameters = inspect.signature(checkpoint).parameters.values()
+    known = ["preserve_rng_state", *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
+    unknown = [name for name in kwargs if name not in known] if isinstance(kwargs, dict) else []
+    if unknown:
+        raise UserError(
+            f"gradient_checkpointing_kwargs: {unknown[0]!r} is not known; expected some of "
+            f"{', '.join(known)}"
+        )
 
 
 def check_machine(config: PreferenceConfig) -> None:

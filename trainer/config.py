@@ -10,7 +10,13 @@ from transformers import TrainingArguments
 
 from ..kernels.linear_logprob import Backend, Tail
 from .adapters import AdapterSettings
-from .checks import check_environment, check_machine, check_training, with_setting
+from .checks import (
+    check_checkpointing,
+    check_environment,
+    check_machine,
+    check_training,
+    with_setting,
+)
 from .data import DataSettings
 from .errors import UserError
 from .objectives import Objective, build_objective, hyperparameters_of
@@ -165,6 +171,7 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         if not hasattr(self, name):
             name = "gradient_checkpointing"
         kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        check_checkpointing(kwargs)
         self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
         setattr(self, name, True)
         setattr(self, f"{name}_kwargs", kwargs)
