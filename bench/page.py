@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from widemargin.kernels.head_inputs import TAIL_EPS
 
 from bench import page_tables, table, training_table
 from bench.record import Row
@@ -179,10 +182,10 @@ def _planning(file: File) -> str:
 def _active(file: File) -> str:
     commit = (file.content.get("commit") or file.rows[0].get("commit") or "no commit")[:9]
     return (
-        f"At the default `tail_eps` of 2^-11; {commit}. *pairs* are single (token, block) pairs, "
-        "as the torch head routes them, *cells* sorted tiles of 128 tokens, as the Triton head "
-        "does; *x* says by how much a model's logits were sharpened. `python -m bench.active "
-        "--model DIR --pairs FILE` does this for your own model."
+        f"At the default `tail_eps`, 2^{math.log2(TAIL_EPS):.0f}; {commit}. *pairs* are single "
+        "(token, block) pairs, *cells* sorted tiles of 128 tokens; *x* says by how much a model's "
+        "logits were sharpened. `python -m bench.active --model DIR --pairs FILE` does this for "
+        "your own model."
         f"\n\n{page_tables.active(file.rows)}"
     )
 
@@ -216,3 +219,8 @@ def training_rows(files: Iterable[File]) -> str:
     """README's table of trainers: SimPO's steps."""
     rows = [row for file in files if file.kind == "training" for row in file.rows]
     return training_table.table([row for row in rows if row["objective"] == "simpo"])
+
+
+def active_table(files: Iterable[File]) -> str:
+    """The table of how-the-head-works.md."""
+    return page_tables.active([row for f in files if f.kind == "active" for row in f.rows])

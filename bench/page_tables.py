@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from widemargin.kernels.head_inputs import TAIL_EPS
+
 from bench.colours import label
 from bench.record import Row
 from bench.scaling import SIZES, both_tails, crossover
 from bench.table import markdown
+
+FORMS = {"pairs": "pairs (torch)", "cells": "cells (Triton)"}
 
 
 def machine(row: Row) -> str:
@@ -177,15 +181,19 @@ def active(rows: list[Row]) -> str:
     """Work and error at the default bound, on real hidden states and on the standard case."""
     lines = [
         [
-            row["case"], f"{row['entropy']:.2f}", row["form"], f"{row['active_fraction']:.3f}",
-            f"{row['averaged_mass_mean']:.1e}", f"{row['errors']['dhidden']:.1e}",
-            f"{row['errors']['dweight']:.1e}",
+            row["case"], FORMS[row["form"]], f"{row['entropy']:.1f}",
+            f"{row['active_fraction']:.2f}", f"{row['backward_passes']:.2f}",
+            f"{row['averaged_mass_mean']:.1e}", f"{row['errors']['dhidden']:.0e}",
+            f"{row['errors']['dweight']:.0e}",
         ]
         for row in rows
-        if row["tail_eps"] == 2**-11
+        if row["tail_eps"] == TAIL_EPS
     ]  # fmt: skip
-    columns = ("hidden states", "entropy", "routed", "active", "averaged mass", "dH", "dW")
-    return markdown(columns, lines)
+    columns = (
+        "hidden states", "routed", "entropy, nats", "active fraction", "backward, passes",
+        "averaged mass", "error of dH", "error of dW",
+    )  # fmt: skip
+    return markdown(columns, lines, text=2)
 
 
 def resources(content: dict[str, Any]) -> str:

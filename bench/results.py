@@ -1,7 +1,8 @@
 """Tables, pictures and the page of results, from JSON alone: `python -m bench.results`.
 
-Without arguments: bench/results/*.json into README.md's tables, docs/results.md and the pictures
-beside the JSON. With another folder the page goes there, and README stays as it is.
+Without arguments: bench/results/*.json into README.md's tables, docs/results.md, the table
+of docs/how-the-head-works.md and the pictures beside the JSON. With another folder the page goes
+there, and nothing else changes.
 """
 
 import argparse
@@ -12,6 +13,8 @@ from pathlib import Path
 from bench import page
 from bench.record import RESULTS, ROOT
 from bench.table import write_into
+
+HEAD_PAGE = ROOT / "docs" / "how-the-head-works.md"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name, text in (("head", page.head_table), ("training", page.training_rows)):
             write_into(readme, text(files), name)
         print(f"wrote the tables in {os.path.relpath(readme)}")
+    if published:
+        write_into(HEAD_PAGE, page.active_table(files), "active")
+        print(f"wrote the table in {os.path.relpath(HEAD_PAGE)}")
     return 0
 
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from widemargin.kernels.head_inputs import TAIL_EPS
 
 from bench.cases import Case
 from bench.harness import Settings, measure
@@ -36,7 +37,7 @@ FACTORS: dict[str, tuple[float, ...]] = {
     "hidden_size": (0.5, 1, 2),
 }
 ENTROPIES = (0.5, 1.5, 4.0)
-FLAT_EPS = (2**-11, 2**-15)
+FLAT_EPS = (TAIL_EPS, 2**-15)
 """Flat inputs leave much active at the default; with a smaller bound nearly all is."""
 
 
@@ -71,7 +72,7 @@ def active_rows(base: Case, settings: Settings, commit: Commit) -> Iterator[Row]
     """From nearly certain tokens to flat ones, and to a bound under which nearly all is active."""
     _, mean, exact = heads(settings.device)[:3]
     forward: Any = mean.forward  # linear_logprob, which a provider's callers give no tail_eps
-    cases = [(replace(base, entropy=entropy), 2**-11) for entropy in ENTROPIES]
+    cases = [(replace(base, entropy=entropy), TAIL_EPS) for entropy in ENTROPIES]
     cases += [(replace(base, distribution="flat"), eps) for eps in FLAT_EPS]
     for case, eps in cases:
         ours = replace(mean, forward=partial(forward, tail_eps=eps))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from widemargin.kernels import tiles as table
+from widemargin.kernels.head_inputs import TAIL_EPS
 from widemargin.kernels.tiles import Tile, Tiles
 
 from bench.candidates import FIELDS, Candidate, candidates, verdicts
@@ -54,7 +55,7 @@ class Bench:
         )
         grad = inputs.coefficients
         scored = torch.ones_like(inputs.targets, dtype=torch.bool)
-        routing = triton_routing.choose(self.head, saved, grad, scored, 2**-11, weighted=True)
+        routing = triton_routing.choose(self.head, saved, grad, scored, TAIL_EPS, weighted=True)
         self.launches = triton_backward.Launches(self.head, saved, routing, grad)
         self.cells = int(self.launches.cells.slices[1])
         self.launches.recompute(0)

@@ -30,6 +30,7 @@ from torch import Tensor
 from . import torch_head, torch_head_backward
 from .arguments import check_tensors
 from .head_inputs import (
+    TAIL_EPS,
     Backend,
     Tail,
     check_targets,
@@ -260,7 +261,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     tail: Tail = "mean",
-    tail_eps: float = 2**-11,
+    tail_eps: float = TAIL_EPS,
     backend: Backend = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, HeadStats]:

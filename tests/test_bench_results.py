@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,20 @@ def test_the_page_s_pictures_and_files_are_there() -> None:
         assert all((RESULTS / name).is_file() for name in file.pictures()), "bench.results"
 
 
-def test_readme_s_tables_are_made_of_the_committed_json() -> None:
-    files = page.read_files(RESULTS)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, text in (("head", page.head_table), ("training", page.training_rows)):
-        between = readme.partition(f"<!-- table:{name} -->\n")[2].partition(f"\n{CLOSE}")[0]
-        assert between == text(files), "run `python -m bench.results`"
+@pytest.mark.parametrize(
+    ("file", "name", "made"),
+    [
+        ("README.md", "head", page.head_table),
+        ("README.md", "training", page.training_rows),
+        ("docs/how-the-head-works.md", "active", page.active_table),
+    ],
+)
+def test_tables_are_made_of_the_committed_json(
+    file: str, name: str, made: Callable[[Iterable[page.File]], str]
+) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    between = text.partition(f"<!-- table:{name} -->\n")[2].partition(f"\n{CLOSE}")[0]
+    assert between == made(page.read_files(RESULTS)), "run `python -m bench.results`"
 
 
 def test_files_of_a_gpu_appear_without_further_work(folder: Path) -> None:

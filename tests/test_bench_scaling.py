@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from widemargin.kernels.head_inputs import TAIL_EPS
 
 from bench import page_tables, scaling, scaling_plot, scaling_ranks, scaling_steps
 from bench.record import read_rows
@@ -23,7 +24,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def active_row(provider: str, fraction: float, ms: float) -> dict:
     return {
         "curve": "active", "provider": provider, "entropy": fraction, "distribution": "peaked",
-        "tail_eps": 2**-11, "active_fraction": fraction, "total_ms": {"median": ms},
+        "tail_eps": TAIL_EPS, "active_fraction": fraction, "total_ms": {"median": ms},
     }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_where_the_tails_take_the_same_time(times, expected) -> None:
 def test_curves_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "FACTORS", {"tokens": (0.5, 1), "vocab": (1, 2)})
     monkeypatch.setattr(scaling, "ENTROPIES", (0.5,))
-    monkeypatch.setattr(scaling, "FLAT_EPS", (2**-11, 2**-15))
+    monkeypatch.setattr(scaling, "FLAT_EPS", (TAIL_EPS, 2**-15))
     out = tmp_path / "scaling_cpu.json"
     arguments = ["--base", "tiny", "--repeats", "1", "--out", str(out), "--allow-dirty"]
     assert scaling.main([*arguments, "--curves", "tokens", "vocab", "active"]) == 0

@@ -163,12 +163,6 @@ def test_figure_routes_as_the_head_does():
     assert torch.equal(torch.tensor(script["active_pairs"](rest, gradients)).T, wanted)
 
 
-def test_table_of_active_fractions_is_what_its_script_makes():
-    script = runpy.run_path(str(FIGURES / "active_table.py"))
-    page = script["PAGE"].read_text(encoding="utf-8")
-    assert script["page_with_table"](page) == page, "run docs/figures/active_table.py"
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_page_says_which_couple_pairs(name):
     spec = OBJECTIVES[name]

@@ -125,7 +125,7 @@ def test_seeds_are_compared_with_their_own(place):
         0,
         1,
     ]
-    for exact, mean in tail_pairs(read(place, "tail"))["logits x 2"]["mean"]:
+    for exact, mean in tail_pairs(read(place, "tail"))["logits x 2"]["mean 2^-11"]:
         assert exact["settings"]["head_tail"] == "exact"
         assert mean["settings"]["head_tail"] == "mean"
         assert exact["sharpen"] == mean["sharpen"] == 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..kernels.head_inputs import TAIL_EPS
 from ..kernels.linear_logprob import Backend, Tail
 from .adapters import AdapterSettings
 from .checks import (
@@ -79,7 +80,7 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
     #: What the head's backward does with negligible probability mass: "mean", "exact", "drop".
     head_tail: Tail = "mean"
     #: Mass from which the head's backward computes a block of vocabulary, in (0, 1).
-    head_tail_eps: float = 2**-11
+    head_tail_eps: float = TAIL_EPS
     #: What runs the head: "triton" (CUDA only), "torch", or "auto", the first that can.
     head_backend: Backend = "auto"
     #: Set every dropout probability to zero, so that a log-prob is one number.

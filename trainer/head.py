@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from ..kernels.head_inputs import TAIL_EPS
 from ..kernels.linear_logprob import Backend, HeadStats, Tail, linear_logprob
 from .errors import UserError
 from .packing import packed_arguments
@@ -54,7 +55,7 @@ def patch_head(
     model: PreTrainedModel,
     *,
     tail: Tail = "mean",
-    tail_eps: float = 2**-11,
+    tail_eps: float = TAIL_EPS,
     backend: Backend = "auto",
 ) -> Scoring:
     """Teach ``model`` to return log-probs of given tokens; see the module's docstring.

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.colours import new_figure, save
 from bench.studies.records import Record, by_arm, last, mean_and_error
-from bench.studies.tables import SMOOTHED, gaps, smoothed, tail_pairs
+from bench.studies.tables import SMOOTHED, smooth_gaps, smoothed, tail_pairs
 
 DARK, MIDDLE, LIGHT, OTHER, GREY = "#084594", "#4292c6", "#9ecae1", "#e6550d", "#999999"
 SMALLEST = 1e-7
@@ -15,31 +15,30 @@ SMALLEST = 1e-7
 
 
 def tail(records: list[Record], path: Path) -> None:
-    """Loss of the exact run under the default's, and how far apart runs are; a curve per seed."""
+    """Losses of the exact runs under those of one bound, and how far apart every bound's are."""
     models = tail_pairs(records)
     figure, axes = new_figure(2, len(models), 5.5, sharex=True)
-    every_way = dict.fromkeys(way for ways in models.values() for way in ways)
-    colours = dict(zip(every_way, (DARK, MIDDLE, GREY), strict=False))
-    for column, (name, ways) in enumerate(models.items()):
+    ways = dict.fromkeys(way for found in models.values() for way in found)
+    colours = dict(zip(ways, (DARK, MIDDLE, LIGHT, GREY), strict=False))
+    steps = range(1, records[0]["steps"] + 1)
+    for column, (name, found) in enumerate(models.items()):
         top, bottom = axes[0][column], axes[1][column]
-        steps = range(1, records[0]["steps"] + 1)
-        for i, (exact, mean) in enumerate(ways.get("mean", [])):
-            for run, way, width, colour in zip(
-                (exact, mean), ("exact", "mean"), (3.5, 0.8), (LIGHT, DARK), strict=True
-            ):
+        for i, pair in enumerate(found[next(iter(ways))]):
+            for run, width, colour in zip(pair, (3.5, 0.8), (LIGHT, DARK), strict=True):
+                label = None if i else run["arm"].partition(", ")[0]
                 losses = smoothed(run["curves"]["loss"])
-                top.plot(steps, losses, linewidth=width, color=colour, label=None if i else way)
-        for way, colour in colours.items():
-            for i, pair in enumerate(ways.get(way, [])):
-                shares = [max(gap, SMALLEST) for gap in gaps(*pair)]
-                bottom.plot(steps, shares, linewidth=0.8, color=colour, label=None if i else way)
+                top.plot(steps, losses, linewidth=width, color=colour, label=label)
+        for way, pairs in found.items():
+            seeds = zip(*(smooth_gaps(*pair) for pair in pairs), strict=True)
+            largest = [max(SMALLEST, *each) for each in seeds]
+            bottom.plot(steps, largest, linewidth=1.2, color=colours[way], label=way)
         bottom.axhline(0.01, color=OTHER, linewidth=1)
-        bottom.set(yscale="log", xlabel="step", ylim=(SMALLEST, 1))
+        bottom.set(yscale="log", xlabel="step", ylim=(SMALLEST, 10))
         top.set_title(name.replace(", ", ",\n"))
     axes[0][0].set_ylabel(f"loss, mean of {SMOOTHED} steps")
-    axes[1][0].set_ylabel("difference of a step / that mean; line: 1%")
-    for panels in axes:
-        panels[0].legend(loc="lower left" if panels is axes[0] else "upper left", fontsize=7)
+    axes[1][0].set_ylabel("largest difference; line: 1%")
+    axes[0][0].legend(fontsize=7)
+    axes[1][0].legend(loc="upper left", fontsize=7)
     save(figure, path)
 
 

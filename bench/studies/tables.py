@@ -51,7 +51,7 @@ def tail(records: list[Record]) -> str:
                     len(pairs),
                     f"{statistics.fmean(active):.2f}" if active else "–",
                     f"{max(statistics.median(gaps(*pair)) for pair in pairs):.2%}",
-                    f"{max(smooth_gap(*pair) for pair in pairs):.2%}",
+                    f"{max(max(smooth_gaps(*pair)) for pair in pairs):.2%}",
                     f"{max(max(gaps(*pair)) for pair in pairs):.2%}",
                     shown([exact["accuracy"] for exact, _ in ends]),
                     shown([run["accuracy"] - exact["accuracy"] for exact, run in ends], sign=True),
@@ -66,10 +66,10 @@ def tail(records: list[Record]) -> str:
     return markdown(head, rows, text=2)
 
 
-def smooth_gap(exact: Record, other: Record) -> float:
-    """The largest difference of the mean loss of ten steps, as a share of it."""
+def smooth_gaps(exact: Record, other: Record) -> list[float]:
+    """Difference of the mean losses of ten steps, as a share of the exact run's."""
     one, two = (smoothed(record["curves"]["loss"]) for record in (exact, other))
-    return max(abs(b - a) / a for a, b in zip(one, two, strict=True))
+    return [abs(b - a) / a for a, b in zip(one, two, strict=True)]
 
 
 def length(records: list[Record]) -> str:
