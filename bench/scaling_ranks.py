@@ -25,7 +25,7 @@ from bench.training import Worker, find_rows, parse, specification
 from bench.training_data import Rows, lengths_of
 
 PAIRS_PER_STEP = 8
-WARMUP, STEPS = 1, 3
+WARMUP, STEPS = 1, 2
 RANKS = (1, 2, 4, 8)
 LLAMA = ROOT / "configs" / "train" / "lmpo-llama3-8b-instruct.yaml"
 LLAMA_LENGTHS = (190.0, 330.0, 300.0)
