@@ -21,7 +21,7 @@ from widemargin.trainer.head import patch_head
 from widemargin.trainer.packing_choice import Packing
 from widemargin.trainer.planner import PairLengths
 
-from bench.memory import _allocations
+from bench.memory import allocations, recorded_events
 
 SMALL_LM = {
     "model_type": "llama",
@@ -101,7 +101,7 @@ def measured_bytes(config: Any, layout: str, checkpointing: bool, bf16: bool) ->
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
         step()
     level = peak = 0
-    for _, size in _allocations(profiled, "cpu"):
+    for _, size in allocations(recorded_events(profiled), "cpu"):
         level += size
         peak = max(peak, level)
     return peak

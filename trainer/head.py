@@ -160,7 +160,7 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: flo
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise UserError(
             f"model: expected a causal language model of transformers, got {type(model).__name__}; "
