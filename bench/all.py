@@ -3,7 +3,7 @@
 The head, scaling curves, training steps against TRL's trainers for SimPO and for DPO, and planning
 in a smaller form, each in a process with a limit of its own; then tables, pictures and a page of
 results, `results.md`, in the same folder. With ``--out bench/results``, from a clean tree only,
-README's tables and docs/results.md are renewed instead. Whole steps run on the model that
+README's tables and the pages in docs are renewed instead. Whole steps run on the model that
 `bench/subject.py` finds. A part that fails or is cut leaves the others as they are, and the exit
 status is 1.
 """

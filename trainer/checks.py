@@ -161,11 +161,9 @@ def _check_flash_attention() -> None:
 def check_evaluation(config: PreferenceConfig, evaluation: object) -> None:
     """Raise ``UserError`` where evaluation is wanted and there is no data for it, or not such."""
     several = isinstance(evaluation, dict)
+    missing = evaluation is None or (several and not evaluation)
     for name in ("eval_strategy", "eval_on_start"):
-        if (evaluation is None or (several and not evaluation)) and getattr(config, name) not in (
-            "no",
-            False,
-        ):
+        if missing and getattr(config, name) not in ("no", False):
             raise UserError(
                 f"{name}: there is no evaluation data; give some (a test split, eval_dataset) or "
                 f"set {name}: {'no' if name == 'eval_strategy' else 'false'}"
