@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,12 @@ def lm_eval(
 
 def _task_manager(tasks: tuple[Task, ...], include_path: Path | None) -> Any:
     """What finds the tasks; a folder that has them all spares reading the harness's thousands."""
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    task_manager = import_module("lm_eval.tasks").TaskManager
 
     folder = None if include_path is None else str(include_path)
     unknown: list[str] = []
     for defaults in (False, True) if folder else (True,):
-        manager = TaskManager(include_path=folder, include_defaults=defaults)
+        manager = task_manager(include_path=folder, include_defaults=defaults)
         known = set(manager.all_tasks)
         unknown = [task.name for task in tasks if task.name not in known]
         if not unknown:
@@ -126,10 +127,10 @@ def _task_manager(tasks: tuple[Task, ...], include_path: Path | None) -> Any:
 
 
 def _harness_model(model: str, settings: HarnessSettings, tokenizer: Any) -> Any:
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    harness_model = import_module("lm_eval.models.huggingface").HFLM
 
     loaded = read_model(settings, model)
-    return HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=settings.batch_size)
+    return harness_model(pretrained=loaded, tokenizer=tokenizer, batch_size=settings.batch_size)
 
 
 def _run_task(
@@ -141,7 +142,7 @@ def _run_task(
     chats: bool,
 ) -> dict[str, dict[str, float]]:
     """The metrics of the task, and of the subtasks of a group, by name."""
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    simple_evaluate = import_module("lm_eval").simple_evaluate
 
     shots = task.shots if settings.num_fewshot is None else settings.num_fewshot
     print(f"{task.name}: {'its own' if shots is None else shots} examples", flush=True)
