@@ -67,10 +67,10 @@ test-distributed: $(DEEPSPEED) ## Two processes under DDP, ZeRO-2, ZeRO-3 and FS
 	$(BIN)/python -m pytest -m distributed $(PYTEST_ARGS)
 
 test-eval: $(EVAL) ## Evaluations with the benchmarks' own packages, alpaca_eval and lm_eval
-	$(BIN)/python -m pytest tests/test_evaluate_*.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/trainer/evaluation $(PYTEST_ARGS)
 
 torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
-	$(BIN)/python -m bench.torture --cases 50000 $(if $(OUT),--out $(OUT))
+	$(BIN)/python -m tests.robustness.torture --cases 50000 $(if $(OUT),--out $(OUT))
 
 study: $(DEV) ## Carry out the studies of docs/studies.md, about two hours on two idle cores
 	$(BIN)/python -m bench.studies

@@ -4,8 +4,8 @@ The head, scaling curves, training steps against TRL's trainers for SimPO and fo
 in a smaller form, each in a process with a limit of its own; then tables, pictures and a page of
 results, `results.md`, in the same folder. With ``--out bench/results``, from a clean tree only,
 README's tables and the pages in docs are renewed instead. Whole steps run on the model that
-`bench/subject.py` finds. A part that fails or is cut leaves the others as they are, and the exit
-status is 1.
+`bench/lib/subject.py` finds. A part that fails or is cut leaves the others as they are, and the
+exit status is 1.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import results
-from bench.record import ROOT, find_commit, refused
+from bench.lib.record import ROOT, find_commit, refused
+from bench.report import pages as results
 
 TOTAL_S = 585
 """Parts begin and are cut so that all end within this; drawing takes a few seconds more."""

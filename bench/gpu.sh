@@ -7,7 +7,7 @@
 # Steps, in order: machine ours head tune tests shapes; and, only when named, training-1b training-8b training-flex, which
 # need the lengths that `make wheels` writes, and scaling. Each has its own limit, and together they end within TOTAL_S
 # seconds (default 525); JSON is written case by case, so a step that is cut keeps its rows. OUTDIR gets at most eight
-# files. The JSON, put into bench/results/, shows on docs/results.md after `python -m bench.results`.
+# files. The JSON, put into bench/results/, shows on docs/results.md after `python -m bench.report`.
 # Exit status 1: a step failed or was cut.
 set -uo pipefail
 
@@ -87,9 +87,9 @@ head=("$python" -m bench.head --device cuda --commit "$commit")
 # The figures that matter most first, and without the peers: one that breaks the device's context takes all with it.
 step ours 100 "${head[@]}" --repeats 5 --budget-s 10 --providers "${ours[@]}" --out "$out/head_ours.json"
 step head 130 "${head[@]}" --repeats 10 --budget-s 20 --providers "${ours[@]}" "${peers[@]}" --out "$out/head.json"
-step tune 120 "$python" -m bench.tune --dtype bf16 --kernel-s 18 --processes 12 --commit "$commit" --out "$out/tune.json"
+step tune 120 "$python" -m bench.compile.tune --dtype bf16 --kernel-s 18 --processes 12 --commit "$commit" --out "$out/tune.json"
 
-tests=(tests/test_triton_{head,routing,margin}.py tests/test_linear_logprob{,_use}.py tests/test_margin_loss.py)
+tests=(tests/kernels/test_triton_{head,routing,margin}.py tests/kernels/test_linear_logprob{,_use}.py tests/kernels/test_margin_loss.py)
 # Most of the tests' time is Triton compiling: several processes where pytest-xdist is there.
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)

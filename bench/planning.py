@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from bench import page_tables
-from bench.memory import status_bytes
-from bench.record import ROOT, Row, add_output_options, destination, environment, writer
-from bench.subject import fill_in
-from bench.timing import spread
-from bench.training_data import read_pairs
+from bench.lib.memory import status_bytes
+from bench.lib.record import ROOT, Row, add_output_options, destination, environment, writer
+from bench.lib.subject import fill_in
+from bench.lib.timing import spread
+from bench.report import tables as page_tables
+from bench.training.data import read_pairs
 
 RANKS, PAIRS_PER_RANK = 8, 16
 Spec = dict[str, Any]
@@ -38,7 +38,9 @@ Spec = dict[str, Any]
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.planning", description=__doc__)
-    parser.add_argument("--model", type=Path, help="its tokenizer (default: `bench/subject.py`)")
+    parser.add_argument(
+        "--model", type=Path, help="its tokenizer (default: `bench/lib/subject.py`)"
+    )
     parser.add_argument("--pairs", type=Path, help="JSONL of pairs (default: the model's)")
     parser.add_argument("--count", type=int, default=10_000, help="pairs to prepare")
     parser.add_argument("--lengths", type=int, default=1_000_000, help="lengths to plan")
@@ -65,9 +67,9 @@ def sample(source: Path, count: int, seed: int = 0) -> list[Row]:
 
 def ours(spec: Spec, rows: Any, tokenizer: Any) -> Row:
     """Tokenized by our settings, and one epoch planned."""
+    from widemargin.trainer.batching.planner import Planner
     from widemargin.trainer.data import DataSettings, tokenize_pairs
-    from widemargin.trainer.planner import Planner
-    from widemargin.trainer.sampler import PairRows
+    from widemargin.trainer.data.table import PairRows
 
     settings = DataSettings(max_length=spec["max_length"])
     if spec["processes"] is not None:
@@ -132,7 +134,8 @@ def prepare(spec: Spec) -> Row:
 
 def million(spec: Spec) -> Row:
     """One epoch of many pairs, for objectives that couple pairs and for those that do not."""
-    from widemargin.trainer.planner import PairLengths, Planner
+    from widemargin.trainer.batching.planner import Planner
+    from widemargin.trainer.data.lengths import PairLengths
 
     real = np.load(spec["lengths_file"])
     picked = np.random.default_rng(0).integers(0, real.shape[1], spec["lengths"])
@@ -153,8 +156,9 @@ def million(spec: Spec) -> Row:
 
 def balance(lengths_file: str) -> list[Row]:
     """The largest rank over the mean: of steps (mean and worst) and of micro-batches."""
-    from widemargin.trainer.plan_summary import busiest
-    from widemargin.trainer.planner import PairLengths, Planner
+    from widemargin.trainer.batching.planner import Planner
+    from widemargin.trainer.batching.summary import busiest
+    from widemargin.trainer.data.lengths import PairLengths
 
     lengths = PairLengths(*np.load(lengths_file))
     rows = []

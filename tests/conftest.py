@@ -35,7 +35,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of its own for a reference's log-probs."""
-    from widemargin.trainer import reference_cache
+    from widemargin.trainer.reference import cache as reference_cache
 
     monkeypatch.setattr(reference_cache, "cache_folder", lambda: str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import PreferenceConfig
+    from .settings.config import PreferenceConfig
     from .trainer import PreferenceTrainer
 
 __all__ = ["PreferenceConfig", "PreferenceTrainer"]
@@ -14,7 +14,7 @@ __all__ = ["PreferenceConfig", "PreferenceTrainer"]
 def __getattr__(name: str) -> Any:
     """Import the trainer when it is asked for: the command line's --help need not wait for it."""
     if name == "PreferenceConfig":
-        from .config import PreferenceConfig
+        from .settings.config import PreferenceConfig
 
         return PreferenceConfig
     if name == "PreferenceTrainer":

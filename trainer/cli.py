@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .evaluation.command import add_evaluate, run_evaluate
-from .fit.arguments import add_plan, run_plan
+from .plan.arguments import add_plan, run_plan
 
 TRAIN_HELP = """\
 Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int
 def _run(argv: list[str], script: str | None) -> int:
     parser = _parser()
     if argv[:1] == ["quickstart"]:
-        from .quickstart import main as quickstart
+        from .quickstart.command import main as quickstart
 
         return quickstart(argv[1:])
     options, overrides = parser.parse_known_args(argv)
@@ -65,7 +65,7 @@ def _run(argv: list[str], script: str | None) -> int:
     if overrides:
         raise UserError(f"unknown arguments: {' '.join(overrides)}; see widemargin --help")
     if options.command == "doctor":
-        from .doctor import doctor
+        from .doctor.machine import doctor
 
         return doctor(options.model, as_json=options.json)
     return _report(options.run, options.out, options.format)
@@ -118,9 +118,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(config: str, overrides: Sequence[str], script: str | None, *, preflight: bool) -> int:
-    from .config_file import load_config
-    from .run import preflight as run_preflight
-    from .run import train
+    from .preflight import preflight as run_preflight
+    from .settings.files import load_config
+    from .train import train
 
     overrides = ["--profile=true" if it == "--profile" else it for it in overrides]
     settings = load_config(config, overrides, script=script)
@@ -132,7 +132,7 @@ def _train(config: str, overrides: Sequence[str], script: str | None, *, preflig
 
 
 def _report(runs: list[Path], out: Path | None, form: str) -> int:
-    from .report import summary_lines, write_report
+    from .report.write import summary_lines, write_report
 
     path = write_report(runs, out, form=form)
     print("\n".join([*summary_lines(runs), "", f"Report: {path}"]))

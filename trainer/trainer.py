@@ -12,27 +12,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from .adapters import bare_model, check_adapted, learnable_line, lora_config, with_adapter
-from .checks import check_evaluation
-from .config import PreferenceConfig
 from .data import model_inputs
 from .errors import UserError, refusals
-from .head import check_head, patch_head
-from .merging import check_merges_in_memory, export_merged
-from .metrics import PreferenceMetrics
-from .model import (
-    disable_dropout,
-    load_model,
-    load_tokenizer,
-    vocabulary_size,
-)
-from .model_card import hub_refusals, write_model_card
-from .planned import PlannedTrainer
-from .profiling import ProfileCallback
-from .reference import reference_for
-from .report_recorder import MarginRecorder
-from .samples import SampleWriter
-from .throughput import Throughput, peak_memory_mib
+from .loop.planned import PlannedTrainer
+from .model.adapters import bare_model, learnable_line, lora_config, with_adapter
+from .model.head import check_head, patch_head
+from .model.loading import disable_dropout, load_model, load_tokenizer, vocabulary_size
+from .model.merging import check_merges_in_memory, export_merged
+from .monitor.metrics import PreferenceMetrics
+from .monitor.profiling import ProfileCallback
+from .monitor.recorder import MarginRecorder
+from .monitor.samples import SampleWriter
+from .monitor.throughput import Throughput, peak_memory_mib
+from .reference.model import reference_for
+from .report.card import hub_refusals, write_model_card
+from .settings.adapter import check_adapted
+from .settings.checks import check_evaluation
+from .settings.config import PreferenceConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.training_data import read_pairs
+from bench.training.data import read_pairs
 
 MAX_LENGTH = {"train": 384, "test": 512}
 """Tokens of a pair's longer side. Longer pairs are left out rather than cut: where an answer ends

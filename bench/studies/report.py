@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.record import RESULTS, ROOT
+from bench.lib.record import RESULTS, ROOT
+from bench.lib.table import write_into
 from bench.studies.pictures import PICTURES
 from bench.studies.records import read
 from bench.studies.tables import TABLES, provenance
-from bench.table import write_into
 
 PAGE = ROOT / "docs" / "studies.md"
 PUBLISHED = RESULTS / "studies"

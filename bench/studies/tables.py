@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 
+from bench.lib.table import markdown
 from bench.studies.records import Record, at_step, by_arm, last, paired, shown
-from bench.table import markdown
 
 SMOOTHED = 10  # steps
 

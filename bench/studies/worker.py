@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from bench.record import Commit, versions
+from bench.lib.record import Commit, versions
 from bench.studies.preparing import MAX_LENGTH, fingerprint
 from bench.studies.questions import LEARNING_RATE, Run
 
@@ -116,8 +116,8 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
     """Train and measure; what came out, as plain values."""
     from widemargin.trainer import PreferenceConfig, PreferenceTrainer
     from widemargin.trainer.data import load_pairs
-    from widemargin.trainer.model import load_model, load_tokenizer
-    from widemargin.trainer.sampler import PairRows
+    from widemargin.trainer.data.table import PairRows
+    from widemargin.trainer.model.loading import load_model, load_tokenizer
 
     fixed = {"learning_rate": LEARNING_RATE, "packing": "prefix_shared"}
     settings: dict[str, Any] = fixed | run.settings

@@ -1,11 +1,11 @@
 """Preference data: sources, rendering, tokenization and collation."""
 
-from .collate import PairCollator, model_inputs
-from .mixing import is_tokenized
+from ..packing.collator import PairCollator, model_inputs
+from ..settings.data import DataSettings
+from .columns import is_tokenized
+from .first_pair import preflight_lines
 from .pairs import PairData, load_pairs, tokenize_pairs
-from .preflight import preflight_lines
 from .report import DataReport, SplitReport
-from .settings import DataSettings
 
 __all__ = [
     "DataReport",

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
+from ..settings.data import DataSettings
+from ..text import printable
 from .caching import cached_map
-from .display import printable
-from .fitting import FLAGS, MISMATCH, OK
+from .columns import TOKEN_COLUMNS
+from .limits import FLAGS, MISMATCH, OK
 from .mixing import Part
 from .report import EXAMPLES_SHOWN, LengthStats, SourceCount, SplitReport
-from .settings import DataSettings
-from .tokenizing import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow

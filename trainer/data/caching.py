@@ -15,14 +15,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .chat import Rendering, only_id
-from .fitting import Limits
-from .tokenizing import TOKEN_COLUMNS, PairTokenizer, TokenizedReader, features
+from .columns import TOKEN_COLUMNS
+from .limits import Limits
+from .tokenizing import PairTokenizer, TokenizedReader, features
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from .settings import DataSettings
+    from ..settings.data import DataSettings
 
 # Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
 _VERSION = 2

@@ -13,7 +13,7 @@ from .rows import Messages, RowProblem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .settings import DataSettings
+    from ..settings.data import DataSettings
 
 TEMPLATE_REFUSED = "refused by the chat template"
 _PROBE = "PROBE"
@@ -166,3 +166,10 @@ def template_writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def only_id(token_id: Any) -> int | None:
     """A special token's id, as ``tokenizer.bos_token_id`` and the like give it."""
     return token_id if isinstance(token_id, int) else None
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    token_id: Any = tokenizer.pad_token_id
+    if token_id is None:
+        raise UserError("processing_class: the tokenizer has no padding token; set pad_token")
+    return token_id

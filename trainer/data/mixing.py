@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .rows import RAW_COLUMNS
-from .settings import DEFAULT_SPLITS, DataSettings, is_training_split
+from ..settings.data import DEFAULT_SPLITS, DataSettings, is_training_split
+from .columns import RAW_COLUMNS, TOKEN_COLUMNS, is_tokenized
 from .sources import WHOLE, open_source
-from .tokenizing import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,11 +82,6 @@ ADVICE = {
     "dict": "make one with Dataset.from_dict(columns)",
 }
 """How to get a data set from other things that hold one."""
-
-
-def is_tokenized(dataset: Any) -> bool:
-    """Whether a data set holds token ids already, by its columns."""
-    return set(TOKEN_COLUMNS) <= set(getattr(dataset, "column_names", None) or ())
 
 
 def checked_columns(name: str, dataset: Any) -> Dataset:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..settings.data import DataSettings
 from . import chat
 from .assembling import assemble
 from .mixing import Part, checked_columns, gather
 from .report import DataReport, SplitReport
-from .settings import DataSettings
 from .sources import WHOLE
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .display import printable
-from .fitting import CHOSEN_CUT, MISMATCH, REJECTED_CUT
+from ..text import printable
+from .limits import CHOSEN_CUT, MISMATCH, REJECTED_CUT
 
 EXAMPLES_SHOWN = 3
 END_LOST = (CHOSEN_CUT, REJECTED_CUT)

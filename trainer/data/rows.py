@@ -25,7 +25,6 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 
-RAW_COLUMNS = ("prompt", "chosen", "rejected")
 
 MISSING = "missing value"
 WRONG_TYPE = "wrong type"

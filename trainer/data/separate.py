@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .chat import render, without_bos
-from .fitting import MISMATCH, SEVERAL_TURNS, Tokens
+from .limits import MISMATCH, SEVERAL_TURNS, Tokens
 from .rows import Messages, Pair, RowProblem, common_prefix
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import chat, separate
+from .columns import TOKEN_COLUMNS
 from .encoding import Triple, TripleEncoder
-from .fitting import (
+from .limits import (
     BOS_DOUBLED,
     CHOSEN_NO_END,
     FLAGS,
@@ -30,20 +31,11 @@ from .fitting import (
     Tokens,
     fit,
 )
-from .rows import (
-    EMPTY_COMPLETION,
-    WRONG_TYPE,
-    Messages,
-    Pair,
-    RowProblem,
-    common_prefix,
-    read_row,
-)
+from .rows import EMPTY_COMPLETION, WRONG_TYPE, Messages, Pair, RowProblem, common_prefix, read_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _LARGEST_ID = 2**31 - 1
 _COLUMNS = (*TOKEN_COLUMNS, "status", "detail", "flags", "max_id")
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import chat
-from ..data.display import printable
 from ..data.rows import RowProblem
 from ..errors import UserError
-from ..model import load_model_config
-from .engines import context_of, engine_name, make_engine, questions_at_once
+from ..model.generation import context_of
+from ..model.loading import load_model_config
+from ..text import printable
+from .engines import engine_name, make_engine, questions_at_once
 from .models import dtype_of, fingerprint, model_settings, read_tokenizer
 from .questions import Question
 from .records import Record, Records

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.display import printable
 from ..errors import UserError
-from ..run import versions
+from ..text import printable
+from ..versions import versions
 from . import judging, tools
 from .answering import answer, length_lines, length_report
 from .output import count, name, output_folder, write_json, write_jsonl

@@ -131,7 +131,7 @@ def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
             out=options.out,
         )
     elif options.benchmark == "lm-eval":
-        from ..config_file import parse_overrides
+        from ..settings.files import parse_overrides
         from .harness import lm_eval
         from .settings import HarnessSettings, build
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..data import chat
+from ..data.chat import pad_token
 from ..errors import UserError, refusals
-from ..model import pad_token
+from ..model.generation import context_of, stop_ids
 from .models import device_of, dtype_of, read_model
 from .settings import AnswerSettings
 
@@ -58,20 +58,6 @@ def make_engine(
     if name == "vllm":
         return VllmEngine(model, settings, tokenizer)
     return TransformersEngine(read_model(settings, model), settings, tokenizer)
-
-
-def stop_ids(settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, saved: Any) -> list[int]:
-    """The tokens that end an answer.
-
-    Without ``stop_token_ids``: those of ``saved``, the model's own generation config, the
-    tokenizer's end of sequence and what the chat template closes an answer with.
-    """
-    if settings.stop_token_ids is not None:
-        return sorted(set(settings.stop_token_ids))
-    own = getattr(saved, "eos_token_id", None)
-    found = own if isinstance(own, list) else [own]
-    found = [*found, chat.only_id(tokenizer.eos_token_id), chat.end_of_turn_id(tokenizer)]
-    return sorted({i for i in found if i is not None})
 
 
 class TransformersEngine:
@@ -171,8 +157,3 @@ class VllmEngine:
         if ids and ids[-1] in self.stops:
             ids.pop()
         return Completion(ids, output.finish_reason == "stop")
-
-
-def context_of(config: Any) -> int | None:
-    """The most tokens the model takes, prompt and answer together; None where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

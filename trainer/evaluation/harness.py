@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, refusals
-from ..run import versions
+from ..versions import versions
 from .models import dtype_of, fingerprint, read_model, read_tokenizer
 from .output import count, output_folder, table, write_json
 from .records import Records

@@ -13,8 +13,8 @@ from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ..data.display import printable
 from ..errors import UserError
+from ..text import printable
 from .tools import KEY
 
 OPENAI = "https://api.openai.com/v1"

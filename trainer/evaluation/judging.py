@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.display import printable
 from ..errors import UserError
+from ..text import printable
 from .judge_client import OPENAI, JudgeClient, Unusable
 from .output import count, table, write_json
 from .questions import Question

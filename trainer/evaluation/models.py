@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import ModelSettings
 from ..data import chat
 from ..errors import UserError, refusals
-from ..model import disable_dropout, load_model, load_tokenizer
+from ..model.loading import disable_dropout, load_model, load_tokenizer
+from ..settings.model import ModelSettings
 from .settings import LoadSettings
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.display import printable
 from ..errors import UserError, refusals
+from ..text import printable
 
 
 def output_folder(model: str, benchmark: str, out: Path | None) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..planner import PairLengths
+from ..data.lengths import PairLengths
 from .scoring import PairLogps
 
 BINS = 10

@@ -11,12 +11,13 @@ import torch
 
 from ..data import PairData, chat
 from ..data.assembling import assemble
+from ..data.chat import pad_token
 from ..data.mixing import gather
 from ..data.report import DataReport
+from ..data.table import PairRows
 from ..errors import UserError
-from ..model import load_model_config, pad_token, vocabulary_size
-from ..run import versions
-from ..sampler import PairRows
+from ..model.loading import load_model_config, vocabulary_size
+from ..versions import versions
 from .models import dtype_of, model_settings, read_model, read_tokenizer
 from .output import count, output_folder, table, write_json, write_jsonl
 from .pair_metrics import LENGTH_GROUPS, measure, pair_margins

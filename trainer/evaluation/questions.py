@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.display import printable
 from ..errors import UserError
+from ..text import printable
 
 Row = dict[str, Any]
 _BLANK = re.compile(r"[ \t\r\n]*")

@@ -10,8 +10,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..data.display import printable
 from ..errors import UserError, refusals
+from ..text import printable
 from .output import write_json
 
 Record = dict[str, Any]

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...kernels.margin_loss import sequence_logps
+from ...kernels.margin_loss.function import sequence_logps
 from ..data import model_inputs
-from ..head import check_head, patch_head
-from ..packing_check import settle_packing
+from ..model.head import check_head, patch_head
+from ..packing.verify import settle_packing
 from .models import dtype_of
 from .settings import PairSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..planner import PairLengths
-    from ..sampler import PairRows
+    from ..data.lengths import PairLengths
+    from ..data.table import PairRows
 
 
 @dataclass

@@ -9,15 +9,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..compat import merge, translate
-from ..compat_keys import TABLE
-from ..compat_objective import name_objective
-from ..config import PreferenceConfig
-from ..config_file import coerced, parse_overrides, read_yaml
 from ..data import DataSettings
 from ..errors import UserError
 from ..objectives import OBJECTIVES, canonical_name, hyperparameters_of
-from ..packing_choice import PACKINGS
+from ..settings.config import PreferenceConfig
+from ..settings.files import coerced, parse_overrides, read_yaml
+from ..settings.names import PACKINGS
+from ..settings.published.keys import TABLE
+from ..settings.published.objective import name_objective
+from ..settings.published.translation import merge, translate
 from .output import count
 
 DTYPES = ("float32", "bfloat16", "float16")

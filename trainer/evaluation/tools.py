@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from ..data.display import printable
 from ..errors import UserError
+from ..text import printable
 from .output import write_text
 from .questions import read_file
 

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels.margin_loss import Kind, margin_loss, sequence_logps
+from ...kernels.margin_loss.function import margin_loss, sequence_logps
+from ...kernels.margin_loss.types import Kind
 from ..errors import UserError
 from .gather import GlobalPairs, gather_pairs
 from .settings import Hyperparameters

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.margin_loss import pair_losses
+from ...kernels.margin_loss.function import pair_losses
 from .base import Pairs, Terms
 from .dpo import DpoHyperparameters, log_ratios
 from .gather import GlobalPairs, padded_sum

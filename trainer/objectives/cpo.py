@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...kernels.margin_loss import pair_losses
+from ...kernels.margin_loss.function import pair_losses
 from .base import Pairs, Terms, constant_margins
 from .settings import Hyperparameters, setting
 from .state import State

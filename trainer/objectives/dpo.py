@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...kernels.margin_loss import pair_losses
+from ...kernels.margin_loss.function import pair_losses
 from .base import Pairs, Terms, constant_margins
 from .settings import Hyperparameters, LabelSmoothing, setting
 from .state import State

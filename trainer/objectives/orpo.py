@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.margin_loss import pair_losses
+from ...kernels.margin_loss.function import pair_losses
 from .base import Pairs, Terms, constant_margins
 from .settings import Hyperparameters, setting
 from .state import State

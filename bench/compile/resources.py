@@ -1,0 +1,256 @@
+"""Registers, spills, shared memory and instructions of every kernel, compiled without a GPU.
+
+`python -m bench.compile.resources [NAME ...] [--out FILE]` compiles the kernels of `KERNELS`
+for each of their architectures, writes bench/results/resources.json and prints it as a table. With
+names only those are compiled, and nothing is written unless `--out` says where.
+
+A kernel joins with a function that returns the arguments of `compile_resources`, importing what it
+needs inside, and one entry in `KERNELS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bench.compile.triton_compile import Attributes, aligned, compile_resources
+from bench.lib.table import markdown
+
+if TYPE_CHECKING:
+    from widemargin.kernels.linear_logprob.tiles import Tile
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "resources.json"
+
+
+class Source(NamedTuple):
+    """What `compile_resources` takes, but for the architecture."""
+
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    attrs: Attributes
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in one configuration."""
+
+    name: str
+    source: Callable[[], Source]
+    archs: tuple[int, ...] = (80, 90)
+    needs_tensor_cores: bool = True
+
+
+def _margin(kernel: str, dtype: str) -> Callable[[], Source]:
+    def source() -> Source:
+        from widemargin.kernels.margin_loss import triton as triton_margin
+
+        fn = getattr(triton_margin, kernel)
+        types = {
+            "logps_ptr": f"*{dtype}",
+            "d_logps_ptr": f"*{dtype}",
+            "cu_seqlens_ptr": "*i32",
+            "margins_ptr": "*fp32",
+            "losses_ptr": "*fp32",
+            "slopes_ptr": "*fp32",
+            "sums_ptr": "*fp32",
+            "grad_ptr": "*fp32",
+            "beta": "fp32",
+            "label_smoothing": "fp32",
+            "stride_grad": "i32",
+            "tokens": "i32",
+            "sequences": "i32",
+            "pairs": "i32",
+        }
+        constants = {"HINGE": False, "SMOOTH": True, "BLOCK": triton_margin.BLOCK}
+        signature = {name: types[name] for name in fn.arg_names if name in types}
+        return Source(
+            fn,
+            signature,
+            {name: constants[name] for name in fn.arg_names if name in constants},
+            aligned(*(name for name in signature if name.endswith("_ptr"))),
+            {},
+        )
+
+    return source
+
+
+class HeadKernel(NamedTuple):
+    """Where a kernel of the head lives, and which of its launch's constants are the tile's."""
+
+    module: str
+    field: str | None
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    archs: tuple[int, ...] = (80, 90)
+    softcap: bool = False  # whether it sees the softcap
+    product: bool = True
+
+
+HEAD = {
+    "_forward_kernel": HeadKernel("triton_forward", "forward", softcap=True),
+    "_forward_tma_kernel": HeadKernel("triton_forward_tma", "descriptors", ("bf16",), (90,)),
+    "_statistics_kernel": HeadKernel("library_forward", "library", product=False),
+    "_recompute_kernel": HeadKernel("triton_cells", "recompute", softcap=True),
+    "_weight_kernel": HeadKernel("triton_cells", "d_weight"),
+    "_hidden_kernel": HeadKernel("triton_cells", "d_hidden"),
+    "_bias_kernel": HeadKernel("triton_cells", None, product=False),
+    "_count_kernel": HeadKernel("triton_routing", None, ("bf16",), product=False),
+    "_flag_kernel": HeadKernel("triton_routing", None, ("bf16",), product=False),
+    "_profile_kernel": HeadKernel("triton_routing", None, product=False),
+    "_finish_kernel": HeadKernel("triton_routing", None, product=False),
+}
+
+
+def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -> Source:
+    """A kernel of the head as it is launched with ``tile``."""
+    import triton.language as tl
+    from widemargin.kernels.linear_logprob.cells import ENOUGH
+    from widemargin.kernels.linear_logprob.routing import BLOCK
+    from widemargin.kernels.linear_logprob.triton_routing import GROUP
+
+    module = importlib.import_module(f"widemargin.kernels.linear_logprob.{HEAD[kernel].module}")
+    fn = getattr(module, kernel)
+    inputs = ("hidden_ptr", "weight_ptr", "bias_ptr", "work_ptr", "d_weight_ptr", "means_ptr")
+    inputs += ("weighted_ptr", "out_ptr")
+    longs = ("targets_ptr", "by_target_ptr", "cells_ptr", "by_tile_ptr", "slices_ptr", "order_ptr")
+    longs += ("slice_blocks_ptr", "by_count_ptr", "block_bounds_ptr", "tile_bounds_ptr")
+    longs += ("target_bounds_ptr", "tile_blocks_ptr")
+    types = dict.fromkeys(inputs, f"*{dtype}") | dict.fromkeys(longs, "*i64")
+    types |= {"logit_scale": "fp32", "softcap": "fp32", "flags_ptr": "*i8", "counts_ptr": "*fp32"}
+    if kernel == "_count_kernel":
+        types["counts_ptr"] = "*i32"
+    types |= {
+        "hidden_desc": f"tensordesc<{dtype}[{tile.rows}, {tile.depth}]>",
+        "weight_desc": f"tensordesc<{dtype}[{tile.columns}, {tile.depth}]>",
+    }
+    constants = {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "TOGETHER": tile.together,
+        "WIDTH": BLOCK,
+        "TILE": BLOCK,
+        "BLOCK": BLOCK,
+        "GROUP": GROUP,
+        "ENOUGH": ENOUGH,
+        "HAS_BIAS": False,
+        "HAS_SOFTCAP": softcap,
+        "PROFILE": True,
+        "TAIL": True,
+        "WEIGHTED": True,
+        "ROUND": tl.float32 if dtype == "fp32" else tl.bfloat16,
+    }
+    arguments = [name for name in fn.arg_names if name not in constants]
+    signature = {
+        name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in arguments
+    }
+    # As at a launch: pointers, and sizes of real models, are multiples of 16.
+    multiples = {"stride_hn", "stride_wv", "stride_ln", "stride_on", "H", "V"}
+    return Source(
+        fn,
+        signature,
+        {name: constants[name] for name in fn.arg_names if name in constants},
+        aligned(*(name for name in arguments if name.endswith("_ptr") or name in multiples)),
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+
+
+def _head(kernel: str, dtype: str, arch: int, softcap: bool = False) -> Callable[[], Source]:
+    """A kernel of the head with the tile that `tiles.py` gives it."""
+
+    def source() -> Source:
+        from widemargin.kernels.linear_logprob import tiles
+        from widemargin.kernels.linear_logprob.routing import BLOCK
+
+        field = HEAD[kernel].field
+        if field is None:
+            width = 1024 if kernel == "_finish_kernel" else BLOCK
+            warps = 8 if kernel == "_bias_kernel" else 4
+            return head_source(kernel, dtype, tiles.Tile(BLOCK, width, 0, warps, 3))
+        table = tiles.FULL if dtype == "fp32" else tiles.HALF[arch]
+        tile = tiles.FORWARDS[field] if field in tiles.FORWARDS else getattr(table, field)
+        if kernel == "_forward_kernel" and softcap:
+            tile = tile._replace(columns=BLOCK)
+        return head_source(kernel, dtype, tile, softcap=softcap)
+
+    return source
+
+
+KERNELS: list[Kernel] = [
+    Kernel(f"margin{kernel} {dtype}", _margin(kernel, dtype), needs_tensor_cores=False)
+    for kernel in ("_loss_kernel", "_loss_backward_kernel", "_sums_kernel", "_sums_backward_kernel")
+    for dtype in ("fp32", "bf16")
+]
+
+
+KERNELS += [
+    Kernel(
+        f"head{name.removesuffix('_kernel').replace('_', ' ')} {dtype}"
+        + (" softcap" if softcap else ""),
+        _head(name, dtype, arch, softcap),
+        archs=(arch,),
+        needs_tensor_cores=kernel.product and dtype != "fp32",
+    )
+    for name, kernel in HEAD.items()
+    for dtype in kernel.dtypes
+    for softcap in (False, True)
+    for arch in kernel.archs
+    # In fp32, which no tensor core serves, the softcap spills a few bytes in every tile tried.
+    if not softcap or (kernel.softcap and dtype == "bf16")
+]
+
+
+def measure(kernels: list[Kernel]) -> dict[str, Any]:
+    """The triton version and one row per kernel and architecture; a failure is a row with it."""
+    import triton
+
+    rows = []
+    for kernel in kernels:
+        for arch in kernel.archs:
+            row: dict[str, Any] = {"kernel": kernel.name, "arch": f"sm_{arch}"}
+            try:
+                row |= compile_resources(*kernel.source(), arch=arch)
+            except Exception as error:  # of the compiler; the other kernels still count
+                row["error"] = f"{type(error).__name__}: {error}"
+            rows.append(row)
+    return {"triton": triton.__version__, "rows": rows}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        if "error" in row:
+            found = ["–", "–", "–", row["error"].splitlines()[0].replace("|", "/")]
+        else:
+            counts = ", ".join(f"{count} {opcode}" for opcode, count in row["instructions"].items())
+            shared = f"{row['shared_bytes'] / 1024:.2f}".rstrip("0").rstrip(".")
+            found = [row["registers"], row["spill_bytes"], shared, counts or "–"]
+        lines.append([row["kernel"], row["arch"], *found])
+    columns = ("kernel", "arch", "registers", "spilled, bytes", "shared, KiB", "instructions")
+    return markdown(columns, lines, text=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile.resources", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="beginning of kernels' names")
+    parser.add_argument("--out", type=Path, help=f"where to write, by default {RESULTS}")
+    arguments = parser.parse_args()
+    names = tuple(arguments.names)
+    kernels = [k for k in KERNELS if not names or k.name.startswith(names)]
+    if not kernels:
+        parser.error(f"no kernel's name begins with {' or '.join(names)}")
+    results = measure(kernels)
+    out = arguments.out or (None if names else RESULTS)
+    if out is not None:
+        out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The head against its peers: `python -m bench.head`. Start in `harness`."""

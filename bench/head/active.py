@@ -1,0 +1,195 @@
+"""How much of the head's backward is left, on real hidden states: work against gradient error.
+
+`python -m bench.head.active --model DIR --pairs FILE` runs a model over preference pairs, takes the
+hidden states that predict completion tokens and the gradient that SimPO gives their log-probs, and
+counts for each `tail_eps` what routing computes, as single pairs (torch) and as cells (Triton),
+with the error of the gradients beside it. `--sharpen` multiplies the logits, to reach the entropy
+of a stronger model; rows say so. Writes JSON and a plot. No GPU.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from widemargin.kernels.linear_logprob.inputs import TAIL_EPS
+
+from bench.lib.colours import new_figure, save
+from bench.lib.exact import Exact, exact, relative_error
+from bench.lib.peaked import PeakedCase, fp32_logps, mean_entropy, peaked_case
+from bench.lib.record import Row, add_output_options, destination, environment, writer
+
+EXPONENTS = range(-14, -7)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.head.active", description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a causal language model's folder"
+    )
+    parser.add_argument(
+        "--pairs", type=Path, required=True, help="preference pairs, as for training"
+    )
+    parser.add_argument("--rows", type=int, default=8, help="pairs to use (default 8)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens (default 512)")
+    parser.add_argument("--sharpen", type=float, nargs="+", default=[1.0, 2.0, 3.0])
+    parser.add_argument("--peaked", action="store_true", help="the standard peaked case as well")
+    add_output_options(parser, "active.json")
+    return parser.parse_args(arguments)
+
+
+def real_states(model_dir: Path, pairs: Path, rows: int, max_length: int) -> PeakedCase:
+    """Hidden states [N, H] of the pairs' completions, and SimPO's gradient for their log-probs."""
+    from widemargin.trainer.data import DataSettings, PairCollator, load_pairs
+    from widemargin.trainer.model.loading import ModelSettings, load_model, load_tokenizer
+    from widemargin.trainer.objectives import build_objective
+
+    settings = ModelSettings(model_name_or_path=str(model_dir), dtype="float32")
+    tokenizer, model = load_tokenizer(settings), load_model(settings).eval()
+    data = DataSettings(
+        dataset=str(pairs), max_length=max_length, max_prompt_length=max_length // 2
+    )
+    train = load_pairs(data, tokenizer).train
+    assert train is not None
+    assert isinstance(tokenizer.pad_token_id, int)
+    collate = PairCollator(tokenizer.pad_token_id)
+    batch = collate([train[i] for i in range(min(rows, len(train)))])
+    decoder: Any = model.get_decoder()
+    with torch.no_grad():
+        states = [
+            decoder(input_ids=ids[None], attention_mask=mask[None], use_cache=False)[0][0]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        hidden = torch.stack(states).flatten(0, 1)[batch["select"]]
+        head: Any = model.get_output_embeddings()
+        weight = head.weight.detach().contiguous()
+    logps = fp32_logps(hidden, weight, batch["targets"]).requires_grad_()
+    build_objective("simpo")(logps, batch["cu_seqlens"]).losses.sum().backward()
+    assert logps.grad is not None
+    return PeakedCase(hidden, weight, batch["targets"], logps.grad, 0.0, 1.0)
+
+
+def sharpened(case: PeakedCase, factor: float) -> PeakedCase:
+    """The same tokens with logits ``factor`` times as large."""
+    hidden = case.hidden * factor
+    entropy = mean_entropy(hidden, case.weight)
+    return PeakedCase(hidden, case.weight, case.targets, case.coefficients, entropy, factor)
+
+
+def routings(case: PeakedCase) -> Iterator[Row]:
+    """One row per routing and `tail_eps`: active fraction, passes, errors."""
+    from widemargin.kernels.linear_logprob.cells import choose_cells
+    from widemargin.kernels.linear_logprob.routing import BLOCK, route, routing_stats
+    from widemargin.kernels.linear_logprob.torch_backward import (
+        FULL_FRACTION,
+        Backward,
+        Saved,
+        Wanted,
+    )
+    from widemargin.kernels.linear_logprob.torch_forward import Head, forward
+
+    head = Head(case.hidden, case.weight, None, 1.0, None, torch.float32)
+    logps, lse, partial_lse, profile = forward(head, case.targets, keep=True, profile=True)
+    saved = Saved(case.targets, logps, lse, partial_lse, profile)
+    scored = torch.ones_like(case.targets, dtype=torch.bool)
+    inputs = (partial_lse, lse, logps, case.targets, case.coefficients, scored)
+    wanted: Exact = exact(case)
+    for exponent in EXPONENTS:
+        eps = 2.0**exponent
+        for form in ("pairs", "cells"):
+            if form == "pairs":
+                routed = route(*inputs, eps, FULL_FRACTION)
+            else:
+                routed = choose_cells(*inputs, eps)[0]
+            fraction, mean, top, _ = routing_stats(routed, scored).tolist()
+            wants = Wanted(case.coefficients, scored, eps, hidden=True, weight=True, bias=False)
+            got = Backward(head, saved, wants).run(routed)
+            assert got.hidden is not None
+            assert got.weight is not None
+            yield {
+                "form": form,
+                "tail_eps": eps,
+                "active_fraction": fraction,
+                # Recompute, dH and dW over the active part, and the tail's two thin products.
+                "backward_passes": 3 * fraction + 2 / BLOCK,
+                "forward_passes": 1.0,
+                "averaged_mass_mean": mean,
+                "averaged_mass_max": top,
+                "errors": {
+                    "dhidden": relative_error(got.hidden, wanted.dhidden),
+                    "dweight": relative_error(got.weight, wanted.dweight),
+                },
+            }
+
+
+def line(row: Row) -> str:
+    return (
+        f"{row['case']:24} entropy {row['entropy']:.2f}  {row['form']}  "
+        f"eps 2^{math.log2(row['tail_eps']):.0f}  active {row['active_fraction']:.3f}  "
+        f"passes 1 + {row['backward_passes']:.2f}  "
+        f"dH {row['errors']['dhidden']:.1e}  dW {row['errors']['dweight']:.1e}"
+    )
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Error of dH against the backward's passes, a curve per case and form."""
+    figure, ((axes,),) = new_figure(1, 1, 4.6)
+    for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
+        for form, style in (("pairs", "o-"), ("cells", "s--")):
+            curve = [row for row in rows if row["case"] == case and row["form"] == form]
+            axes.plot(
+                [row["backward_passes"] for row in curve],
+                [row["errors"]["dhidden"] for row in curve],
+                style,
+                color=f"C{index}",
+                label=f"{case} ({curve[0]['entropy']:.1f} nats), {form}",
+            )
+            default = next(row for row in curve if row["tail_eps"] == TAIL_EPS)
+            axes.plot(default["backward_passes"], default["errors"]["dhidden"], "k*", markersize=11)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="backward: passes of [N, H] x [H, V] (full logits: 2, chunked heads: 3)",
+        ylabel="relative error of dH against fp64",
+    )
+    axes.set_title(
+        "Work against gradient error, tail_eps from 2^-14 to 2^-8 (stars: the default)",
+        loc="left",
+    )
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    save(figure, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    out, commit = destination(options, "active.json")
+    states = real_states(options.model, options.pairs, options.rows, options.max_length)
+    rows = []
+    for factor in options.sharpen:
+        name = options.model.name + (f", logits x {factor:g}" if factor != 1 else "")
+        rows += measured(name, sharpened(states, factor))
+    if options.peaked:
+        rows += measured("standard peaked case", peaked_case(1024, 512, 131072))
+    shared = {"op": "active", **environment("cpu", commit)}
+    writer(out)([shared | row for row in rows])
+    plot(rows, out.with_suffix(".png"))
+    return 0
+
+
+def measured(name: str, case: PeakedCase) -> list[Row]:
+    """The rows of one case, printed as they come."""
+    shape = {"tokens": len(case.hidden), "hidden_size": case.hidden.shape[1]}
+    shape |= {"vocab": len(case.weight), "sharpen": case.sharpness, "entropy": case.entropy}
+    rows = []
+    for row in routings(case):
+        rows.append({"case": name, **shape, **row})
+        print(line(rows[-1]), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

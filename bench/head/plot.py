@@ -1,0 +1,87 @@
+"""Pictures of the head's benchmark: time, memory, and gradient error against the work done."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from bench.head.providers import BASELINE
+from bench.lib.colours import colour, label, new_figure, save
+from bench.lib.record import Row
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Forward and backward of each provider, its memory, and, where counted, error against work.
+
+    Args:
+        rows: of one case on one device; providers that were not timed are left out.
+    """
+    timed = [row for row in rows if "total_ms" in row]
+    timed.sort(key=lambda row: row["total_ms"]["median"])
+    ratios = (1.25, 1, 1.15) if any("passes" in row for row in timed) else (1.25, 1)
+    height = 1.2 + 0.27 * max(len(timed), 6)
+    figure, axes = new_figure(1, len(ratios), height, width_ratios=ratios)
+    names = [label(row["provider"]) for row in timed]
+    _times(axes[0][0], timed, names)
+    _memory(axes[0][1], timed, names)
+    if len(ratios) == 3:
+        _errors(axes[0][2], timed)
+    figure.suptitle(title(rows[0]), fontsize=9, x=0.01, ha="left")
+    save(figure, path)
+
+
+def title(row: Row) -> str:
+    return (
+        f"Head, case {row['case']} ({row['distribution']}): {row['tokens']:,} tokens, hidden "
+        f"{row['hidden_size']:,}, vocabulary {row['vocab']:,}, {row['dtype']}; {row['device_name']}"
+    )
+
+
+def _times(panel: Any, rows: list[Row], names: list[str]) -> None:
+    """Stacked bars, the baseline's ratio behind each, and the time of one bare product."""
+    colours = [colour(row["provider"]) for row in rows]
+    forward = [row["forward_ms"]["median"] for row in rows]
+    backward = [row["backward_ms"]["median"] for row in rows]
+    panel.barh(names, forward, color=colours)
+    tops = panel.barh(
+        names, backward, left=forward, color=colours, alpha=0.45, hatch="///", edgecolor="white"
+    )
+    ratios = [f"{r['speedup']['total']:.2f}×" if "speedup" in r else "" for r in rows]
+    panel.bar_label(tops, ratios, padding=3, fontsize=8)
+    product = rows[0]["product_ms"]["median"]
+    panel.axvline(product, color="black", linewidth=1, linestyle="--")
+    panel.text(
+        product, 1.0, "one product", transform=panel.get_xaxis_transform(), fontsize=7.5,
+        ha="center", va="bottom",
+    )  # fmt: skip
+    panel.margins(x=0.14)
+    panel.invert_yaxis()
+    panel.set_xlabel("ms: forward (solid), backward (hatched)")
+    panel.set_title(f"Time (× {BASELINE})", loc="left", pad=14)
+
+
+def _memory(panel: Any, rows: list[Row], names: list[str]) -> None:
+    peaks = [row.get("peak_extra_mib", {}).get("allocator", 0) for row in rows]
+    bars = panel.barh(names, peaks, color=[colour(row["provider"]) for row in rows])
+    panel.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+    panel.margins(x=0.16)
+    panel.invert_yaxis()
+    panel.set_yticklabels([])
+    panel.set_xlabel("MiB beyond inputs and gradients")
+    panel.set_title("Peak memory", loc="left", pad=14)
+
+
+def _errors(panel: Any, rows: list[Row]) -> None:
+    """Error of dH against passes: further left is less work, further down more exact."""
+    for row, marker in zip(rows, itertools.cycle("osD^vPX"), strict=False):
+        if "passes" in row:
+            panel.plot(
+                row["passes"], row["errors"]["dhidden"], marker, markersize=8,
+                color=colour(row["provider"]), label=label(row["provider"]), alpha=0.9,
+            )  # fmt: skip
+    panel.axvline(1, color="black", linewidth=1, linestyle="--")
+    panel.set(yscale="log", xlim=(0.8, None))
+    panel.grid(alpha=0.3)
+    panel.set_xlabel("work, passes of 2·N·H·V operations")
+    panel.set_ylabel("relative error of dH")
+    panel.set_title("Error of dH against fp64", loc="left", pad=14)
+    panel.legend(loc="upper right", fontsize=7)

@@ -1,0 +1,229 @@
+"""The page of results, made from a folder's JSON and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from widemargin.kernels.linear_logprob.inputs import TAIL_EPS
+
+from bench.lib import table
+from bench.lib.record import Row
+from bench.report import tables as page_tables
+from bench.scaling.curves import SIZES
+from bench.training import table as training_table
+
+KINDS = {"linear_logprob": "head", "training": "training", "scaling": "scaling"}
+KINDS |= {"planning": "planning", "active": "active"}
+NEEDS_GPU = {
+    "head": "times and memory of the Triton head against its peers",
+    "training": "whole training steps",
+    "tune": "the head's fastest tiles",
+    "scaling": "the head's scaling curves",
+}
+INTRO = """\
+# Results
+
+<!-- Made by `python -m bench.report`; edit bench/report/page.py instead. -->
+Every figure here is made from the JSON files named beside it, by `python -m bench.report`, and
+those are written by committed code only. `make bench` measures the same on your machine in under
+ten minutes; `bench/README.md` says how, and what each key of a row means. Load is the machine's
+when a run began: above a few tenths of a core, CPU times say little.
+"""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of results; `kind` is a value of `KINDS`, or tune, resources or other."""
+
+    path: Path
+    kind: str
+    content: dict[str, Any]
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.content["rows"]
+
+    @property
+    def device(self) -> str:
+        """cuda where the rows, or the file itself, come from a GPU."""
+        on_gpu = self.kind == "tune" and "device_name" in self.content
+        return "cuda" if on_gpu or self.rows[0].get("device") == "cuda" else "cpu"
+
+    def pictures(self) -> dict[str, list[Row]]:
+        """Names of the pictures beside this file, with the rows they show."""
+        stem = self.path.stem
+        if self.kind == "head":
+            cases: dict[str, list[Row]] = {}
+            for row in self.rows:
+                if row["distribution"] == "peaked":
+                    cases.setdefault(row["case"], []).append(row)
+            cases = {c: rows for c, rows in cases.items() if any("total_ms" in r for r in rows)}
+            alone = len({row["case"] for row in self.rows}) == 1
+            return {f"{stem}.png" if alone else f"{stem}-{c}.png": r for c, r in cases.items()}
+        if self.kind == "scaling":
+            sizes = [r for r in self.rows if r["curve"] in SIZES]
+            rest = [r for r in self.rows if r["curve"] not in SIZES]
+            both = {f"{stem}-sizes.png": sizes, f"{stem}-rest.png": rest}
+            return {
+                name: rows for name, rows in both.items() if any("reason" not in r for r in rows)
+            }
+        if self.kind == "training":
+            return {f"{stem}.png": self.rows} if any("losses" in r for r in self.rows) else {}
+        return {f"{stem}.png": self.rows} if self.kind == "active" else {}
+
+
+def read_files(folder: Path) -> list[File]:
+    """Every file of results in the folder, CPU before GPU, then by name."""
+    files = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("rows"):
+            files.append(File(path, _kind(path, content), content))
+    return sorted(files, key=lambda file: (file.device == "cuda", file.path))
+
+
+def _kind(path: Path, content: dict[str, Any]) -> str:
+    row = content["rows"][0]
+    if "kernel" in row and "registers" in row:
+        return "resources"
+    if "tile" in row:
+        return "tune"
+    if row.get("form") in ("pairs", "cells"):
+        return "active"
+    return KINDS.get(row.get("op", ""), "other")
+
+
+def page(files: list[File], link: str) -> str:
+    """Markdown.
+
+    Args:
+        link: from the page's folder to that of the results, with a slash at its end, or "".
+    """
+    parts = [INTRO.strip(), _missing(files)]
+    sections = (
+        ("head", "The head alone", _head),
+        ("training", "Whole training steps", _training),
+        ("scaling", "Scaling", _scaling),
+        ("planning", "Before the first step", _planning),
+        ("active", "Work against gradient error", _active),
+        ("tune", "Tiles", _tune),
+        ("resources", "Compiled kernels", _resources),
+    )
+    for kind, title, text in sections:
+        found = [file for file in files if file.kind == kind]
+        if found:
+            parts.append(f"## {title}")
+            parts += [f"{text(file)}\n\n{_source(file, link)}" for file in found]
+    return "\n\n".join(parts) + "\n"
+
+
+def _source(file: File, link: str) -> str:
+    """The file's pictures, and where the figures are from."""
+    shown = [f"![{_alt(file, rows)}]({link}{name})" for name, rows in file.pictures().items()]
+    return "\n\n".join([*shown, f"From [{file.path.name}]({link}{file.path.name})."])
+
+
+def _alt(file: File, rows: list[Row]) -> str:
+    texts = {
+        "head": "Time, memory, and error against work of each head",
+        "training": "Speed, tokens, memory and losses of each trainer",
+        "scaling": "Time and memory as sizes grow",
+        "active": "Work against gradient error",
+    }
+    case = f", case {rows[0]['case']}" if file.kind == "head" else ""
+    return texts[file.kind] + case
+
+
+def _missing(files: list[File]) -> str:
+    """What no GPU has measured, said plainly."""
+    there = {file.kind for file in files if file.device == "cuda"}
+    absent = [text for kind, text in NEEDS_GPU.items() if kind not in there]
+    if not absent:
+        return "CPU and GPU figures stand side by side below, each with its machine."
+    none = "**No figure on this page comes from a GPU.** " if not there else ""
+    return (
+        f"{none}Not measured on a GPU yet: {'; '.join(absent)}. `bash bench/gpu.sh` makes these "
+        "files, and this page shows them as soon as they are in the folder of results."
+    )
+
+
+def _head(file: File) -> str:
+    return (
+        table.table(file.rows)
+        + "\n\n*products*: the time over that of one bare product of hidden states and weight, "
+        "which no head can do without; *passes*: the operations of all its products over that "
+        "one's; *active*: what routing left for backward. Errors are relative to fp64."
+    )
+
+
+def _training(file: File) -> str:
+    gaps = {}
+    for row in file.rows:
+        if row.get("largest_loss_gap") is not None:
+            prompts = "long" if row["long_prompts"] else "short"
+            gaps[f"{row['objective']}, {prompts} prompts"] = row["largest_loss_gap"]
+    said = "; ".join(f"{case}: {gap:.0e}" for case, gap in gaps.items())
+    text = f"\n\nLargest relative difference between the trainers' losses of a step: {said}."
+    return training_table.table(file.rows) + (text if gaps else "")
+
+
+def _scaling(file: File) -> str:
+    return f"{page_tables.machine(file.rows[0])}\n\n{page_tables.scaling(file.rows)}"
+
+
+def _planning(file: File) -> str:
+    row = {"device": "cpu", **file.rows[0]}
+    return f"{page_tables.machine(row)}\n\n{page_tables.planning(file.rows)}"
+
+
+def _active(file: File) -> str:
+    commit = (file.content.get("commit") or file.rows[0].get("commit") or "no commit")[:9]
+    return (
+        f"At the default `tail_eps`, 2^{math.log2(TAIL_EPS):.0f}; {commit}. *pairs* are single "
+        "(token, block) pairs, *cells* sorted tiles of 128 tokens; *x* says by how much a model's "
+        "logits were sharpened. `python -m bench.head.active --model DIR --pairs FILE` does this "
+        "for "
+        "your own model."
+        f"\n\n{page_tables.active(file.rows)}"
+    )
+
+
+def _tune(file: File) -> str:
+    name = file.content.get("device_name")
+    entries = file.content.get("entries") or {}
+    if name is None:
+        return "Candidates that compile, without a GPU."
+    found = "\n\n".join(f"{dtype}:\n```\n{entry}\n```" for dtype, entry in entries.items() if entry)
+    return (
+        f"Fastest on {name}, {(file.content.get('commit') or 'no commit')[:9]}.\n\n{found}".strip()
+    )
+
+
+def _resources(file: File) -> str:
+    return (
+        f"Every Triton kernel compiled without a GPU, triton {file.content['triton']} "
+        f"(`python -m bench.compile.resources`).\n\n{page_tables.resources(file.content)}"
+    )
+
+
+def head_table(files: Iterable[File]) -> str:
+    """README's table of heads: the standard case on each device that was measured."""
+    names = ("head_cpu", "head_cuda", "head")
+    rows = [row for f in files if f.kind == "head" and f.path.stem in names for row in f.rows]
+    return table.table([row for row in rows if row["case"] in ("cpu", "llama3-8b")])
+
+
+def training_rows(files: Iterable[File]) -> str:
+    """README's table of trainers: SimPO's steps."""
+    rows = [row for file in files if file.kind == "training" for row in file.rows]
+    return training_table.table([row for row in rows if row["objective"] == "simpo"])
+
+
+def active_table(files: Iterable[File]) -> str:
+    """The table of how-the-head-works.md."""
+    return page_tables.active([row for f in files if f.kind == "active" for row in f.rows])

@@ -1,0 +1,1 @@
+"""How head and steps scale: `python -m bench.scaling`. Start in `curves`."""

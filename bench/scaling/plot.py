@@ -1,0 +1,140 @@
+"""Pictures of the scaling curves."""
+
+from pathlib import Path
+from typing import Any
+
+from bench.lib.colours import colour, label, new_figure, save
+from bench.lib.record import Row
+from bench.scaling.curves import SIZES, crossover
+
+
+def draw_sizes(rows: list[Row], path: Path) -> None:
+    """Time and memory of each head against N, V and H, two lines of three panels."""
+    timed = [row for row in rows if row["curve"] in SIZES and "total_ms" in row]
+    figure, axes = new_figure(2, len(SIZES), 5.2, sharey="row")
+    for column, curve in enumerate(SIZES):
+        found = [row for row in timed if row["curve"] == curve]
+        for name in dict.fromkeys(row["provider"] for row in found):
+            mine = [row for row in found if row["provider"] == name]
+            at = [row[curve] for row in mine]
+            style: dict[str, Any] = {"color": colour(name), "label": label(name), "markersize": 4}
+            axes[0][column].plot(at, [r["total_ms"]["median"] for r in mine], "o-", **style)
+            peaks = [r.get("peak_extra_mib", {}).get("allocator") for r in mine]
+            axes[1][column].plot(at, peaks, "o-", **style)
+        ticks = sorted({row[curve] for row in found})
+        for panel in (axes[0][column], axes[1][column]):
+            _log_log(panel, ticks)
+            panel.set_xlabel(SIZES[curve])
+        fixed = ", ".join(
+            f"{SIZES[other][-1]} {found[0][other]:,}" for other in SIZES if other != curve and found
+        )
+        axes[0][column].set_title(f"{SIZES[curve]} varied ({fixed})", loc="left")
+    axes[0][0].set_ylabel("forward + backward, ms")
+    axes[1][0].set_ylabel("peak memory, MiB")
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(handles[1]))
+    save(figure, path)
+
+
+def draw_rest(rows: list[Row], path: Path) -> None:
+    """The head against the active fraction, whole steps against length, pairs/s against ranks;
+    curves that were not measured are left out."""
+    curves = {row["curve"] for row in rows if "reason" not in row}
+    wanted = [("active", _active), ("sequence", _steps), ("sequence", _memory), ("ranks", _ranks)]
+    panels = [draw for curve, draw in wanted if curve in curves]
+    figure, axes = new_figure((len(panels) + 1) // 2, 2, 3.1 * ((len(panels) + 1) // 2))
+    flat = list(axes.flat)
+    for panel, draw in zip(flat, panels, strict=False):
+        draw(panel, rows)
+    for unused in flat[len(panels) :]:
+        unused.remove()
+    save(figure, path)
+
+
+def _active(panel: Any, rows: list[Row]) -> None:
+    """Time of tail "mean" against what routing leaves, "exact" beside it, and where they meet."""
+    found = [row for row in rows if row["curve"] == "active" and "total_ms" in row]
+    for kind in ("mean", "exact"):
+        mine = sorted(
+            (row for row in found if row["provider"].endswith(kind)),
+            key=lambda row: row["active_fraction"],
+        )
+        if not mine:
+            continue
+        name = mine[0]["provider"]
+        times = [row["total_ms"]["median"] for row in mine]
+        if kind == "mean":
+            at = [row["active_fraction"] for row in mine]
+            panel.plot(at, times, "o-", color=colour(name), label="tail mean", markersize=4)
+            continue
+        median = sorted(times)[len(times) // 2]
+        panel.axhspan(min(times), max(times), color=colour(name), alpha=0.25)
+        panel.axhline(median, color=colour(name), label="tail exact (band: all cases)")
+    product = found[0]["product_ms"]["median"]
+    panel.axhline(product, color="black", linewidth=1, linestyle="--", label="one product")
+    if (at := crossover(found)) is not None:
+        panel.axvline(at, color="crimson", linewidth=1, linestyle=":")
+        panel.text(at, 0.04, f" meet at {at:.2f}", transform=panel.get_xaxis_transform(),
+                   color="crimson", fontsize=8, ha="right" if at > 0.6 else "left")  # fmt: skip
+    panel.set(xlim=(0, 1.02), ylim=(0, None), xlabel="active fraction of (token, block) pairs")
+    panel.set_ylabel("forward + backward, ms")
+    panel.set_title("Head: from sparse to dense", loc="left")
+    panel.grid(alpha=0.3)
+    panel.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+
+
+def _steps(panel: Any, rows: list[Row]) -> None:
+    _against_length(panel, rows, lambda row: row["total_ms"]["median"] / 1000)
+    panel.set_ylabel("forward + backward, s")
+    panel.set_title(f"Decoder and head against length ({_case(rows)})", loc="left")
+
+
+def _memory(panel: Any, rows: list[Row]) -> None:
+    _against_length(panel, rows, lambda row: row["peak_extra_mib"]["allocator"])
+    panel.set_ylabel("peak memory beyond gradients, MiB")
+    panel.set_title(f"Memory against length ({_case(rows)})", loc="left")
+
+
+def _case(rows: list[Row]) -> str:
+    row = next(row for row in rows if row["curve"] == "sequence")
+    return f"{row['case']}, {row['pairs']} pairs"
+
+
+def _against_length(panel: Any, rows: list[Row], value: Any) -> None:
+    found = [row for row in rows if row["curve"] == "sequence" and "total_ms" in row]
+    for name in dict.fromkeys(row["provider"] for row in found):
+        mine = [row for row in found if row["provider"] == name]
+        text = "full logits, padded" if name == "full-logits" else label(name)
+        at = [row["length"] for row in mine]
+        panel.plot(
+            at, [value(row) for row in mine], "o-", color=colour(name), label=text, markersize=4
+        )
+    panel.set(ylim=(0, None), xlabel="tokens of a chosen sequence, prompt included")
+    panel.grid(alpha=0.3)
+    panel.legend(loc="upper left")
+
+
+def _ranks(panel: Any, rows: list[Row]) -> None:
+    found = [row for row in rows if row["curve"] == "ranks" and "pairs_per_s" in row]
+    for index, case in enumerate(dict.fromkeys(row["case"] for row in found)):
+        for kind, style in (("plan", "o--"), ("measured", "D")):
+            mine = [r for r in found if r["case"] == case and r["provider"] == kind]
+            if not mine:
+                continue
+            rates = [row["pairs_per_s"] for row in mine]
+            text = f"{case}: " + ("plan's model" if kind == "plan" else "measured, this CPU")
+            tint = "crimson" if kind == "measured" else ("#084594", "#636363")[index % 2]
+            panel.plot(
+                [row["ranks"] for row in mine], rates, style, color=tint, label=text, markersize=5
+            )
+    _log_log(panel, sorted({row["ranks"] for row in found}))
+    panel.set(xlabel="ranks", ylabel="pairs per second")
+    panel.set_title("Pairs/s against ranks", loc="left")
+    panel.legend(loc="upper left")
+
+
+def _log_log(panel: Any, ticks: list[int]) -> None:
+    panel.set(xscale="log", yscale="log")
+    panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)

@@ -1,0 +1,108 @@
+"""Carry out the studies: `python -m bench.studies [tail] [length] [flips]`.
+
+Each run is a process, whose record is a line in the study's file when it ends: what is there is not
+done again, so a study that was stopped goes on with the run it was at. Tables and pictures are made
+of what there is, at the end or by `--report`. All studies take about two hours on two idle cores.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench.lib.record import RESULTS, ROOT, Commit, find_commit, refused
+from bench.studies.preparing import MAX_LENGTH, prepare_model, prepare_pairs
+from bench.studies.questions import STUDIES, Run
+from bench.studies.records import append, is_done, read
+from bench.studies.report import write_report
+
+WORK = ROOT / "outputs" / "studies"
+DATA = ROOT.parent / "shared" / "data"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
+    parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)} (default: all)")
+    parser.add_argument("--model", type=Path, default=DATA / "small_lm", help="a model's folder")
+    parser.add_argument("--train", type=Path, default=DATA / "judged_pairs_train.jsonl.gz")
+    parser.add_argument("--test", type=Path, default=DATA / "judged_pairs_test.jsonl.gz")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    parser.add_argument("--steps", type=int, help="of every run, to try it out")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "studies")
+    parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
+    parser.add_argument("--report", action="store_true", help="only tables and pictures")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.studies) - set(STUDIES):
+        parser.error(f"unknown studies: {', '.join(sorted(unknown))}; known: {', '.join(STUDIES)}")
+    for path in (options.model, options.train, options.test):
+        if not path.exists() and not options.report:
+            parser.error(f"{path} is not there; name others with --model, --train and --test")
+    return options
+
+
+def planned(options: argparse.Namespace) -> Iterator[Run]:
+    """All runs, seed by seed, so that a study cut short has whole seeds."""
+    for study in options.studies or STUDIES:
+        for seed in range(options.seeds):
+            for run in STUDIES[study](seed):
+                yield dataclasses.replace(run, steps=options.steps) if options.steps else run
+
+
+def carry_out(run: Run, options: argparse.Namespace, shared: dict[str, Any]) -> str | None:
+    """Run in a process, and keep its record; what went wrong, if anything did."""
+    spec = WORK / f"{run.study}-{run.name}.json".replace(" ", "-")
+    model = prepare_model(options.model, run.sharpen, WORK)
+    content = shared | {"run": dataclasses.asdict(run), "model_dir": str(model)}
+    spec.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "bench.studies.worker", str(spec)]
+    begin = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    minutes = (time.monotonic() - begin) / 60
+    if done.returncode:
+        print(f"{run.study}: {run.name}: failed", flush=True)
+        return done.stderr
+    append(options.out, json.loads(done.stdout.splitlines()[-1]))
+    print(f"{run.study}: {run.name}: {minutes:.1f} min", flush=True)
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    options.out = options.out.resolve()
+    if not options.report:
+        commit: Commit = find_commit()
+        if refused(options.out, commit, options.allow_dirty):
+            return 2
+        runs = list(planned(options))
+        there = {study: read(options.out, study) for study in STUDIES}
+        left = [run for run in runs if not is_done(run, there[run.study])]
+        print(f"{len(runs) - len(left)} of {len(runs)} runs are in {options.out} already")
+        if left and (problems := carry_out_all(left, options, commit)):
+            print(problems[0], file=sys.stderr)
+            return 1
+    for path in write_report(options.out):
+        print(f"Written: {path}")
+    return 0
+
+
+def carry_out_all(runs: list[Run], options: argparse.Namespace, commit: Commit) -> list[str]:
+    """Several at a time; the messages of those that failed."""
+    sources = {"train": options.train, "test": options.test}
+    shared: dict[str, Any] = {
+        key: str(prepare_pairs(path, options.model, MAX_LENGTH[key], WORK / f"{key}.jsonl"))
+        for key, path in sources.items()
+    }
+    shared |= {"threads": options.threads, "commit": dataclasses.asdict(commit)}
+    for factor in {run.sharpen for run in runs}:  # here, not by two runs at once
+        prepare_model(options.model, factor, WORK)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = pool.map(lambda run: carry_out(run, options, shared), runs)
+    return [problem for problem in found if problem]

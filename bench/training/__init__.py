@@ -1,0 +1,1 @@
+"""Whole training steps against other trainers: `python -m bench.training`. Start in `command`."""

@@ -1,0 +1,298 @@
+"""Benchmark whole training steps: each packing against TRL, on the same pairs, batch and attention.
+
+`python -m bench.training` from the repository root. Every contender is a trainer in a process of
+its own (`bench.training.worker`); they take optimizer steps in turns, so that a noisy machine is
+noisy for all (on a GPU, whose memory they need alone, one runs after the other), and the first
+steps do not count. All see the same token ids in the same batches, so the loss curves of contenders
+with the same objective must lie on each other: they are stored and compared. A row has pairs/s
+(real time, batch fetching included), peak memory of the process (resident on a CPU, allocated on a
+GPU) and the loss of each step.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.lib.record import (
+    ROOT,
+    Commit,
+    Row,
+    add_output_options,
+    destination,
+    environment,
+    keep_others,
+    writer,
+)
+from bench.lib.subject import fill_in
+from bench.lib.timing import spread
+from bench.training.contenders import CONTENDERS, SHAPES, SKIPPED
+from bench.training.data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
+from bench.training.table import CASE, table
+
+
+class Worker:
+    """A contender's process, with some environment variables of its own."""
+
+    def __init__(self, name: str, spec: dict[str, Any], folder: Path, **variables: str) -> None:
+        self.name = name
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(spec))
+        self.log = folder / f"{name}.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.training.worker", str(path)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env={**os.environ, **variables},
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """The next line of JSON; RuntimeError with the process's last words if there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            last = self.log.read_text().strip().splitlines()[-1:] or ["no output"]
+            raise RuntimeError(f"exit status {self.process.wait()}: {last[0]}"[:300])
+        return json.loads(line)
+
+    def step(self) -> float:
+        """Milliseconds of one optimizer step."""
+        self.begin_step()
+        return self.answer()["ms"]
+
+    def begin_step(self) -> None:
+        self.tell("step")
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all for it")
+    parser.add_argument("--objective", choices=("simpo", "lmpo", "dpo"), default="simpo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--model", type=Path, help="a saved model (default: `bench/lib/subject.py`)"
+    )
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    parser.add_argument("--pairs", type=Path, help="JSONL of pairs (default: the model's)")
+    parser.add_argument("--lengths", type=Path, help="JSON of lengths, in place of --pairs")
+    parser.add_argument("--write-lengths", type=Path, help="write the pairs' lengths, and stop")
+    parser.add_argument(
+        "--long-prompts", action="store_true", help="an exchange before each prompt"
+    )
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=4, help="pairs per step (default 4)")
+    parser.add_argument("--steps", type=int, default=12, help="steps that count (default 12)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those (default 3)")
+    parser.add_argument(
+        "--budget-s", type=float, default=math.inf, help="no turn begins after it once two count"
+    )
+    parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--optimizer", default="adamw_torch")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--head-tail", choices=("mean", "exact", "drop"), default="mean")
+    parser.add_argument("--append", action="store_true", help="keep --out's rows of other cases")
+    add_output_options(parser, "training_<device>.json")
+    return parser.parse_args(arguments)
+
+
+def find_rows(options: argparse.Namespace) -> Rows:
+    count = options.batch * (options.steps + options.warmup)
+    if options.lengths:
+        vocabulary = SHAPES[options.shape]["vocab_size"] if options.shape else 256
+        lengths = json.loads(options.lengths.read_text())
+        return rows_of_lengths(lengths[:count], vocabulary)
+    source = PairSource(
+        options.pairs, options.model, count, options.max_length, options.long_prompts
+    )
+    return token_rows(source)
+
+
+def batch_order(rows: Rows, batch: int) -> list[int]:
+    """Pairs in the order of our trainer's batches, for trainers that go through rows in order."""
+    from widemargin.trainer.batching.planner import Planner
+    from widemargin.trainer.batching.sampler import PairBatches
+    from widemargin.trainer.data.lengths import PairLengths
+
+    lengths = PairLengths(*np.array(lengths_of(rows)).T)
+    batches = PairBatches(Planner(lengths, pairs_per_step=batch, micro_batches=1, seed=0))
+    return [i for together in batches for i in together]
+
+
+def specification(
+    name: str, options: argparse.Namespace, folder: Path, order: list[int] | None = None
+) -> dict[str, Any]:
+    """What a worker is told; ``order`` is that of the pairs for trainers that draw none."""
+    contender = CONTENDERS[name]
+    settings = {}
+    if contender["trainer"] == "ours":
+        settings = {"packing": contender["packing"], "head_tail": options.head_tail}
+    return {
+        "trainer": contender["trainer"],
+        "settings": settings,
+        "objective": options.objective,
+        "beta": 0.1 if options.objective == "dpo" else 2.5,
+        "gamma_beta_ratio": 0.5,
+        "model": None if options.shape else str(options.model.resolve()),
+        "shape": SHAPES[options.shape] if options.shape else None,
+        "rows": str(folder / "rows.json"),
+        "order": order,
+        "output_dir": str(folder / f"run-{name}"),
+        "pairs": options.batch,
+        "steps": options.steps + options.warmup,
+        "max_length": options.max_length,
+        **{
+            key: getattr(options, key)
+            for key in ("device", "dtype", "attention", "optimizer", "checkpointing")
+        },
+        "learning_rate": options.learning_rate,
+    }
+
+
+def run_contenders(
+    names: list[str], options: argparse.Namespace, folder: Path, order: list[int]
+) -> dict[str, Row]:
+    """Facts by name. Together and in turns on a CPU; one after the other on a GPU."""
+    groups = [[name] for name in names] if options.device == "cuda" else [names]
+    found: dict[str, Row] = {}
+    for group in groups:
+        workers: list[Worker] = []
+        try:
+            for name in group:
+                spec = specification(name, options, folder, order)
+                workers.append(Worker(name, spec, folder))
+            # They start at the same time: a start is mostly imports, on one core each.
+            found |= {worker.name: _ready(worker) for worker in workers}
+            _take_steps([w for w in workers if "reason" not in found[w.name]], found, options)
+        finally:
+            for worker in workers:
+                worker.stop()
+    return found
+
+
+def _ready(worker: Worker) -> Row:
+    try:
+        return {"start_mib": round(worker.answer()["peak_mib"], 1)}
+    except RuntimeError as error:
+        return {"reason": str(error)}
+
+
+def _take_steps(workers: list[Worker], found: dict[str, Row], options: argparse.Namespace) -> None:
+    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    begin = time.monotonic()
+    for turn in range(options.warmup + options.steps):
+        if turn >= options.warmup + 2 and time.monotonic() - begin > options.budget_s:
+            for worker in workers:
+                if "reason" not in found[worker.name]:
+                    worker.tell("stop")
+            break
+        shift = turn % max(1, len(workers))
+        for worker in workers[shift:] + workers[:shift]:
+            if "reason" in found[worker.name]:
+                continue
+            try:
+                elapsed = worker.step()
+            except RuntimeError as error:
+                found[worker.name]["reason"] = str(error)
+                continue
+            if turn >= options.warmup:
+                times[worker.name].append(elapsed)
+    for worker in workers:
+        if "reason" in found[worker.name]:
+            continue
+        last = worker.answer()
+        seconds = sum(times[worker.name]) / 1000
+        found[worker.name] |= {
+            "steps": len(times[worker.name]),
+            "step_ms": spread(times[worker.name]),
+            "pairs_per_s": round(options.batch * len(times[worker.name]) / seconds, 4),
+            "tokens_per_step": round(last["tokens"] / len(last["losses"]), 1),
+            "peak_mib": round(last["peak_mib"], 1),
+            "losses": [round(loss, 6) for loss in last["losses"]],
+        }
+
+
+def shared_facts(options: argparse.Namespace, rows: Rows, commit: Commit) -> Row:
+    lengths = lengths_of(rows)
+    means = [round(sum(side) / len(rows), 1) for side in zip(*lengths, strict=True)]
+    return {
+        "op": "training",
+        "case": options.shape or options.model.name,
+        "long_prompts": options.long_prompts,
+        "objective": options.objective,
+        "pairs_per_step": options.batch,
+        "steps": options.steps,
+        "max_length": options.max_length,
+        "mean_lengths": dict(zip(("prompt", "chosen", "rejected"), means, strict=True)),
+        "attention": options.attention,
+        "dtype": options.dtype,
+        "checkpointing": options.checkpointing,
+        "head_tail": options.head_tail,
+        "optimizer": options.optimizer,
+        **environment(options.device, commit),
+    }
+
+
+def loss_gap(rows: list[Row]) -> float | None:
+    """Largest relative difference of a step's loss between contenders that ran."""
+    curves = [row["losses"] for row in rows if "losses" in row]
+    if len(curves) < 2:
+        return None
+    return max(
+        abs(a - b) / max(abs(b), 1e-9)
+        for curve in curves[1:]
+        for a, b in zip(curve, curves[0], strict=True)
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if not (options.shape and options.lengths):  # which take neither a model nor pairs
+            fill_in(options, folder)
+        return benchmark(options, folder)
+
+
+def benchmark(options: argparse.Namespace, folder: Path) -> int:
+    if options.write_lengths:
+        options.write_lengths.write_text(json.dumps(lengths_of(find_rows(options))))
+        return 0
+    out, commit = destination(options, f"training_{options.device}.json")
+    rows = find_rows(options)
+    names = options.contenders or [n for n in CONTENDERS if n not in SKIPPED[options.objective]]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    found = run_contenders(names, options, folder, batch_order(rows, options.batch))
+    facts = shared_facts(options, rows, commit)
+    new = [{**facts, "provider": name, **found[name]} for name in names]
+    gap = loss_gap(new)
+    for row in new:
+        row["largest_loss_gap"] = gap
+    same = (*CASE, "head_tail", "provider")  # a new row takes the place of one with all these
+    kept = keep_others(out, new, same) if options.append else []
+    writer(out)(kept + new)
+    print(table(new))
+    if gap is not None:
+        print(f"\nLargest relative difference between the losses of a step: {gap:.1e}")
+    return 1 if any("reason" in row for row in new if row["provider"].startswith("wide")) else 0

@@ -1,0 +1,60 @@
+"""A picture of whole training steps: speed, tokens and memory per trainer, and their losses."""
+
+from pathlib import Path
+from typing import Any
+
+from bench.lib.colours import colour, label, new_figure, save
+from bench.lib.record import Row
+
+PANELS = (
+    ("pairs_per_s", "pairs per second", 1.0),
+    ("tokens_per_step", "decoder tokens a step", 1.0),
+    ("peak_mib", "peak memory, GiB", 1 / 1024),
+)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """One line of panels per case; trainers that could not run are left out."""
+    cases = _cases([row for row in rows if "pairs_per_s" in row])
+    figure, axes = new_figure(len(cases), 4, 2.3 * len(cases))
+    for line, (title, found) in zip(axes, cases.items(), strict=True):
+        for index, (panel, (key, text, scale)) in enumerate(zip(line, PANELS, strict=False)):
+            _bars(panel, found, key, text, scale)
+            if index:
+                panel.set_yticklabels([])
+        _losses(line[3], found)
+        line[0].set_title(title, loc="left")
+    save(figure, path)
+
+
+def _cases(rows: list[Row]) -> dict[str, list[Row]]:
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        prompts = "long prompts" if row["long_prompts"] else "short prompts"
+        title = f"{row['case']}, {row['objective']}, {row['attention']}, {prompts}"
+        cases.setdefault(title, []).append(row)
+    return cases
+
+
+def _bars(panel: Any, rows: list[Row], key: str, text: str, scale: float) -> None:
+    names = [label(row["provider"]) for row in rows]
+    values = [row[key] * scale for row in rows]
+    bars = panel.barh(names, values, color=[colour(row["provider"]) for row in rows])
+    panel.bar_label(bars, fmt="%.2f" if max(values) < 100 else "%.0f", padding=3, fontsize=8)
+    panel.margins(x=0.25)
+    panel.invert_yaxis()
+    panel.set_xlabel(text)
+
+
+def _losses(panel: Any, rows: list[Row]) -> None:
+    """Curves that lie on each other are the same work; thinner ones are drawn over wider ones."""
+    for i, row in enumerate(rows):
+        panel.plot(
+            range(1, len(row["losses"]) + 1),
+            row["losses"],
+            color=colour(row["provider"]),
+            linewidth=2 * (len(rows) - i),
+            alpha=0.8,
+        )
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss (all trainers)")

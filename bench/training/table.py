@@ -1,0 +1,41 @@
+"""Whole training steps as a table."""
+
+from bench.lib.record import Row
+from bench.lib.table import markdown
+
+CASE = ("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device")
+"""What rows of one table have in common, beside the commit."""
+COLUMNS = ("trainer", "pairs/s", "step ms (min–max)", "× TRL", "tokens a step", "peak memory MiB")
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a heading per case, a line per contender."""
+    groups: dict[str, list[list[str]]] = {}
+    for row in rows:
+        lengths = "/".join(str(round(n)) for n in row["mean_lengths"].values())
+        heading = (
+            f"{row['case']}, {row['objective']}, {row['pairs_per_step']} pairs a step, "
+            f"prompt/chosen/rejected {lengths} tokens, {row['attention']}, {row['dtype']}; "
+            f"{row['device_name']}; torch {row['versions']['torch']}; "
+            f"{(row['commit'] or 'no commit')[:9]}"
+        )
+        base = next((r for r in rows if r["provider"].startswith("trl") and _same_case(r, row)), {})
+        groups.setdefault(heading, []).append([row["provider"], *_cells(row, base)])
+    return "\n\n".join(f"{title}\n\n{markdown(COLUMNS, lines)}" for title, lines in groups.items())
+
+
+def _cells(row: Row, base: Row) -> list[str]:
+    if "reason" in row:
+        return ["–", row["reason"].replace("|", "/"), "–", "–", "–"]
+    times = row["step_ms"]
+    return [
+        f"{row['pairs_per_s']:.2f}",
+        f"{times['median']:.0f} ({times['min']:.0f}–{times['max']:.0f})",
+        f"{row['pairs_per_s'] / base['pairs_per_s']:.2f}" if "pairs_per_s" in base else "–",
+        f"{row['tokens_per_step']:.0f}",
+        f"{row['peak_mib']:.0f}",
+    ]
+
+
+def _same_case(a: Row, b: Row) -> bool:
+    return all(a[key] == b[key] for key in (*CASE, "commit"))

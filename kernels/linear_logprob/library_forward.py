@@ -1,0 +1,71 @@
+"""The forward's product by the vendor's library, a chunk of fp32 logits at a time, then statistics.
+
+The chunk is written and read once, which costs memory traffic that the fused kernels do not have;
+in exchange the product runs at the library's speed. Not used unless `tiles.py` says so.
+"""
+
+# Triton adds launch options to calls and gives constants as constexpr, which type checkers miss.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .routing import BLOCK, num_blocks
+from .tiles import Tile
+from .torch_forward import Head
+from .triton_tile import finish_logits, store_statistics, triton_dtype
+
+WORKSPACE_BYTES = 256 * 2**20
+"""Most memory for a chunk of logits."""
+
+
+@triton.jit(do_not_specialize=["first_group", "N", "B"])
+def _statistics_kernel(
+    logits_ptr, bias_ptr, targets_ptr,
+    partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+    stride_ln, first_group, N, V, B, logit_scale, softcap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PROFILE: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    """One [ROWS, COLUMNS] tile of a chunk of logits; outputs as in `store_statistics`."""
+    tile = tl.program_id(1)
+    group = first_group + tl.program_id(0)
+    offs_n = tile * ROWS + tl.arange(0, ROWS)
+    offs_v = group * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (offs_n < N)[:, None] & (offs_v < V)[None, :]
+    inside = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    logits_ptrs = logits_ptr + offs_n.to(tl.int64)[:, None] * stride_ln + inside[None, :]
+    z = tl.load(logits_ptrs, mask=mask, other=0.0)
+    z = finish_logits(z, bias_ptr, offs_v, offs_v < V, logit_scale, HAS_BIAS, ROUND)
+    store_statistics(
+        z, tile, group, targets_ptr, partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+        N, V, B, softcap, ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, PROFILE,
+    )  # fmt: skip
+
+
+def launch(
+    head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, found: Any, tile: Tile
+) -> None:
+    """``tile.depth`` vocabulary rows per chunk, fewer where they would not fit the workspace."""
+    rows, vocabulary = len(hidden), len(weight)
+    chunk = min(tile.depth, max(BLOCK, WORKSPACE_BYTES // (4 * rows) // BLOCK * BLOCK))
+    logits = found.partial_lse.new_empty(rows * min(chunk, vocabulary))
+    operand = head.operand(hidden)
+    for start in range(0, vocabulary, chunk):
+        part = head.operand(weight[start : start + chunk])
+        z = logits[: rows * len(part)].view(rows, len(part))
+        head.product(operand, part.T, z)
+        _statistics_kernel[(triton.cdiv(len(part), BLOCK), triton.cdiv(rows, tile.rows))](
+            z, weight if head.bias is None else head.bias, targets, *found,
+            z.stride(0), start // BLOCK, rows, vocabulary, num_blocks(vocabulary),
+            head.logit_scale, 1.0 if head.softcap is None else head.softcap,
+            ROWS=tile.rows, COLUMNS=BLOCK, WIDTH=BLOCK, HAS_BIAS=head.bias is not None,
+            HAS_SOFTCAP=head.softcap is not None, PROFILE=found.profile.numel() > 0,
+            ROUND=triton_dtype(head.compute_dtype), num_warps=tile.warps, num_stages=1,
+        )  # fmt: skip

@@ -1,0 +1,80 @@
+"""Tile sizes of the head's kernels by GPU architecture and width of the inputs' dtype.
+
+No autotuning at run time. Entries compile for the chip without spills and within its shared memory
+(`bench/compile/resources.py` lists them); none has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """One kernel's launch: rows x columns of the output tile, depth of a step, warps, stages.
+
+    ``together``, of the forward only: token tiles that take a vocabulary group in turn.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    together: int = 16
+
+
+class Tiles(NamedTuple):
+    """The head's kernels. ``columns`` of `forward` is a multiple of 128.
+
+    product: how the forward gets its logits, see `triton_forward.py`. With "library", ``depth`` of
+    `forward` is the vocabulary rows of a chunk.
+    """
+
+    forward: Tile
+    recompute: Tile
+    d_weight: Tile
+    d_hidden: Tile
+    product: Literal["pointers", "descriptors", "library"] = "pointers"
+
+
+HALF = {
+    80: Tiles(
+        forward=Tile(128, 256, 32, 8, 3),
+        recompute=Tile(128, 128, 64, 8, 3),
+        d_weight=Tile(128, 256, 64, 8, 3),
+        d_hidden=Tile(128, 128, 64, 8, 3),
+    ),
+    90: Tiles(
+        forward=Tile(128, 256, 64, 8, 3),
+        recompute=Tile(128, 128, 64, 8, 4),
+        d_weight=Tile(128, 256, 64, 8, 3),
+        d_hidden=Tile(128, 128, 64, 8, 3),
+    ),
+}
+"""bf16 and fp16, by compute capability; a newer chip takes the newest entry."""
+
+FULL = Tiles(
+    forward=Tile(128, 128, 32, 8, 2),
+    recompute=Tile(128, 128, 32, 8, 2),
+    d_weight=Tile(128, 128, 32, 8, 2),
+    d_hidden=Tile(128, 128, 32, 8, 2),
+)
+"""fp32 (IEEE products, no tensor cores), on every chip."""
+
+
+FORWARDS = {
+    "descriptors": Tile(128, 256, 64, 8, 4),
+    "library": Tile(128, 128, 2048, 8, 1),
+}
+"""The forward's tile for products that no entry uses yet: benchmarks compare them."""
+
+
+def tiles_for(dtype: torch.dtype, device: torch.device) -> Tiles:
+    """The table's entry for inputs of ``dtype`` on ``device``."""
+    if dtype == torch.float32:
+        return FULL
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [capability for capability in HALF if capability <= 10 * major + minor]
+    return HALF[max(known, default=min(HALF))]

@@ -1,0 +1,273 @@
+"""Backward of the torch head: only the (token, block) pairs that routing keeps are recomputed.
+
+Shapes: N tokens, H hidden, V vocabulary, B blocks of ``BLOCK`` vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .routing import BLOCK, Routed, num_blocks, route, routing_stats
+from .torch_forward import COLUMNS, ROWS, Head
+
+FULL_FRACTION = 0.75
+"""A block active for more of the tokens than this takes all of them, without gathering."""
+
+
+class Saved(NamedTuple):
+    """What forward kept. targets, logps, lse: [N]. partial_lse: [B, N]. profile: [V] or empty."""
+
+    targets: Tensor
+    logps: Tensor
+    lse: Tensor
+    partial_lse: Tensor
+    profile: Tensor
+
+
+class Wanted(NamedTuple):
+    """What backward is asked for.
+
+    grad: [N] of the log-probs, 0 where not scored. scored: [N] bool. tail_eps: 0 computes every
+    pair. hidden, weight, bias: whether they want a gradient.
+    """
+
+    grad: Tensor
+    scored: Tensor
+    tail_eps: float
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Of hidden [N, H], weight [V, H] and bias [V]; None for those not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Span(NamedTuple):
+    """Consecutive vocabulary blocks [first, last) treated together.
+
+    Either all of them are active for all tokens (``full``), or each for tokens of its own.
+    """
+
+    first: int
+    last: int
+    full: bool
+
+
+def spans(full: list[bool]) -> Iterator[Span]:
+    """Cut the blocks into runs of full and of other ones, of at most ``COLUMNS`` rows."""
+    first = 0
+    while first < len(full):
+        last = first + 1
+        while last < min(len(full), first + COLUMNS // BLOCK) and full[last] == full[first]:
+            last += 1
+        yield Span(first, last, full[first])
+        first = last
+
+
+class Piece(NamedTuple):
+    """Up to ``ROWS`` active pairs of a span: tokens [n], and the blocks they belong to.
+
+    blocks: [n], counted from the span's first. segments: (block, begin, end) of each run of pairs.
+    """
+
+    tokens: Tensor
+    blocks: Tensor
+    segments: list[tuple[int, int, int]]
+
+
+def pieces(active: Tensor) -> Iterator[Piece]:
+    """The pairs of ``active`` [b, N] in order of block, then token."""
+    ends = active.sum(1).cumsum(0).tolist()
+    blocks, tokens = active.nonzero(as_tuple=True)
+    for start in range(0, len(tokens), ROWS):
+        stop = min(start + ROWS, len(tokens))
+        bounds = enumerate(pairwise([0, *ends]))
+        cut = [(b, max(lo, start) - start, min(hi, stop) - start) for b, (lo, hi) in bounds]
+        yield Piece(tokens[start:stop], blocks[start:stop], [s for s in cut if s[1] < s[2]])
+
+
+class Backward:
+    """One backward pass: what every span reads, and the gradients it adds to."""
+
+    def __init__(self, head: Head, saved: Saved, wanted: Wanted) -> None:
+        self.head, self.saved, grad = head, saved, wanted.grad
+        self.grad = grad * head.logit_scale
+        self.hidden = head.operand(head.hidden)
+        self.own = head.own_coefficients(self.grad, saved.logps, saved.targets)
+        blocks = saved.targets // BLOCK
+        self.by_target = torch.argsort(blocks, stable=True)
+        counts = torch.bincount(blocks, minlength=num_blocks(len(head.weight)))
+        self.target_bounds = [0, *counts.cumsum(0).tolist()]
+
+        width = head.hidden.shape[1]
+        self.d_hidden = grad.new_zeros(head.hidden.shape) if wanted.hidden else None
+        self.d_weight = torch.empty_like(head.weight) if wanted.weight else None
+        self.d_bias = grad.new_zeros(len(head.weight)) if wanted.bias else None
+        self.in_place = head.weight.dtype == grad.dtype
+        aside = wanted.weight and not self.in_place
+        self.scratch = grad.new_empty(COLUMNS, width) if aside else None
+        self.gathered = self.hidden.new_empty(ROWS, width)
+        self.logits = grad.new_empty(ROWS * COLUMNS)
+        self.added = grad.new_empty(ROWS if wanted.hidden else 0, width)
+        self.pull: Tensor | None = None
+
+    def run(self, routed: Routed) -> Gradients:
+        full = routed.active.all(1).tolist()
+        if self.saved.profile.numel() and not all(full):
+            self._tail(routed.averaged * self.grad)
+        for span in spans(full):
+            self._span(span, routed.active[span.first : span.last])
+        d_hidden, d_bias, bias = self.d_hidden, self.d_bias, self.head.bias
+        return Gradients(
+            None if d_hidden is None else d_hidden.to(self.head.hidden.dtype),
+            self.d_weight,
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
+
+    def _tail(self, weighted: Tensor) -> None:
+        """The inactive pairs: all of dH and of db, and ``pull`` for the rows of dW.
+
+        Args:
+            weighted: [B, N], each inactive pair's mass times its token's gradient.
+        """
+        profile = self.saved.profile
+        if self.d_hidden is not None:
+            self.d_hidden.addmm_(weighted.T, profile_means(self.head, profile), alpha=-1)
+        if self.d_bias is not None:
+            per_row = weighted.sum(1).repeat_interleave(BLOCK)[: len(profile)]
+            self.d_bias.addcmul_(profile, per_row, value=-1)
+        if self.d_weight is not None:
+            self.pull = (weighted @ self.hidden.to(weighted.dtype)).neg_()
+
+    def _span(self, span: Span, active: Tensor) -> None:
+        """The products and targets of one span, and its rows of dW from first to last."""
+        start = span.first * BLOCK
+        weight = self.head.operand(self.head.weight[start : span.last * BLOCK])
+        d_rows = None if self.d_weight is None else self._first_rows(span, len(weight))
+        if span.full:
+            for row in range(0, len(self.hidden), ROWS):
+                self._everyone(slice(row, row + ROWS), weight, start, d_rows)
+        else:
+            for piece in pieces(active):
+                self._piece(piece, weight, start, d_rows)
+        targeted = self.by_target[self.target_bounds[span.first] : self.target_bounds[span.last]]
+        if len(targeted):
+            self._targets(targeted, weight, start, d_rows)
+        if self.d_weight is not None and d_rows is not None and not self.in_place:
+            self.d_weight[start : start + len(weight)] = d_rows
+
+    def _first_rows(self, span: Span, rows: int) -> Tensor:
+        """The span's rows of dW [v, H] as the tail leaves them: profile times ``pull``."""
+        assert self.d_weight is not None
+        start = span.first * BLOCK
+        d_rows = (self.d_weight[start:] if self.scratch is None else self.scratch)[:rows]
+        if self.pull is None or span.full:
+            return d_rows.zero_()
+        profile, pull = self.saved.profile[start : start + rows], self.pull[span.first : span.last]
+        whole = rows // BLOCK * BLOCK
+        blocked = d_rows[:whole].view(-1, BLOCK, d_rows.shape[1])
+        torch.mul(profile[:whole].view(-1, BLOCK, 1), pull[: len(blocked), None], out=blocked)
+        torch.mul(profile[whole:, None], pull[-1:], out=d_rows[whole:])
+        return d_rows
+
+    def _everyone(self, rows: slice, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
+        """Add to dH, dW, db what some tokens contribute over all of ``weight`` [v, H]."""
+        head, hidden = self.head, self.hidden[rows]
+        buffer = self.logits[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+        z = head.logits(hidden, weight, start, buffer)
+        self._logit_gradient(z, rows, start)
+        coefficients = z.to(weight.dtype)
+        if self.d_hidden is not None:
+            head.add_product(self.d_hidden[rows], coefficients, weight)
+        if d_rows is not None:
+            head.add_product(d_rows, coefficients.T, hidden)
+        if self.d_bias is not None:
+            self.d_bias[start : start + len(weight)] += z.sum(0)
+
+    def _piece(self, piece: Piece, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
+        """Add to dH, dW, db what some pairs contribute, each token gathered per block."""
+        head, (tokens, blocks, segments) = self.head, piece
+        hidden = torch.index_select(self.hidden, 0, tokens, out=self.gathered[: len(tokens)])
+        z = self.logits[: len(tokens) * BLOCK].view(len(tokens), BLOCK)
+        cut = [(slice(BLOCK * b, BLOCK * b + BLOCK), slice(lo, hi)) for b, lo, hi in segments]
+        for columns, rows in cut:
+            part = weight[columns]
+            head.logits(hidden[rows], part, start + columns.start, z[rows, : len(part)])
+        self._logit_gradient(z, tokens, start + BLOCK * blocks)
+        coefficients = z.to(weight.dtype)
+        for columns, rows in cut:
+            part = weight[columns]
+            mine = coefficients[rows, : len(part)]
+            if self.d_hidden is not None:
+                head.product(mine, part, self.added[rows])
+            if d_rows is not None:
+                head.add_product(d_rows[columns], mine.T, hidden[rows])
+            if self.d_bias is not None:
+                first = start + columns.start
+                self.d_bias[first : first + len(part)] += z[rows, : len(part)].sum(0)
+        if self.d_hidden is not None:
+            self.d_hidden.index_add_(0, tokens, self.added[: len(tokens)])
+
+    def _logit_gradient(self, z: Tensor, rows: slice | Tensor, start: int | Tensor) -> None:
+        """Turn logits ``z`` [n, v] into -g p times the softcap's slope; 0 at the targets.
+
+        The targets' own element is g (1 - p), which `_targets` adds from 1 - p as such: no
+        cancellation where p is close to 1.
+
+        Args:
+            start: the vocabulary row of the first column, of all or [n] of each.
+        """
+        slope = None if self.head.softcap is None else self.head.softcap_slope(z)
+        z.sub_(self.saved.lse[rows, None]).exp_().mul_(-self.grad[rows, None])
+        if slope is not None:
+            z *= slope
+        column = (self.saved.targets[rows] - start)[:, None]
+        outside = (column < 0) | (column >= z.shape[1])
+        column.clamp_(0, z.shape[1] - 1)
+        z.scatter_(1, column, z.gather(1, column) * outside)
+
+    def _targets(self, rows: Tensor, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
+        """Add the targets' own elements for tokens ``rows`` [n], whose targets lie here."""
+        local = self.saved.targets[rows] - start
+        own = self.own[rows, None]
+        if self.d_hidden is not None:
+            self.d_hidden.index_add_(0, rows, own * weight[local])
+        if d_rows is not None:
+            d_rows.index_add_(0, local, own * self.hidden[rows])
+        if self.d_bias is not None:
+            self.d_bias.index_add_(0, local + start, own[:, 0])
+
+
+def backward(head: Head, saved: Saved, wanted: Wanted) -> tuple[Gradients, Tensor]:
+    """The gradients, and the routing's statistics [4]."""
+    pairs = (saved.partial_lse, saved.lse, saved.logps, saved.targets)
+    routed = route(*pairs, wanted.grad, wanted.scored, wanted.tail_eps, FULL_FRACTION)
+    stats = routing_stats(routed, wanted.scored)
+    return Backward(head, saved, wanted).run(routed), stats
+
+
+def profile_means(head: Head, profile: Tensor) -> Tensor:
+    """Each block's average weight row under its profile, [B, H]: one reading of the weight."""
+    vocabulary, width = head.weight.shape
+    means = profile.new_empty(num_blocks(vocabulary), width)
+    for start in range(0, vocabulary, COLUMNS):
+        weight = head.operand(head.weight[start : start + COLUMNS]).to(profile.dtype)
+        inside = profile[start : start + len(weight)]
+        missing = -len(weight) % BLOCK
+        if missing:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+            inside = torch.nn.functional.pad(inside, (0, missing))
+        blocks = slice(start // BLOCK, (start + len(weight)) // BLOCK)
+        shape = (-1, BLOCK, width)
+        means[blocks] = torch.bmm(inside.view(-1, 1, BLOCK), weight.view(shape))[:, 0]
+    return means

@@ -1,0 +1,85 @@
+"""The forward's product by tensor descriptors (TMA) and a persistent grid, for sm_90 and newer.
+
+Descriptors are made on the host: those made on the device need an allocator that worker threads do
+not have. Not used unless `tiles.py` says so; on sm_80 it compiles to code that does not pipeline.
+"""
+
+# Triton adds launch options to calls and gives constants as constexpr, which type checkers miss.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .routing import BLOCK, num_blocks
+from .tiles import Tile
+from .torch_forward import Head
+from .triton_tile import finish_logits, store_statistics, tile_of, triton_dtype
+
+
+@triton.jit(do_not_specialize=["N", "B", "tiles", "groups"])
+def _forward_tma_kernel(
+    hidden_desc, weight_desc, bias_ptr, targets_ptr,
+    partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+    N, H, V, B, tiles, groups, logit_scale, softcap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PROFILE: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS] tiles, dealt in turn; outputs as in `store_statistics`."""
+    for unit in range(tl.program_id(0), tiles * groups, tl.num_programs(0)):
+        tile, group = tile_of(unit, tiles, groups, TOGETHER)
+        acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        for k in range(0, H, DEPTH):
+            a = hidden_desc.load([tile * ROWS, k])
+            b = weight_desc.load([group * COLUMNS, k])
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        offs_v = group * COLUMNS + tl.arange(0, COLUMNS)
+        z = finish_logits(acc, bias_ptr, offs_v, offs_v < V, logit_scale, HAS_BIAS, ROUND)
+        store_statistics(
+            z, tile, group, targets_ptr, partial_lse_ptr, target_logits_ptr,
+            profile_ptr, counts_ptr, N, V, B, softcap, ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, PROFILE,
+        )  # fmt: skip
+
+
+def takes(head: Head) -> bool:
+    """Whether descriptors can be made: no rounding on the way, rows of whole 16 bytes."""
+    return all(
+        x.dtype == head.compute_dtype
+        and x.stride(1) == 1
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+        for x in (head.hidden, head.weight)
+    )
+
+
+def launch(
+    head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, found: Any, tile: Tile
+) -> None:
+    (rows, width), vocabulary = hidden.shape, len(weight)
+    tiles, groups = triton.cdiv(rows, tile.rows), triton.cdiv(vocabulary, tile.columns)
+    _forward_tma_kernel[(min(tiles * groups, _units(hidden.device)),)](
+        TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+        weight if head.bias is None else head.bias, targets, *found,
+        rows, width, vocabulary, num_blocks(vocabulary), tiles, groups,
+        head.logit_scale, 1.0 if head.softcap is None else head.softcap,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
+        TOGETHER=tile.together, HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None, PROFILE=found.profile.numel() > 0,
+        ROUND=triton_dtype(head.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _units(device: torch.device) -> int:
+    """One program per multiprocessor: a tile's accumulators fill its registers."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

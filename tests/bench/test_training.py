@@ -1,0 +1,114 @@
+"""The benchmark of whole training steps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench.lib.record import read_rows
+from bench.lib.table import write_into
+from bench.training import command as training
+from bench.training import plot as training_plot
+from bench.training.table import table
+from bench.training.worker import cpo_row
+from tests.support.tiny_models import TOKENIZER, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    words = ["yes", "no", "maybe", "water", "Paris", "sure", "sorry", "not"]
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for i in range(12):
+            sides = {
+                "prompt": ("user", words[i % 8] * (1 + i % 3)),
+                "chosen": ("assistant", "yes"),
+                "rejected": ("assistant", " ".join(words[: 1 + i % 7]) + "."),
+            }
+            row = {k: [{"role": r, "content": c}] for k, (r, c) in sides.items()}
+            file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+def test_layouts_do_the_same_work(folder, capsys):
+    out = folder / "out.json"
+    status = training.main(
+        [
+            *("--contenders", "widemargin-padded", "widemargin-prefix_shared"),
+            *("--model", str(folder / "model"), "--pairs", str(folder / "pairs.jsonl")),
+            *("--steps", "2", "--warmup", "1", "--batch", "2", "--max-length", "64"),
+            *("--out", str(out), "--allow-dirty", "--long-prompts", "--head-tail", "exact"),
+        ]
+    )
+    assert status == 0, capsys.readouterr()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["provider"] for row in rows] == ["widemargin-padded", "widemargin-prefix_shared"]
+    assert rows[0]["largest_loss_gap"] < 1e-5
+    for row in rows:
+        assert len(row["losses"]) == 3
+        assert row["pairs_per_s"] > 0
+        assert row["peak_mib"] > row["start_mib"] / 2
+    assert rows[1]["tokens_per_step"] < rows[0]["tokens_per_step"]
+    page = folder / "page.md"
+    page.write_text("before\n<!-- table:training -->\n<!-- /table -->\nafter\n")
+    write_into(page, table(rows), "training")
+    training_plot.draw(rows, folder / "plot.png")
+    assert table(rows) in page.read_text()
+    assert page.read_text().endswith("<!-- /table -->\nafter\n")
+    assert (folder / "plot.png").stat().st_size > 10_000
+
+
+def test_random_weights_on_lengths_alone(tmp_path, capsys):
+    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
+    lengths.write_text(json.dumps([[3, 5, 4], [6, 2, 9]]))
+    arguments = [
+        *("--contenders", "widemargin-packed", "--shape", "tiny", "--lengths", str(lengths)),
+        *("--steps", "1", "--warmup", "0", "--batch", "2", "--out", str(out), "--allow-dirty"),
+        "--checkpointing",
+    ]
+    assert training.main(arguments) == 0, capsys.readouterr()
+    assert training.main([*arguments, "--append"]) == 0
+    assert len(read_rows(out)) == 1  # the same case again takes the old row's place
+    assert training.main([*arguments, "--append", "--objective", "lmpo"]) == 0
+    rows = read_rows(out)
+    assert [row["objective"] for row in rows] == ["simpo", "lmpo"]
+    assert [row["tokens_per_step"] for row in rows] == [3 + 5 + 3 + 4 + 6 + 2 + 6 + 9] * 2
+
+
+def test_turns_end_early_where_time_is_short(tmp_path, capsys):
+    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
+    lengths.write_text(json.dumps([[3, 5, 4]] * 20))
+    arguments = [
+        *("--contenders", "widemargin-padded", "widemargin-packed", "--shape", "tiny"),
+        *("--lengths", str(lengths), "--steps", "9", "--warmup", "1", "--batch", "2"),
+        *("--budget-s", "0", "--out", str(out), "--allow-dirty"),
+    ]
+    assert training.main(arguments) == 0, capsys.readouterr()
+    for row in read_rows(out):
+        assert row["steps"] == 2
+        assert len(row["losses"]) == 3  # with the one that does not count
+
+
+def test_a_contender_that_cannot_run_is_listed_with_the_reason(folder, capsys):
+    out = folder / "out.json"
+    status = training.main(
+        [
+            *("--contenders", "widemargin-padded", "--attention", "no_such_attention"),
+            *("--model", str(folder / "model"), "--pairs", str(folder / "pairs.jsonl")),
+            *("--steps", "1", "--warmup", "0", "--batch", "2", "--out", str(out), "--allow-dirty"),
+        ]
+    )
+    assert status == 1
+    (row,) = json.loads(out.read_text())["rows"]
+    assert "no_such_attention" in row["reason"]
+    assert "no_such_attention" in capsys.readouterr().out
+
+
+def test_the_peer_is_given_the_same_tokens():
+    row = cpo_row({"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]})
+    assert row["chosen_input_ids"] == [1, 2, 3, 4]
+    assert row["chosen_labels"] == [-100, -100, 3, 4]
+    assert row["rejected_input_ids"] == [1, 2, 5]
+    assert row["rejected_attention_mask"] == [1, 1, 1]

@@ -1,0 +1,55 @@
+"""The script that finds tile sizes: its candidates, and what it makes of times."""
+
+from __future__ import annotations
+
+import json
+
+from widemargin.kernels.linear_logprob import tiles
+from widemargin.kernels.linear_logprob.tiles import Tile, Tiles
+
+from bench.compile import tune
+from bench.compile.candidates import FIELDS, candidates
+from tests.kernels.test_triton_compile import python_without_interpreter
+
+
+def row(field: str, tile: Tile, case: str, ms: float, product: str = "pointers") -> dict:
+    shown = {"field": field, "dtype": "bf16", "tile": tile._asdict(), "product": product}
+    return {**shown, "case": case, "ms": ms}
+
+
+def test_the_tables_own_tiles_lead_and_no_candidate_comes_twice() -> None:
+    for arch, own in tiles.HALF.items():
+        found = candidates("bf16", arch)
+        assert len(set(found)) == len(found)
+        for field in FIELDS:
+            first = next(c for c in found if c.field == field)
+            assert first.tile == getattr(own, field)
+    products = {c.product for c in candidates("bf16", 90)}
+    assert products == {"pointers", "descriptors", "library"}
+    assert "descriptors" not in {c.product for c in candidates("bf16", 80)}
+
+
+def test_the_best_is_the_smallest_mean_ratio_among_the_complete() -> None:
+    one, two, three = (Tile(128, 128, 64, 8, n) for n in (2, 3, 4))
+    rows = [row(f, one, "a", 1.0) for f in FIELDS if f != "forward"]
+    rows += [row("forward", one, "a", 10.0), row("forward", one, "b", 1.0)]
+    rows += [row("forward", two, "a", 9.0, "library"), row("forward", two, "b", 1.05, "library")]
+    rows += [row("forward", three, "a", 1.0)]  # not reached in case b
+    rows += [{**row("forward", three, "b", 0.0), "reason": "no time left"}]
+    del rows[-1]["ms"]
+    found = tune.best(rows, "bf16")
+    assert found == Tiles(two, one, one, one, "library")
+    assert eval(f"Tiles({tune.source(found)[6:]}", {"Tiles": Tiles, "Tile": Tile}) == found
+    assert tune.best(rows[:2], "bf16") is None
+
+
+def test_compile_only_writes_what_fits(tmp_path) -> None:
+    out = tmp_path / "tune.json"
+    options = ["--arch", "80", "--dtype", "bf16", "--field", "recompute", "--limit", "2"]
+    python_without_interpreter(
+        "-m", "bench.compile.tune", "--compile-only", *options, "--out", str(out)
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert [r["field"] for r in rows] == ["recompute"] * 2
+    assert rows[0]["fits"] is True
+    assert {"tile", "arch", "product"} <= set(rows[0])

@@ -1,0 +1,178 @@
+"""The head: torch backend against the reference, in value and gradient, and its tails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from widemargin.kernels import reference
+from widemargin.kernels.linear_logprob.function import linear_logprob
+
+from tests.support.head_cases import VARIANTS, gradients, make, relative, split
+
+SHAPES = [
+    pytest.param(1, 16, 300, id="one token"),
+    pytest.param(7, 32, 1009, id="prime vocabulary"),
+    pytest.param(5, 16, 77, id="vocabulary below a block"),
+    pytest.param(40, 24, 128, id="exactly one block"),
+    pytest.param(1030, 8, 1153, id="more tokens and rows than a chunk"),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("n", "h", "v"), SHAPES)
+def test_exact_equals_reference_in_fp64(n, h, v, variant):
+    bias, options = split(variant)
+    *inputs, grad = make(n, h, v, bias=bias)
+    inputs[2][::3] = -100
+    logps, grads = gradients(linear_logprob, *inputs, grad, tail="exact", **options)
+    expected, expected_grads = gradients(reference.linear_logprob, *inputs, grad, **options)
+    torch.testing.assert_close(logps, expected, rtol=1e-11, atol=1e-11)
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(variant):
+    bias, options = split(variant)
+    hidden, weight, targets, offset, _ = make(3, 4, 140, bias=bias)
+    targets[1] = -100
+
+    def logps(hidden, weight, *rest):
+        return linear_logprob(
+            hidden, weight, targets, bias=rest[0] if rest else None, tail="exact", **options
+        )
+
+    leaves = (hidden, weight) if offset is None else (hidden, weight, offset)
+    assert torch.autograd.gradcheck(logps, leaves)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tail", ["mean", "drop"])
+def test_small_tail_eps_approaches_exact(tail, variant):
+    """As eps falls, the error falls with the mass that is left to the tail."""
+    bias, options = split(variant)
+    *inputs, grad = make(50, 16, 1500, bias=bias, sharp=1.5)
+    _, expected = gradients(reference.linear_logprob, *inputs, grad, **options)
+    errors = []
+    for eps in (0.5, 2**-4, 2**-16):
+        _, grads = gradients(linear_logprob, *inputs, grad, tail=tail, tail_eps=eps, **options)
+        errors.append(max(relative(g, e) for g, e in zip(grads, expected, strict=True)))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mean_tail_by_definition(variant):
+    """Every inactive pair spreads its exact mass by the block's average distribution."""
+    bias, options = split(variant)
+    hidden, weight, targets, offset, grad = make(30, 12, 700, bias=bias, sharp=1.5)
+    eps = 2**-3
+    _, grads = gradients(
+        linear_logprob, hidden, weight, targets, offset, grad, tail="mean", tail_eps=eps, **options
+    )
+    with torch.no_grad():
+        scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
+        z = reference.head_logits(hidden, weight, offset, scale, cap)
+        slope = 1 - (z / cap) ** 2 if cap else torch.ones_like(z)
+        p = z.softmax(-1)
+        d_logits = torch.zeros_like(z)
+        rows = torch.arange(30)
+        inside = torch.zeros(6, 30)
+        for b in range(6):
+            block = slice(128 * b, min(128 * b + 128, 700))
+            mass = p[:, block].sum(-1)
+            profile = (p[:, block] / mass[:, None] * slope[:, block]).mean(0)
+            rest = torch.where(targets // 128 == b, mass - p[rows, targets], mass)
+            active = rest * grad.abs() >= eps * grad.abs().mean()
+            active |= active.sum() > 0.75 * 30
+            inside[b] = active
+            own = -p[:, block] * slope[:, block]
+            held = (targets // 128 == b) & active
+            own[held, targets[held] - 128 * b] = 0
+            spread = -rest[:, None] * profile
+            d_logits[:, block] = torch.where(active[:, None], own, spread)
+        assert 0.02 < inside.mean() < 0.9
+        d_logits[rows, targets] += (1 - p[rows, targets]) * slope[rows, targets]
+        d_logits *= grad[:, None] * scale
+        expected = [d_logits @ weight, d_logits.T @ hidden, d_logits.sum(0)]
+    for got, wanted in zip(grads, expected, strict=False):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_tail_keeps_the_gradient_balanced():
+    """Over the vocabulary each token's gradient sums to zero, as the full softmax's does."""
+    hidden, weight, targets, bias, _ = make(40, 16, 1000, bias=True, sharp=2.0)
+    for tail, balanced in (("mean", True), ("drop", False)):
+        grad = torch.ones(40, dtype=torch.float64)
+        _, (_, _, d_bias) = gradients(
+            linear_logprob, hidden, weight, targets, bias, grad, tail=tail, tail_eps=2**-4
+        )
+        assert (abs(d_bias.sum().item()) < 1e-9) is balanced
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_low_precision_within_twice_torch(dtype, variant):
+    """Logps as exact as fp32 logits of the same inputs; gradients within twice torch's error."""
+    bias, options = split(variant)
+    *inputs, grad = make(60, 32, 900, dtype, bias=bias, sharp=0.7)
+    wide = [x if x is None or x.dtype == torch.int64 else x.detach().double() for x in inputs]
+    for i in (0, 1, 3):
+        if wide[i] is not None:
+            wide[i].requires_grad_()
+    expected, expected_grads = gradients(reference.linear_logprob, *wide, grad, **options)
+    logps, grads = gradients(linear_logprob, *inputs, grad, tail="exact", **options)
+    assert logps.dtype == torch.float32
+    assert (logps - expected).abs().max() < 2e-5
+    _, torch_grads = gradients(reference.linear_logprob, *inputs, grad, **options)
+    for got, wanted, peer in zip(grads, expected_grads, torch_grads, strict=True):
+        assert got.dtype == dtype
+        assert relative(got, wanted) <= 2 * relative(peer, wanted) + 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 30), v=st.integers(1, 400), shift=st.floats(-50, 50), seed=st.integers(0, 99)
+)
+def test_shifting_all_logits_changes_nothing(n, v, shift, seed):
+    hidden, weight, targets, _, grad = make(n, 6, v, seed=seed)
+    bias = torch.zeros(v, dtype=torch.float64)
+    base, base_grads = gradients(linear_logprob, hidden, weight, targets, bias, grad)
+    moved, moved_grads = gradients(linear_logprob, hidden, weight, targets, bias + shift, grad)
+    torch.testing.assert_close(moved, base, rtol=1e-9, atol=1e-9)
+    for a, b in zip(moved_grads, base_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 40), blocks=st.integers(1, 9), seed=st.integers(0, 99))
+def test_chunking_changes_nothing(rows, blocks, seed):
+    from widemargin.kernels.linear_logprob import (
+        torch_backward as torch_head_backward,
+    )
+    from widemargin.kernels.linear_logprob import (
+        torch_forward as torch_head,
+    )
+
+    *inputs, grad = make(41, 8, 1200, seed=seed, sharp=1.5)
+    whole = gradients(linear_logprob, *inputs, grad, tail_eps=2**-6)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (torch_head, torch_head_backward):
+            patch.setattr(module, "ROWS", rows)
+            patch.setattr(module, "COLUMNS", 128 * blocks)
+        cut = gradients(linear_logprob, *inputs, grad, tail_eps=2**-6)
+    torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-11)
+
+
+def test_vanished_gradients_cost_nothing():
+    hidden, weight, targets, _, _ = make(64, 8, 2000, torch.float32)
+    grad = torch.zeros(64)
+    grad[:4] = 1.0
+    logps, stats = linear_logprob(hidden, weight, targets, return_stats=True, tail_eps=2**-6)
+    assert torch.isnan(stats.active_fraction)
+    logps.backward(grad)
+    assert 0 < stats.active_fraction <= 4 / 64
+    assert 0 < stats.averaged_mass_mean <= stats.averaged_mass_max < 1 + 1e-5
+    assert stats.dense == 0

@@ -1,0 +1,217 @@
+"""The head where it is used: frozen or missing inputs, bad tokens, autocast, compile, errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from widemargin.kernels import reference
+from widemargin.kernels.linear_logprob.function import linear_logprob
+
+from tests.support.head_cases import gradients, make, relative
+
+
+@pytest.mark.parametrize("tail", ["exact", "mean", "drop"])
+def test_frozen_inputs_get_no_gradient(tail):
+    hidden, weight, targets, bias, grad = make(20, 8, 400, bias=True)
+    assert bias is not None
+    full = dict(
+        zip(
+            "hwb",
+            gradients(linear_logprob, hidden, weight, targets, bias, grad, tail=tail)[1],
+            strict=True,
+        )
+    )
+    for kept in ("h", "w", "b", "hb"):
+        leaves = {"h": hidden, "w": weight, "b": bias}
+        leaves = {k: x.detach().requires_grad_(k in kept) for k, x in leaves.items()}
+        out = linear_logprob(leaves["h"], leaves["w"], targets, bias=leaves["b"], tail=tail)
+        out.backward(grad)
+        for key, leaf in leaves.items():
+            if key in kept:
+                torch.testing.assert_close(leaf.grad, full[key])
+            else:
+                assert leaf.grad is None
+
+
+@pytest.mark.parametrize("tail", ["exact", "mean", "drop"])
+def test_no_tokens(tail):
+    hidden, weight, targets, bias, grad = make(0, 8, 300, bias=True)
+    logps, grads = gradients(linear_logprob, hidden, weight, targets, bias, grad, tail=tail)
+    assert logps.shape == (0,)
+    assert [g.shape for g in grads] == [(0, 8), (300, 8), (300,)]
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("tail", ["exact", "mean", "drop"])
+def test_all_ignored(tail):
+    hidden, weight, targets, _, grad = make(6, 8, 300)
+    targets.fill_(-100)
+    logps, grads = gradients(linear_logprob, hidden, weight, targets, None, grad, tail=tail)
+    assert (logps == 0).all()
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("tail", ["exact", "mean", "drop"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_bad_token_leaves_the_others_alone(tail, bad):
+    hidden, weight, targets, _, grad = make(20, 8, 600, torch.float32, sharp=2.0)
+    poisoned = hidden.detach().clone()
+    poisoned[3, 0] = bad
+    poisoned.requires_grad_()
+    logps, (d_hidden, _) = gradients(
+        linear_logprob, poisoned, weight, targets, None, grad, tail=tail
+    )
+    others = torch.arange(20) != 3
+    assert not torch.isfinite(logps[3])
+    assert torch.isfinite(d_hidden[others]).all()
+    clean, (clean_d_hidden, _) = gradients(
+        linear_logprob, hidden, weight, targets, None, grad, tail=tail
+    )
+    assert torch.equal(logps[others], clean[others])
+    tolerance = 1e-6 if tail != "mean" else 2e-3  # the profile averages one token fewer
+    torch.testing.assert_close(d_hidden[others], clean_d_hidden[others], rtol=0, atol=tolerance)
+
+
+def test_columns_masked_by_bias():
+    """A bias of -inf removes a token from the vocabulary, whole blocks included."""
+    hidden, weight, targets, bias, grad = make(10, 8, 500, bias=True)
+    bias = bias.detach().clone()
+    bias[128:300] = -torch.inf
+    targets = targets % 128
+    for tail in ("exact", "mean", "drop"):
+        logps, grads = gradients(linear_logprob, hidden, weight, targets, bias, grad, tail=tail)
+        expected = reference.linear_logprob(hidden, weight, targets, bias=bias)
+        torch.testing.assert_close(logps, expected.detach())
+        assert all(torch.isfinite(g).all() for g in grads)
+
+
+def test_memory_never_reads_uninitialised(monkeypatch):
+    """Fresh memory is poisoned with NaN: nothing of it may reach a result."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    for tail in ("exact", "mean", "drop"):
+        *inputs, grad = make(33, 8, 1100, torch.bfloat16, bias=True)
+        logps, grads = gradients(linear_logprob, *inputs, grad, tail=tail, softcap=4.0)
+        assert torch.isfinite(logps).all()
+        assert all(torch.isfinite(g).all() for g in grads)
+
+
+def test_stats_survive_a_second_backward():
+    hidden, weight, targets, _, grad = make(8, 8, 500)
+    logps, stats = linear_logprob(hidden, weight, targets, return_stats=True, tail="exact")
+    logps.backward(grad, retain_graph=True)
+    logps.backward(grad)
+    assert stats.active_fraction == 1
+    assert stats.dense == 1
+
+
+def test_shared_with_the_embedding():
+    """A tied weight gets the sum of both gradients."""
+    _, weight, targets, _, _ = make(9, 8, 300)
+    weight.grad = None
+    hidden = torch.nn.functional.embedding(targets, weight) * 0.5
+    linear_logprob(hidden, weight, targets, tail="exact").sum().backward()
+    got, weight.grad = weight.grad, None
+    hidden = torch.nn.functional.embedding(targets, weight) * 0.5
+    reference.linear_logprob(hidden, weight, targets).sum().backward()
+    torch.testing.assert_close(got, weight.grad)
+
+
+def test_autocast_rounds_inputs_and_keeps_the_weight():
+    hidden, weight, targets, bias, grad = make(20, 16, 500, torch.float32, bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = linear_logprob(hidden.bfloat16(), weight, targets, bias=bias, tail="exact")
+    _, d_weight = torch.autograd.grad(logps, (hidden, weight), grad.float())
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight, bias)]
+    expected, expected_grads = gradients(
+        reference.linear_logprob, rounded[0], rounded[1], targets, rounded[2], grad
+    )
+    assert (logps - expected).abs().max() < 2e-5
+    assert d_weight.dtype == torch.float32
+    assert relative(d_weight, expected_grads[1]) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
+def test_compiles_as_one_graph(mode):
+    hidden, weight, targets, _, _ = make(12, 8, 700, torch.float32)
+
+    def scored(hidden, weight):
+        return (linear_logprob(hidden * 1.5, weight, targets) ** 2).sum()
+
+    expected = torch.autograd.grad(scored(hidden, weight), (hidden, weight))
+    compiled = torch.compile(scored, fullgraph=True, backend=mode)
+    got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    torch.testing.assert_close(got, expected)
+
+
+def test_gradient_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    hidden, weight, targets, _, grad = make(12, 8, 700)
+    plain = gradients(linear_logprob, hidden, weight, targets, None, grad)[1]
+    out = checkpoint(linear_logprob, hidden, weight, targets, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(out, (hidden, weight), grad), plain)
+
+
+def test_second_derivatives_are_refused():
+    hidden, weight, targets, _, grad = make(6, 8, 300)
+    logps = linear_logprob(hidden, weight, targets)
+    (first,) = torch.autograd.grad(logps, hidden, grad, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(first.sum(), weight)
+
+
+def test_forward_mode_is_refused():
+    """It would have given derivatives of zero."""
+    hidden, weight, targets, _, _ = make(6, 8, 300)
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda h: linear_logprob(h, weight, targets), (hidden,), (hidden,))
+
+
+def test_shapes_on_the_meta_device():
+    hidden, weight, targets, _, _ = make(6, 8, 300)
+    moved = (x.detach().to("meta") for x in (hidden, weight, targets))
+    assert linear_logprob(*moved).shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden": torch.zeros(2, 3, 4)}, "hidden"),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden"),
+        ({"weight": torch.zeros(5, 3)}, "weight"),
+        ({"weight": torch.zeros(0, 4)}, "ZeRO-3"),
+        ({"weight": torch.zeros(5, 4).bfloat16()}, "autocast"),
+        ({"targets": torch.zeros(2, dtype=torch.int64)}, "targets"),
+        ({"targets": torch.zeros(3)}, "targets"),
+        ({"bias": torch.zeros(4)}, "bias"),
+        ({"softcap": 0.0}, "softcap"),
+        ({"tail": "average"}, "tail"),
+        ({"tail_eps": 0.0}, "tail_eps"),
+        ({"backend": "cuda"}, "backend"),
+        ({"hidden": [[0.0] * 4] * 3}, "hidden: expected a tensor, got list"),
+        ({"targets": np.zeros(3, np.int64)}, "targets: expected a tensor, got ndarray"),
+        ({"targets": torch.tensor([0, 1, 5])}, r"targets: expected ids in \[0, 5\).*got 5"),
+        ({"targets": torch.tensor([0, 1, -1])}, r"or -100.*got -1"),
+        ({"bias": torch.zeros(5, dtype=torch.int64)}, "bias"),
+        ({"logit_scale": None}, "logit_scale"),
+        ({"logit_scale": float("nan")}, "logit_scale"),
+        ({"logit_scale": torch.ones((), requires_grad=True)}, "logit_scale.*multiply hidden"),
+        ({"softcap": "30"}, "softcap"),
+    ],
+)
+def test_errors_name_the_argument(change, named):
+    arguments = {
+        "hidden": torch.zeros(3, 4),
+        "weight": torch.zeros(5, 4),
+        "targets": torch.zeros(3, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=named):
+        linear_logprob(**(arguments | change))

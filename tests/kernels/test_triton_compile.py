@@ -1,0 +1,142 @@
+"""Kernels compile for real chips, with no GPU here: they fit, do not spill, use the tensor cores.
+
+Compiling happens in another process, since this one may have imported triton as an interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.compile.resources import KERNELS, RESULTS, Kernel, table
+from bench.compile.triton_compile import SHARED_LIMIT_BYTES, TENSOR_CORE
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TARGETS = [
+    pytest.param(kernel, arch, id=f"{kernel.name} sm_{arch}")
+    for kernel in KERNELS
+    for arch in kernel.archs
+]
+
+
+def python_without_interpreter(*arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("resources") / "resources.json"
+    print(python_without_interpreter("-m", "bench.compile.resources", "--out", str(out)))
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("kernel", "arch"), TARGETS)
+def test_compiles_fits_and_does_not_spill(kernel: Kernel, arch: int, measured) -> None:
+    (row,) = (
+        row
+        for row in measured["rows"]
+        if row["kernel"] == kernel.name and row["arch"] == f"sm_{arch}"
+    )
+    assert "error" not in row, row["error"]
+    assert row["registers"] > 0
+    assert row["spill_bytes"] == 0
+    assert row["shared_bytes"] <= SHARED_LIMIT_BYTES[arch]
+    if kernel.needs_tensor_cores:
+        wanted = ("HGMMA", "QGMMA", "IGMMA") if arch == 90 else TENSOR_CORE
+        assert any(opcode in row["instructions"] for opcode in wanted), row["instructions"]
+
+
+def test_names_are_unique() -> None:
+    names = [(kernel.name, arch) for kernel in KERNELS for arch in kernel.archs]
+    assert len(set(names)) == len(names)
+
+
+def test_results_are_current(measured) -> None:
+    kept = json.loads(RESULTS.read_text())
+    if kept["triton"] != measured["triton"]:
+        pytest.skip(f"made with triton {kept['triton']}, here is {measured['triton']}")
+    assert kept["rows"] == measured["rows"], "run `python -m bench.compile.resources`"
+
+
+def test_table_shows_an_error_on_one_line() -> None:
+    rows = [{"kernel": "k", "arch": "sm_80", "error": "CompilationError: a | b\nmore"}]
+    assert table(rows).splitlines()[-1].endswith("| CompilationError: a / b |")
+
+
+# A product whose accumulators fit in the registers of 8 warps and not in those of 4.
+PROBE = """
+import json, sys
+import triton
+import triton.language as tl
+from bench.compile.triton_compile import aligned, compile_resources
+
+@triton.jit
+def product(a_ptr, b_ptr, c_ptr, steps, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    c = tl.zeros([M, N], tl.float32)
+    for step in range(steps):
+        a = tl.load(a_ptr + m[:, None] * 4096 + step * K + k[None, :])
+        b = tl.load(b_ptr + n[:, None] * 4096 + step * K + k[None, :])
+        c = tl.dot(a, b.T, c)
+    tl.store(c_ptr + m[:, None] * N + n[None, :], c)
+
+signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "steps": "i32"}
+attrs = aligned("a_ptr", "b_ptr", "c_ptr")
+for warps, columns in ((8, 128), (4, 256)):
+    for arch in (80, 90):
+        found = compile_resources(
+            product, signature, {"M": 128, "N": columns, "K": 64}, attrs,
+            {"num_warps": warps, "num_stages": 3}, arch,
+        )
+        print(json.dumps(found))
+for signature in ({}, signature | {"nothing": "i32"}):
+    try:
+        compile_resources(product, signature, {"M": 128, "N": 128, "K": 64})
+    except ValueError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_reading_the_binary_finds_spills_tensor_cores_and_copies(tmp_path) -> None:
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    run = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path(sys.argv[1])"
+    lines = python_without_interpreter("-c", run, str(probe)).splitlines()
+    sm_80, sm_90, spilling, _, *errors = map(json.loads, lines)
+    assert sm_80["spill_bytes"] == sm_90["spill_bytes"] == 0
+    assert sm_80["instructions"]["HMMA"] > 0
+    assert sm_90["instructions"]["HGMMA"] > 0
+    assert sm_80["instructions"]["LDGSTS"] > 0
+    assert 64 * 1024 <= sm_80["shared_bytes"] <= SHARED_LIMIT_BYTES[80]
+    assert spilling["registers"] == 255
+    assert spilling["spill_bytes"] > 0
+    assert spilling["instructions"]["STL"] > 0
+    assert "misses ['a_ptr'" in errors[0]
+    assert "does not know ['nothing']" in errors[1]
+
+
+INTERPRETED = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+from bench.compile.resources import KERNELS, measure
+print(measure(KERNELS[:1])["rows"][0]["error"])
+"""
+
+
+def test_compiling_in_the_interpreter_is_an_error_that_says_so() -> None:
+    assert "unset TRITON_INTERPRET" in python_without_interpreter("-c", INTERPRETED)

@@ -1,0 +1,299 @@
+"""The head's Triton kernels against the reference: interpreted on a CPU, native with CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from widemargin.kernels import reference
+from widemargin.kernels.linear_logprob import (
+    cells,
+    tiles,
+    triton_backward,
+    triton_forward,
+    triton_routing,
+)
+from widemargin.kernels.linear_logprob.function import linear_logprob
+
+from bench.lib.exact import exact
+from bench.lib.peaked import fp32_logits, peaked_case
+from tests.support.head_cases import VARIANTS, gradients, make, relative, split
+from tests.support.triton_inputs import DEVICE, inputs_of, saved_forward
+
+SHAPES = [
+    pytest.param(1, 16, 300, id="one token"),
+    pytest.param(7, 33, 1009, id="prime sizes"),
+    pytest.param(5, 16, 77, id="vocabulary below a block"),
+    pytest.param(129, 24, 128, id="exactly one block, one token past a tile"),
+    pytest.param(300, 40, 650, id="three tiles"),
+]
+
+
+def in_fp64(inputs):
+    wide = [x if x is None or x.dtype == torch.int64 else x.detach().double() for x in inputs]
+    return [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in wide]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("n", "h", "v"), SHAPES)
+def test_exact_within_twice_torchs_error(n, h, v, variant):
+    bias, options = split(variant)
+    *inputs, grad = inputs_of(n, h, v, bias=bias)
+    inputs[2][1::3] = -100
+    expected, expected_grads = gradients(
+        reference.linear_logprob, *in_fp64(inputs), grad, **options
+    )
+    logps, grads = gradients(
+        linear_logprob, *inputs, grad, backend="triton", tail="exact", **options
+    )
+    assert (logps - expected).abs().max() < 2e-5
+    _, torch_grads = gradients(reference.linear_logprob, *inputs, grad, **options)
+    for got, wanted, peer in zip(grads, expected_grads, torch_grads, strict=True):
+        assert relative(got, wanted) <= 2 * relative(peer, wanted) + 2e-6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tail", ["mean", "drop"])
+def test_tails_by_definition(tail, variant, monkeypatch):
+    """Cells as `choose_cells` says; every other pair's mass spread by the profile, or dropped."""
+    bias, options = split(variant)
+    *inputs, grad = inputs_of(300, 16, 1100, bias=bias, sharp=2.0)
+    eps, chosen = 2**-4, []
+    choose = triton_routing.choose
+
+    def spy(*args, **kwargs):
+        chosen.append(choose(*args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(triton_routing, "choose", spy)
+    _, grads = gradients(
+        linear_logprob, *inputs, grad, backend="triton", tail=tail, tail_eps=eps, **options
+    )
+    order, flags, *_ = chosen[0]
+    active = flags[:, order.argsort() // cells.TILE]
+    assert 0.01 < active.double().mean() < 0.99
+    hidden, weight, targets, offset = in_fp64(inputs)
+    assert targets is not None
+    with torch.no_grad():
+        scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
+        z = reference.head_logits(hidden, weight, offset, scale, cap)
+        slope = 1 - (z / cap) ** 2 if cap else torch.ones_like(z)
+        p = z.softmax(-1)
+        rows = torch.arange(300, device=DEVICE)
+        d_logits = torch.zeros_like(z)
+        for b in range(9):
+            block = slice(128 * b, min(128 * b + 128, 1100))
+            mass = p[:, block].sum(-1)
+            profile = (p[:, block] / mass[:, None] * slope[:, block]).mean(0)
+            held = targets // 128 == b
+            rest = torch.where(held, mass - p[rows, targets], mass)
+            own = -p[:, block] * slope[:, block]
+            here = held & active[b]
+            own[here, targets[here] - 128 * b] = 0
+            spread = -rest[:, None] * profile if tail == "mean" else torch.zeros_like(own)
+            d_logits[:, block] = torch.where(active[b][:, None], own, spread)
+        d_logits[rows, targets] += (1 - p[rows, targets]) * slope[rows, targets]
+        d_logits *= grad[:, None] * scale
+        expected = [d_logits @ weight, d_logits.T @ hidden, d_logits.sum(0)]
+    for got, wanted in zip(grads, expected, strict=False):
+        assert relative(got, wanted) < 2e-5
+
+
+def test_a_workspace_of_a_few_cells_changes_nothing(monkeypatch):
+    *inputs, grad = inputs_of(300, 16, 1100, bias=True, sharp=2.0)
+    settings = {"backend": "triton", "tail_eps": 2**-4}
+    _, whole = gradients(linear_logprob, *inputs, grad, **settings)
+    monkeypatch.setattr(triton_backward, "WORKSPACE_BYTES", 5 * 128 * 128 * 4)
+    _, cut = gradients(linear_logprob, *inputs, grad, **settings)
+    for a, b in zip(cut, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_same_bits_every_time():
+    *inputs, grad = inputs_of(150, 16, 700, sharp=2.0)
+    first = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
+    again = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("tail", ["exact", "mean", "drop"])
+def test_no_tokens_and_frozen_sides(tail):
+    *inputs, grad = inputs_of(0, 8, 300, bias=True)
+    logps, grads = gradients(linear_logprob, *inputs, grad, backend="triton", tail=tail)
+    assert logps.shape == (0,)
+    assert all((g == 0).all() for g in grads)
+    hidden, weight, targets, bias, grad = inputs_of(20, 8, 400, bias=True)
+    full = gradients(
+        linear_logprob, hidden, weight, targets, bias, grad, backend="triton", tail=tail
+    )[1]
+    for kept in ("h", "w", "b"):
+        leaves = dict(zip("hwb", (x.detach() for x in (hidden, weight, bias)), strict=True))
+        leaves[kept].requires_grad_()
+        out = linear_logprob(
+            leaves["h"], leaves["w"], targets, bias=leaves["b"], backend="triton", tail=tail
+        )
+        out.backward(grad.float())
+        torch.testing.assert_close(leaves[kept].grad, full["hwb".index(kept)])
+
+
+def test_poisoned_memory_and_one_bad_token(monkeypatch):
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        fresh = new_empty(self, *args, **kwargs)
+        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    hidden, weight, targets, _, grad = inputs_of(140, 8, 600, sharp=2.0)
+    for tail in ("exact", "mean", "drop"):
+        settings = {"backend": "triton", "tail": tail}
+        clean, clean_grads = gradients(
+            linear_logprob, hidden, weight, targets, None, grad, **settings
+        )
+        assert all(torch.isfinite(g).all() for g in clean_grads)
+        bad = hidden.detach().clone()
+        bad[3, 0] = float("nan")
+        bad.requires_grad_()
+        logps, grads = gradients(linear_logprob, bad, weight, targets, None, grad, **settings)
+        others = torch.arange(140, device=DEVICE) != 3
+        assert not torch.isfinite(logps[3])
+        torch.testing.assert_close(logps[others], clean[others])
+        assert torch.isfinite(grads[0][others]).all()
+
+
+def test_strided_inputs_and_stats():
+    hidden, weight, targets, _, grad = inputs_of(40, 24, 500, sharp=2.0)
+    wide = torch.zeros(40, 48, device=DEVICE)
+    wide[:, ::2] = hidden.detach()
+    strided = wide[:, ::2].requires_grad_()
+    turned = weight.detach().T.contiguous().T.requires_grad_()
+    expected = gradients(linear_logprob, hidden, weight, targets, None, grad, tail="exact")
+    got = gradients(
+        linear_logprob, strided, turned, targets, None, grad, tail="exact", backend="triton"
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    logps, stats = linear_logprob(hidden, weight, targets, backend="triton", return_stats=True)
+    logps.sum().backward()
+    assert 0 < stats.active_fraction <= 1
+
+
+@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
+def test_compiles_as_one_graph(mode):
+    hidden, weight, targets, _, _ = inputs_of(12, 8, 300)
+
+    def scored(hidden, weight):
+        return (linear_logprob(hidden * 1.5, weight, targets, backend="triton") ** 2).sum()
+
+    expected = torch.autograd.grad(scored(hidden, weight), (hidden, weight))
+    compiled = torch.compile(scored, fullgraph=True, backend=mode)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), expected
+    )
+
+
+def test_explicit_triton_on_inputs_it_cannot_take():
+    hidden, weight, targets, _, _ = make(3, 4, 50)
+    with pytest.raises(ValueError, match="fp64"):
+        linear_logprob(hidden, weight, targets, backend="triton")
+
+
+@pytest.mark.parametrize("product", ["descriptors", "library"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("n", "h", "v"), SHAPES)
+def test_other_ways_to_the_product(n, h, v, variant, product):
+    """Descriptors want rows of whole 16 bytes; where they cannot be had, pointers step in."""
+    bias, options = split(variant)
+    hidden, weight, targets, offset, _ = inputs_of(n, h, v, bias=bias)
+    head, saved = saved_forward(hidden.detach(), weight.detach(), targets, offset, **options)
+    small = tiles.Tile(128, 128, 16 if product == "descriptors" else 256, 8, 2, together=2)
+    other = tiles.FULL._replace(product=product, forward=small)
+    with torch.no_grad():
+        found = triton_forward.forward(head, targets, keep=True, profile=True, tiles=other)
+    torch.testing.assert_close(found, saved[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_alone_allocates_no_weight_gradient(monkeypatch):
+    hidden, weight, targets, bias, grad = inputs_of(150, 8, 900, bias=True, sharp=2.0)
+    full = gradients(linear_logprob, hidden, weight, targets, bias, grad, backend="triton")[1]
+    shapes = []
+    new_empty = torch.Tensor.new_empty
+
+    def spy(self, *args, **kwargs):
+        fresh = new_empty(self, *args, **kwargs)
+        shapes.append(fresh.shape)
+        return fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", spy)
+    alone = [hidden.detach(), weight.detach(), targets, bias, grad]
+    (found,) = gradients(linear_logprob, *alone, backend="triton")[1]
+    torch.testing.assert_close(found, full[2])
+    assert weight.shape not in shapes
+
+
+def test_flat_distribution_computes_each_cell_once_and_says_dense():
+    """Where every block matters to every token the mean tail does what "exact" does, no more."""
+    hidden, weight, targets, _, grad = inputs_of(300, 16, 1100, sharp=0.01)
+    grad = grad.sign()
+    settings = {"backend": "triton", "return_stats": True}
+    found = {}
+    for tail in ("exact", "mean"):
+        logps, stats = linear_logprob(hidden, weight, targets, tail=tail, **settings)
+        found[tail] = torch.autograd.grad(logps, (hidden, weight), grad.float())
+        assert stats.values.tolist() == [1.0, 0.0, 0.0, 1.0]
+    torch.testing.assert_close(found["mean"], found["exact"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tail", ["exact", "mean"])
+def test_real_precision_on_a_gpu(tail):
+    """bf16 inputs against fp64: logps within twice fp32 logits' error, gradients as promised."""
+    case = peaked_case(2048, 1024, 32000, dtype=torch.bfloat16, device="cuda")
+    wanted = exact(case)
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight)]
+    logps = linear_logprob(*leaves, case.targets, tail=tail, backend="triton")
+    found = torch.autograd.grad(logps, leaves, case.coefficients)
+    with torch.no_grad():
+        rows = fp32_logits(case.hidden, case.weight).log_softmax(-1)
+    torch_logps = rows.gather(1, case.targets[:, None])[:, 0]
+    assert relative(logps, wanted.logp) <= 2 * relative(torch_logps, wanted.logp)
+    logits = (leaves[0] @ leaves[1].T).float().log_softmax(-1)
+    peer = torch.autograd.grad(
+        logits.gather(1, case.targets[:, None])[:, 0], leaves, case.coefficients
+    )
+    for mine, torchs, true, bound in zip(
+        found, peer, (wanted.dhidden, wanted.dweight), (1e-2, 5e-3), strict=True
+    ):
+        assert relative(mine, true) <= (bound if tail == "mean" else 2 * relative(torchs, true))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", ["peaked", "flat"])
+def test_memory_bound_on_a_gpu(distribution):
+    tokens, width, vocabulary = 4096, 1024, 65536
+    case = peaked_case(
+        tokens, width, vocabulary, dtype=torch.bfloat16, device="cuda", distribution=distribution
+    )
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight)]
+    extra = 0
+    for _ in range(2):  # the first run may load libraries with memory of their own
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        logps = linear_logprob(*leaves, case.targets, backend="triton")
+        gradients_ = torch.autograd.grad(logps, leaves, case.coefficients)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in gradients_)
+        del logps, gradients_
+    blocks = vocabulary // 128
+    assert extra <= 2 * tokens * blocks * 4 + tokens * width * 4 + 256 * 2**20
+
+
+@pytest.mark.gpu
+def test_deterministic_on_a_gpu():
+    *inputs, grad = inputs_of(3000, 64, 20000, sharp=0.5)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # of the library's own settings
+    try:
+        first = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
+        again = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

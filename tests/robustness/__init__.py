@@ -1,0 +1,1 @@
+"""Hostile weeks: kills, damage, strange inputs; `python -m tests.robustness.torture`."""

@@ -1,0 +1,206 @@
+"""Runs killed at seeded random moments and resumed, and strange inputs by the ten thousand.
+
+    python -m tests.robustness.torture --kills 30 --ranks 1 2 --cases 50000 \
+        --out bench/results/torture.json
+
+After every kill each checkpoint must be whole, and every run that gets to its end must have the
+weights of the one never stopped: bit for bit on one process, within 1e-6 on two. A case is rows and
+settings (`tests/support/fuzzing.py`), and must end in a batch or in one of our errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from bench.lib.record import Row, environment, find_commit, refused, writer
+from tests.robustness.killed_runs import Moment, run
+
+PHASES = ("step", "save", "evaluate")
+BOUNDS = {1: 0.0, 2: 1e-6}
+"""How far the weights may be from the uninterrupted run's, by the number of processes."""
+
+PIECE = 5000
+PIECE_TIMEOUT_S = 1800
+"""Cases of one seed and process, and how long they may take: longer is a hang."""
+
+SETTINGS = """\
+{model_name_or_path: ./model, dataset: train.jsonl, eval_dataset: test.jsonl, objective: lmpo,
+ optim: adamw_torch, learning_rate: 0.001, lr_scheduler_type: cosine, max_steps: 8,
+ per_device_train_batch_size: %d, gradient_accumulation_steps: 2, eval_strategy: steps,
+ eval_steps: 3, save_steps: 2, save_total_limit: 2, logging_steps: 4, use_cpu: true,
+ write_report: false, disable_tqdm: true, resume_from_checkpoint: auto, ddp_backend: %s}
+"""
+
+
+def test_helpers() -> None:
+    """Let the tests' modules be imported."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def prepare(place: Path) -> None:
+    """A tiny model and pairs for it."""
+    test_helpers()
+    tiny = importlib.import_module("tests.support.tiny_models")
+    tiny.tiny_model().save_pretrained(place / "model")
+    tiny.TOKENIZER.save_pretrained(place / "model")
+    tiny.tiny_pairs(13).to_json(place / "train.jsonl")
+    tiny.tiny_pairs(5, seed=1).to_json(place / "test.jsonl")
+    for ranks in BOUNDS:
+        backend = "null" if ranks == 1 else "gloo"
+        (place / f"config-{ranks}.yaml").write_text(SETTINGS % (4 // ranks, backend))
+
+
+def apart(one: Path, two: Path) -> float:
+    """The largest difference of two models' weights; 0 just if they are equal bit for bit."""
+    from safetensors.torch import load_file
+
+    first, second = (load_file(path / "model.safetensors") for path in (one, two))
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def torture(place: Path, kills: int, ranks: int, seed: int) -> Row:
+    """Kill and resume; what came of it.
+
+    Raises:
+        SystemExit: a broken checkpoint, a run that fails by itself or hangs, other weights.
+    """
+    from widemargin.trainer.checkpoint.files import newest_complete
+
+    started = time.monotonic()
+    generator = random.Random(seed)
+    whole, folder = place / "whole", place / "run-0"
+    assert run(place, whole, ranks, None)
+    done, finished, resumed, worst = 0, 0, 0, 0.0
+    seen: Counter[str] = Counter()
+    while True:
+        phase = PHASES[done % len(PHASES)]
+        most = {"step": 16, "save": 30, "evaluate": 5}[phase]
+        moment = Moment(
+            phase, generator.randint(1, most), generator.randrange(ranks),
+            generator.choice([0.0, 0.0005, 0.003]),
+        )  # fmt: skip
+        resumed += newest_complete(folder)[0] is not None
+        ended = run(place, folder, ranks, moment if done < kills else None)
+        if not ended:
+            done += 1
+            seen[phase] += 1
+            broken = newest_complete(folder)[1]
+            if broken:
+                raise SystemExit(f"after {moment}: {broken}")
+            continue
+        finished += 1
+        worst = max(worst, apart(folder, whole))
+        if worst > BOUNDS[ranks]:
+            raise SystemExit(f"{folder}: weights differ by {worst:.3g} from {whole}")
+        if done >= kills:
+            break
+        folder = place / f"run-{finished}"
+    return {
+        "case": "kill", "ranks": ranks, "seed": seed, "kills": done, "killed_in": dict(seen),
+        "starts_from_a_checkpoint": resumed, "runs_to_the_end": finished,
+        "largest_difference": worst, "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def tortured(kills: int, ranks: int, seed: int) -> Row:
+    """`torture` in a folder of its own, with the imports done that the forks share."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder).resolve()
+        os.environ["HF_DATASETS_CACHE"] = str(place / "cache")
+        importlib.import_module("widemargin.trainer.train")
+        preparing = os.fork()  # this process starts no threads, which a fork would lack
+        if not preparing:
+            prepare(place)
+            os._exit(0)
+        assert os.waitpid(preparing, 0)[1] == 0
+        return torture(place, kills, ranks, seed)
+
+
+def try_cases(count: int, seed: int) -> Counter[str]:
+    """A piece of the cases, in a process of its own.
+
+    Raises:
+        RuntimeError: a finding, with the case and its traceback as text, since not every library's
+            exception travels between processes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
+        test_helpers()
+        try:
+            return importlib.import_module("tests.support.fuzzing").search(
+                count, seed, Path(folder)
+            )
+        except BaseException:
+            raise RuntimeError(traceback.format_exc()) from None
+
+
+def fuzz(cases: int, seed: int, processes: int) -> Row:
+    """Try ``cases`` of them in pieces, each of the next seed; what became of them."""
+    started = time.monotonic()
+    sizes = [min(PIECE, cases - first) for first in range(0, cases, PIECE)]
+    seeds = [seed + number for number in range(len(sizes))]
+    context = multiprocessing.get_context("spawn")
+    outcomes: Counter[str] = Counter()
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+        for found in pool.map(try_cases, sizes, seeds, timeout=PIECE_TIMEOUT_S * len(sizes)):
+            outcomes += found
+    return {
+        "case": "fuzz", "seeds": [seeds[0], seeds[-1]], "cases": outcomes.total(),
+        "outcomes": dict(outcomes), "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def described(row: Row) -> str:
+    if row["case"] == "fuzz":
+        outcomes = ", ".join(f"{count:,} {name}" for name, count in row["outcomes"].items())
+        return f"{row['cases']:,} cases without a finding ({outcomes})"
+    counts = ", ".join(f"{row['killed_in'].get(phase, 0)} in {phase}" for phase in PHASES)
+    return (
+        f"{row['kills']} kills on {row['ranks']} process(es) ({counts}), "
+        f"{row['starts_from_a_checkpoint']} starts from a checkpoint; {row['runs_to_the_end']} "
+        f"runs came to their end, weights at most {row['largest_difference']:.3g} from the "
+        "uninterrupted run's"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--kills", type=int, default=30, help="per number of ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", choices=tuple(BOUNDS), default=[*BOUNDS])
+    parser.add_argument("--cases", type=int, default=0, help="of strange rows and settings")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="for the cases")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a file for the results, as JSON")
+    options = parser.parse_args()
+    commit = find_commit()
+    if options.out is not None and refused(options.out, commit):
+        return 2
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    facts = {"op": "torture", **environment("cpu", commit)}
+    rows: list[Row] = []
+    for ranks in options.ranks if options.kills else ():
+        rows.append({**facts, **tortured(options.kills, ranks, options.seed)})
+        print(described(rows[-1]), flush=True)
+    if options.cases:
+        rows.append({**facts, **fuzz(options.cases, options.seed, options.processes)})
+        print(described(rows[-1]), flush=True)
+    if options.out is not None:
+        writer(options.out)(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

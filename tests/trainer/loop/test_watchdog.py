@@ -1,0 +1,37 @@
+"""The thread that tells the job's store where a rank is."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+from widemargin.trainer.loop.watchdog import Watchdog
+
+
+def test_its_thread_is_over_when_training_is(tmp_path, monkeypatch):
+    """A thread inside the store when the interpreter ends aborts the process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        arguments = SimpleNamespace(world_size=2, process_index=0, ddp_timeout=0.2)
+        trainer: Any = SimpleNamespace(
+            args=arguments,
+            state=SimpleNamespace(global_step=0),
+            add_callback=lambda callback: None,
+            remove_callback=lambda callback: None,
+        )
+        slow = threading.Event()
+
+        def tell(self: Watchdog) -> None:
+            slow.set()
+            threading.Event().wait(0.3)
+
+        monkeypatch.setattr(Watchdog, "_tell", tell)
+        with Watchdog(trainer) as watchdog:
+            assert slow.wait(5)
+            thread = watchdog._thread
+        assert thread is not None
+        assert not thread.is_alive()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,347 @@
+"""What objectives carry between calls, processes and checkpoints, and what they refuse."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.objectives import (
+    ALIASES,
+    OBJECTIVES,
+    build_objective,
+    canonical_name,
+    hyperparameters_of,
+)
+
+from tests.support.preference_batches import Pair, pack, random_pairs, reference_sums
+
+STATEFUL = [name for name in OBJECTIVES if build_objective(name).state_dict()]
+COUPLED = [name for name, spec in OBJECTIVES.items() if spec.couples_pairs]
+
+Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def called(pairs: list[Pair]) -> Call:
+    """What an objective is called with: token logps, boundaries, the reference model's sums."""
+    return *pack(pairs), reference_sums(pairs)
+
+
+def through_torch(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def through_safetensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return load(save(state))
+
+
+def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("transport", [through_torch, through_safetensors])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_resumed_equals_uninterrupted(name, transport):
+    batches = [called(random_pairs(np.random.default_rng(i), 40 + i)) for i in range(16)]
+    whole = build_objective(name)
+    expected = [whole(*batch) for batch in batches]
+    first = build_objective(name)
+    for batch in batches[:9]:
+        first(*batch)
+    second = build_objective(name)
+    second.load_state_dict(transport(first.state_dict()))
+    for batch, out in zip(batches[9:], expected[9:], strict=True):
+        assert torch.equal(second(*batch).losses, out.losses)
+    assert same_state(second.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_saved_state_is_a_copy(name):
+    objective = build_objective(name)
+    batch = called(random_pairs(np.random.default_rng(0), 5))
+    saved = objective.state_dict()
+    untouched = build_objective(name).state_dict()
+    objective(*batch)
+    assert same_state(saved, untouched)
+    other = build_objective(name)
+    other.load_state_dict(saved)
+    other(*batch)
+    assert same_state(saved, untouched)
+    assert not same_state(other.state_dict(), saved)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_evaluation_leaves_the_state_alone(name):
+    rng = np.random.default_rng(1)
+    objective, undisturbed = build_objective(name), build_objective(name)
+    batches = [called(random_pairs(rng, size)) for size in (200, 100, 30)]
+    for batch in batches:
+        objective(*batch)
+        undisturbed(*batch)
+    before = objective.state_dict()
+    objective.eval()
+    outs = [objective(*batches[2]) for _ in range(2)]
+    assert torch.equal(outs[0].losses, outs[1].losses)
+    assert same_state(objective.state_dict(), before)
+    objective.train()
+    assert torch.equal(objective(*batches[0]).losses, undisturbed(*batches[0]).losses)
+
+
+def test_evaluation_samples_from_the_queue():
+    batch = pack(random_pairs(np.random.default_rng(2), 4))
+    objective = build_objective("gamma-simpo", tau=1.0)
+    alone = objective.eval()(*batch).target_margins
+    objective.train()(*pack(random_pairs(np.random.default_rng(3), 200)))
+    assert not torch.equal(objective.eval()(*batch).target_margins, alone)
+
+
+def test_a_state_must_fit():
+    lmpo, gamma = build_objective("lmpo"), build_objective("gamma-simpo")
+    with pytest.raises(UserError, match=r"'lmpo': expected lmpo\.mean.*got gamma-simpo\.fill"):
+        lmpo.load_state_dict(gamma.state_dict())
+    with pytest.raises(UserError, match=r"expected lmpo\.mean.*got nothing"):
+        lmpo.load_state_dict(build_objective("simpo").state_dict())
+    with pytest.raises(UserError, match=r"expected nothing, got lmpo\.mean"):
+        build_objective("simpo").load_state_dict(lmpo.state_dict())
+    short = gamma.state_dict()
+    short["gamma-simpo.queue"] = short["gamma-simpo.queue"][:100]
+    with pytest.raises(UserError, match=r"queue: expected float64 of shape \[2048\].*\[100\]"):
+        gamma.load_state_dict(short)
+    with pytest.raises(UserError, match=r"lmpo\.mean: expected float64.*got float32"):
+        lmpo.load_state_dict(lmpo.state_dict() | {"lmpo.mean": torch.zeros(())})
+    numbers: Any = lmpo.state_dict() | {"lmpo.mean": 0.5}
+    with pytest.raises(UserError, match="got float"):
+        lmpo.load_state_dict(numbers)
+
+
+# Pairs of each rank, batch by batch: unequal, none on one rank, more than a gamma-PO set.
+SPLITS = [(3, 5), (0, 1), (4, 0), (1, 0), (130, 170), (20, 7), (90, 150), (1, 6)]
+
+
+def global_batches() -> list[tuple[list[Pair], list[int], int]]:
+    """Pairs, their ids, which are in no order, and how many of them are rank 0's."""
+    rng = np.random.default_rng(4)
+    return [
+        (random_pairs(rng, a + b), rng.choice(10_000, a + b, replace=False).tolist(), a)
+        for a, b in SPLITS
+    ]
+
+
+def run_rank(rank: int, folder: Path, capacity: int | None) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    results = {}
+    for name in COUPLED:
+        objective = build_objective(name)
+        objective.max_pairs_per_rank = capacity
+        outs = []
+        for step, (pairs, ids, split) in enumerate(global_batches()):
+            objective.train(step != 5)
+            mine = slice(0, split) if rank == 0 else slice(split, None)
+            if pairs[mine]:
+                batch, own_ids = called(pairs[mine]), ids[mine]
+            elif step % 2:
+                batch, own_ids = called([([-1.0], [-2.0])]), [-1]
+            else:
+                batch, own_ids = called([]), []
+            own = torch.tensor(own_ids, dtype=torch.int64)
+            out = objective(*batch, pair_ids=own, group=dist.group.WORLD)
+            outs.append(torch.stack([out.target_margins, out.losses.detach()])[:, out.real])
+        results[name] = outs, objective.state_dict()
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("capacity", [None, 200])
+def test_two_processes_equal_one(tmp_path, capacity):
+    spawn(run_rank, (tmp_path, capacity), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for name in COUPLED:
+        objective = build_objective(name)
+        for step, (pairs, ids, _) in enumerate(global_batches()):
+            out = objective.train(step != 5)(*called(pairs), pair_ids=torch.tensor(ids))
+            margins, losses = torch.cat([rank[name][0][step] for rank in ranks], 1)
+            assert torch.equal(margins, out.target_margins), (name, step)
+            # Vector instructions round log1p otherwise than the loop over what they leave.
+            torch.testing.assert_close(losses, out.losses, rtol=1e-14, atol=0)
+        for rank in ranks:
+            assert same_state(rank[name][1], objective.state_dict())
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails on operators that wait for the device: reading a value, sizes that depend on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not any(name.startswith(waiting) for waiting in self.WAITING), name
+        if name.startswith("index"):
+            indices = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
+            assert not any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("training", [True, False])
+def test_reads_nothing_back_to_the_host(name, training):
+    objective = build_objective(name, sft_weight=0.1).train(training)
+    batch = called(random_pairs(np.random.default_rng(5), 3))
+    ids = torch.tensor([4, -1, 2])
+    with NoReadBack():
+        objective(*batch, pair_ids=ids).loss.backward()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # holds no values: reading one raises
+        fake = torch.randn(30, requires_grad=True)
+        boundaries, ids = torch.zeros(7, dtype=torch.int32), torch.zeros(3).long()
+        out = objective(fake, boundaries, reference=torch.zeros(6), pair_ids=ids)
+        out.loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_on_a_gpu_without_waiting_for_it(name):
+    here, there = build_objective(name), build_objective(name)
+    for step in range(4):
+        pairs = random_pairs(np.random.default_rng(step), 150)
+        tokens, cu_seqlens, reference = called(pairs)
+        ids = torch.arange(len(pairs))
+        expected = here(tokens, cu_seqlens, reference, pair_ids=ids)
+        moved = [tensor.detach().cuda() for tensor in (tokens, cu_seqlens, reference, ids)]
+        moved[0].requires_grad_()
+        torch.cuda.synchronize()
+        # The first call moves the state over, from memory that is not pinned.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            out = there(*moved[:3], pair_ids=moved[3])
+            out.loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(out.losses.cpu(), expected.losses, rtol=1e-10, atol=1e-12)
+
+
+def test_names():
+    assert set(OBJECTIVES) == {
+        *("simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo", "beta-dpo"),
+        *("dpo", "r-dpo", "ipo", "kto", "cpo", "orpo"),
+    }
+    published = {"gm-simpo": "gamma-simpo", "gm-dpo": "gamma-dpo"}
+    published |= {"b-simpo": "beta-simpo", "b-dpo": "beta-dpo", "sigmoid": "simpo"}
+    assert published == ALIASES
+    for alias, name in ALIASES.items():
+        assert alias not in OBJECTIVES
+        assert build_objective(alias).name == canonical_name(alias) == name
+
+
+WITH_MARGIN = ["simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_hyperparameters_are_documented(name):
+    fields = hyperparameters_of(name)
+    assert "sft_weight" in fields
+    assert ("beta" in fields) == (name != "orpo")
+    assert ("gamma_beta_ratio" in fields) == (name in WITH_MARGIN)
+    assert "length_norm" in fields or not OBJECTIVES[name].needs_reference
+    assert all(field.metadata["help"] for field in fields.values())
+    assert build_objective(name).hyperparameters == OBJECTIVES[name].hyperparameters()
+
+
+OTHER_VALUES = {
+    "beta": 3.0,
+    "gamma_beta_ratio": 0.25,
+    "sft_weight": 0.5,
+    "label_smoothing": 0.1,
+    "margin_weight": 0.5,
+    "margin_shape": "log",
+    "margin_power": 3,
+    "margin_length_norm": False,
+    "zscore_decay": 0.5,
+    "zscore_bias_correction": False,
+    "tau": 1.0,
+    "sampling_seed": 1,
+    "sample_fraction": 0.5,
+    "gap_decay": 0.5,
+    "alpha": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [(n, k) for n in OBJECTIVES for k in hyperparameters_of(n)]
+)
+def test_every_hyperparameter_matters(name, key):
+    usual = build_objective(name)
+    value = OTHER_VALUES[key] if key in OTHER_VALUES else not getattr(usual.hyperparameters, key)
+    changed = build_objective(name, **{key: value})
+    for size in (300, 4):
+        batch = called(random_pairs(np.random.default_rng(size), size))
+        losses, others = usual(*batch).losses, changed(*batch).losses
+    assert not torch.equal(losses, others)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters", "message"),
+    [
+        ("simp0", {}, "objective 'simp0' is not known; did you mean 'simpo'.*lmpo.*gm-simpo"),
+        ("", {}, "not known"),
+        ("simpo", {"betta": 1}, "hyperparameter of simpo 'betta'.*mean 'beta'.*label_smoothing"),
+        ("lmpo", {"label_smoothing": 0.1}, "hyperparameter of lmpo"),
+        ("simpo", {"beta": 0}, r"beta \(scale of the rewards\): expected a number > 0, got 0"),
+        ("simpo", {"beta": -1.0}, "beta"),
+        ("simpo", {"beta": float("nan")}, "beta"),
+        ("simpo", {"beta": float("inf")}, "beta"),
+        ("simpo", {"beta": True}, "beta"),
+        ("simpo", {"beta": "2"}, "got '2'"),
+        ("simpo", {"label_smoothing": 0.6}, ">= 0 and <= 0.5"),
+        ("hinge", {"gamma_beta_ratio": -0.1}, "gamma_beta_ratio"),
+        ("hinge", {"sft_weight": -1}, "sft_weight"),
+        ("lmpo", {"margin_shape": "cubic"}, "one of power, sigmoid, log"),
+        ("lmpo", {"margin_power": 4}, "odd"),
+        ("lmpo", {"margin_power": 3.0}, "margin_power"),
+        ("lmpo", {"zscore_decay": 1.0}, ">= 0 and < 1"),
+        ("lmpo", {"zscore_bias_correction": 1}, "true or false"),
+        ("gamma-simpo", {"tau": 0}, "tau"),
+        ("dpo", {"gamma_beta_ratio": 0.5}, "hyperparameter of dpo 'gamma_beta_ratio' is not known"),
+        ("kto", {"gamma_beta_ratio": 0.5}, "hyperparameter of kto 'gamma_beta_ratio'"),
+        ("beta-dpo", {"gamma_beta_ratio": 0.5}, "hyperparameter of beta-dpo"),
+        ("ipo", {"label_smoothing": 0.1}, "hyperparameter of ipo"),
+        ("orpo", {"beta": 0.1}, "hyperparameter of orpo 'beta' is not known.*alpha"),
+        ("orpo", {"alpha": 0}, "alpha"),
+        ("b-dpo", {"sample_fraction": 0.0}, "> 0 and <= 1"),
+        ("b-dpo", {"gap_decay": 1}, "gap_decay"),
+        ("dpo", {"length_norm": 1}, "true or false"),
+        ("gamma-simpo", {"sampling_seed": -1}, "a whole number >= 0"),
+    ],
+)
+def test_errors_say_what_is_expected(name, hyperparameters, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_objective(name, **hyperparameters)
+    assert "\n" not in str(caught.value)
+
+
+def test_calls_check_shapes():
+    objective = build_objective("simpo")
+    tokens, cu_seqlens = pack(random_pairs(np.random.default_rng(0), 3))
+    with pytest.raises(UserError, match=r"pair_ids: expected shape \[3\]"):
+        objective(tokens, cu_seqlens, pair_ids=torch.arange(6))
+    with pytest.raises(UserError, match=r"reference: expected shape \[6\]"):
+        objective(tokens, cu_seqlens, reference=torch.zeros(3))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        objective(tokens, cu_seqlens[:-1])
+    assert objective(tokens, cu_seqlens, reference=torch.zeros(6)).loss.isfinite()
+    for name, spec in OBJECTIVES.items():
+        if spec.needs_reference:
+            with pytest.raises(UserError, match=f"reference: {name} needs the frozen model's"):
+                build_objective(name)(tokens, cu_seqlens)

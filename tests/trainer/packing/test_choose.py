@@ -1,0 +1,190 @@
+"""Which packing is chosen or refused, and the comparison that decides for unknown families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from widemargin.trainer.data.lengths import PairLengths
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.evaluation.scoring import usual_pairs
+from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.packing import choose as packing_choice
+from widemargin.trainer.packing.choose import FAMILIES as TESTED
+from widemargin.trainer.packing.choose import Packing, area_cost, choose_packing, packings
+from widemargin.trainer.packing.verify import compare_with_padded, settle_packing
+
+from tests.support.packed_rows import FAMILIES, RELATIVES, family_model
+from tests.support.tiny_models import tiny_model
+
+
+def lengths(prompt: int, completion: int, count: int = 40) -> PairLengths:
+    completions = np.full(count, completion)
+    return PairLengths(np.full(count, prompt), completions, completions)
+
+
+CHOICES = [
+    pytest.param("sdpa", "cpu", torch.float32, "prefix_shared", "varlen", id="sdpa cpu"),
+    pytest.param("sdpa", "cuda", torch.bfloat16, "prefix_shared", "varlen", id="sdpa bf16"),
+    pytest.param("sdpa", "cuda", torch.float32, "prefix_shared", "dense", id="sdpa fp32"),
+    pytest.param("eager", "cpu", torch.float32, "prefix_shared", "dense", id="eager"),
+    pytest.param("flex_attention", "cuda", torch.bfloat16, "prefix_shared", "blocks", id="flex"),
+    pytest.param("flex_attention", "cpu", torch.float32, "padded", "dense", id="flex cpu"),
+    pytest.param("flash_attention_2", "cuda", torch.bfloat16, "prefix_shared", "varlen", id="fa2"),
+    pytest.param("a/flash-attn3", "cuda", torch.bfloat16, "prefix_shared", "varlen", id="hub"),
+    pytest.param("paged|eager", "cuda", torch.bfloat16, "padded", "dense", id="unknown"),
+]
+
+
+@pytest.mark.parametrize(("attention", "device", "dtype", "layout", "rows"), CHOICES)
+def test_auto(attention, device, dtype, layout, rows):
+    config = family_model("llama").config
+    packing = choose_packing("auto", config, attention=attention, device=device, dtype=dtype)
+    assert (packing.layout, packing.rows) == (layout, rows)
+    assert packing.reason
+    if layout == "padded":
+        with pytest.raises(UserError, match="packing: packed is not to be had here"):
+            choose_packing("packed", config, attention=attention, device=device, dtype=dtype)
+    named = choose_packing("padded", config, attention=attention, device=device, dtype=dtype)
+    assert named.layout == "padded"
+
+
+def test_dense_masks_go_by_the_lengths():
+    """A pair of long answers and no prompt to share costs more in one row than in two."""
+    config = family_model("llama").config
+    where: dict[str, Any] = {"attention": "eager", "pairs_per_batch": 1}
+    shared = choose_packing("auto", config, lengths=lengths(200, 4), **where)
+    assert shared.layout == "prefix_shared"
+    apart = choose_packing("auto", config, lengths=lengths(1, 400), **where)
+    assert apart.layout in ("packed", "padded")
+    assert apart.layout != shared.layout
+
+
+def test_cost_of_attention_follows_from_the_shape():
+    """Against operations counted by hand: hidden 4096, 32 heads of 128, 8 of keys, inner 14336."""
+    config = tiny_model(
+        hidden_size=64, intermediate_size=224, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=16, num_hidden_layers=1,
+    ).config  # fmt: skip
+    per_token = 2 * (64 * 64 * 2 + 2 * 64 * 16 + 3 * 64 * 224)
+    assert area_cost(config) == pytest.approx(4 * 64 / per_token)
+
+
+def test_few_row_lengths_for_flex():
+    where: dict[str, Any] = {"attention": "flex_attention", "device": "cuda"}
+    packing = choose_packing(
+        "auto", family_model("llama").config, lengths=lengths(100, 450), pairs_per_batch=8, **where
+    )
+    assert packing.shortest_row >= 4000
+    assert packing.collator(0).shortest_row == packing.shortest_row
+    limited = choose_packing(
+        "auto",
+        family_model("llama").config,
+        lengths=lengths(100, 450),
+        pairs_per_batch=8,
+        max_tokens=1100,
+        **where,
+    )
+    assert 1100 <= limited.shortest_row < 1500
+    assert usual_pairs(lengths(100, 450), 16384) == 14
+    assert usual_pairs(lengths(100, 450, 4), 16384) == 4
+    assert usual_pairs(lengths(100, 450), 100) == 1
+
+
+def test_varlen_only_where_it_has_kernels_and_windows(monkeypatch):
+    where: dict[str, Any] = {"attention": "sdpa", "device": "cuda", "dtype": torch.bfloat16}
+    config = family_model("llama").config
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, rows in (((7, 5), "dense"), ((8, 0), "varlen"), ((9, 0), "varlen")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert choose_packing("auto", config, **where).rows == rows
+    monkeypatch.setattr(packing_choice, "knows_windows", lambda: False)
+    assert choose_packing("auto", config, **where).rows == "dense"
+
+
+@pytest.mark.parametrize("wanted", ["packed", "prefix_shared"])
+def test_layers_of_unknown_kinds_are_refused(wanted):
+    config = tiny_model("qwen3").config
+    config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(UserError, match="linear_attention"):
+        choose_packing(wanted, config)
+    assert "linear_attention" in choose_packing("auto", config).reason
+
+
+def test_a_window_of_an_unknown_family_matters_where_data_is_longer():
+    config = tiny_model("starcoder2", sliding_window=64).config
+    assert config.model_type not in TESTED
+    assert choose_packing("auto", config, lengths=lengths(10, 20)).layout == "prefix_shared"
+    for long in (lengths(50, 20), None):
+        packing = choose_packing("auto", config, lengths=long)
+        assert packing.layout == "padded"
+        assert "window" in packing.reason
+
+
+def test_tested_families_are_tested():
+    names = {name for name, _ in (FAMILIES | RELATIVES).values()}
+    assert names == TESTED
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_exact_ones_pass_the_comparison(family):
+    model = family_model(family, "eager" if family == "gemma2" else "sdpa")
+    patch_head(model)
+    for packing in packings("auto", model.config):
+        if packing.layout != "padded":
+            assert compare_with_padded(model, packing) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("leak", ["branch_ids", "segment_ids"])
+def test_a_leak_fails_the_comparison(leak, dtype, monkeypatch):
+    model = family_model("llama").to(dtype)
+    patch_head(model)
+    right = Packing("prefix_shared", "dense", "")
+    assert compare_with_padded(model, right) is None
+    from widemargin.trainer.packing import verify as packing_check
+
+    model_inputs = packing_check.model_inputs
+
+    def leaking(batch: Any) -> dict[str, Any]:
+        if leak in batch:
+            batch[leak].clamp_(max=1 if leak == "branch_ids" else 0)
+        return model_inputs(batch)
+
+    monkeypatch.setattr(packing_check, "model_inputs", leaking)
+    failure = compare_with_padded(model, Packing("prefix_shared", "dense", "", area_cost=1e-9))
+    assert failure is not None
+    assert "differ" in failure
+
+
+def test_a_family_that_takes_no_lengths_gets_masks():
+    """stablelm's attention never hears of them; a dense mask is exact."""
+    model = tiny_model("stablelm")
+    model.config._attn_implementation = "sdpa"
+    patch_head(model)
+    packing = settle_packing("auto", model)
+    assert (packing.layout, packing.rows) == ("prefix_shared", "dense")
+
+
+def test_families_with_positions_of_their_own_get_what_is_exact():
+    """bloom takes no masks; mpt counts distances in the row, so that sequences may stand in it but
+    rejected not behind chosen."""
+    bloom = tiny_model("bloom", n_layer=2, n_head=4)
+    mpt = tiny_model("mpt", d_model=32, n_heads=4, n_layers=2)
+    for model, layout in ((bloom, "padded"), (mpt, "packed")):
+        patch_head(model)
+        assert settle_packing("auto", model).layout == layout
+        with pytest.raises(UserError, match="does not work with this model"):
+            settle_packing("prefix_shared", model)
+
+
+def test_split_weights_are_not_compared(caplog):
+    model: Any = tiny_model("stablelm")
+    patch_head(model)
+    assert settle_packing("auto", model, sharded=True).layout == "padded"
+    packing = settle_packing("packed", model, sharded=True)
+    assert packing.layout == "packed"
+    assert "not tested" in caplog.text
+    assert settle_packing("auto", tiny_model(), sharded=True).layout == "prefix_shared"

@@ -1,0 +1,127 @@
+"""Training gives the same parameters in every layout, on one process and on two."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.data import PairCollator
+from widemargin.trainer.errors import UserError
+
+from tests.support.tiny_models import (
+    TOKENIZER,
+    parameters_of,
+    tiny_config,
+    tiny_model,
+    tiny_pairs,
+    tiny_trainer,
+)
+
+PACKINGS = ("padded", "packed", "prefix_shared")
+RUN: dict[str, Any] = {"max_steps": 10, "pairs": 22, "gradient_accumulation_steps": 2}
+"""Ten steps of 8 pairs; of an epoch's 22 the third has 6."""
+
+
+def model_with(attention: str) -> Any:
+    model: Any = tiny_model("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1)
+    model.config._attn_implementation = attention
+    return model
+
+
+@pytest.mark.parametrize("objective", ["simpo", "lmpo"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_ten_steps_are_the_same_in_every_packing(tmp_path, attention, objective):
+    before = parameters_of(model_with(attention))
+    after = {}
+    for packing in PACKINGS:
+        model = model_with(attention)
+        trainer = tiny_trainer(tmp_path, model, packing=packing, objective=objective, **RUN)
+        assert trainer.packing is not None
+        assert trainer.packing.layout == packing
+        trainer.train()
+        after[packing] = parameters_of(model)
+    assert (after["padded"] - before).abs().max() > 1e-2
+    for packing in PACKINGS[1:]:
+        assert (after[packing] - after["padded"]).abs().max() < 1e-5
+
+
+def test_two_processes_give_the_same_in_every_packing(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    tiny_pairs(22).to_json(tmp_path / "train.jsonl")
+    (tmp_path / "config.yaml").write_text(
+        "{model_name_or_path: ./model, dataset: train.jsonl, objective: lmpo, optim: sgd, "
+        "learning_rate: 0.05, lr_scheduler_type: constant, max_grad_norm: 0.0, head_tail: exact, "
+        "max_steps: 10, gradient_accumulation_steps: 2, save_strategy: 'no', use_cpu: true, "
+        "ddp_backend: gloo, per_device_train_batch_size: 2, write_report: false}"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    module = ["-m", "widemargin.trainer", "config.yaml"]
+    after = {}
+    for packing in PACKINGS:
+        done = subprocess.run(
+            [sys.executable, *torchrun, *module, f"--packing={packing}", f"--output_dir={packing}"],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        after[packing] = parameters_of(AutoModelForCausalLM.from_pretrained(tmp_path / packing))
+    assert (after["padded"] - parameters_of(tiny_model())).abs().max() > 1e-2
+    for packing in PACKINGS[1:]:
+        assert (after[packing] - after["padded"]).abs().max() < 1e-5
+
+
+def test_auto_says_what_it_chose_and_evaluation_is_the_same(tmp_path, caplog):
+    losses = []
+    for packing in ("auto", "padded"):
+        with caplog.at_level(logging.INFO, "widemargin"):
+            trainer = tiny_trainer(tmp_path, model_with("sdpa"), packing=packing, eval_pairs=7)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert "packing: prefix_shared (sdpa on a CPU" in caplog.text
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    after = []
+    for checkpointing in (False, True):
+        model = model_with("sdpa")
+        settings = {"max_steps": 2, "packing": "prefix_shared"}
+        tiny_trainer(tmp_path, model, gradient_checkpointing=checkpointing, **settings).train()
+        after.append(parameters_of(model))
+    torch.testing.assert_close(*after)
+
+
+def test_a_collator_of_ones_own_keeps_its_layout(tmp_path):
+    trainer = PreferenceTrainer(
+        model_with("sdpa"),
+        tiny_config(tmp_path, max_steps=1, packing="prefix_shared"),
+        train_dataset=tiny_pairs(),
+        processing_class=TOKENIZER,
+        data_collator=PairCollator(TOKENIZER.pad_token_id),
+    )
+    assert trainer.packing is None
+    trainer.train()
+
+
+def test_a_trained_model_generates_as_before(tmp_path):
+    model = model_with("sdpa")
+    tiny_trainer(tmp_path, model, max_steps=1, learning_rate=0.0).train()
+    prompt = torch.tensor([[0, 5, 6]])
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    fresh = model_with("sdpa").generate(prompt, **settings)
+    assert torch.equal(model.eval().generate(prompt, **settings), fresh)
+
+
+def test_unknown_values_are_refused(tmp_path):
+    with pytest.raises(UserError, match="packing: expected one of padded, packed"):
+        tiny_config(tmp_path, packing="shared")

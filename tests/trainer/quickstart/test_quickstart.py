@@ -1,0 +1,90 @@
+"""The quickstart around training, which a stand-in for the command line replaces here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from widemargin.trainer.quickstart import command as quickstart
+from widemargin.trainer.quickstart.data import Pair
+
+CONFIG: dict[str, Any] = yaml.safe_load(
+    (files("widemargin.configs") / "train" / "quickstart.yaml").read_text(encoding="utf-8")
+)
+
+
+@pytest.fixture
+def command_lines(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A training that only copies the model and writes a log; the arguments of each call."""
+    called: list[list[str]] = []
+
+    def main(argv: list[str]) -> int:
+        called.append(argv)
+        if "--fail=true" in argv:
+            return 2
+        options = dict(arg.removeprefix("--").split("=", 1) for arg in argv[2:])
+        shutil.copytree(options["model_name_or_path"], options["output_dir"])
+        logs = [
+            {"step": 0, "eval_rewards/accuracies": 0.5},
+            {"step": 9, "eval_rewards/accuracies": 0.9, "train_runtime": 3.0},
+        ]
+        run_dir = Path(options["output_dir"])
+        (run_dir / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+        (run_dir / "run.json").write_text(json.dumps({"summary": {"kept": 1}}))
+        return 0
+
+    stand_in = ModuleType("widemargin.trainer.cli")
+    vars(stand_in)["main"] = main
+    monkeypatch.setitem(sys.modules, "widemargin.trainer.cli", stand_in)
+    monkeypatch.setattr(quickstart, "SCORED_PROMPTS", 4)
+    return called
+
+
+def test_it_trains_by_the_ordinary_command_line_and_reports(
+    tmp_path: Path, command_lines: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quickstart.main([f"--folder={tmp_path}", "--seed=3", "--beta=4"]) == 0
+    (argv,) = command_lines
+    assert argv[0] == "train"
+    assert argv[1].endswith("quickstart.yaml")
+    assert argv[2:] == [
+        "--seed=3",
+        f"--model_name_or_path={tmp_path / 'model'}",
+        f"--dataset={tmp_path / 'data'}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--beta=4",
+    ]
+    printed = capsys.readouterr().out
+    assert "Right answers to 4 held-out prompts: 0 -> 0" in printed
+    assert f"Report: {tmp_path / 'run' / 'report.html'}" in printed
+    notes = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert notes["summary"]["kept"] == 1
+    assert [set(sample) for sample in notes["samples"]] == [{"prompt", "before", "after"}] * 3
+    assert "before training" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_failed_training_ends_it(tmp_path: Path, command_lines: list[list[str]]) -> None:
+    assert quickstart.main([f"--folder={tmp_path}", "--fail=true"]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_config_names_what_the_quickstart_writes() -> None:
+    folder = quickstart.DEFAULT_FOLDER
+    assert CONFIG["model_name_or_path"] == (folder / "model").as_posix()
+    assert CONFIG["dataset"] == (folder / "data").as_posix()
+    assert CONFIG["output_dir"] == (folder / "run").as_posix()
+    assert CONFIG["objective"] == "lmpo"
+    assert CONFIG["save_strategy"] == "no"
+    assert isinstance(CONFIG["learning_rate"], float)
+
+
+def test_right_answers_are_counted_by_text() -> None:
+    pairs = [Pair("addition", "wrong", "1 + 1 = ?", "It is 2.", "It is 3.")] * 3
+    assert quickstart.count_right(pairs, [" It is 2.\n", "It is 2", "It is 3."]) == 1

@@ -1,0 +1,164 @@
+"""The model card, and pushing it: what it says, what it escapes, and a hub that is away."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers.trainer
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from widemargin.trainer.cli import main
+from widemargin.trainer.objectives import OBJECTIVES
+from widemargin.trainer.report.card import PAPERS
+from widemargin.trainer.report.places import unplaced
+
+from tests.support.tiny_models import TOKENIZER, tiny_model, tiny_pairs, tiny_trainer
+
+
+class Refused(HfHubHTTPError.__bases__[0]):
+    """As the hub's client raises it where nothing answers."""
+
+
+class Hub:
+    """Stands in for the hub's client: keeps what is uploaded, or is away."""
+
+    def __init__(self, away_from: str | None = None) -> None:
+        self.away_from, self.uploads = away_from, []
+
+    def create_repo(self, name, **kwargs):
+        if self.away_from == "create_repo":
+            raise Refused("[Errno 111] Connection refused")
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def upload_folder(self, *, folder_path, **kwargs):
+        if self.away_from == "upload_folder":
+            raise Refused("[Errno 111] Connection refused")
+        self.uploads.append(sorted(p.name for p in Path(folder_path).iterdir()))
+
+
+@pytest.fixture
+def run_config(tmp_path):
+    """A config file of a short run with held-out pairs."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for name, seed in (("train", 0), ("test", 1)):
+        tiny_pairs(8, seed).to_json(tmp_path / "data" / f"{name}.jsonl")
+    settings = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset": str(tmp_path / "data"),
+        "objective": "lmpo",
+        "beta": 3.0,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "output_dir": str(tmp_path / "run"),
+        "disable_tqdm": True,
+        "max_length": 64,
+        "per_device_train_batch_size": 4,
+        "max_prompt_length": 32,
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "c.yaml"
+
+
+def test_every_objective_has_its_paper():
+    assert set(PAPERS) == set(OBJECTIVES)
+
+
+def test_a_run_ends_with_its_card(run_config, tmp_path, monkeypatch):
+    assert main(["train", str(run_config)]) == 0
+    card: Any = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert {"widemargin", "lmpo"} <= set(card.data.tags or [])
+    assert card.data.base_model is None  # a folder of this machine says nothing on the hub
+    assert OBJECTIVES["lmpo"].formula in card.text
+    assert "https://arxiv.org/abs/2502.14643" in card.text
+    assert "| `beta` | `3.0` |" in card.text
+    assert "| held-out pairs | first | last |" in card.text
+    assert "| pairs | 8 | 8 |" in card.text
+    assert "| from | `data` train | `data` test |" in card.text
+    assert "torch 2" in card.text
+    assert "Trained from `model` (a local folder)" in card.text
+    assert "to be replaced by paths of yours: `model`, `data`" in card.text
+    assert str(tmp_path) not in card.text
+    settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert settings["objective"] == "lmpo"
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.chdir(tmp_path)  # where the names in the card are folders
+    assert main(["train", "again.yaml", "--output_dir=b"]) == 0
+    ends = [json.loads((tmp_path / d / "trainer_state.json").read_text()) for d in ("run", "b")]
+    losses = [[e["loss"] for e in end["log_history"] if "loss" in e] for end in ends]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/someone/models/mine", "mine"),
+        ("~/pairs.jsonl", "pairs.jsonl"),
+        ("../data/", "data"),
+        ("/", "folder"),
+        ("owner/model", "owner/model"),
+        ({"/a/b": 0.5, "owner/data": 1}, {"b": 0.5, "owner/data": 1}),
+        (["/a/b", 3, None], ["b", 3, None]),
+        ("x/" + "y" * 5000, "x/" + "y" * 5000),
+        ("a/\0", "a/\0"),
+    ],
+)
+def test_places_of_this_machine_are_named_by_their_last_part(value, shown):
+    assert unplaced(value) == shown
+
+
+def test_a_folder_that_looks_like_a_hub_name_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert unplaced("owner/model") == "model"
+
+
+def test_the_trainer_alone_writes_one_and_nothing_in_it_is_live(tmp_path):
+    trainer = tiny_trainer(tmp_path / "<b>|`x", objective="simpo", max_steps=1)
+    trainer.train()
+    trainer.create_model_card(license="mit", model_name="<script>a|b", dataset="owner/pairs")
+    card: Any = ModelCard.load(tmp_path / "<b>|`x" / "README.md")
+    assert (card.data.license, card.data.datasets) == ("mit", ["owner/pairs"])
+    assert "\\<script\\>" in card.text
+    assert "<script" not in card.text.replace("\\<script", "")
+    assert "training pairs" in card.text
+
+
+def test_a_push_has_everything(run_config, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    assert main(["train", str(run_config), "--push_to_hub=true", "--hub_strategy=end"]) == 0
+    (uploaded,) = hub.uploads
+    assert {"README.md", "report.html", "run.json", "model.safetensors"} <= set(uploaded)
+
+
+def test_a_hub_that_goes_away_costs_nothing(run_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: Hub("upload_folder"))
+    assert main(["train", str(run_config), "--push_to_hub=true"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "was not pushed; hf upload someone/run" in errors[0]
+    assert "Connection refused" in errors[0]
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"README.md", "report.html", "run.json", "model.safetensors"} <= kept
+
+
+def test_a_hub_that_is_away_is_said_before_training(run_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: Hub("create_repo"))
+    assert main(["train", str(run_config), "--push_to_hub=true"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "push_to_hub: the repository cannot be made" in errors[0]
+    assert not (tmp_path / "run" / "model.safetensors").exists()

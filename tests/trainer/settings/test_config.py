@@ -1,0 +1,149 @@
+"""Settings: how values are read, overrides, and that each of ours does something."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.utils import import_utils
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.settings.config import PreferenceConfig
+from widemargin.trainer.settings.files import build_config, load_config
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ({"learning_rate": "1e-6"}, "learning_rate", 1e-6),
+        ({"learning_rate": 1}, "learning_rate", 1.0),
+        ({"evaluation_strategy": "no"}, "eval_strategy", "no"),
+        ({"save_strategy": False}, "save_strategy", "no"),
+        ({"torch_dtype": "bfloat16"}, "dtype", "bfloat16"),
+        ({"warmup_ratio": 0.1}, "warmup_steps", 0.1),
+        ({"overwrite_output_dir": True}, "objective", "simpo"),
+        ({"num_train_epochs": 1}, "num_train_epochs", 1),
+        ({"max_steps": 3.0}, "max_steps", 3),
+        ({"torch_dtype": None}, "dtype", "float32"),
+        ({"learning_rate": None}, "learning_rate", 5e-5),
+        ({"seed": None}, "seed", 42),
+        ({"max_length": None}, "max_length", None),
+        ({"dataset_splits": ["train_prefs"]}, "dataset_splits", ["train_prefs"]),
+        ({"dataset_mixer": {"a/b": 1}}, "dataset_mixer", {"a/b": 1}),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_users_mean_them(given, field, value):
+    assert getattr(build_config({"objective": "simpo", "use_cpu": True, **given}), field) == value
+
+
+def test_overrides_win(tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: simpo\nbeta: 2\nuse_cpu: true\n")
+    config = load_config(tmp_path / "c.yaml", ["--beta=5", "--eval-steps=7", "--run_name=a b"])
+    assert (config.beta, config.eval_steps, config.run_name) == (5.0, 7, "a b")
+
+
+def test_an_override_wins_under_either_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: simpo\nuse_cpu: true\nevaluation_strategy: 'no'\n")
+    for name in ("eval_strategy", "evaluation_strategy"):
+        assert load_config(tmp_path / "c.yaml", [f"--{name}=epoch"]).eval_strategy == "epoch"
+
+
+def test_what_yaml_cannot_make_a_value_of(tmp_path):
+    path = tmp_path / "c.yaml"
+    for text in ("chat_template: {{ bos_token }}\n", "run_name: 2024-02-30\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not valid YAML"):
+            load_config(path)
+    path.write_text("objective: simpo\n")
+    with pytest.raises(UserError, match=r"run_name=2024-02-30.*not valid YAML"):
+        load_config(path, ["--run_name=2024-02-30"])
+
+
+def test_a_file_of_settings_that_is_not_there():
+    for given in ("", "nowhere.json"):
+        with pytest.raises(UserError, match=f"accelerator_config: '{given}': the file cannot"):
+            PreferenceConfig(objective="simpo", use_cpu=True, accelerator_config=given)
+
+
+def test_apple_gpus_are_left_alone(monkeypatch):
+    """Statistics are float64, which they do not have."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert PreferenceConfig(objective="simpo").device.type == "cpu"
+
+
+def test_trackers_and_kernels_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: False)
+    for name, value in (("report_to", "tensorboard"), ("use_liger_kernel", True)):
+        with pytest.raises(UserError, match=f"{name}.*not installed"):
+            PreferenceConfig(objective="simpo", use_cpu=True, **{name: value})
+
+
+def test_bfloat16_without_a_gpu_for_it(monkeypatch):
+    monkeypatch.setattr(import_utils, "is_torch_bf16_gpu_available", lambda: False)
+    for name in ("bf16", "bf16_full_eval"):
+        with pytest.raises(UserError, match=f"^{name}: .* set use_cpu: true .* or {name}: false"):
+            PreferenceConfig(objective="simpo", **{name: True})
+        assert getattr(PreferenceConfig(objective="simpo", use_cpu=True, **{name: True}), name)
+
+
+def test_deepspeed_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("widemargin.trainer.settings.checks.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^deepspeed: .* pip install 'widemargin\[deepspeed\]'"):
+        PreferenceConfig(objective="simpo", use_cpu=True, deepspeed="zero3.json")
+
+
+@pytest.mark.parametrize("name", ["optim", "lr_scheduler_type", "hub_strategy"])
+def test_a_choice_that_transformers_does_not_know_is_named(name):
+    with pytest.raises(UserError, match=f"^{name}: other is not a valid "):
+        PreferenceConfig(objective="simpo", use_cpu=True, run_name="x", **{name: "other"})
+
+
+def test_checkpointing_takes_no_unknown_arguments():
+    """torch would hand them to the layers, which look at none."""
+    given = {"objective": "simpo", "use_cpu": True, "gradient_checkpointing": True}
+    with pytest.raises(UserError, match="gradient_checkpointing_kwargs: 'reentrant' is not known"):
+        PreferenceConfig(**given, gradient_checkpointing_kwargs={"reentrant": False})
+    PreferenceConfig(**given, gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_flash_attention_has_no_full_precision(monkeypatch):
+    monkeypatch.setattr("widemargin.trainer.settings.checks._check_flash_attention", lambda: None)
+    given = {"objective": "simpo", "use_cpu": True, "attn_implementation": "flash_attention_2"}
+    with pytest.raises(UserError, match=r"flash_attention_2 .*set bf16: true"):
+        PreferenceConfig(**given)
+    for half in ({"bf16": True}, {"dtype": "bfloat16"}, {"dtype": "auto"}):
+        PreferenceConfig(**given, **half)
+
+
+def test_liger_leaves_the_head_alone(monkeypatch):
+    monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: True)
+    config = PreferenceConfig(
+        objective="simpo", use_cpu=True, use_liger_kernel=True, liger_kernel_config={"rope": False}
+    )
+    assert config.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+
+
+SETTINGS_ARE_CALLED = {"self", "args", "config", "settings", "options"}
+
+
+def test_every_setting_of_ours_is_read_somewhere():
+    """No option that does nothing: each field is taken from something that is called settings."""
+    package = Path(sys.modules["widemargin.trainer"].__file__ or "").parent
+    nodes = (n for path in package.rglob("*.py") for n in ast.walk(ast.parse(path.read_text())))
+    read = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and getattr(node.value, "attr", getattr(node.value, "id", "")) in SETTINGS_ARE_CALLED
+    }
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = {field.name for field in dataclasses.fields(PreferenceConfig)} - inherited
+    assert ours - read == set()

@@ -1,0 +1,319 @@
+"""Published settings under old names: what each becomes, what is refused, and the page about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.settings.adapter import AdapterSettings
+from widemargin.trainer.settings.config import PreferenceConfig
+from widemargin.trainer.settings.files import build_config, load_config
+from widemargin.trainer.settings.published.keys import TABLE
+from widemargin.trainer.settings.published.translation import merge
+
+from docs.migration_table import render
+from tests.support.published_files import EARLY, FILES
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def config_of(script: str | None = None, **given) -> PreferenceConfig:
+    named = {"objective", "loss_type", "trainer_type"} & given.keys() or script
+    default = {} if named else {"objective": "simpo"}
+    return build_config({"use_cpu": True, "report_to": "none", **default, **given}, script=script)
+
+
+def hyperparameters_of(script: str | None = None, **given) -> dict[str, Any]:
+    return dataclasses.asdict(config_of(script, **given).build_objective().hyperparameters)
+
+
+RENAMED = [
+    ({"torch_dtype": "bfloat16"}, "dtype", "bfloat16"),
+    ({"torch_dtype": None}, "dtype", "float32"),
+    ({"evaluation_strategy": "steps"}, "eval_strategy", "steps"),
+    ({"warmup_ratio": 0.1}, "warmup_steps", 0.1),
+    ({"warmup_ratio": "1e-1"}, "warmup_steps", 0.1),
+    ({"warmup_ratio": 0.1, "warmup_steps": 0}, "warmup_steps", 0.1),
+    ({"warmup_steps": 0, "warmup_ratio": 0.1}, "warmup_steps", 0.1),
+    ({"warmup_ratio": 0.1, "warmup_steps": 20}, "warmup_steps", 20),
+    ({"warmup_ratio": None}, "warmup_steps", 0),
+    ({"use_flash_attention_2": False}, "attn_implementation", None),
+    (
+        {"use_flash_attention_2": False, "attn_implementation": "sdpa"},
+        "attn_implementation",
+        "sdpa",
+    ),
+    ({"dataset_num_proc": 3}, "preprocessing_num_workers", 3),
+    ({"beta": 2.0, "gamma": 1.6}, "gamma_beta_ratio", 0.8),
+    ({"simpo_gamma": "1.6", "beta": "2"}, "gamma_beta_ratio", 0.8),
+    ({"beta": 2.0, "gamma": None}, "gamma_beta_ratio", None),
+    ({"dataset_name": "a/b"}, "dataset", "a/b"),
+    ({"dataset_test_split": "test_prefs"}, "dataset_splits", ["train", "test_prefs"]),
+    ({"dataset_train_split": "train_prefs"}, "dataset_splits", ["train_prefs"]),
+    ({"padding_free": True}, "packing", "packed"),
+    ({"overwrite_output_dir": True}, "output_dir", "outputs/run"),
+    ({"no_cuda": True, "use_cpu": None}, "use_cpu", True),
+]
+
+
+@pytest.mark.parametrize(("given", "name", "value"), RENAMED, ids=lambda v: str(v)[:50])
+def test_renamed(given, name, value):
+    assert getattr(config_of(**given), name) == value
+
+
+def test_flash_attention_is_asked_for_by_either_name(monkeypatch):
+    monkeypatch.setattr("widemargin.trainer.settings.config.check_environment", lambda config: None)
+    for given in ({}, {"attn_implementation": "flash_attention_2"}):
+        config = config_of(use_flash_attention_2=True, **given)
+        assert config.attn_implementation == "flash_attention_2"
+
+
+NEUTRAL = {
+    "overwrite_output_dir": True,
+    "save_safetensors": True,
+    "group_by_length": False,
+    "half_precision_backend": "auto",
+    "logging_dir": "logs",
+    "max_target_length": 128,
+    "padding_value": 0,
+    "label_pad_token_id": -100,
+    "generate_during_eval": False,
+    "is_encoder_decoder": None,
+    "model_init_kwargs": None,
+    "dataset_configs": None,
+    "base_model_revision": None,
+    "truncation_side": "left",
+    "text_column": "text",
+    "reference_free": False,
+    "sync_ref_model": False,
+    "f_divergence_type": "reverse_kl",
+    "use_liger_loss": True,
+    "router_aux_loss_coef": 0.0,
+    "length_norm": True,
+    "label_smoothing": 0,
+}
+
+
+def test_values_that_mean_what_is_done_anyway_change_nothing():
+    for objective in ("gamma-simpo", "lmpo"):
+        plain = config_of(objective=objective)
+        given = config_of(objective=objective, **NEUTRAL)
+        assert given.objective_args == plain.objective_args == {}
+        assert given.build_objective().hyperparameters == plain.build_objective().hyperparameters
+
+
+REFUSED = [
+    ({"warmup_ratio": 2}, "warmup_ratio: expected a share"),
+    ({"warmup_ratio": 1.0}, "warmup_ratio: expected a share"),
+    ({"warmup_ratio": -0.1}, "warmup_ratio: expected a share"),
+    ({"warmup_ratio": "soon"}, "warmup_ratio: expected a number"),
+    ({"warmup_ratio": True}, "warmup_ratio: expected a number"),
+    ({"gamma": 1.6}, "gamma: .* give beta"),
+    ({"gamma": 1.6, "beta": 2, "gamma_beta_ratio": 0.8}, "gamma and gamma_beta_ratio are both"),
+    ({"gamma": 1.6, "beta": 2, "simpo_gamma": 1.7}, "both given"),
+    ({"evaluation_strategy": "no", "eval_strategy": "epoch"}, "both given .* keep eval_strategy"),
+    ({"use_flash_attention_2": True, "attn_implementation": "sdpa"}, "use_flash_attention_2"),
+    ({"generate_during_eval": True}, "generate_during_eval: True cannot be done"),
+    ({"reference_free": True}, "reference_free"),
+    ({"model_init_kwargs": {"torch_dtype": "bfloat16"}}, "model_init_kwargs.*dtype"),
+    ({"save_safetensors": False}, "save_safetensors: False cannot be done"),
+    ({"group_by_length": True}, "group_by_length: True cannot be done"),
+    ({"dataset_mixture": {"datasets": [{"id": "a/b"}]}}, "write dataset_mixer .*dataset_splits"),
+    ({"max_seq_length": 2048}, "max_seq_length.*supervised"),
+    ({"objective": "simpo", "loss_type": "dpo"}, "loss_type and objective"),
+    ({"trainer_type": "ppo"}, "trainer_type: expected one of simpo, dpo"),
+    ({"trainer_type": "simpo"}, "objective: none is named"),
+    ({"trainer_type": "simpo", "loss_type": "dpo"}, "set trainer_type: dpo"),
+    ({"trainer_type": "dpo", "loss_type": "gm-simpo"}, "set trainer_type: simpo"),
+    ({"trainer_type": "dpo", "loss_type": "hinge"}, "set trainer_type: simpo"),
+    ({"loss_type": ["sigmoid", "sft"]}, "loss_type: expected one"),
+    ({"loss_type": "sppo_hard"}, "'sppo_hard' is not known"),
+    ({"loss_type": "sigmoid", "cpo_alpha": 1.0}, "write objective: dpo, cpo or simpo"),
+    ({"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "write objective: dpo"),
+    ({"objective": "gamma-simpo", "label_smoothing": 0.1}, "label_smoothing: gamma-simpo has none"),
+    ({"objective": "simpo", "length_norm": False}, "simpo always uses means"),
+    ({"objective": "simpo", "tau": 10}, "tau: simpo has none; it belongs to gamma-simpo"),
+    ({"objective": "cpo", "alpha": 1.0, "gamma_beta_ratio": 0.5}, "both given .* keep alpha"),
+    ({"beta_ratio": 0.5}, "did you mean 'gamma_beta_ratio'"),
+    ({"evaluation_stratgy": "no"}, "did you mean 'evaluation_strategy'"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED, ids=lambda v: str(v)[:60])
+def test_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        config_of(**given)
+
+
+def test_hinge_has_no_form_with_lmpos_margin():
+    with pytest.raises(UserError, match="run_simpo"):
+        config_of("run_lmpo", loss_type="hinge")
+
+
+OBJECTIVES = [
+    ("run_lmpo", {}, "lmpo"),
+    ("run_lmpo", {"loss_type": "sigmoid"}, "lmpo"),
+    ("run_simpo", {}, "simpo"),
+    ("run_simpo", {"loss_type": "sigmoid"}, "simpo"),
+    ("run_simpo", {"loss_type": "hinge"}, "hinge"),
+    ("run_simpo", {"objective": "lmpo"}, "lmpo"),
+    ("run_xpo", {"trainer_type": "simpo", "loss_type": "gm-simpo"}, "gamma-simpo"),
+    ("run_xpo", {"loss_type": "b-simpo", "tau": 0.6}, "beta-simpo"),
+    ("run_xpo", {"trainer_type": "dpo"}, "dpo"),
+    ("run_xpo", {"trainer_type": "dpo", "loss_type": "sigmoid"}, "dpo"),
+    ("run_xpo", {"trainer_type": "dpo", "loss_type": "gm-dpo"}, "gamma-dpo"),
+    (None, {"loss_type": "sigmoid"}, "simpo"),
+    (None, {"loss_type": ["ipo"]}, "ipo"),
+    (None, {"objective": "dpo", "trainer_type": "simpo"}, "dpo"),
+]
+
+
+@pytest.mark.parametrize(("script", "given", "name"), OBJECTIVES, ids=str)
+def test_objective_by_script_and_loss_type(script, given, name):
+    assert config_of(script, **given).build_objective().name == name
+
+
+def test_one_key_means_different_things_for_different_losses():
+    given = {"beta": 10, "gamma_beta_ratio": 0.3, "tau": 3, "label_smoothing": 0}
+
+    def meant(loss: str, trainer: str) -> dict[str, Any]:
+        return hyperparameters_of("run_xpo", loss_type=loss, trainer_type=trainer, **given)
+
+    for loss, trainer in (("cpo", "simpo"), ("orpo", "simpo"), ("r-dpo", "dpo")):
+        assert meant(loss, trainer)["alpha"] == 0.3
+    assert meant("ipo", "dpo")["beta"] == 0.3
+    assert meant("dpo", "dpo")["beta"] == 10
+
+
+def test_length_norm_where_nothing_is_said():
+    """Means for the SimPO type's cpo, sums for the DPO type; our own names keep CPO's sums."""
+
+    def means(**given) -> bool:
+        return hyperparameters_of(beta=1, **given)["length_norm"]
+
+    assert means(loss_type="cpo", trainer_type="simpo")
+    assert not means(loss_type="cpo", trainer_type="simpo", length_norm=False)
+    assert not means(objective="cpo")
+    assert not means(loss_type="dpo", trainer_type="dpo")
+    assert means(loss_type="dpo", trainer_type="dpo", length_norm=True)
+
+
+def test_trl_names_of_weights():
+    assert hyperparameters_of(objective="cpo", cpo_alpha=0.5)["alpha"] == 0.5
+    simpo = hyperparameters_of(objective="simpo", beta=2.0, simpo_gamma=1.0, cpo_alpha=0.1)
+    assert (simpo["sft_weight"], simpo["gamma_beta_ratio"]) == (0.1, 0.5)
+    dpo = hyperparameters_of(objective="dpo", rpo_alpha=1.0, loss_weights=None)
+    assert dpo["sft_weight"] == 1.0
+
+
+def test_overrides_win_under_any_name(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "loss_type: gm-simpo\ntrainer_type: simpo\nbeta: 10\ngamma: 4\ntau: 10\nlength_norm: true\n"
+        "warmup_ratio: 0.1\nuse_flash_attention_2: true\nreport_to: none\nuse_cpu: true\n"
+    )
+    plain = ["--attn_implementation=sdpa"]
+    config = load_config(path, plain)
+    assert (config.gamma_beta_ratio, config.attn_implementation) == (0.4, "sdpa")
+    assert load_config(path, [*plain, "--gamma_beta_ratio=0.3"]).gamma_beta_ratio == 0.3
+    assert load_config(path, [*plain, "--beta=20"]).gamma_beta_ratio == 0.2
+    assert load_config(path, [*plain, "--warmup_steps=7"]).warmup_steps == 7
+    assert load_config(path, [*plain, "--loss_type=simpo"]).objective == "simpo"
+    dpo = load_config(path, [*plain, "--loss_type=dpo", "--trainer_type=dpo"])
+    assert (dpo.objective, dpo.gamma_beta_ratio) == ("dpo", None)
+
+
+def test_an_override_wins_over_a_mixer_and_over_an_objectives_own_settings():
+    mixer = {"dataset_mixer": {"a/b": 1}, "seed": 1}
+    for name in ("dataset", "dataset_name"):
+        assert merge(mixer, {name: "mine.jsonl"}) == {"seed": 1, name: "mine.jsonl"}
+    assert merge({"dataset": "a"}, {"dataset_mixer": {"b": 1}}) == {"dataset_mixer": {"b": 1}}
+    file = {"objective_args": {"tau": 1, "label_smoothing": 0.1}, "beta": 2}
+    merged = merge(file, {"tau": 3})
+    assert merged == {"objective_args": {"label_smoothing": 0.1}, "beta": 2, "tau": 3}
+    assert file["objective_args"]["tau"] == 1
+    ratio = {"gamma_beta_ratio": 0.5}
+    assert merge({"loss_type": "cpo", **ratio}, {"alpha": 1}) == {"loss_type": "cpo", "alpha": 1}
+    kept = {"objective": "simpo", **ratio}
+    assert merge(kept, {"alpha": 1}) == {**kept, "alpha": 1}
+
+
+def test_an_override_wins_over_the_objectives_own_name_for_it(tmp_path):
+    path = tmp_path / "c.yaml"
+
+    def found(file: str, *overrides: str) -> dict[str, Any]:
+        path.write_text(f"{file}\nreport_to: none\nuse_cpu: true\n")
+        return load_config(path, overrides).objective_args
+
+    r_dpo = "objective: r-dpo\nalpha: 0.1"
+    assert found(r_dpo, "--gamma_beta_ratio=0.3") == {"alpha": 0.3}
+    assert found("objective: cpo\nbeta: 2\nalpha: 0.1", "--gamma=1") == {"alpha": 0.5}
+    assert found("objective: cpo\ncpo_alpha: 0.1", "--gamma_beta_ratio=0.3") == {"alpha": 0.3}
+    args = "objective: cpo\nobjective_args: {alpha: 0.1}"
+    assert found(args, "--gamma_beta_ratio=0.3") == {"alpha": 0.3}
+    assert found("loss_type: [cpo]\ngamma_beta_ratio: 0.1", "--alpha=0.3")["alpha"] == 0.3
+    assert found("objective: simpo\nsft_weight: 0.1", "--cpo_alpha=0.3") == {"sft_weight": 0.3}
+    assert found("objective: simpo\ncpo_alpha: 0.1", "--sft_weight=0.3") == {"sft_weight": 0.3}
+    assert found("objective: cpo\ncpo_alpha: 0.1", "--sft_weight=0.3") == {
+        "alpha": 0.1,
+        "sft_weight": 0.3,
+    }
+    for file in (
+        r_dpo + "\ngamma_beta_ratio: 0.3",
+        "objective: simpo\ncpo_alpha: 1\nsft_weight: 2",
+    ):
+        with pytest.raises(UserError, match="both given"):
+            found(file)
+
+
+def test_scripts_twins_add_what_the_scripts_did():
+    model = "mistralai/Mistral-7B-Instruct-v0.2"
+    assert config_of("run_simpo", model_name_or_path=model).chat_template == "mistral"
+    own = config_of("run_simpo", model_name_or_path=model, chat_template="{{ messages }}")
+    assert own.chat_template == "{{ messages }}"
+    assert config_of("run_simpo", model_name_or_path="mistral/zephyr").chat_template is None
+    assert config_of("run_simpo").auto_insert_empty_system_msg
+    assert not config_of(
+        "run_simpo", auto_insert_empty_system_msg=False
+    ).auto_insert_empty_system_msg
+    assert not config_of().auto_insert_empty_system_msg
+
+
+def test_what_became_of_settings_is_printed_once(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("torch_dtype: null\nevaluation_strategy: 'no'\ntau: 1\nloss_type: simpo\n")
+    load_config(path, ["--use_cpu=true", "--report_to=none"])
+    printed = capsys.readouterr().out
+    for line in (
+        "  torch_dtype: null -> dtype: float32 (null is float32",
+        "  evaluation_strategy: no -> eval_strategy: no\n",
+        "  loss_type: simpo -> objective: simpo\n",
+        "  tau: 1 -> nothing (simpo does not use it)\n",
+    ):
+        assert printed.count(line) == 1
+    load_config(path, ["--use_cpu=true", "--report_to=none", "--eval_strategy=epoch"])
+    assert "evaluation_strategy" not in capsys.readouterr().out
+
+
+def test_every_published_key_is_in_the_table_or_transformers_own():
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    lora = {field.name for field in dataclasses.fields(AdapterSettings)}
+    for settings in (*FILES.values(), *EARLY.values()):
+        assert settings.keys() <= TABLE.keys() | theirs | lora
+
+
+def test_the_table_names_settings_that_exist():
+    ours = {field.name for field in dataclasses.fields(PreferenceConfig)}
+    ours |= {"tau", "label_smoothing", "sft_weight", "length_norm", "alpha"}
+    for key in TABLE.values():
+        assert not key.becomes or key.becomes in ours, key.name
+        assert key.translate is not None or key.becomes, key.name
+
+
+def test_the_page_is_current():
+    page = (ROOT / "docs" / "migration.md").read_text()
+    assert page == render(), "run python -m docs.migration_table > docs/migration.md"

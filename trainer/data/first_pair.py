@@ -1,0 +1,87 @@
+"""The first pair, token by token: what the model will read and what it will be scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..text import printable
+from .chat import only_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PARTS = {"prompt": False, "chosen": True, "rejected": True}
+#: Tokens shown on each side of a completion's start.
+_AROUND = 6
+
+
+def preflight_lines(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = 24
+) -> list[str]:
+    """One tokenized pair as readable text, one line per token.
+
+    ``row`` has ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``. Of a part with more than
+    ``most_tokens`` tokens only the beginning and the end are shown; None shows all.
+    """
+    ids: dict[str, Sequence[int]] = {part: row[f"{part}_ids"] for part in _PARTS}
+    counts = ", ".join(
+        f"{part} {len(ids[part])} tokens ({'scored' if scored else 'read, not scored'})"
+        for part, scored in _PARTS.items()
+    )
+    lines = [f"first pair: {counts}"]
+    bos_id = only_id(tokenizer.bos_token_id)
+    if bos_id is not None:
+        found = list(ids["prompt"]).count(bos_id)
+        lines.append(f"BOS {_shown(tokenizer, bos_id)} in the prompt: {found}")
+    before = _text(tokenizer, ids["prompt"][-_AROUND:])
+    after = (_text(tokenizer, ids[side][:_AROUND]) for side in ("chosen", "rejected"))
+    lines.append(
+        "completions start at position {}, after {}: chosen with {}, rejected with {}".format(
+            len(ids["prompt"]), before, *after
+        )
+    )
+    lines.append(f"{'part':<9}{'position':>9}{'id':>9}  {'scored':<7} {'kind':<8} text")
+    for part, scored in _PARTS.items():
+        offset = 0 if part == "prompt" else len(ids["prompt"])
+        lines += _part_lines(part, ids[part], offset, scored, tokenizer, most_tokens)
+    return lines
+
+
+def _part_lines(
+    part: str,
+    ids: Sequence[int],
+    offset: int,
+    scored: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    most_tokens: int | None,
+) -> Iterator[str]:
+    hidden = range(0)
+    if most_tokens is not None and len(ids) > most_tokens:
+        hidden = range(most_tokens // 2, len(ids) - (most_tokens - most_tokens // 2))
+    for i, token_id in enumerate(ids):
+        if hidden and i == hidden.start:
+            yield f"{part:<9}{'...':>9}{'':>9}  {'':<16} {len(hidden)} more tokens"
+        if i not in hidden:
+            mark = "yes" if scored else "-"
+            kind = "special" if _is_special(tokenizer, token_id) else ""
+            text = _shown(tokenizer, token_id)
+            yield f"{part:<9}{offset + i:>9}{token_id:>9}  {mark:<7} {kind:<8} {text}"
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    return token_id in tokenizer.all_special_ids or (added is not None and added.special)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Several tokens' text, quoted and escaped."""
+    return f"'{printable(str(tokenizer.decode([int(i) for i in ids])))}'"
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """One token's text, quoted and escaped; of one that is no whole character, its raw form."""
+    text = tokenizer.decode([int(token_id)])
+    if not text or "\ufffd" in text:
+        text = tokenizer.convert_ids_to_tokens(int(token_id)) or ""
+    return f"'{printable(str(text))}'"

@@ -1,0 +1,121 @@
+"""Which tokens of a pair stay, and what can be said of it afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .rows import EMPTY_COMPLETION, IDENTICAL, RowProblem
+
+if TYPE_CHECKING:
+    from ..settings.data import DataSettings
+
+OK = "ok"
+NO_PROMPT_TOKEN = "no prompt token to predict the completion from"
+NOTHING_LEFT = "nothing left of a completion after truncation"
+IDENTICAL_CUT = "identical sides after truncation"
+
+MISMATCH = "prompt mismatch"
+PROMPT_CUT = "prompt truncated"
+CHOSEN_CUT = "chosen truncated"
+REJECTED_CUT = "rejected truncated"
+CHOSEN_NO_END = "chosen without end-of-turn token"
+REJECTED_NO_END = "rejected without end-of-turn token"
+BOS_DOUBLED = "doubled BOS dropped"
+SEVERAL_TURNS = "completion of several turns"
+#: What can be said of a row that trains; bit i of the ``flags`` column is FLAGS[i].
+FLAGS = (
+    MISMATCH,
+    PROMPT_CUT,
+    CHOSEN_CUT,
+    REJECTED_CUT,
+    CHOSEN_NO_END,
+    REJECTED_NO_END,
+    BOS_DOUBLED,
+    SEVERAL_TURNS,
+)
+
+
+@dataclass
+class Tokens:
+    """One pair's token ids, and which of ``FLAGS`` are true of it."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    flags: set[str]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The settings that decide which tokens of a pair stay."""
+
+    max_length: int | None
+    max_prompt_length: int | None
+    max_completion_length: int | None
+    truncation_mode: str
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> Limits:
+        return cls(
+            settings.max_length,
+            settings.max_prompt_length,
+            settings.max_completion_length,
+            settings.truncation_mode,
+        )
+
+    def cut(self, tokens: Tokens, bos_id: int | None) -> tuple[list[int], int | None]:
+        """The prompt within its limit (BOS stays), and the room it leaves for a completion."""
+        prompt, limit = tokens.prompt, self.max_prompt_length
+        if limit is not None and len(prompt) > limit:
+            head = prompt[:1] if prompt[0] == bos_id else []
+            room = limit - len(head)
+            keep_end = self.truncation_mode == "keep_end"
+            prompt = head + prompt[len(prompt) - room :] if keep_end else prompt[:limit]
+        return prompt, self._room(self.max_length, len(prompt))
+
+    def published_cut(self, tokens: Tokens) -> tuple[list[int], int | None]:
+        """The same as SimPO's trainer does it.
+
+        A prompt is cut only where it and the longer answer pass ``max_length`` (BOS goes with the
+        cut), answers only if they still do, and then as if the prompt had its full length.
+        """
+        prompt, limit = tokens.prompt, self.max_prompt_length
+        longer = max(len(tokens.chosen), len(tokens.rejected))
+        if self.max_length is None or len(prompt) + longer <= self.max_length:
+            return prompt, self.max_completion_length
+        if limit is not None:
+            prompt = prompt[-limit:] if self.truncation_mode == "keep_end" else prompt[:limit]
+            if len(prompt) + longer <= self.max_length:
+                return prompt, self.max_completion_length
+        return prompt, self._room(self.max_length, len(prompt) if limit is None else limit)
+
+    def _room(self, whole: int | None, prompt: int) -> int | None:
+        """Most tokens of a completion after ``prompt`` tokens; None for no limit."""
+        rooms = [] if self.max_completion_length is None else [self.max_completion_length]
+        return min(rooms if whole is None else [*rooms, whole - prompt], default=None)
+
+
+def fit(
+    tokens: Tokens, limits: Limits, bos_id: int | None, *, as_published: bool = False
+) -> Tokens:
+    """Cut a pair to its limits; raise ``RowProblem`` for one that cannot train."""
+    if not tokens.prompt:
+        raise RowProblem(NO_PROMPT_TOKEN, "the prompt is empty, and no BOS stands before it")
+    if not tokens.chosen or not tokens.rejected:
+        raise RowProblem(EMPTY_COMPLETION, "a completion has no tokens")
+    if tokens.chosen == tokens.rejected:
+        raise RowProblem(IDENTICAL, "chosen and rejected have the same tokens")
+    prompt, room = limits.published_cut(tokens) if as_published else limits.cut(tokens, bos_id)
+    flags = tokens.flags | ({PROMPT_CUT} if len(prompt) < len(tokens.prompt) else set())
+    if room is None:
+        return Tokens(prompt, tokens.chosen, tokens.rejected, flags, tokens.detail)
+    if room <= 0:
+        raise RowProblem(NOTHING_LEFT, f"the prompt takes {len(prompt)} tokens")
+    flags |= {CHOSEN_CUT} if len(tokens.chosen) > room else set()
+    flags |= {REJECTED_CUT} if len(tokens.rejected) > room else set()
+    chosen, rejected = tokens.chosen[:room], tokens.rejected[:room]
+    if chosen == rejected:
+        raise RowProblem(IDENTICAL_CUT, f"the sides differ only after {room} tokens")
+    return Tokens(prompt, chosen, rejected, flags, tokens.detail)

@@ -1,0 +1,122 @@
+"""LoRA and QLoRA through peft: the settings, and wrapping a model so that its head stays plain."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..settings.adapter import AdapterSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+SAME_AT_FIRST = (True, "gaussian", "eva")
+"""Ways to initialise LoRA under which the base stays what it was and the adapter adds nothing."""
+
+
+def lora_config(settings: AdapterSettings) -> Any:
+    """The ``peft.LoraConfig`` of these settings; None without ``use_peft``."""
+    if not settings.use_peft:
+        return None
+    from peft import LoraConfig
+
+    targets = settings.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear" if targets is None else targets,
+        modules_to_save=settings.lora_modules_to_save,
+    )
+
+
+def quantization_config(settings: AdapterSettings, compute_dtype: str) -> Any:
+    """What ``from_pretrained`` takes to quantize as these settings say; None for not at all."""
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=settings.load_in_4bit,
+        load_in_8bit=settings.load_in_8bit,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
+    )
+
+
+def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
+    """The patched model in an adapter that leaves its head alone.
+
+    Raises:
+        UserError: an adapter on lm_head or on an embedding that shares its weight, one that adds
+            tokens to the prompt, or module names that the model does not have.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UserError(
+            f"peft_config: {type(peft_config).__name__} adds virtual tokens, which shift where "
+            "completions are predicted; use LoRA or another adapter of weights"
+        )
+    if hasattr(model, "get_base_model"):
+        raise UserError("peft_config: the model has an adapter already; give one or the other")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model.enable_input_require_grads()  # for reentrant checkpointing; peft does it elsewhere
+    try:
+        with peft_warnings_aside():
+            adapted = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise UserError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
+    now = model.get_output_embeddings()
+    if now is not head or isinstance(now, BaseTunerLayer):
+        raise UserError(
+            "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
+            "take; leave lm_head out of target_modules and modules_to_save"
+        )
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and model.get_input_embeddings() is not embedding:
+        raise UserError(
+            "peft_config: it trains the embedding, whose weight is also lm_head's here "
+            "(tie_word_embeddings), and would part them; leave the embedding out of "
+            "target_modules and modules_to_save"
+        )
+    return adapted
+
+
+@contextmanager
+def peft_warnings_aside() -> Iterator[None]:
+    """Wrap a model inside: peft asks it by a name that transformers 5 warns will go."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def bare_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside peft's wrapper, or ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def starts_as_its_base(peft_config: Any) -> bool:
+    """Whether a fresh adapter adds nothing at first, its base being the model as it was."""
+    return getattr(peft_config, "init_lora_weights", False) in SAME_AT_FIRST
+
+
+def learnable_line(model: nn.Module) -> str:
+    """How many of the model's parameters train, for the log."""
+    counts = [
+        (getattr(p, "ds_numel", p.numel()), p.requires_grad)
+        for p in model.parameters()  # quantized ones pack two into an element
+    ]
+    learnable = sum(count for count, trains in counts if trains)
+    total = sum(count for count, _ in counts)
+    return f"{learnable:,} of {total:,} parameters learn ({learnable / max(total, 1):.2%})"

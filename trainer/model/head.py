@@ -1,0 +1,227 @@
+"""The model's head without logits: one line for any trainer.
+
+    patch_head(model)
+    out = model(input_ids, attention_mask=mask, select=select, targets=targets)
+    out.token_logps                                     # [N], differentiable
+
+Called without ``targets``, the model is what it was (``generate`` included). With them, the decoder
+runs, the hidden states at ``select`` are picked, and `linear_logprob` runs *inside the lm_head
+module's call*, so that ZeRO-3, FSDP2 and PEFT gather and release its weight as for logits.
+
+Patch the bare model, before PEFT, DDP, FSDP or ZeRO wrap it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from ...kernels.linear_logprob.function import Backend, HeadStats, Tail, linear_logprob
+from ...kernels.linear_logprob.inputs import TAIL_EPS
+from ..errors import UserError
+from ..packing.masks import packed_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class ScoredTokens(ModelOutput):
+    """What a patched model returns when given targets; N as in ``targets``."""
+
+    token_logps: Tensor | None = None  # [N] fp32, differentiable
+    mean_logits: Tensor | None = None  # [N] mean over the vocabulary, before any softcap; detached
+
+
+@dataclass
+class Scoring:
+    """How a patched head scores, read from the model's config; see `linear_logprob`."""
+
+    logit_scale: float
+    softcap: float | None
+    tail: Tail
+    tail_eps: float
+    backend: Backend
+    stats: HeadStats | None = None
+    """Of the last call with gradients; backward fills it."""
+
+
+def patch_head(
+    model: PreTrainedModel,
+    *,
+    tail: Tail = "mean",
+    tail_eps: float = TAIL_EPS,
+    backend: Backend = "auto",
+) -> Scoring:
+    """Teach ``model`` to return log-probs of given tokens; see the module's docstring.
+
+    The model then takes ``select`` [N] int64, flat positions in [batch * length] whose hidden
+    states predict, and ``targets`` [N] int64, the tokens they should predict; it returns
+    `ScoredTokens`. Rows that pack several sequences, or pairs that share their prompt, come with
+    ``position_ids``, ``segment_ids`` and ``branch_ids`` [batch, length] and no attention mask; see
+    `PairCollator`, which makes all of these. Patching twice replaces the settings.
+
+    Raises:
+        UserError: an encoder-decoder model, a mixture of experts that wants its auxiliary loss, an
+            adapter on the head, or no head at all.
+    """
+    _check_model(model)
+    scoring = Scoring(
+        **_read_logit_settings(model.config), tail=tail, tail_eps=tail_eps, backend=backend
+    )
+    head: Any = model.get_output_embeddings()
+    patched: Any
+    for patched, forward in ((head, _head_forward), (model, _model_forward)):
+        if not hasattr(patched, "unpatched_forward"):
+            patched.unpatched_forward = patched.forward
+        patched.scoring = scoring
+        patched.forward = _Bound(forward, patched)
+    return scoring
+
+
+class _Bound:
+    """A method of one module, which `torch.save` of the module takes, unlike ``MethodType``'s.
+
+    accelerate looks for ``__func__``, to wrap the function and to find it again.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.__func__, self.__self__ = function, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+
+def _model_forward(
+    self: Any,
+    *args: Any,
+    select: Tensor | None = None,
+    targets: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    branch_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    if segment_ids is not None or kwargs.get("cu_seq_lens_q") is not None:
+        kwargs = packed_arguments(self, kwargs, segment_ids, branch_ids) | {"use_cache": False}
+    if targets is None:
+        return self.unpatched_forward(*args, **kwargs)
+    if select is None:
+        raise ValueError("select: expected the positions [N] whose hidden states predict targets")
+    if select.dtype not in (torch.int64, torch.int32) or select.dim() != 1:
+        raise ValueError(
+            "select: expected int64 positions [N] in the flattened batch, got "
+            f"{select.dtype} of shape {list(select.shape)}; those of a mask are "
+            "mask.flatten().nonzero()[:, 0]"
+        )
+    kwargs["use_cache"] = False
+    hidden = self.get_decoder()(*args, **kwargs)[0]
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, select)
+    token_logps, mean_logits = self.get_output_embeddings()(picked, targets=targets)
+    return ScoredTokens(token_logps=token_logps, mean_logits=mean_logits)
+
+
+# Its operators are opaque to torch.compile anyway, and backward writes into what forward returned
+# (the statistics), which a compiled graph cannot have.
+@torch.compiler.disable
+def _head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Any:
+    if targets is None:
+        return self.unpatched_forward(hidden)
+    scoring: Scoring = self.scoring
+    if not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(self.weight.dtype)
+    bias = getattr(self, "bias", None)
+    token_logps, stats = linear_logprob(
+        hidden,
+        self.weight,
+        targets,
+        bias=bias,
+        logit_scale=scoring.logit_scale,
+        softcap=scoring.softcap,
+        tail=scoring.tail,
+        tail_eps=scoring.tail_eps,
+        backend=scoring.backend,
+        return_stats=True,
+    )
+    if torch.is_grad_enabled():
+        scoring.stats = stats
+    return token_logps, _mean_logits(hidden, self.weight, bias, scoring.logit_scale)
+
+
+@torch.no_grad()
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The mean over the vocabulary of each token's logits, [N]: one dot product with mean(W)."""
+    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return scale * (mean if bias is None else mean + bias.float().mean())
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
+        raise UserError(
+            f"model: expected a causal language model of transformers, got {type(model).__name__}; "
+            "patch the bare model, before DDP, FSDP or ZeRO wrap it"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model: expected a decoder-only language model, got the encoder-decoder "
+            f"{config.model_type!r}"
+        )
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            "model: its config asks for the mixture-of-experts auxiliary loss "
+            "(output_router_logits), which needs logits; set output_router_logits: false"
+        )
+    head = model.get_output_embeddings()
+    if not hasattr(model, "get_decoder") or head is None or model.get_decoder() is model:
+        raise UserError(
+            f"model: expected a causal language model with a head, got {type(model).__name__}; "
+            "load it with AutoModelForCausalLM"
+        )
+    if type(head) is not nn.Linear and not hasattr(head, "unpatched_forward"):
+        raise UserError(
+            f"model: expected a plain linear lm_head, got {type(head).__name__}; leave lm_head out "
+            "of the adapter's target_modules and modules_to_save"
+        )
+
+
+def _read_logit_settings(config: Any) -> dict[str, Any]:
+    """Scale and softcap of the logits, under the names that families give them."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    return {"logit_scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compare the patched head with the model's own logits on a few tokens.
+
+    A family that treats its logits in a way this project does not know is an error here, and not
+    a silently different loss. Needs whole weights: not under ZeRO-3 or FSDP.
+    """
+    config = model.config.get_text_config()
+    tokens = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    expected = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    scored = model(
+        input_ids=tokens,
+        select=torch.arange(tokens.shape[1] - 1, device=tokens.device),
+        targets=tokens[0, 1:],
+    )
+    model.train(was_training)
+    full = logits.dtype == torch.float32 and not torch.is_autocast_enabled(logits.device.type)
+    bound = 1e-3 if full else 0.05
+    worst = (scored.token_logps - expected).abs().max().item()
+    if not worst <= bound * max(1.0, expected.abs().max().item()):
+        raise UserError(
+            f"model: log-probs from the head differ from {type(model).__name__}'s own logits by "
+            f"{worst:.3g}; it treats its logits in a way this version does not know"
+        )

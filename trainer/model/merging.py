@@ -1,0 +1,61 @@
+"""A trained adapter merged into its model: one that plain transformers loads, without peft."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, refusals
+from ..settings.adapter import AdapterSettings
+from ..settings.engine import is_split
+from ..settings.model import ModelSettings
+from .adapters import peft_warnings_aside
+from .loading import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def check_merges_in_memory(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Raise ``UserError`` where an adapter cannot be merged into the model that trains."""
+    if is_split(args) or getattr(model, "is_quantized", False):
+        raise UserError(
+            "merge_adapter: a model that is quantized or split over ranks is merged from its "
+            "files; name them in model_name_or_path"
+        )
+
+
+def export_merged(settings: ModelSettings, adapter: Path, out: Path, trained: Any = None) -> None:
+    """Write the model that ``settings`` name with the saved ``adapter`` merged in, to ``out``.
+
+    It starts from the model's own files and merges on the CPU, so it works the same whatever the
+    training run was split over. After QLoRA the adapter is merged into the weights before their
+    quantization, in ``dtype``: what it learnt beside them fits the quantized ones a little better.
+    A model that came as an object, with weights of no file, is merged as a copy of ``trained``.
+
+    Raises:
+        UserError: files that cannot be read or written, or a merge that is not finite.
+    """
+    from peft import PeftModel
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # under ZeRO-3 loading is for all ranks at once; this is one's
+    whole = {field.name: getattr(settings, field.name) for field in fields(ModelSettings)}
+    whole |= {field.name: field.default for field in fields(AdapterSettings)}
+    plain = ModelSettings(**whole)
+    if settings.load_in_4bit or settings.load_in_8bit:
+        logger.info("merging into the weights as they were before quantization")
+    base = load_model(plain) if trained is None else None
+    with refusals(f"adapter {adapter}: cannot be merged", OSError, ValueError, RuntimeError):
+        if base is None:
+            adapted: Any = copy.deepcopy(trained)
+        else:
+            with peft_warnings_aside():
+                adapted = PeftModel.from_pretrained(base, str(adapter))
+        adapted.merge_and_unload(safe_merge=True).save_pretrained(out)
+        load_tokenizer(plain, str(adapter)).save_pretrained(out)

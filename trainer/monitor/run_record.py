@@ -1,0 +1,72 @@
+"""``run.json``: what the report and a reader need to know of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime, timezone
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from ..data import PairData
+from ..objectives import Objective
+from ..settings.config import PreferenceConfig, defaults_of
+from ..settings.files import is_secret
+from ..versions import versions
+
+
+class RunRecord:
+    """``run.json``: what the report and a reader need to know of a run."""
+
+    def __init__(self, config: PreferenceConfig, objective: Objective, data: PairData) -> None:
+        self.path = Path(config.output_dir) / "run.json"
+        self.content: dict[str, Any] = {
+            "settings": changed_settings(config),
+            "objective": {
+                "name": objective.name,
+                **dataclasses.asdict(objective.hyperparameters),
+            },
+            "data": data.report.as_dict(),
+            "versions": versions(),
+            "device": str(config.device),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "summary": {},
+        }
+
+    def write(self, **summary: float) -> None:
+        self.content["summary"].update(summary)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+        aside.replace(self.path)
+
+
+def changed_settings(config: PreferenceConfig) -> dict[str, Any]:
+    """Settings somebody gave or a run adjusted, as plain values; secrets are left out."""
+    changed = {}
+    for name, default in defaults_of(type(config)).items():
+        value: Any = getattr(config, name, default)
+        if name in config.filled_in:  # unless it was changed afterwards, as by the planner
+            default = config.filled_in[name]
+        elif isinstance(value, AcceleratorConfig):  # which is filled up
+            default = type(value)()
+        value = _plain(value)
+        if value != _plain(default) and not is_secret(name):
+            changed[name] = value
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON and YAML have it."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, AcceleratorConfig):
+        return _plain(value.to_dict())
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, int | float | str | None) else str(value)

@@ -1,0 +1,224 @@
+"""Which layouts are worth trying for a model, the fastest first, and why.
+
+What is known of an attention implementation, a family and the lengths decides; `packing_check`
+then compares with padded batches on the model itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from .collator import Layout, PairCollator, Rows
+from .layout import BLOCK, dense_cost, row_length
+from .varlen import knows_windows
+
+if TYPE_CHECKING:
+    from ..data.lengths import PairLengths
+
+FAMILIES = frozenset(
+    (
+        *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+        *("gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "cohere2", "smollm3"),
+    )
+)
+"""Model types whose packed rows are tested to be exact, sliding windows included."""
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Kinds of layers whose mask is known here."""
+
+WIDEST_HEAD = 256
+"""Features of the widest attention head that flash attention takes."""
+
+SAMPLED_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A layout for batches, see `PairCollator`, and the reason for it."""
+
+    layout: Layout
+    rows: Rows
+    reason: str
+    area_cost: float = 0.0
+    shortest_row: int = BLOCK
+
+    def collator(self, pad_token_id: int) -> PairCollator:
+        return PairCollator(
+            pad_token_id,
+            layout=self.layout,
+            rows=self.rows,
+            area_cost=self.area_cost,
+            shortest_row=self.shortest_row,
+        )
+
+    def __str__(self) -> str:
+        return f"packing: {self.layout} ({self.reason})"
+
+
+def packings(
+    wanted: str,
+    config: Any,
+    *,
+    attention: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    lengths: PairLengths | None = None,
+    pairs_per_batch: int = 1,
+    max_tokens: int | None = None,
+    checked: bool = True,
+) -> list[Packing]:
+    """Layouts that should be exact for a model, the fastest first; never empty.
+
+    Args:
+        wanted: one of `PACKINGS`.
+        config: the model's.
+        attention: implementation; the config's own if None.
+        device, dtype: where and in what dtype the model computes.
+        lengths: of the data: what is fastest where masks are dense, and whether windows matter.
+        pairs_per_batch: of one micro-batch.
+        max_tokens: of one micro-batch, where there is a limit.
+        checked: whether `settle_packing` will compare; "auto" otherwise takes tested families only.
+
+    Raises:
+        UserError: ``wanted`` is named and cannot be exact, or cannot run.
+    """
+    text = config.get_text_config()
+    attention = str(attention or text._attn_implementation or "sdpa")
+    if wanted == "padded":
+        return [Packing("padded", "dense", "as configured")]
+    kinds, why = _rows(text, attention, torch.device(device), dtype)
+    obstacle = _obstacle(text, lengths, checked or wanted != "auto") or (None if kinds else why)
+    if obstacle is not None:
+        if wanted == "auto":
+            return [Packing("padded", "dense", obstacle)]
+        raise UserError(
+            f"packing: {wanted} is not to be had here: {obstacle}; set packing: padded, or auto"
+        )
+    cost = area_cost(text)
+    shortest = _shortest(lengths, pairs_per_batch, max_tokens)
+    layouts: tuple[Any, ...] = ("prefix_shared", "packed") if wanted == "auto" else (wanted,)
+    found = [
+        Packing(layout, rows, why, area_cost=cost, shortest_row=shortest)
+        for rows in kinds
+        for layout in layouts
+    ]
+    if wanted == "auto":
+        found.append(Packing("padded", "dense", "the fewest operations for these lengths"))
+        if kinds[0] == "dense" and lengths is not None and len(lengths):
+            costs = dense_costs(lengths, pairs_per_batch, cost)
+            found.sort(key=lambda packing: costs[packing.layout])
+    return found
+
+
+def choose_packing(wanted: str, config: Any, **circumstances: Any) -> Packing:
+    """The first of `packings`, with the same arguments and errors."""
+    return packings(wanted, config, **circumstances)[0]
+
+
+def area_cost(config: Any) -> float:
+    """Cost of one entry of a dense attention mask, in tokens through the decoder.
+
+    An entry takes 4 operations per feature of the attention heads (scores and values), a token 2
+    per weight of a layer; of a mixture of experts, per weight that is active.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    experts = getattr(config, "num_experts_per_tok", None)
+    if experts:
+        inner = experts * (getattr(config, "moe_intermediate_size", None) or inner)
+    weights = 2 * hidden * head * (heads + shared) + 3 * hidden * inner
+    return 2 * heads * head / weights
+
+
+def dense_costs(lengths: PairLengths, pairs: int, area: float) -> dict[str, float]:
+    """Tokens that each layout's micro-batches cost with dense masks, summed over a sample."""
+    batches = max(1, min(SAMPLED_BATCHES, len(lengths) // pairs))
+    rows = np.linspace(0, len(lengths) - 1, min(len(lengths), batches * pairs)).astype(int)
+    costs = {"prefix_shared": 0.0, "packed": 0.0, "padded": 0.0}
+    parts = np.stack([lengths.prompt, lengths.chosen, lengths.rejected])[:, rows]
+    for begin in range(0, parts.shape[1], pairs):
+        prompt, chosen, rejected = parts[:, begin : begin + pairs]
+        sequences = np.concatenate([prompt + chosen, prompt + rejected])
+        longest = int(sequences.max())
+        costs["padded"] += len(sequences) * longest * (1 + area * longest)
+        costs["packed"] += dense_cost(sequences, area)
+        costs["prefix_shared"] += dense_cost(prompt + chosen + rejected, area)
+    return costs
+
+
+def _rows(
+    config: Any, attention: str, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Rows], str]:
+    """How rows may be made for this attention, the fastest first; none and the reason why not."""
+    if "flash" in attention:
+        return ["varlen"], f"{attention}: rows without padding"
+    if attention == "flex_attention":
+        if device.type == "cpu":
+            return [], "flex_attention has no backward on a CPU; attn_implementation: sdpa has"
+        return ["blocks"], f"{attention}: one row of few lengths"
+    if attention == "eager":
+        return ["dense"], f"{attention}: dense masks"
+    if attention != "sdpa":
+        return [], f"attention {attention} is not known here"
+    if device.type == "cpu":
+        return ["varlen", "dense"], "sdpa on a CPU: sequence by sequence, without padding"
+    heads = config.hidden_size // config.num_attention_heads
+    if (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and _runs_varlen(device)
+        and (getattr(config, "head_dim", None) or heads) <= WIDEST_HEAD
+        and getattr(config, "attn_logit_softcapping", None) is None
+    ):
+        return ["varlen", "dense"], "torch's varlen attention: rows without padding"
+    return ["dense"], f"sdpa in {str(dtype).removeprefix('torch.')}: dense masks"
+
+
+def _runs_varlen(device: torch.device) -> bool:
+    """Whether torch's varlen attention is there, knows windows, and has kernels for this GPU."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None or not knows_windows():
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _obstacle(config: Any, lengths: PairLengths | None, unknown_too: bool) -> str | None:
+    """Why rows of several sequences could differ from each alone, as far as the config tells."""
+    kind = config.model_type
+    bidirectional = getattr(config, "use_bidirectional_attention", False)
+    if bidirectional or not getattr(config, "is_causal", True):
+        return f"{kind} attends to later tokens"
+    if others := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
+        return f"{kind} has layers of kind {', '.join(sorted(others))}"
+    if kind in FAMILIES:
+        return None
+    if not unknown_too:
+        return f"{kind} is not among the tested families, and sharded weights cannot be compared"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (lengths is None or _longest(lengths) > window):
+        return f"{kind} is not among the tested families, and has a sliding window of {window}"
+    return None
+
+
+def _longest(lengths: PairLengths) -> int:
+    completions = np.maximum(lengths.chosen, lengths.rejected)
+    return int((lengths.prompt + completions).max()) if len(lengths) else 0
+
+
+def _shortest(lengths: PairLengths | None, pairs: int, max_tokens: int | None) -> int:
+    """A row length below which few micro-batches fall, so that there are few lengths in all.
+
+    Shorter rows are padded to it, so it is none that a limit on tokens keeps them from reaching.
+    """
+    if lengths is None or not len(lengths):
+        return BLOCK
+    total = lengths.prompt + lengths.chosen + lengths.rejected
+    usual = row_length(int(total.mean() * pairs / 2))
+    return usual if max_tokens is None else min(usual, row_length(max_tokens))

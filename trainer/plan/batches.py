@@ -1,0 +1,70 @@
+"""The largest micro-batch of a rank as numbers: rows, tokens, what attention sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..batching.planner import Plan
+from ..data.lengths import PairLengths
+from ..packing.choose import Packing
+from ..packing.layout import alternate, place_dense, row_length
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Shapes that `PairCollator` would give for some pairs.
+
+    ``queries`` and ``keys`` are each sequence's lengths for varlen attention, () elsewhere.
+    """
+
+    layout: str
+    kind: str  # of the rows, see `Packing.rows`
+    rows: int
+    length: int
+    scored: int  # tokens through the head
+    queries: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def micro_batch(lengths: PairLengths, packing: Packing) -> MicroBatch:
+    """The batch of all these pairs (at least one)."""
+    prompt, chosen, rejected = lengths.prompt, lengths.chosen, lengths.rejected
+    sequences = np.concatenate([prompt + chosen, prompt + rejected])
+    scored = int(chosen.sum() + rejected.sum())
+    layout = packing.layout
+    if layout == "padded":
+        return MicroBatch(layout, "dense", len(sequences), int(sequences.max()), scored)
+    totals = sequences if layout == "packed" else lengths.shared
+    if packing.rows == "dense":
+        _, (rows, length) = place_dense(totals, packing.area_cost)
+        return MicroBatch(layout, "dense", rows, length, scored)
+    length = int(totals.sum())
+    if packing.rows == "blocks":
+        length = row_length(length, packing.shortest_row)
+        return MicroBatch(layout, "blocks", 1, length, scored)
+    queries = keys = sequences
+    if layout == "prefix_shared":
+        queries, keys = (
+            alternate(prompt + chosen, rejected),
+            alternate(prompt + chosen, prompt + rejected),
+        )
+    return MicroBatch(
+        layout, "varlen", 1, length, scored, tuple(queries.tolist()), tuple(keys.tolist())
+    )
+
+
+def largest(plan: Plan, packing: Packing) -> MicroBatch:
+    """The micro-batch of one rank with the most tokens in an epoch's plan."""
+    tokens = plan.tokens(packing.layout)
+    place, rank = np.unravel_index(int(tokens.argmax()), tokens.shape)
+    pairs = plan.share(int(place), int(rank))
+    lengths = plan.lengths
+    return micro_batch(
+        PairLengths(lengths.prompt[pairs], lengths.chosen[pairs], lengths.rejected[pairs]), packing
+    )

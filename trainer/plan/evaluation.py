@@ -1,0 +1,159 @@
+"""One way to run, worked out: its plan of micro-batches and its memory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..batching.limits import with_limit
+from ..batching.planner import Plan, Planner
+from ..packing.choose import Packing, choose_packing
+from .batches import MicroBatch, largest
+from .engines import Engine
+from .lengths import Lengths
+from .memory import Precision, RankMemory, precision, rank_memory
+from .shapes import ModelSize, model_size
+from .simulation import Held, Recipe, simulate
+
+if TYPE_CHECKING:
+    from ..objectives import Objective
+    from ..settings.config import PreferenceConfig
+
+
+@dataclass
+class Evaluation:
+    """Settings on so many ranks of an engine; what follows is worked out when asked for.
+
+    ``simulated`` remembers what simulations found; ways to run share it.
+    """
+
+    settings: PreferenceConfig
+    config: Any
+    objective: Objective
+    engine: Engine
+    ranks: int
+    lengths: Lengths
+    simulated: dict[Any, Held] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.settings.use_cpu else "cuda"
+
+    @property
+    def attention(self) -> str:
+        return self.settings.attn_implementation or "sdpa"
+
+    @property
+    def checkpointing(self) -> bool:
+        names = ("activation_checkpointing", "gradient_checkpointing")
+        return any(getattr(self.settings, name, False) for name in names)
+
+    @property
+    def pairs_per_step(self) -> int:
+        settings = self.settings
+        per_rank = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        return per_rank * self.ranks
+
+    @property
+    def precomputed(self) -> bool:
+        return self.settings.precompute_ref_log_probs
+
+    @cached_property
+    def size(self) -> ModelSize:
+        return model_size(self.config, self.settings)
+
+    @cached_property
+    def precision(self) -> Precision:
+        return precision(self.settings, self.config, self.engine)
+
+    @cached_property
+    def packing(self) -> Packing:
+        kinds = self.precision
+        return choose_packing(
+            self.settings.packing,
+            self.config,
+            attention=self.attention,
+            device=self.device,
+            dtype=kinds.autocast or kinds.simulated,
+            lengths=self.lengths.pairs,
+            pairs_per_batch=self.settings.per_device_train_batch_size,
+            checked=not (self.engine.is_deepspeed or self.engine.name == "fsdp2"),
+        )
+
+    @cached_property
+    def planner(self) -> Planner:
+        settings = self.settings
+        planner = Planner(
+            self.lengths.pairs,
+            self.pairs_per_step,
+            settings.gradient_accumulation_steps,
+            ranks=self.ranks,
+            seed=settings.seed if settings.data_seed is None else settings.data_seed,
+            coupled=self.objective.couples_pairs,
+            layout=self.packing.layout,
+            drop_last=settings.dataloader_drop_last,
+        )
+        limit = settings.max_tokens_per_micro_batch
+        return planner if limit is None else with_limit(planner, limit, epochs=1)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return self.planner.plan(0)
+
+    @cached_property
+    def batch(self) -> MicroBatch:
+        """The largest micro-batch of the first epoch."""
+        return largest(self.plan, self.packing)
+
+    def recipe(self, checkpointing: bool) -> Recipe:
+        kinds = self.precision
+        return Recipe(
+            config=self.config,
+            settings=self.settings,
+            dtype=kinds.simulated,
+            autocast=kinds.autocast,
+            attention=self.attention,
+            device=self.device,
+            checkpointing=checkpointing,
+        )
+
+    def held(self, checkpointing: bool) -> Held:
+        settings, kinds = self.settings, self.precision
+        adapter = (settings.use_peft, settings.lora_r, settings.load_in_4bit, settings.load_in_8bit)
+        key = (checkpointing, kinds, self.attention, adapter, self.batch)
+        if key not in self.simulated:
+            self.simulated[key] = simulate(self.recipe(checkpointing), self.batch)
+        return self.simulated[key]
+
+    @cached_property
+    def memory(self) -> RankMemory:
+        return rank_memory(
+            self.settings,
+            self.size,
+            self.engine,
+            self.ranks,
+            self.precision,
+            self.held(self.checkpointing),
+            self.batch,
+            self.planner.micro_batches,
+            self.objective.needs_reference,
+            self.recipe(self.checkpointing),
+        )
+
+    def changed(
+        self, *, engine: Engine | None = None, ranks: int | None = None, **settings: Any
+    ) -> Evaluation:
+        """Another way to run: other settings, another engine or number of ranks."""
+        new = copy.copy(self.settings)
+        for name, value in settings.items():
+            setattr(new, name, value)
+        return replace(self, settings=new, engine=engine or self.engine, ranks=ranks or self.ranks)
+
+    def with_checkpointing(self) -> Evaluation:
+        name = "activation_checkpointing"
+        if not hasattr(self.settings, name):
+            name = "gradient_checkpointing"
+        settings: dict[str, Any] = {name: True}
+        return self.changed(**settings)

@@ -1,0 +1,240 @@
+"""What one micro-batch holds beyond weights: the model's own code, run on tensors without data.
+
+A few layers of the model are built under `FakeTensorMode`: shapes, dtypes and views are real, no
+number is computed and no memory is taken. Every tensor that an operation returns counts from then
+until nothing refers to it any more, as in torch's allocator; weights and their gradients are left
+out. What grows with the layers grows linearly, so a run with two layers and one with four give the
+rest. Attention and the head keep to themselves what happens inside: see `stand_in.py` and
+`head_memory.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import UserError
+from ..model.head import patch_head
+from .batches import MicroBatch
+from .head_memory import backward_extra, forward_extra
+from .shapes import adapted, build, with_layers
+from .stand_in import attention_for, masks_for
+
+if TYPE_CHECKING:
+    from ..settings.config import PreferenceConfig
+
+SHORT, LONG = 2, 4
+"""Layers of the two runs; even, for families that alternate two kinds."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a micro-batch is computed.
+
+    Args:
+        config: the model's. dtype: of the weights as they compute. autocast: its dtype, or None.
+        attention: the implementation. device: "cuda" or "cpu", where it would run.
+    """
+
+    config: Any
+    settings: PreferenceConfig
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    attention: str
+    device: str
+    checkpointing: bool
+
+    @property
+    def compute_bytes(self) -> int:
+        return (self.autocast or self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes beyond weights and their lasting gradients.
+
+    kept: by the forward for the backward. forward, head, decoder: at the worst moment of the
+    forward, of the head's backward and of the layers' backward; the latter two with ``kept`` and
+    the gradient of a weight.
+    """
+
+    kept: int
+    forward: int
+    head: int
+    decoder: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.head, self.decoder)
+
+
+def simulate(recipe: Recipe, batch: MicroBatch, *, layers: int | None = None) -> Held:
+    """The bytes that a forward and backward of ``batch`` hold.
+
+    Args:
+        layers: simulate so many; None for two short runs that stand for all of them.
+
+    Raises:
+        UserError: the model cannot be run on tensors without data.
+    """
+    whole = recipe.config.num_hidden_layers
+    if layers is not None or whole <= LONG:
+        return _run(recipe, batch, layers or whole)
+    short, long = _run(recipe, batch, SHORT), _run(recipe, batch, LONG)
+
+    def grown(name: str) -> int:
+        first, second = getattr(short, name), getattr(long, name)
+        return first + (second - first) * (whole - SHORT) // (LONG - SHORT)
+
+    return Held(*(grown(name) for name in ("kept", "forward", "head", "decoder")))
+
+
+def _run(recipe: Recipe, batch: MicroBatch, layers: int) -> Held:
+    config = with_layers(recipe.config, layers)
+    try:
+        with FakeTensorMode(), _quiet():
+            return _forward_and_backward(recipe, batch, config)
+    except UserError:
+        raise
+    except Exception as error:  # of another library's model code, for whatever reason
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"model {config.model_type}: its memory cannot be told without running it ({reason})"
+        ) from error
+
+
+def _forward_and_backward(recipe: Recipe, batch: MicroBatch, config: Any) -> Held:
+    bare, model = _model(recipe, batch, config)
+    if recipe.checkpointing:
+        enable = getattr(bare, "activation_checkpointing_enable", None)
+        enable = enable or bare.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+    model.train()
+    watch = _Watch("triton" if recipe.device == "cuda" else "torch", recipe.compute_bytes)
+    for tensor in (*model.parameters(), *model.buffers()):
+        watch.ignore(tensor)
+        if tensor.requires_grad:
+            tensor.register_post_accumulate_grad_hook(_drop_gradient)
+    with watch:
+        shape = batch.rows, batch.length
+        ids, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        select, targets = (torch.zeros(batch.scored, dtype=torch.int64) for _ in range(2))
+        masks = masks_for(recipe.attention, batch, config, recipe.dtype, recipe.device)
+        amp = torch.autocast("cpu", recipe.autocast) if recipe.autocast else nullcontext()
+        with amp:
+            out = model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=masks,
+                select=select,
+                targets=targets,
+            )
+        watch.phase = "head"
+        kept = watch.level
+        out.token_logps.sum().backward()
+    return Held(kept=kept, **watch.peaks)
+
+
+def _model(recipe: Recipe, batch: MicroBatch, config: Any) -> tuple[Any, Any]:
+    """The patched model and the same in its adapter, with weights that have a shape and no data.
+
+    Made on the meta device, as what libraries do to make a model needs no numbers either.
+    """
+    settings, dtype = recipe.settings, recipe.dtype
+    attention = attention_for(recipe.attention, batch, recipe.device)
+    with torch.device("meta"):
+        bare = build(config, attention, dtype, settings)
+        patch_head(bare, tail=settings.head_tail, backend="torch")
+        model = adapted(bare, settings)
+    head = bare.get_output_embeddings()
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        # peft prepares a quantized model by widening what is left in 16 bits.
+        widened = (settings.load_in_4bit or settings.load_in_8bit) and (
+            not isinstance(module, torch.nn.Linear) or module is head
+        )
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    floats = tensor.is_floating_point()
+                    new: Tensor = torch.empty(
+                        tensor.shape,
+                        dtype=torch.float32 if widened and floats else tensor.dtype,
+                        device="cpu",
+                    )
+                    if isinstance(tensor, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = new
+                tensors[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
+    return bare, model
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    """The lasting gradient is counted elsewhere; what backward hands over is gone with it."""
+    parameter.grad = None
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the storages that operations return, until they are freed."""
+
+    def __init__(self, backend: str, compute_bytes: int) -> None:
+        super().__init__()
+        self.level = 0
+        self.peaks = {"forward": 0, "head": 0, "decoder": 0}
+        self.phase = "forward"
+        self.backend, self.compute_bytes = backend, compute_bytes
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def ignore(self, tensor: Tensor) -> None:
+        self._seen.add(tensor.untyped_storage())
+
+    def _free(self, size: int) -> None:
+        self.level -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        forward = name == "widemargin::linear_logprob"
+        backward = name == "widemargin::linear_logprob_backward"
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage not in self._seen:
+                self._seen.add(storage)
+                self.level += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        inside = 0
+        if forward or backward:
+            hidden, weight = args[1:3] if backward else args[:2]
+            extra = backward_extra if backward else forward_extra
+            vocab, width = weight.shape
+            inside = extra(len(hidden), width, vocab, self.compute_bytes, self.backend)
+        # Autograd adds up gradients in place, but not those of tensors without data: what is alive
+        # after such a sum counts with the next operation.
+        if name != "aten::add":
+            self.peaks[self.phase] = max(self.peaks[self.phase], self.level + inside)
+        if backward:
+            self.phase = "decoder"
+        return out
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of libraries about a model that is never trained are not the user's concern."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,143 @@
+"""Time: operations of a step against a chip, bytes on the wire against a link, many GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..batching.planner import Plan
+from .chips import Chip
+from .engines import Engine
+from .shapes import ModelSize
+
+HEAD_PASSES = 1.3
+"""Products of hidden states and head weight per scored token, 2·H·V operations each: the forward's
+one and what routing leaves of the backward's (1.2 to 1.4 for instruction-tuned models)."""
+FLASH_PASSES = 3.5
+"""Forward and backward of fused attention over its forward: the backward computes scores again."""
+SYMMETRIC = 2
+"""An all-reduce sends each byte twice, once to sum and once to spread."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations by what they grow with."""
+
+    per_token: float
+    per_area: float  # of attention, for a query and a key it sees
+    per_scored: float
+    dense: bool  # attention computes what its mask hides, too
+
+    @classmethod
+    def of(cls, size: ModelSize, checkpointing: bool, reference: bool, dense: bool) -> Work:
+        """Of training: 6 per weight and token, 2 more to compute again, 2 for a reference."""
+        again = float(checkpointing) + float(reference)
+        head = 2.0 * size.hidden_size * size.vocab_size
+        return cls(
+            per_token=size.decoder_flops + 2 * again * size.decoder_weights,
+            per_area=4.0 * size.attention_width * size.layers * (FLASH_PASSES + again),
+            per_scored=head * (HEAD_PASSES + float(reference)),
+            dense=dense,
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One step on so many ranks, seconds and counts, averaged over an epoch."""
+
+    ranks: int
+    pairs_per_step: int
+    micro_batches: int
+    steps_per_epoch: int
+    tokens: float  # a step, all ranks, as computed
+    flops: float  # a step, all ranks
+    compute_s: float
+    bytes: float  # a step, sent by each rank
+    communication_s: float
+    epochs: float
+    steps: int | None = None  # where max_steps says so
+
+    @property
+    def step_s(self) -> float:
+        """Communication runs beside computation: the longer of the two."""
+        return max(self.compute_s, self.communication_s)
+
+    @property
+    def hours(self) -> float:
+        steps = self.steps or self.steps_per_epoch * self.epochs
+        return steps * self.step_s / 3600
+
+    @property
+    def pairs_per_s(self) -> float:
+        return self.pairs_per_step / self.step_s
+
+
+def step_speed(
+    plan: Plan, layout: str, work: Work, size: ModelSize, engine: Engine, chip: Chip,
+    compute_bytes: int, pairs_per_step: int, micro_batches: int, epochs: float, steps: int | None,
+) -> Speed:  # fmt: skip
+    """The mean step of an epoch's plan."""
+    count = len(plan.steps) - 1
+    flops = _flops(plan, layout, work)
+    per_step = np.add.reduceat(flops, plan.steps[:-1], axis=0)
+    # Ranks wait for each other in every micro-batch where weights are gathered, else once a step.
+    slowest = flops.max(axis=1).sum() if engine.name != "ddp" else per_step.max(axis=1).sum()
+    sent = traffic(size, engine, plan.ranks, compute_bytes, micro_batches)
+    return Speed(
+        ranks=plan.ranks,
+        pairs_per_step=pairs_per_step,
+        micro_batches=micro_batches,
+        steps_per_epoch=count,
+        tokens=float(plan.tokens(layout).sum()) / count,
+        flops=float(flops.sum()) / count,
+        compute_s=float(slowest) / count / chip.flops_per_s(),
+        bytes=sent,
+        communication_s=sent / chip.bytes_per_s(plan.ranks),
+        epochs=epochs,
+        steps=steps,
+    )
+
+
+def _flops(plan: Plan, layout: str, work: Work) -> np.ndarray:
+    """[micro-batches, R] operations of each rank."""
+    lengths = plan.lengths
+    prompt, chosen, rejected = (
+        x[plan.order].astype(float) for x in (lengths.prompt, lengths.chosen, lengths.rejected)
+    )
+    both = (prompt + chosen) ** 2 + (prompt + rejected) ** 2
+    if layout == "padded":
+        area = 2 * (prompt + np.maximum(chosen, rejected)) ** 2
+    elif layout == "packed":
+        area = both
+    else:
+        whole = prompt + chosen + rejected
+        area = whole**2 if work.dense else both - prompt**2
+    area = area if work.dense else area / 2
+    alone = work.per_area * area + work.per_scored * (chosen + rejected)
+    filled = plan.pairs.ravel() > 0
+    flops = np.zeros(plan.pairs.size)
+    flops[filled] = np.add.reduceat(alone, plan.bounds[:-1][filled])
+    return flops.reshape(plan.pairs.shape) + work.per_token * plan.tokens(layout)
+
+
+def traffic(
+    size: ModelSize, engine: Engine, ranks: int, compute_bytes: int, micro_batches: int
+) -> float:
+    """Bytes that each rank sends in a step."""
+    if ranks == 1:
+        return 0.0
+    share = (ranks - 1) / ranks
+    everything, trained = size.total * compute_bytes, size.trainable * compute_bytes
+    if engine.name == "zero3":  # gathered in forward and in backward, gradients scattered
+        return share * micro_batches * (2 * everything + trained)
+    if engine.name == "fsdp2":
+        return share * (micro_batches * 2 * everything + trained)
+    if engine.name == "zero2":
+        return share * (micro_batches * trained + trained)
+    return share * SYMMETRIC * size.trainable * 4
+
+
+def measured(speed: Speed, pairs_per_s: float) -> Speed:
+    """The same step as long as a measurement has it, communication included."""
+    return replace(speed, compute_s=speed.pairs_per_step / pairs_per_s, communication_s=0.0)

@@ -1,0 +1,123 @@
+"""Attention for `simulation`: what the kernels keep and return, without computing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..packing.varlen import _by_sequence, _cast
+from .batches import MicroBatch
+
+NAME = "widemargin_plan"
+
+
+def attention_for(implementation: str, batch: MicroBatch, device: str) -> str:
+    """The name under which transformers finds attention for this batch.
+
+    eager and sdpa with dense masks are the real functions; all else is a stand-in.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    if _is_dense(implementation, batch, device):
+        return "eager" if implementation == "eager" else "sdpa"
+    AttentionInterface.register(NAME, _by_lengths(batch) if device == "cpu" else _kernel(batch))
+    return NAME
+
+
+def masks_for(
+    implementation: str, batch: MicroBatch, config: Any, dtype: torch.dtype, device: str
+) -> Any:
+    """Masks as a packed or padded batch has them: one per kind of layer where there are several."""
+    kinds = getattr(config, "layer_types", None)
+    if not _is_dense(implementation, batch, device):
+        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool)
+        return mask if kinds is None else dict.fromkeys(kinds, mask)
+    shape = (batch.rows, 1, batch.length, batch.length)
+    of = dtype if implementation == "eager" else torch.bool
+    if kinds is None:
+        return torch.ones(shape, dtype=of)
+    return {kind: torch.ones(shape, dtype=of) for kind in set(kinds)}
+
+
+def _is_dense(implementation: str, batch: MicroBatch, device: str) -> bool:
+    if implementation == "eager":
+        return True
+    return batch.kind == "dense" and "flash" not in implementation
+
+
+class _FusedAttention(torch.autograd.Function):
+    """A flash kernel: q, k, v, the output and one logsumexp per query and head are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, _, lse = ctx.saved_tensors
+        sums = torch.empty_like(lse)
+        d_query = torch.empty_like(query, dtype=torch.float32)  # summed over blocks of keys
+        gradients = tuple(torch.empty_like(x) for x in (query, key, value))
+        del sums, d_query
+        return gradients
+
+
+def _kernel(batch: MicroBatch) -> Any:
+    """A GPU's kernel over rows [1, heads, T, D], keys gathered where prompts are shared."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        query, key, value = _half(query, key, value)
+        if batch.layout == "prefix_shared" and batch.kind == "varlen":
+            index = torch.zeros(sum(batch.keys), dtype=torch.int64)
+            key, value = key.index_select(2, index), value.index_select(2, index)
+        elif batch.layout == "padded":  # padding is taken out, and put back into the output
+            query, key, value = query.clone(), key.clone(), value.clone()
+        out: Any = _FusedAttention.apply(query, key, value)
+        return out.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _by_lengths(batch: MicroBatch) -> Any:
+    """A CPU's way: one sequence after the other."""
+    bounds = _bounds(batch.queries), _bounds(batch.keys)
+
+    def attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        if batch.layout == "prefix_shared":
+            index = torch.zeros(sum(batch.keys), dtype=torch.int64)
+            key, value = key.index_select(2, index), value.index_select(2, index)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in _cast(query, key, value))
+        window = kwargs.get("sliding_window")
+        return _by_sequence(q, k, v, bounds, scaling, window)[None], None
+
+    return attention
+
+
+def _bounds(lengths: tuple[int, ...]) -> list[int]:
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return ends
+
+
+def _half(*tensors: Tensor) -> list[Tensor]:
+    """In the dtype of autocast where it is on, which is how these kernels are called."""
+    if not torch.is_autocast_enabled("cpu"):
+        return list(tensors)
+    return [x.to(torch.get_autocast_dtype("cpu")) for x in tensors]

@@ -1,0 +1,101 @@
+"""What a run would do: its settings, data, first pair and plan; trains nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from .batching.limits import fitted, training_planner
+from .batching.summary import summarise
+from .checkpoint.files import choose_checkpoint
+from .data import PairData, load_pairs, preflight_lines
+from .data.table import PairRows
+from .errors import UserError
+from .model.loading import load_model_config, load_tokenizer
+from .monitor.run_record import changed_settings
+from .objectives import Objective
+from .packing.choose import choose_packing
+from .settings.checks import check_evaluation, check_output
+from .settings.config import PreferenceConfig
+
+
+def preflight(config: PreferenceConfig) -> None:
+    """Print the settings in effect, what becomes of the data and the first pair; train nothing."""
+    objective = config.build_objective()
+    check_output(config)
+    checkpoint = find_checkpoint(config, quiet=False)
+    tokenizer = load_tokenizer(config)
+    model_config = load_model_config(config).get_text_config()
+    data = load_pairs(config, tokenizer, model_config.vocab_size)
+    saved_dtype = str(model_config.dtype).removeprefix("torch.")
+    if not config.use_peft:  # whose own weights are kept in float32
+        data.report.notes += weight_notes(saved_dtype if config.dtype == "auto" else config.dtype)
+    print("Settings that differ from their defaults")
+    for name, value in changed_settings(config).items():
+        print(f"  {name}: {value}")
+    print(f"\nObjective {objective.name}: {objective.spec.formula}")
+    for name, value in dataclasses.asdict(objective.hyperparameters).items():
+        print(f"  {name}: {value}")
+    if data.train is not None:
+        print("\n" + "\n".join(_plan_lines(config, objective, data.train, model_config)))
+    if checkpoint is not None:
+        print(f"Would go on from {checkpoint}")
+    print("\nData")
+    print("\n".join(data.report.lines()))
+    if data.train is not None:
+        print("\nFirst pair")
+        print("\n".join(preflight_lines(data.train[0], tokenizer)))
+    check_data(config, data)
+
+
+def _plan_lines(
+    config: PreferenceConfig, objective: Objective, pairs: Dataset, model_config: Any
+) -> list[str]:
+    """The packing that these settings should get, and the plan of the first epoch."""
+    lengths = PairRows(pairs).lengths
+    packing = choose_packing(
+        config.packing,
+        model_config,
+        attention=config.attn_implementation,
+        device=config.device,
+        dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+        lengths=lengths,
+        pairs_per_batch=config.per_device_train_batch_size,
+    )
+    planner = training_planner(config, objective, lengths, packing.layout)
+    return [str(packing), *summarise(fitted(config, objective, planner)).lines()]
+
+
+def check_data(config: PreferenceConfig, data: PairData) -> None:
+    """Raise ``UserError`` where the splits lack what the settings want."""
+    if data.train is None:
+        raise UserError("dataset_splits: none of them is for training; name a train split")
+    check_evaluation(config, data.evaluation)
+
+
+def weight_notes(dtype: str) -> list[str]:
+    """A remark where the optimizer's small steps would vanish in the weights' rounding.
+
+    DeepSpeed keeps weights in fp32 beside those that compute, whatever their dtype, and peft keeps
+    an adapter's.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return []
+    return [
+        f"the weights are updated in {dtype}, where steps of the usual learning rates (1e-6) are "
+        "mostly rounded away; set dtype: float32, and bf16: true to compute in bfloat16"
+    ]
+
+
+def find_checkpoint(config: PreferenceConfig, *, quiet: bool = True) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means, by the sizes of its files.
+
+    Training reads and hashes them all, and so may pass over one more.
+    """
+    return choose_checkpoint(
+        config.resume_from_checkpoint, config.output_dir, hashes=False, quiet=quiet
+    )

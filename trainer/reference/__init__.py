@@ -1,0 +1,4 @@
+"""The frozen reference model, and its log-probs kept on disk.
+
+May import the rooms below: settings to batching, and model. Start in `model`.
+"""

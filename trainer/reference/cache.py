@@ -1,0 +1,235 @@
+"""A reference's log-probs computed once and kept on disk, by content.
+
+A file belongs to one model and one data set: its name is a hash of the model's weights and config,
+of the token ids of every pair in their order, and of the precision and attention that computed it.
+So it cannot be stale, and another tokenizer, template or limit is another file. Layout and batch
+sizes, which move the last bits only, are left out. It is a safetensors file of two columns, with
+its key and a checksum; one that does not match is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..batching.workers import sheltered
+from ..data.columns import REFERENCE_COLUMNS as COLUMNS
+from ..data.columns import TOKEN_COLUMNS
+from ..data.table import PairRows
+from ..errors import UserError
+from ..model.adapters import bare_model
+from ..settings.engine import is_split
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# Raise it when the same model and tokens come to give other log-probs, or the file's form changes.
+_VERSION = 1
+# What of a model's config does not change its log-probs.
+_IRRELEVANT = {
+    "_name_or_path", "architectures", "transformers_version", "use_cache", "dtype",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+Values = dict[str, np.ndarray]
+
+
+def precomputed(
+    rows: PairRows, model: str, score: Callable[[Any], Tensor], trainer: Trainer
+) -> tuple[Values, str]:
+    """The columns of `COLUMNS` for ``rows``, from disk or computed, and a line that says which.
+
+    Call it on all ranks, each of which gets the same values. The main one alone reads and writes,
+    so it does not matter whether the ranks share a disk.
+
+    Args:
+        model: the digest of the model's content; only the main process's counts.
+        score: a collated batch -> sums [2P].
+    """
+    main = trainer.args.process_index == 0
+    path = Path(cache_folder()) / f"reference-{cache_key(model, rows, trainer)}.safetensors"
+    found = [read(path, len(rows)) if main else None]
+    if trainer.args.world_size > 1:
+        broadcast_object_list(found)
+    if found[0] is not None:
+        return found[0], f"reference log-probs: read for {len(rows):,} pairs from {path}"
+    values = _computed(rows, score, trainer)
+    unusable = int(sum((~np.isfinite(column)).sum() for column in values.values()))
+    if unusable:
+        raise UserError(
+            f"reference: {unusable} of its {2 * len(rows)} log-probs are not finite; look for "
+            "broken weights, or compute in another precision (bf16 in place of fp16)"
+        )
+    if main:
+        write(path, values)
+    return values, f"reference log-probs: computed for {len(rows):,} pairs, kept in {path}"
+
+
+def _computed(rows: PairRows, score: Callable[[Any], Tensor], trainer: Trainer) -> Values:
+    """Every rank's share of each batch, gathered batch by batch: no rank waits for long."""
+    args = trainer.args
+    batches = list(_batches(rows, args.eval_batch_size * args.world_size))
+    shares = [batch[args.process_index :: args.world_size].tolist() for batch in batches]
+    loader: Any = sheltered(
+        DataLoader(
+            rows,
+            batch_sampler=shares,  # pyright: ignore[reportArgumentType]
+            collate_fn=trainer.data_collator,
+            num_workers=args.dataloader_num_workers,
+        )
+    )
+    if args.process_index == 0 and not args.disable_tqdm:
+        from tqdm.auto import tqdm
+
+        loader = tqdm(loader, desc="Reference log-probs")
+    gathered = []
+    for batch in loader:
+        sums = score(batch).view(2, -1).T.contiguous()
+        gathered.append(trainer.accelerator.gather(sums))
+    sums = torch.cat(gathered).cpu().numpy()  # pairs by batch, then by rank, chosen and rejected
+    order = [batch[rank :: args.world_size] for batch in batches for rank in range(args.world_size)]
+    values = np.empty((len(rows), 2), sums.dtype)
+    values[np.concatenate(order)] = sums
+    return {name: values[:, i].copy() for i, name in enumerate(COLUMNS)}
+
+
+def _batches(rows: PairRows, size: int) -> Iterator[np.ndarray]:
+    """Row numbers, longest pairs first, ``size`` at a time; the last is filled up with its own."""
+    order = np.argsort(-rows.lengths.shared, kind="stable")
+    for start in range(0, len(order), size):
+        yield np.resize(order[start : start + size], size)
+
+
+def cache_folder() -> str:
+    """Beside the tokenized data: in ``datasets``' cache."""
+    from datasets import config
+
+    return os.path.join(config.HF_DATASETS_CACHE, "widemargin")
+
+
+def cache_key(model: str, rows: PairRows, trainer: Trainer) -> str:
+    """The hash of all that decides the log-probs of ``rows``."""
+    accelerator, args = trainer.accelerator, trainer.args
+    policy: Any = trainer.model
+    facts = [
+        _VERSION,
+        model,
+        tokens_digest(rows),
+        accelerator.mixed_precision,
+        str(accelerator.distributed_type) if is_split(args) else "",
+        bool(args.tf32),
+        bare_model(policy).config.get_text_config()._attn_implementation,
+    ]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def tokens_digest(rows: PairRows) -> str:
+    """The hash of every pair's token ids, in order."""
+    content = hashlib.blake2b(digest_size=16)
+    for table in rows.dataset.with_format("arrow").iter(batch_size=4096):
+        for name in TOKEN_COLUMNS:
+            column = table.column(name)
+            for numbers in (pc.list_value_length(column), pc.list_flatten(column)):  # pyright: ignore
+                content.update(numbers.to_numpy().astype(np.int64).tobytes())
+    return content.hexdigest()
+
+
+def model_digest(model: nn.Module, main: bool = True) -> str:
+    """The hash of a model's weights (names, shapes, dtypes, bytes) and of its config.
+
+    Under ZeRO-3, which brings the weights together one by one, call it on all ranks. Elsewhere
+    ``main=False`` spares a rank whose digest nobody reads the work.
+    """
+    split = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if not main and not split:
+        return ""
+    if split:
+        weights = {name: _digest(tensor) for name, tensor in _brought_together(model)}
+    else:
+        state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            weights = dict(zip(state, threads.map(_digest, state.values()), strict=True))
+    config = bare_model(model).config.to_dict()
+    config = {name: value for name, value in config.items() if name not in _IRRELEVANT}
+    content = [type(bare_model(model)).__name__, config, weights]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    content = hashlib.blake2b(f"{plain.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
+    if plain.numel():
+        content.update(plain.view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def _brought_together(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    import deepspeed  # pyright: ignore[reportMissingImports] (an extra)
+
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield name, parameter.detach()
+
+
+def write(path: Path, values: Values) -> None:
+    """Write a whole file aside, then put it in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    notes = {"key": path.stem, "rows": str(len(values[COLUMNS[0]])), "checksum": _checksum(values)}
+    try:
+        save_file(values, aside, metadata=notes)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read(path: Path, rows: int) -> Values | None:
+    """What `write` wrote; None for no file, and for one that is cut off or of something else."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            notes = file.metadata() or {}
+            values = {name: file.get_tensor(name) for name in COLUMNS}
+    except (SafetensorError, OSError) as error:
+        values, problem = None, str(error)
+    else:
+        problem = _problem(values, notes, path.stem, rows)
+    if problem:
+        logger.warning("%s: %s; computing the reference's log-probs again", path, problem)
+        return None
+    return values
+
+
+def _problem(values: Values, notes: Mapping[str, str], key: str, rows: int) -> str:
+    if notes.get("key") != key:
+        return "it is another file under this name"
+    if notes.get("rows") != str(rows) or any(len(column) != rows for column in values.values()):
+        return f"it does not have {rows} rows"
+    return "" if notes.get("checksum") == _checksum(values) else "its checksum does not match"
+
+
+def _checksum(values: Values) -> str:
+    content = hashlib.blake2b(digest_size=16)
+    for name in COLUMNS:
+        content.update(f"{name} {values[name].dtype} ".encode() + values[name].tobytes())
+    return content.hexdigest()

@@ -1,0 +1,290 @@
+"""The frozen model that objectives with a reference compare the policy with.
+
+Its summed log-probs of a batch come from the cheapest place that has them:
+
+1. the rows, in columns ``reference_chosen_logps`` and ``reference_rejected_logps``: the user's, or
+   computed once before training (``precompute_ref_log_probs``, `reference_cache`);
+2. another model, if one is given or named;
+3. the policy's own base under its disabled adapter;
+4. a frozen copy of the policy as it is before training, whatever checkpoint is loaded later.
+
+All are scored by the head without logits, in the batch's own layout and precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.margin_loss.function import sequence_logps
+from ..data import model_inputs
+from ..errors import UserError
+from ..model.adapters import bare_model, starts_as_its_base
+from ..model.frozen import place_frozen
+from ..model.head import patch_head
+from ..model.loading import load_model, vocabulary_size
+from ..packing.verify import compare_with_padded
+from ..settings.engine import is_split
+from .cache import model_digest, precomputed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    from ..data.table import PairRows
+    from ..objectives import Objective, ObjectiveOutput
+    from ..packing.choose import Packing
+    from ..settings.config import PreferenceConfig
+
+LN_2 = 0.6931
+TOLERANCE = {"fp32": 0.01, "half": 0.2}
+"""How far rounding moves a sequence's log-prob, per square root of its tokens, at the most."""
+
+logger = logging.getLogger(__name__)
+
+
+class Reference:
+    """Where the reference's log-probs come from.
+
+    Args:
+        policy: the bare or adapted model before training; not yet in ``peft_config``'s adapter.
+        args: the run's settings.
+        ref_model: a model to use, or None for what the settings say.
+        tokenizer: the policy's.
+        peft_config: of the adapter the policy is about to get, or None.
+        rows: the data sets of training and evaluation.
+        starting: whether the reference is the policy as it is now.
+
+    Raises:
+        UserError: a reference of another vocabulary, or that is the policy itself.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        args: PreferenceConfig,
+        ref_model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        peft_config: Any,
+        rows: list[PairRows | None],
+        *,
+        starting: bool,
+    ) -> None:
+        self.args = args
+        self.starting = starting
+        self.model: PreTrainedModel | None = None
+        self.notes: list[str] = []
+        self._lacking = [part for part in rows if part is not None and not part.has_reference]
+        self._under_adapter = peft_config is not None and starts_as_its_base(peft_config)
+        self._digest: str | None = None
+        self._unchecked = True
+        self._autocast: Any = nullcontext
+        self._unwrap: Any = bare_model
+        self._other = False
+        if not self._lacking and any(part is not None for part in rows):
+            return
+        self._other = ref_model is not None or not self.starting
+        if self._other:
+            if ref_model is None:
+                _check_tokenizer(args, tokenizer)
+                ref_model = load_model(args, args.ref_model_name_or_path)
+            self.model = _checked(ref_model, policy)
+        elif not self._policy_can_score():
+            self.model = _copy_of(policy, args)
+        if self.model is not None:
+            self.model.requires_grad_(False).eval()
+            patch_head(bare_model(self.model), **args.head_settings)
+        if args.precompute_ref_log_probs:
+            self._digest = model_digest(self.model or policy, args.process_index == 0)
+
+    def _policy_can_score(self) -> bool:
+        """Whether the policy itself serves, with no copy: as it is now, or under its adapter.
+
+        Now, that is in `prepare`, a policy that will be split is not yet fit to run.
+        """
+        if self.args.precompute_ref_log_probs:
+            return not is_split(self.args)
+        return self._under_adapter
+
+    def prepare(self, trainer: Trainer, packing: Packing | None) -> None:
+        """Put the frozen model where it runs, and compute the log-probs now where asked to.
+
+        Call it on all ranks, with the trainer's model not yet trained or loaded from a checkpoint.
+        ``packing`` is what was settled on for the policy.
+        """
+        accelerator = trainer.accelerator
+        if not is_split(self.args):
+            self._autocast = accelerator.autocast
+        self._unwrap = accelerator.unwrap_model
+        if self.model is not None:
+            if self.args.use_liger_kernel:
+                from transformers.integrations.liger import apply_liger_kernel
+
+                apply_liger_kernel(self.model, self.args.liger_kernel_config)
+            self.model = place_frozen(self.model, accelerator, self.args)
+        if self._other and packing is not None and not is_split(self.args):
+            with self._autocast():
+                self._check_packing(packing)
+        if self._digest is None:
+            return
+        policy: Any = trainer.model
+        frozen = self.model or policy
+        with self._scoring(frozen, disable_adapter=self.model is None and self._under_adapter):
+            for rows in self._lacking:
+                values, note = precomputed(
+                    rows,
+                    self._digest,
+                    lambda batch: _summed_logps(frozen, trainer._prepare_inputs(batch)),
+                    trainer,
+                )
+                rows.set_reference(values)
+                self.notes.append(note)
+                logger.info(note)
+        self.model = None
+        self._under_adapter = False
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_packing(self, packing: Packing) -> None:
+        """Another model may run an attention that reads packed rows otherwise."""
+        model: Any = self.model
+        problem = None if packing.layout == "padded" else compare_with_padded(model, packing)
+        if problem is not None:
+            raise UserError(
+                f"ref_model: it does not take the rows that the model does ({packing.layout}): "
+                f"{problem}; load it with the same attn_implementation, or set packing: padded"
+            )
+
+    def sums(self, policy: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Summed log-probs [2P] of the batch's completions, fp32 (fp64 for an fp64 model)."""
+        given = batch.get("reference_logps")
+        if given is not None:
+            return given
+        model = policy if self.model is None else self.model
+        if self.model is None and not self._under_adapter:
+            raise UserError(
+                "reference: this data set has no reference log-probs, and the frozen model is no "
+                "longer here; give it as eval_dataset, or set precompute_ref_log_probs: false"
+            )
+        with self._scoring(model, disable_adapter=self.model is None):
+            return _summed_logps(model, batch)
+
+    @contextmanager
+    def _scoring(self, model: nn.Module, *, disable_adapter: bool) -> Iterator[None]:
+        """Without gradients, dropout or adapter, in the precision that the policy trains in."""
+        training = model.training
+        if training:
+            model.eval()
+        adapter = self._unwrap(model).disable_adapter() if disable_adapter else nullcontext()
+        try:
+            with torch.no_grad(), self._autocast(), adapter:
+                yield
+        finally:
+            if training:
+                model.train()
+
+    def check_first(self, out: ObjectiveOutput, reference: Tensor, step: int, name: str) -> None:
+        """Warn where policy and reference should still be one model and do not score as one.
+
+        At the first micro-batch of a run from the beginning, and only there: it waits for the
+        device once.
+        """
+        if not self._unchecked:
+            return
+        self._unchecked = False
+        if step or not self.starting:
+            return
+        sums = torch.cat([out.chosen_sum_logps, out.rejected_sum_logps])
+        lengths = torch.cat([out.chosen_lengths, out.rejected_lengths]).clamp(min=1)
+        real = out.real.repeat(2)
+        apart = torch.where(real, (sums - reference).abs(), 0.0)
+        count = real.sum().clamp(min=1)
+        noise, mean = torch.stack([(apart / lengths.sqrt()).sum(), apart.sum()]) / count
+        if noise <= TOLERANCE["half" if self._rounds() else "fp32"]:
+            return
+        loss = f" ({name}'s first loss is {out.loss:.4f}, not ln 2 = {LN_2})" * (name == "dpo")
+        logger.warning(
+            "Before the first step the policy is its own reference, yet their log-probs differ by "
+            "%.3g per completion%s. Is dropout on (disable_dropout)? Do the columns "
+            "reference_*_logps come from another model, chat template or truncation? Does the "
+            "adapter change the model before it has learnt anything?",
+            mean.item(),
+            loss,
+        )
+
+    def _rounds(self) -> bool:
+        """Whether anything is computed in fewer digits than fp32 has."""
+        args = self.args
+        half = args.bf16 or args.fp16 or args.load_in_4bit or args.load_in_8bit or args.tf32
+        return bool(half) or args.dtype not in ("float32", "auto")
+
+
+def reference_for(
+    objective: Objective,
+    policy: Any,
+    args: PreferenceConfig,
+    ref_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_config: Any,
+    rows: list[PairRows | None],
+    *,
+    starting: bool,
+) -> Reference | None:
+    """The `Reference` of an objective that needs one; None for the others, which refuse one."""
+    if objective.needs_reference:
+        return Reference(policy, args, ref_model, tokenizer, peft_config, rows, starting=starting)
+    if ref_model is not None or args.ref_model_name_or_path is not None:
+        raise UserError(f"ref_model: {objective.name} uses none; leave it out")
+    if args.precompute_ref_log_probs:
+        logger.warning("precompute_ref_log_probs: %s has no reference", objective.name)
+    return None
+
+
+def _summed_logps(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    scored = model(**model_inputs(batch))
+    return sequence_logps(scored.token_logps, batch["cu_seqlens"])[0]
+
+
+def _check_tokenizer(args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The named reference's tokenizer, if it comes with one, has the same tokens."""
+    from transformers import AutoTokenizer
+
+    name: Any = args.ref_model_name_or_path
+    try:
+        own = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        return  # a folder with a model alone; its vocabulary's size still counts
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"ref_model_name_or_path: {name} has another tokenizer than the model, so its tokens "
+            "mean other text; give a reference with the model's own tokenizer"
+        )
+
+
+def _checked(model: PreTrainedModel, policy: Any) -> PreTrainedModel:
+    """A reference that can score the policy's tokens."""
+    if bare_model(model) is bare_model(policy):
+        raise UserError(
+            "ref_model: it is the model that trains; leave it out to compare with that model as "
+            "it is now, or give another"
+        )
+    own, wanted = vocabulary_size(model), vocabulary_size(policy)
+    if own != wanted:
+        raise UserError(
+            f"ref_model: its vocabulary has {own} tokens, the model's {wanted}; give a reference "
+            "with the model's own tokenizer"
+        )
+    return model
+
+
+def _copy_of(policy: Any, args: PreferenceConfig) -> Any:
+    """The policy as it is now, in memory of its own."""
+    if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+        name = bare_model(policy).config._name_or_path  # ZeRO-3 took the weights apart: load again
+        return load_model(args, args.model_name_or_path or name)
+    return copy.deepcopy(policy)

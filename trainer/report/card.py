@@ -1,0 +1,271 @@
+"""The model card: README.md of a trained model, written from what the run knows of itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import refusals
+from .page import figure
+from .places import is_place, unplaced
+from .run import Run, flatten
+from .write import duration
+
+if TYPE_CHECKING:
+    from ..trainer import PreferenceTrainer
+
+PAPERS = {
+    "simpo": ("SimPO: Simple Preference Optimization with a Reference-Free Reward", "2405.14734"),
+    "hinge": ("SLiC-HF: Sequence Likelihood Calibration with Human Feedback", "2305.10425"),
+    "lmpo": (
+        "Length-Controlled Margin-Based Preference Optimization without Reference Model",
+        "2502.14643",
+    ),
+    "gamma-simpo": ("Robust Preference Optimization via Dynamic Target Margins", "2506.03690"),
+    "gamma-dpo": ("Robust Preference Optimization via Dynamic Target Margins", "2506.03690"),
+    "beta-simpo": ("β-DPO: Direct Preference Optimization with Dynamic β", "2407.08639"),
+    "beta-dpo": ("β-DPO: Direct Preference Optimization with Dynamic β", "2407.08639"),
+    "dpo": (
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "2305.18290",
+    ),
+    "r-dpo": ("Disentangling Length from Quality in Direct Preference Optimization", "2403.19159"),
+    "ipo": (
+        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
+        "2310.12036",
+    ),
+    "kto": ("KTO: Model Alignment as Prospect Theoretic Optimization", "2402.01306"),
+    "cpo": ("Contrastive Preference Optimization", "2401.08417"),
+    "orpo": ("ORPO: Monolithic Preference Optimization without Reference Model", "2403.07691"),
+}
+"""Title and arXiv number of what each objective is from."""
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+ASIDE = {
+    "accelerator_config",
+    "dataloader_pin_memory",
+    "disable_tqdm",
+    "do_eval",
+    "report_to",
+    "run_name",
+    "use_cpu",
+}
+"""Settings of where a run was and what it said there, which make no other model."""
+
+
+def write_model_card(
+    trainer: PreferenceTrainer, notes: dict[str, Any] | None, **given: Any
+) -> Path:
+    """Write README.md to the trainer's ``output_dir``.
+
+    Args:
+        notes: as in ``run.json``: settings, objective, data, versions; None for the trainer's own.
+        given: what `transformers.Trainer.create_model_card` takes, such as ``license``.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    notes = own_notes(trainer) if notes is None else notes
+    settings = notes["settings"]
+    base = given.get("finetuned_from") or settings.get("model_name_or_path")
+    data_sets = given.get("dataset") or settings.get("dataset") or settings.get("dataset_mixer")
+    tags = given.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    own = ["widemargin", "generated_from_trainer", "preference-optimization"]
+    adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    front = ModelCardData(
+        language=given.get("language"),
+        license=given.get("license"),
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*dict.fromkeys([*tags, *own, trainer.objective.name])],
+        base_model=_on_hub(base),
+        datasets=[name for name in map(_on_hub, _listed(data_sets)) if name] or None,
+    )
+    name = given.get("model_name") or Path(str(trainer.args.output_dir)).absolute().name
+    body = card_body(trainer, name, base, notes)
+    path = Path(str(trainer.args.output_dir)) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ModelCard(f"---\n{front.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=True).save(path)
+    return path
+
+
+def own_notes(trainer: PreferenceTrainer) -> dict[str, Any]:
+    """What a trainer that was not started from the command line knows of its run."""
+    from ..monitor.run_record import changed_settings
+    from ..versions import versions  # which imports the trainer, and so this module
+
+    settings: Any = trainer.args
+    objective = trainer.objective
+    return {
+        "settings": changed_settings(settings),
+        "objective": {"name": objective.name, **asdict(objective.hyperparameters)},
+        "data": {name: asdict(report) for name, report in trainer.data_reports.items()},
+        "versions": versions(),
+    }
+
+
+def push(trainer: PreferenceTrainer) -> None:
+    """Upload ``output_dir``, card and report and all, as ``push_to_hub`` asks; on every rank.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses; all files are there still.
+    """
+    folder = trainer.args.output_dir
+    again = f"hf upload {trainer.hub_model_id or 'OWNER/NAME'} {folder} --exclude 'checkpoint-*'"
+    with hub_refusals(f"push_to_hub: {folder} is complete but was not pushed; {again}"):
+        trainer.push_to_hub()
+
+
+@contextmanager
+def hub_refusals(what: str) -> Iterator[None]:
+    """What goes wrong with the hub inside becomes a ``UserError`` that begins with ``what``."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # A connection refused is of the client library's own kind, which differs by the hub's version.
+    kinds: Any = HfHubHTTPError.__bases__
+    with refusals(what, OSError, ValueError, RuntimeError, *kinds):
+        yield
+
+
+def card_body(
+    trainer: PreferenceTrainer, name: str, base: str | None, notes: dict[str, Any]
+) -> str:
+    """The card below its front matter, in Markdown."""
+    objective = trainer.objective
+    run = Run(Path(str(trainer.args.output_dir)), trainer.state.log_history)
+    start = f" from {_code(unplaced(base))}" if base else ""
+    if base and unplaced(base) != base:
+        start += " (a local folder)"
+    settings = {k: v for k, v in notes["settings"].items() if k not in ASIDE and v not in ([], {})}
+    parts = [
+        f"# {_plain(name)}",
+        f"Trained{start} on preference pairs with {objective.name}, by widemargin.",
+        "## Objective",
+        f"```\n{objective.name}: {objective.spec.formula}\n```",
+        _hyperparameters_table(notes.get("objective") or {}),
+        _citation(objective.name),
+        "## Results",
+        _results_table(run),
+        _effort(run, notes.get("device")),
+        "## Data",
+        _data_table(notes.get("data") or {}),
+        "## Settings",
+        "All that differ from their defaults. With these lines as `config.yaml`, `widemargin train "
+        "config.yaml` does it again.",
+        _local_places(settings),
+        f"```yaml\n{_yaml(unplaced(settings))}```",
+        "## Versions",
+        ", ".join(f"{key} {value}" for key, value in notes.get("versions", {}).items()),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _local_places(settings: dict[str, Any]) -> str:
+    """Which of the names in the settings the reader has to find a folder for."""
+    given = [settings.get("model_name_or_path"), *_listed(settings.get("dataset"))]
+    given += [settings.get("ref_model_name_or_path"), *_listed(settings.get("dataset_mixer"))]
+    names = [name for name in given if isinstance(name, str) and is_place(name)]
+    listed = ", ".join(dict.fromkeys(_code(unplaced(name)) for name in names))
+    return (
+        f"Local where it was trained, to be replaced by paths of yours: {listed}" if names else ""
+    )
+
+
+def _citation(name: str) -> str:
+    if name not in PAPERS:
+        return ""
+    title, number = PAPERS[name]
+    return f"[{title}](https://arxiv.org/abs/{number}), arXiv:{number}"
+
+
+def _results_table(run: Run) -> str:
+    changes = run.changes()
+    if not changes:
+        return "Nothing was measured."
+    where = "held-out pairs" if run.prefix() else "training pairs"
+    rows = [f"| {where} | first | last |", "| --- | ---: | ---: |"]
+    for change in changes:
+        before = "" if change.before is None else figure(change.before)
+        rows.append(f"| {change.label} | {before} | {figure(change.after)} |")
+    return "\n".join(rows)
+
+
+def _effort(run: Run, device: str | None) -> str:
+    """How long it took, and on what."""
+    seconds, rate = run.seconds(), run.pairs_per_s()
+    said = [f"{run.last_step():g} steps"]
+    said += [f"in {duration(seconds)}"] if seconds is not None else []
+    said += [f"on {_plain(device)}"] if device else []
+    said += [f"at {figure(rate)} pairs per second"] if rate is not None else []
+    return " ".join(said)
+
+
+def _hyperparameters_table(values: dict[str, Any]) -> str:
+    rows = [
+        f"| {_code(name)} | {_code(value)} |"
+        for name, value in flatten(values)
+        if name != "name" and not (isinstance(value, float) and math.isnan(value))
+    ]
+    return "\n".join(["| | |", "| --- | --- |", *rows]) if rows else ""
+
+
+def _data_table(data: dict[str, Any]) -> str:
+    """What was trained and evaluated on: a column a split."""
+    splits = {name: part for name, part in data.items() if isinstance(part, dict)}
+    if not splits:
+        return ""
+    rows = {"from": [", ".join(map(_source, part["sources"])) for part in splits.values()]}
+    rows["pairs"] = [f"{part['pairs']:,}" for part in splits.values()]
+    for side in ("prompt", "chosen", "rejected"):
+        stats = [part["lengths"].get(side) for part in splits.values()]
+        rows[f"tokens, {side}"] = [
+            f"mean {each['mean']:,.0f}, at most {each['max']:,}" if each else "" for each in stats
+        ]
+    for kind, said in (("flags", "{}"), ("skipped", "skipped: {}")):
+        for name in dict.fromkeys(name for part in splits.values() for name in part[kind]):
+            counts = [part[kind].get(name, 0) for part in splits.values()]
+            rows[said.format(name)] = [f"{count:,}" for count in counts]
+    if any(part["flipped"] for part in splits.values()):
+        rows["sides swapped"] = [f"{part['flipped']:,}" for part in splits.values()]
+    head = f"| | {' | '.join(map(_plain, splits))} |\n|{' --- |' * (len(splits) + 1)}"
+    lines = [f"| {_plain(name)} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    return "\n".join([head, *lines])
+
+
+def _source(source: dict[str, Any]) -> str:
+    split = f" {_plain(source['split'])}" if source["split"] else ""
+    return f"{_code(unplaced(source['name']))}{split}"
+
+
+def _code(value: object) -> str:
+    """A value as Markdown code that stays in its cell, whatever it holds."""
+    plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    plain = " ".join(plain.split()).replace("`", "'").replace("|", "\\|")
+    return f"`{plain}`" if plain else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"([<>\[\]`*_|\\])", r"\\\1", " ".join(name.split()))
+
+
+def _yaml(settings: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(settings, allow_unicode=True, sort_keys=False).replace("```", "'''")
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _on_hub(name: str | None) -> str | None:
+    """The name if it can be one of the hub's; a folder of this machine says nothing there."""
+    if not name or not HUB_NAME.fullmatch(name) or is_place(name):
+        return None
+    return name

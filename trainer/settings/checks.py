@@ -1,0 +1,205 @@
+"""Settings that transformers refuses only when training starts, or that would do nothing here."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from .names import NAMES
+
+if TYPE_CHECKING:
+    from .config import PreferenceConfig
+
+WHOLE = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "max_nonfinite_steps": 0,
+}
+"""Whole numbers and the least each can be."""
+
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")
+BELOW_ONE = ("adam_beta1", "adam_beta2")
+
+WITHOUT_EFFECT = {
+    "auto_find_batch_size": "choose per_device_train_batch_size and gradient_accumulation_steps",
+    "label_smoothing_factor": "use label_smoothing, a hyperparameter of simpo, dpo and others",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint at the end of the step without it",
+    "train_sampling_strategy": "pairs are always drawn in random order",
+}
+"""transformers' settings that this trainer has no use for, and what to do instead."""
+
+
+def check_training(config: PreferenceConfig) -> None:
+    """Raise ``UserError`` for the first of transformers' settings that cannot work here."""
+    for name, least in WHOLE.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name}: expected a whole number from {least} on, got {value!r}")
+    for name in (*NOT_NEGATIVE, *BELOW_ONE):
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < (1 if name in BELOW_ONE else math.inf):
+            limit = ", below 1" if name in BELOW_ONE else ""
+            raise UserError(f"{name}: expected a number from 0 on{limit}, got {value!r}")
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise UserError(
+            f"max_steps: expected a number of steps from 1 on, or -1 for num_train_epochs instead, "
+            f"got {config.max_steps!r}"
+        )
+    if config.max_steps == -1 and not 0 < config.num_train_epochs < math.inf:
+        raise UserError(
+            f"num_train_epochs: expected a number above 0, got {config.num_train_epochs!r}"
+        )
+    limit = config.max_tokens_per_micro_batch
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise UserError(
+            f"max_tokens_per_micro_batch: expected a number of tokens, or none, got {limit!r}"
+        )
+    defaults = type(config).__dataclass_fields__
+    for name, advice in WITHOUT_EFFECT.items():
+        if name in defaults and getattr(config, name) != defaults[name].default:
+            raise UserError(f"{name}: does nothing in preference training; {advice}")
+    _check_best(config)
+
+
+def check_checkpointing(kwargs: object) -> None:
+    """Raise ``UserError`` for what torch's checkpoint() would hand on to the layers, unread."""
+    parameters = inspect.signature(checkpoint).parameters.values()
+    known = ["preserve_rng_state", *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
+    unknown = [name for name in kwargs if name not in known] if isinstance(kwargs, dict) else []
+    if unknown:
+        raise UserError(
+            f"gradient_checkpointing_kwargs: {unknown[0]!r} is not known; expected some of "
+            f"{', '.join(known)}"
+        )
+
+
+def check_machine(config: PreferenceConfig) -> None:
+    """What transformers refuses too, in words that name neither the setting nor the remedy."""
+    from transformers.utils import import_utils
+
+    bfloat16 = import_utils.is_torch_bf16_gpu_available() or import_utils.is_torch_xla_available()
+    for name in ("bf16", "bf16_full_eval"):
+        if getattr(config, name) and not (bfloat16 or config.use_cpu):
+            raise UserError(
+                f"{name}: there is no GPU here that computes in bfloat16; set use_cpu: true to do "
+                f"so on the CPU, or {name}: false"
+            )
+    if config.deepspeed and find_spec("deepspeed") is None:
+        raise UserError("deepspeed: it is not installed; pip install 'widemargin[deepspeed]'")
+
+
+def with_setting(message: str, config: PreferenceConfig) -> str:
+    """transformers' message of a choice that it does not know, after the setting's name."""
+    value, refused, _ = message.partition(" is not a valid ")
+    names = [name for name, given in vars(config).items() if refused and given == value]
+    return f"{', '.join(names)}: {message}" if names else message
+
+
+def check_environment(config: PreferenceConfig) -> None:
+    """Raise ``UserError`` for what a setting needs and this machine or launch lacks."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+    from transformers.utils.import_utils import is_liger_kernel_available
+
+    available = get_available_reporting_integrations()
+    for name in config.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise UserError(f"report_to: {name!r} is not known; expected none or some of {known}")
+        if name not in available and name != "flyte":  # which that list leaves out
+            raise UserError(
+                f"report_to: {name} is not installed; install it or set report_to: none"
+            )
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("use_liger_kernel: it is not installed; pip install 'widemargin[liger]'")
+    if config.attn_implementation == "flash_attention_2":
+        _check_flash_attention()
+    full = config.dtype == "float32" and config.mixed_precision == "no"
+    name = config.attn_implementation or ""
+    if full and "flash_attention" in name:
+        raise UserError(
+            f"attn_implementation: {name} computes in half precision only; set bf16: true"
+        )
+    accelerator = config.accelerator_config
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(accelerator, name, None):
+            raise UserError(
+                f"accelerator_config: {name} would deal pairs over the ranks a second time; "
+                "leave it out"
+            )
+
+
+def _check_flash_attention() -> None:
+    """flash-attn must be there; transformers would fetch other code from the hub in its place."""
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    if find_spec("flash_attn") is None:
+        raise UserError(
+            "attn_implementation: flash_attention_2 needs flash-attn, which is not installed; "
+            "pip install 'widemargin[flash-attn]', or set attn_implementation: sdpa"
+        )
+    if not is_flash_attn_2_available():
+        raise UserError(
+            "attn_implementation: flash_attention_2 needs a GPU and flash-attn 2.3.3 or newer; "
+            "set attn_implementation: sdpa"
+        )
+
+
+def check_evaluation(config: PreferenceConfig, evaluation: object) -> None:
+    """Raise ``UserError`` where evaluation is wanted and there is no data for it, or not such."""
+    several = isinstance(evaluation, dict)
+    missing = evaluation is None or (several and not evaluation)
+    for name in ("eval_strategy", "eval_on_start"):
+        if missing and getattr(config, name) not in ("no", False):
+            raise UserError(
+                f"{name}: there is no evaluation data; give some (a test split, eval_dataset) or "
+                f"set {name}: {'no' if name == 'eval_strategy' else 'false'}"
+            )
+    if several and config.eval_samples:
+        raise UserError(
+            "eval_samples: answers are to the prompts of one evaluation set, and eval_dataset has "
+            "several; give one, or set eval_samples: 0"
+        )
+    best = config.metric_for_best_model
+    if best is not None:
+        sets = [f"{each}_" for each in evaluation] if several else [""]
+        _check_metric(best, [f"{each}{name}" for each in sets for name in NAMES])
+
+
+def check_output(config: PreferenceConfig) -> None:
+    """Raise ``UserError`` where ``output_dir`` is not a folder that can be made and written."""
+    folder = os.path.abspath(config.output_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        problem = "cannot be written" if os.path.isdir(folder) else "is not a folder"
+        raise UserError(f"output_dir: {config.output_dir}: {folder} {problem}; name another")
+
+
+def _check_best(config: PreferenceConfig) -> None:
+    """The metric that decides which checkpoint is the best one."""
+    name = config.metric_for_best_model
+    if name is None and str(getattr(config.save_strategy, "value", config.save_strategy)) == "best":
+        raise UserError("metric_for_best_model: save_strategy: best needs one, such as loss")
+    if name is not None and not name.endswith(tuple(f"_{known}" for known in NAMES)):
+        _check_metric(name, NAMES)  # others may begin with an evaluation set: `check_evaluation`
+
+
+def _check_metric(name: str, known: Sequence[str]) -> None:
+    if name.removeprefix("eval_") not in known:
+        raise UserError(
+            f"metric_for_best_model: {name!r} is not known; expected one of {', '.join(known)}"
+        )

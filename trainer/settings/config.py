@@ -1,0 +1,220 @@
+"""Every setting of a run: model, data, objective and transformers' own training arguments."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ...kernels.linear_logprob.function import Backend, Tail
+from ...kernels.linear_logprob.inputs import TAIL_EPS
+from ..errors import UserError
+from ..objectives import Objective, build_objective, hyperparameters_of
+from .checks import (
+    check_checkpointing,
+    check_environment,
+    check_machine,
+    check_training,
+    with_setting,
+)
+from .data import DataSettings
+from .model import ModelSettings
+from .names import BACKENDS, PACKINGS, TAILS
+from .samples import SampleSettings
+
+
+def default_workers() -> int:
+    return 2 if torch.cuda.is_available() else 0
+
+
+@dataclass
+class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArguments):
+    """Settings of a preference run; all of `transformers.TrainingArguments` included.
+
+    Defaults differ from transformers' where preference tuning wants otherwise: logs every 10
+    steps, evaluation in the batch size of training, non-reentrant checkpointing, no silent
+    replacement of non-finite losses.
+    """
+
+    #: Name of the objective, a key of ``widemargin.trainer.objectives.OBJECTIVES``.
+    objective: str | None = None
+    #: Scale of the rewards; None for the objective's default.
+    beta: float | None = None
+    #: Base target margin as a share of beta; None for the objective's default.
+    gamma_beta_ratio: float | None = None
+    #: Any other hyperparameters of the objective by name. In a YAML file or on the command line
+    #: they may stand beside the other settings.
+    objective_args: dict[str, Any] = field(default_factory=dict)
+    #: What the head's backward does with negligible probability mass: "mean", "exact", "drop".
+    head_tail: Tail = "mean"
+    #: Mass from which the head's backward computes a block of vocabulary, in (0, 1).
+    head_tail_eps: float = TAIL_EPS
+    #: What runs the head: "triton" (CUDA only), "torch", or "auto", the first that can.
+    head_backend: Backend = "auto"
+    #: Set every dropout probability to zero, so that a log-prob is one number.
+    disable_dropout: bool = True
+    #: Folder or hub name of the frozen model of an objective with a reference; None for the model
+    #: as it is when training starts.
+    ref_model_name_or_path: str | None = None
+    #: Compute the reference's log-probs once before training, and keep them on disk for later
+    #: runs; the frozen model is not held in memory then.
+    precompute_ref_log_probs: bool = False
+    #: How pairs are laid out for the decoder: "padded" (two sequences each, padded), "packed" (no
+    #: padding), "prefix_shared" (and a pair's prompt once), or "auto", the fastest that is exact.
+    packing: str = "auto"
+    #: Most tokens a rank computes in a micro-batch of training: padded ones, those of both
+    #: sequences, or of prompt, chosen and rejected, as ``packing`` has it. The padding of rows for
+    #: dense masks and flex_attention comes on top. Where the configured micro-batches exceed it,
+    #: ``gradient_accumulation_steps`` is raised; steps keep their pairs.
+    max_tokens_per_micro_batch: int | None = None
+    #: Write a trace of a few training steps, trace.json.gz, to ``output_dir``.
+    profile: bool = False
+    #: Write report.html when training ends.
+    write_report: bool = True
+
+    #: Pass over up to this many steps whose loss or gradient is not finite, without an update,
+    #: before stopping at one.
+    max_nonfinite_steps: int = 0
+
+    #: A checkpoint's folder to go on from; true for the newest complete one in ``output_dir``;
+    #: "auto" for that if there is one.
+    resume_from_checkpoint: str | bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    output_dir: str = "outputs/run"  # pyright: ignore[reportIncompatibleVariableOverride]
+    logging_steps: float = 10
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    per_device_eval_batch_size: int = 0
+    #: Processes that collate batches: two beside a GPU; none on a CPU, whose cores they would take.
+    dataloader_num_workers: int = field(default_factory=default_workers)
+    #: Keep these processes from one epoch to the next.
+    dataloader_persistent_workers: bool = field(default_factory=torch.cuda.is_available)
+
+    def __post_init__(self) -> None:
+        self._name_checkpointing_as_installed()
+        given = _values(self)
+        self.remove_unused_columns = False  # the data set has only those that are used
+        if self.use_liger_kernel:  # its own head, put on after ours, would take its place
+            liger = self.liger_kernel_config or {}
+            self.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
+        if not self.per_device_eval_batch_size:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        self.check()
+        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
+        engine = self.accelerator_config or {}
+        copies_settled = not isinstance(engine, dict) or "non_blocking" in engine
+        if torch.backends.mps.is_available() and not torch.cuda.is_available():
+            self.use_cpu = True  # statistics are kept in float64, which Apple's GPUs do not have
+        check_machine(self)
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(with_setting(" ".join(str(error).split()), self)) from error
+        except OSError as error:  # of the settings that may name a file
+            names = ("accelerator_config", "fsdp_config", "deepspeed")
+            files = {n: v for n in names if isinstance(v := getattr(self, n, None), str)}
+            named = ", ".join(f"{name}: {value!r}" for name, value in files.items())
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"{named or 'settings'}: the file cannot be read: {reason}") from error
+        check_environment(self)
+        if self.head_backend == "triton" and self.device.type != "cuda":
+            raise UserError("head_backend: triton needs a CUDA device; leave it at auto")
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+        accelerator: Any = self.accelerator_config
+        if self.dataloader_pin_memory and not copies_settled:  # or each copy waits for the device
+            accelerator.non_blocking = True
+        defaults = defaults_of(type(self))
+        self.filled_in = {
+            name: value
+            for name, value in _values(self).items()
+            if given[name] == defaults[name] != value
+        }
+        """What stands in place of defaults that nobody changed: found out, not asked for."""
+
+    def _name_checkpointing_as_installed(self) -> None:
+        """Old and new transformers differ in the name; non-reentrant unless told otherwise."""
+        if not self.gradient_checkpointing:
+            return
+        name = "activation_checkpointing"
+        if not hasattr(self, name):
+            name = "gradient_checkpointing"
+        kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        check_checkpointing(kwargs)
+        self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
+        setattr(self, name, True)
+        setattr(self, f"{name}_kwargs", kwargs)
+
+    def check(self) -> None:
+        """Raise ``UserError`` for the first of this project's settings that is out of range."""
+        super().check()
+        self.check_model()
+        self.check_samples()
+        known_values = (("head_tail", TAILS), ("head_backend", BACKENDS), ("packing", PACKINGS))
+        for name, known in known_values:
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if not isinstance(self.head_tail_eps, float) or not 0 < self.head_tail_eps < 1:
+            raise UserError(
+                f"head_tail_eps: expected a probability in (0, 1), got {self.head_tail_eps!r}"
+            )
+        if not isinstance(self.objective_args, dict):
+            raise UserError(f"objective_args: expected a mapping, got {self.objective_args!r}")
+        check_training(self)
+
+    def build_objective(self) -> Objective:
+        """The objective these settings name, with its hyperparameters."""
+        if self.objective is None:
+            from ..objectives import OBJECTIVES
+
+            raise UserError(
+                f"objective: none is named; set objective: to one of {', '.join(OBJECTIVES)}"
+            )
+        common = {"beta": self.beta, "gamma_beta_ratio": self.gamma_beta_ratio}
+        given = {name: value for name, value in common.items() if value is not None}
+        for name in given.keys() & self.objective_args.keys():
+            raise UserError(f"{name}: given beside objective_args and in it; keep one")
+        return build_objective(self.objective, **given, **self.objective_args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hub's token: transformers pickles settings into folders that are shared."""
+        return {**self.__dict__, "hub_token": None}
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        """How a patched head scores: the keyword arguments of `patch_head`."""
+        return {
+            "tail": self.head_tail,
+            "tail_eps": self.head_tail_eps,
+            "backend": self.head_backend,
+        }
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimizer step, over all ranks and accumulation steps."""
+        per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.__dict__.get("_kept_pairs_per_step", per_rank * max(1, self.world_size))
+
+    def keep_pairs_per_step(self) -> None:
+        """Let ``pairs_per_step`` stay as it is when the accumulation steps change."""
+        self._kept_pairs_per_step = self.pairs_per_step
+
+
+def _values(config: PreferenceConfig) -> dict[str, Any]:
+    return {each.name: getattr(config, each.name, None) for each in fields(config)}
+
+
+def defaults_of(kind: type[PreferenceConfig]) -> dict[str, Any]:
+    """Every setting's default, before a run fills in or adjusts any."""
+    return {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(kind)
+    }
+
+
+def objective_keys(objective: str) -> set[str]:
+    """Hyperparameters that belong in ``objective_args``: those without a field of their own."""
+    return set(hyperparameters_of(objective)) - {"beta", "gamma_beta_ratio"}

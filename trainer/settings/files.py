@@ -1,0 +1,210 @@
+"""From a YAML file and ``--key=value`` overrides to a checked `PreferenceConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..objectives import OBJECTIVES, hyperparameters_of
+from .adapter import check_adapted
+from .config import PreferenceConfig, objective_keys
+from .published.keys import TABLE
+from .published.objective import SCRIPTS, as_published_script, fit_objective, name_objective
+from .published.translation import merge, translate
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    script: str | None = None,
+) -> PreferenceConfig:
+    """The settings in the YAML file ``path``, with ``--key=value`` overrides applied.
+
+    What became of settings under published names is printed, by the main process.
+
+    Args:
+        path: of the file.
+        overrides: they win over the file, under whichever name.
+        script: the published script whose twin was launched, a key of `SCRIPTS`.
+
+    Raises:
+        UserError: no such file, no mapping, an unknown key (the nearest is named) or a value of
+            the wrong type.
+    """
+    settings = merge(read_yaml(Path(path)), parse_overrides(overrides))
+    notes: list[str] = []
+    config = build_config(settings, script=script, notes=notes)
+    if notes and config.process_index == 0:
+        print("Settings under published names", *notes, sep="\n  ", flush=True)
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, read without running anything in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"config {path}: {reason}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path}: not a text file; give a YAML file in UTF-8") from error
+    try:
+        settings = yaml.load(text, _EachKeyOnce)
+    except (yaml.YAMLError, ValueError) as error:  # the latter from a day such as 2024-02-30
+        reason = " ".join(str(error).split())
+        raise UserError(f"config {path}: not valid YAML: {reason}") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UserError(f"config {path}: expected settings as `key: value` lines")
+    return settings
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML readers silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:  # others' cannot be hashed
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given twice; keep one", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
+    """``--key=value`` arguments; values are read as YAML."""
+    settings = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals or not key:
+            raise UserError(f"argument {argument!r}: expected --key=value, such as --beta=2.5")
+        try:
+            settings[key.replace("-", "_")] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"argument {argument!r}: the value is not valid YAML") from error
+    return settings
+
+
+def build_config(
+    settings: dict[str, Any], *, script: str | None = None, notes: list[str] | None = None
+) -> PreferenceConfig:
+    """`PreferenceConfig` from plain settings, published names and the objective's own included.
+
+    A line for each setting that had another name goes to ``notes``; ``script`` as in `load_config`.
+    """
+    notes = [] if notes is None else notes
+    if script is not None:
+        settings = as_published_script(settings, notes)
+    settings = translate(settings, notes)
+    settings = name_objective(settings, SCRIPTS.get(script) if script else None, notes)
+    settings = fit_objective(settings, notes)
+    fields = _config_fields()
+    own = objective_keys(str(settings["objective"]))
+    arguments = settings.pop("objective_args", None) or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
+    arguments = dict(arguments)
+    for key in list(settings):
+        if key in own and key in arguments:
+            raise UserError(f"{key}: given beside objective_args and in it; keep one")
+        if key in own:
+            value = _as_number(settings.pop(key))
+            arguments |= {} if value is None else {key: value}
+        elif key not in fields:
+            raise _unknown_key(key, settings["objective"], [*fields, *own, *TABLE])
+    # A null stands for the default where it is no value of its own, as in published files.
+    values = {
+        key: coerced(key, value, fields[key])
+        for key, value in settings.items()
+        if value is not None or type(None) in typing.get_args(fields[key])
+    }
+    config = PreferenceConfig(**values, objective_args=arguments)
+    check_adapted(config, config.use_peft)
+    return config
+
+
+def _config_fields() -> dict[str, Any]:
+    """Name -> type of every setting that can be given."""
+    hints = typing.get_type_hints(PreferenceConfig)
+    return {f.name: hints[f.name] for f in dataclasses.fields(PreferenceConfig) if f.init}
+
+
+def _unknown_key(key: str, objective: str, known: list[str]) -> UserError:
+    owners = [name for name in OBJECTIVES if key in hyperparameters_of(name)]
+    if owners:
+        return UserError(f"{key}: {objective} has none; it belongs to {', '.join(owners)}")
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    return UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")
+
+
+def coerced(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as the field's type: 1e-6 as a number, whole numbers for floats, one for a list."""
+    kinds = set(_kinds(hint))
+    if value is None or not kinds & {int, float, bool, str, list, dict}:
+        return value
+    if float in kinds or int in kinds:
+        value = _as_number(value) if str not in kinds else value
+        if float in kinds and type(value) is int and int not in kinds:
+            value = float(value)
+        if kinds & {int} and float not in kinds and type(value) is float and value.is_integer():
+            value = int(value)
+    if list in kinds and isinstance(value, str) and str not in kinds:
+        value = [value]
+    if str in kinds and type(value) is bool and bool not in kinds and key.endswith("_strategy"):
+        value = "steps" if value else "no"  # YAML 1.1 reads a bare no as false
+    allowed = tuple(kinds | ({int} if float in kinds else set()))
+    if isinstance(value, allowed) and not (type(value) is bool and bool not in kinds):
+        return value
+    names = " or ".join(sorted({_NAMES[kind] for kind in kinds if kind in _NAMES}))
+    if any(kind not in _NAMES for kind in kinds):
+        return value
+    got = "something else" if is_secret(key) else repr(value)
+    raise UserError(f"{key}: expected {names}, got {got}")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting's value is for no log, by its name."""
+    return name.endswith(("_token", "_key", "_password", "_secret"))
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _as_number(value: Any) -> Any:
+    """Text such as "1e-6", which YAML 1.1 does not read as a number, as one."""
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        number = float(value)
+        return int(value) if re.fullmatch(r"[-+]?\d+", value.strip()) else number
+    return value
+
+
+def _kinds(hint: Any) -> Iterable[Any]:
+    """The plain types in a hint; subscripted ones by their origin."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _kinds(part)
+    elif origin is typing.Literal:
+        yield from map(type, typing.get_args(hint))
+    elif hint is not type(None):
+        yield origin or hint
