@@ -16,3 +16,24 @@ def printable(text: str, limit: int | None = None) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them: 8.4 s, 150 s, 12 min, 3 h 20 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 179.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def figure(value: float) -> str:
+    """A number with the digits a reader wants: 0.968, -4.70, 22.7, 1250, 0.0025, 3e-06."""
+    size = abs(value)
+    if value == int(value) and size < 1e9:
+        return f"{value:.0f}"
+    if size >= 1e6 or size < 0.1:
+        return f"{value:.3g}"
+    decimals = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
+    return f"{value:.{decimals}f}"

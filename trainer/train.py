@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback, ProgressCallback
 
 from .checkpoint.files import could_not_write
+from .checkpoint.hub import push
 from .data import load_pairs
 from .errors import UserError
 from .model.loading import load_model, load_tokenizer, vocabulary_size
 from .monitor.console import ConsoleLines, ConsoleProgress
 from .monitor.run_record import RunRecord
 from .preflight import check_data, find_checkpoint, weight_notes
-from .report.card import push
 from .report.write import summary_lines, write_report
 from .settings.checks import check_output
 from .settings.config import PreferenceConfig

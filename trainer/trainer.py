@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
+from .checkpoint.card import write_model_card
+from .checkpoint.hub import hub_refusals
 from .data import model_inputs
 from .errors import UserError, refusals
 from .loop.planned import PlannedTrainer
@@ -25,7 +27,6 @@ from .monitor.recorder import MarginRecorder
 from .monitor.samples import SampleWriter
 from .monitor.throughput import Throughput, peak_memory_mib
 from .reference.model import reference_for
-from .report.card import hub_refusals, write_model_card
 from .settings.adapter import check_adapted
 from .settings.checks import check_evaluation
 from .settings.config import PreferenceConfig

@@ -11,18 +11,10 @@ from widemargin.kernels.linear_logprob.inputs import TAIL_EPS
 from bench.lib.record import read_rows
 from bench.lib.subject import STAND_IN, Subject, stand_in
 from bench.report import tables as page_tables
-from bench.scaling import (
-    curves as scaling,
-)
-from bench.scaling import (
-    plot as scaling_plot,
-)
-from bench.scaling import (
-    ranks as scaling_ranks,
-)
-from bench.scaling import (
-    steps as scaling_steps,
-)
+from bench.scaling import curves as scaling
+from bench.scaling import plot as scaling_plot
+from bench.scaling import ranks as scaling_ranks
+from bench.scaling import steps as scaling_steps
 from bench.scaling.curves import crossover
 from bench.training.data import PairSource, token_rows
 

@@ -149,12 +149,8 @@ def test_shifting_all_logits_changes_nothing(n, v, shift, seed):
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 40), blocks=st.integers(1, 9), seed=st.integers(0, 99))
 def test_chunking_changes_nothing(rows, blocks, seed):
-    from widemargin.kernels.linear_logprob import (
-        torch_backward as torch_head_backward,
-    )
-    from widemargin.kernels.linear_logprob import (
-        torch_forward as torch_head,
-    )
+    from widemargin.kernels.linear_logprob import torch_backward as torch_head_backward
+    from widemargin.kernels.linear_logprob import torch_forward as torch_head
 
     *inputs, grad = make(41, 8, 1200, seed=seed, sharp=1.5)
     whole = gradients(linear_logprob, *inputs, grad, tail_eps=2**-6)

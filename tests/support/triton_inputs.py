@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import torch
-from widemargin.kernels.linear_logprob import (
-    torch_backward as torch_head_backward,
-)
-from widemargin.kernels.linear_logprob import (
-    torch_forward as torch_head,
-)
-from widemargin.kernels.linear_logprob import (
-    triton_forward,
-)
+from widemargin.kernels.linear_logprob import torch_backward as torch_head_backward
+from widemargin.kernels.linear_logprob import torch_forward as torch_head
+from widemargin.kernels.linear_logprob import triton_forward
 
 from tests.support.head_cases import make
 

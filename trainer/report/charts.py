@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
-from .run import SAMPLED_TOKENS, Point, Run, thin
+from ..monitor.history import SAMPLED_TOKENS, Point, Run, thin
 
 ACCURACY = "share of pairs where chosen earns more than rejected"
 MARGIN = "reward of chosen minus reward of rejected"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..monitor.history import HEADLINE_METRICS, SAMPLED_TOKENS, Run
+from ..text import figure
 from .charts import ACCURACY, MARGIN, Chart, without_empty
 from .groups import SEEDS, Group, differences, run_name
-from .page import card, chart_card, details, figure, page, ridges_card, section, text
+from .page import card, chart_card, details, page, ridges_card, section, text
 from .ridges import REWARD_RIDGES, TARGET_RIDGES, Ridge, Ridges, remark_on
-from .run import HEADLINE_METRICS, SAMPLED_TOKENS, Run
 from .samples import compared_samples
 
 METRICS = (

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..monitor.history import Run, flatten
 from ..monitor.margins import Histogram
 from .charts import Line
-from .run import Run, flatten
 
 SEEDS = ("seed", "data_seed", "mix_seed")
 ASIDE = {

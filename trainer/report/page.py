@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
+from ..monitor.history import Change, flatten
+from ..text import figure
 from .charts import Chart, svg
 from .ridges import Ridges, ridges_svg
-from .run import Change, flatten
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1d1f23;--soft:#666b75;
@@ -106,17 +107,6 @@ def text(value: object) -> str:
     if value is None or isinstance(value, bool):
         value = str(value).lower()
     return escape(str(value), quote=True)
-
-
-def figure(value: float) -> str:
-    """A number with the digits a reader wants: 0.968, -4.70, 22.7, 1250, 0.0025, 3e-06."""
-    size = abs(value)
-    if value == int(value) and size < 1e9:
-        return f"{value:.0f}"
-    if size >= 1e6 or size < 0.1:
-        return f"{value:.3g}"
-    decimals = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
-    return f"{value:.{decimals}f}"
 
 
 def page(title: str, body: Iterable[str]) -> str:

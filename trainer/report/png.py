@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..monitor.history import Run
 from .charts import Chart, run_charts
 from .compare import comparison_charts, comparison_headline, comparison_ridges
 from .groups import group_runs
 from .ridges import POINTS, Ridges, shape
-from .run import Run
 
 _GROUPS = ("2563c9", "c8622a", "12836b", "9a3fb5", "a87b00", "c2335d", "0f8aa8", "6b7280")
 COLOURS = {"accent": "#2563c9", "muted": "#a3a8b3", "chosen": "#12836b", "rejected": "#c8622a"}

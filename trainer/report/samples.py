@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..monitor.history import Run
 from .groups import Group
 from .page import text
 from .ridges import spread_out
-from .run import Run
 
 MOST_STEPS, MOST_PROMPTS = 5, 12
 

@@ -9,23 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, refusals
+from ..monitor.history import Run, load_run
+from ..places import unplaced
+from ..text import duration, figure
 from .charts import run_charts
 from .compare import comparison_headline, render_comparison, results_rows
 from .groups import Group, group_runs
-from .page import (
-    changes_table,
-    chart_card,
-    details,
-    figure,
-    page,
-    ridges_card,
-    sample_card,
-    section,
-    text,
-)
-from .places import unplaced
+from .page import changes_table, chart_card, details, page, ridges_card, sample_card, section, text
 from .ridges import REWARD_RIDGES, TARGET_RIDGES, Ridges, over_steps
-from .run import Run, load_run
 from .samples import sample_strips
 
 
@@ -108,16 +99,6 @@ def headline(run: Run) -> str:
             before = "" if change.before is None else f"{as_text(change.before)} → "
             return f"{where} {label} {before}{as_text(change.after)}{took}"
     return f"Trained {run.last_step():g} steps{took}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a reader says them: 8.4 s, 150 s, 12 min, 3 h 20 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 179.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def render(run: Run) -> str:

@@ -11,15 +11,9 @@ import pytest
 import torch
 from widemargin.kernels import reference
 from widemargin.trainer.cli import main
-from widemargin.trainer.doctor import (
-    kernels as doctor_kernels,
-)
-from widemargin.trainer.doctor import (
-    machine as doctor,
-)
-from widemargin.trainer.doctor import (
-    model as doctor_model,
-)
+from widemargin.trainer.doctor import kernels as doctor_kernels
+from widemargin.trainer.doctor import machine as doctor
+from widemargin.trainer.doctor import model as doctor_model
 
 from tests.support.tiny_models import TOKENIZER, tiny_model
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.monitor.history import MAX_POINTS, SAMPLED_TOKENS, load_run, thin
 from widemargin.trainer.report.charts import nice_ticks, tick_label
-from widemargin.trainer.report.page import figure
-from widemargin.trainer.report.run import MAX_POINTS, SAMPLED_TOKENS, load_run, thin
-from widemargin.trainer.report.write import duration, summary_lines, write_report
+from widemargin.trainer.report.write import summary_lines, write_report
+from widemargin.trainer.text import duration, figure
 
 HOSTILE = """<script>alert("x")</script>'"><img src=http://evil.example/x onerror=alert(1)>"""
 

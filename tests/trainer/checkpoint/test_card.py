@@ -12,10 +12,10 @@ import transformers.trainer
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from widemargin.trainer.checkpoint.card import PAPERS
 from widemargin.trainer.cli import main
 from widemargin.trainer.objectives import OBJECTIVES
-from widemargin.trainer.report.card import PAPERS
-from widemargin.trainer.report.places import unplaced
+from widemargin.trainer.places import unplaced
 
 from tests.support.tiny_models import TOKENIZER, tiny_model, tiny_pairs, tiny_trainer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..monitor.margins import SAMPLES_FILE, Histogram, json_lines, read_margins
+from .margins import SAMPLES_FILE, Histogram, json_lines, read_margins
 
 Point = tuple[float, float]
 
