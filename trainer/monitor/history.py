@@ -1,4 +1,6 @@
-"""What a report needs from a run's folder: its logs and `run.json`, read once and made safe.
+"""A run's folder as its readers see it: `Run` holds the logs and the notes in `run.json`.
+
+Reports and model cards read runs here. What a file holds is checked once, on reading.
 
 A point is `(step, value)`. Logged values that are not finite stay as NaN, so a chart can leave a
 gap where they were and a page can say how many there were.
@@ -20,7 +22,7 @@ Point = tuple[float, float]
 
 MAX_POINTS = 400
 SAMPLED_TOKENS = "samples/tokens"
-"""Tokens of the answers sampled at an evaluation, their mean: made here of the samples' file."""
+"""The mean number of tokens in the answers of an evaluation, from the file of samples."""
 
 HEADLINE_METRICS = (
     ("rewards/accuracies", "accuracy"),
@@ -70,6 +72,14 @@ class Run:
                 points[step] = value if math.isfinite(value) else math.nan
         return sorted(points.items())
 
+    def finite(self, key: str) -> list[float]:
+        """The values of a metric in order of steps, without those that are not finite."""
+        return [value for _, value in self.series(key) if math.isfinite(value)]
+
+    @property
+    def name(self) -> str:
+        return str(self.settings.get("run_name") or self.folder.resolve().name)
+
     def last_step(self) -> float:
         steps = [number(entry.get("step")) for entry in self.history]
         return max((s for s in steps if s is not None and math.isfinite(s)), default=0.0)
@@ -80,15 +90,14 @@ class Run:
 
     def pairs_per_s(self) -> float | None:
         """Pairs per second of training over the whole run: slow stretches count by their time."""
-        rates = [value for _, value in self.series("pairs_per_s") if value > 0]
-        finite = [rate for rate in rates if math.isfinite(rate)]
-        if not finite:
+        rates = [rate for rate in self.finite("pairs_per_s") if rate > 0]
+        if not rates:
             return self._final("train_samples_per_second")
-        return len(finite) / sum(1 / rate for rate in finite)
+        return len(rates) / sum(1 / rate for rate in rates)
 
     def _final(self, key: str) -> float | None:
-        found = [number(entry.get(key)) for entry in [self.summary, *self.history]]
-        finite = [value for value in found if value is not None and math.isfinite(value)]
+        values = [number(entry.get(key)) for entry in [self.summary, *self.history]]
+        finite = [value for value in values if value is not None and math.isfinite(value)]
         return finite[-1] if finite else None
 
     def prefix(self) -> str:
@@ -101,8 +110,7 @@ class Run:
         prefix = self.prefix()
         changes = []
         for key, label in HEADLINE_METRICS:
-            values = [value for _, value in self.series(prefix + key) if math.isfinite(value)]
-            if values:
+            if values := self.finite(prefix + key):
                 changes.append(Change(label, values[0] if len(values) > 1 else None, values[-1]))
         return changes
 

@@ -1,23 +1,20 @@
-"""Line charts, as data and as inline SVG, whose colours are the page's CSS classes.
-
-Coordinates are in a fixed 400 by 210 box that the page scales; text stays readable on a phone.
-"""
+"""Line charts over the steps of training: their description, and its layout into marks."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from html import escape
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..monitor.history import SAMPLED_TOKENS, Point, Run, thin
+from ..monitor.history import Point, thin
+from ..text import figure
+from .marks import WIDTH, Dot, Drawing, Key, Label, Path, Place
 
 ACCURACY = "share of pairs where chosen earns more than rejected"
 MARGIN = "reward of chosen minus reward of rejected"
 Style = Literal["line", "dotted", "dots"]  # a line, a line with a dot each value, dots alone
 
-WIDTH, HEIGHT = 400.0, 210.0
-LEFT, RIGHT, TOP, BOTTOM = 48.0, 14.0, 10.0, 28.0
+HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 210.0, 48.0, 14.0, 10.0, 28.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Line:
 class Chart:
     title: str
     note: str
-    lines: list[Line]
+    lines: list[Line] = field(default_factory=list)
     low: float | None = None  # fixed ends of the y axis; None follows the values
     high: float | None = None
     reference: float | None = None  # a dashed line across
@@ -58,111 +55,50 @@ class _Frame:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(share, 0.0), 1.0)
 
 
-def run_charts(run: Run) -> list[Chart]:
-    """The charts that a run's logs can fill, most telling first."""
-
-    def both(key: str) -> list[Line]:
-        return [
-            Line("training", "muted", run.series(key)),
-            Line("held-out", "accent", run.series("eval_" + key), "dotted"),
-        ]
-
-    def sides(key: str) -> list[Line]:
-        lines = []
-        for side in ("chosen", "rejected"):
-            name = f"{key}/{side}"
-            lines.append(Line(side, side, run.series(name)))
-            lines.append(Line(f"{side}, held-out", side, run.series("eval_" + name), "dots"))
-        return lines
-
-    def training(key: str, label: str = "training") -> list[Line]:
-        return [Line(label, "accent", run.series(key))]
-
-    asked = "what the objective asks of a pair, mean ± standard deviation"
-    charts = [
-        Chart("Reward accuracy", ACCURACY, both("rewards/accuracies"), 0.0, 1.0, 0.5),
-        Chart("Reward margin", MARGIN, both("rewards/margins")),
-        Chart("Log-probabilities", mass_note(run), sides("logps")),
-        Chart("Loss", "mean over pairs", both("loss")),
-        Chart("Target margin", asked, [_with_std(run)]),
-        Chart("Lengths of the pairs", "completion tokens per answer", sides("lengths"), low=0.0),
-        Chart(
-            "Lengths of its own answers",
-            "tokens, mean over the sampled prompts",
-            [Line("sampled", "accent", run.series(SAMPLED_TOKENS), "dotted")],
-            low=0.0,
-        ),
-        Chart(
-            "Throughput",
-            "pairs per second in training",
-            training("pairs_per_s", "pairs per second"),
-            low=0.0,
-        ),
-        Chart("Gradient norm", "before clipping", training("grad_norm"), low=0.0),
-        Chart("Learning rate", "", training("learning_rate"), low=0.0),
-    ]
-    filled = [without_empty(chart) for chart in charts]
-    return [chart for chart in filled if chart.lines]
+def filled(charts: list[Chart]) -> list[Chart]:
+    """The charts and lines that have something to draw."""
+    kept = []
+    for chart in charts:
+        lines = [ln for ln in chart.lines if any(math.isfinite(v) for _, v in ln.points)]
+        if len(lines) == 1 and lines[0].colour == "muted":
+            lines = [replace(lines[0], colour="accent")]
+        if lines:
+            kept.append(replace(chart, lines=lines))
+    return kept
 
 
-def mass_note(run: Run) -> str:
-    """Where chosen and rejected log-probs went: margins may grow while both become unlikely."""
-    note = "nats per token, mean over pairs"
-    moves = []
-    for side in ("chosen", "rejected"):
-        values = [v for _, v in run.series(f"{run.prefix()}logps/{side}") if math.isfinite(v)]
-        if len(values) < 2:
-            return note
-        moves.append(values[-1] - values[0])
-    chosen, rejected = moves
-    said = [
-        f"{side} {'rose' if move > 0 else 'fell'} by {abs(move):.2g}"
-        for side, move in (("chosen", chosen), ("rejected", rejected))
-    ]
-    verdict = ": probability leaves both answers" if chosen < -0.01 and rejected < 0 else ""
-    return f"{note}; {', '.join(said)}{verdict}"
-
-
-def _with_std(run: Run) -> Line:
-    widths = dict(run.series("margin/std"))
-    means = run.series("margin/mean")
-    around = [(s, v, w if math.isfinite(w := widths.get(s, 0.0)) else 0.0) for s, v in means]
-    low, high = [(s, v - w) for s, v, w in around], [(s, v + w) for s, v, w in around]
-    return Line("mean ± std", "accent", means, low=low, high=high)
-
-
-def without_empty(chart: Chart) -> Chart:
-    """The chart with the lines that have something to draw."""
-    lines = [ln for ln in chart.lines if any(math.isfinite(v) for _, v in ln.points)]
-    if len(lines) == 1 and lines[0].colour == "muted":
-        lines = [replace(lines[0], colour="accent")]
-    return replace(chart, lines=lines)
-
-
-def svg(chart: Chart, last_step: float) -> str:
-    """The chart as one `<svg>` element over the steps from 0 to `last_step`."""
+def draw_chart(chart: Chart, last_step: float) -> Drawing:
+    """Lay the chart out over the steps from 0 to `last_step`."""
     frame, ticks = _frame(chart, last_step)
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
-        f'aria-label="{escape(chart.title, quote=True)} over training steps">'
-    ]
+
+    def across(kind: str, colour: str, value: float) -> Path:
+        y = frame.y(value)
+        return Path(kind, colour, [(LEFT, y), (WIDTH - RIGHT, y)])
+
+    marks: list[Path | Dot | Label] = []
     for tick in ticks:
-        y = frame.y(tick)
-        parts.append(f'<path class="grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>')
-        parts.append(_text(LEFT - 7, y + 4, tick_label(tick, ticks), "end"))
-    parts.append(_text(LEFT - 11, HEIGHT - 8, "step", "end"))
-    steps = [t for t in nice_ticks(0.0, last_step, 5) if t <= last_step]
-    for step in steps:
-        parts.append(_text(frame.x(step), HEIGHT - 8, f"{step:g}", "middle"))
+        marks.append(across("gridline", "rule", tick))
+        marks.append(Label(LEFT - 7, frame.y(tick) + 4, tick_label(tick, ticks), "end"))
+    marks.append(Label(LEFT - 11, HEIGHT - 8, "step", "end"))
+    marks += [
+        Label(frame.x(step), HEIGHT - 8, f"{step:g}", "middle")
+        for step in nice_ticks(0.0, last_step, 5)
+        if step <= last_step
+    ]
     if chart.reference is not None:
-        y = frame.y(chart.reference)
-        parts.append(f'<path class="reference" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>')
-    parts += [_line(line, frame) for line in chart.lines]
-    return "".join([*parts, "</svg>"])
+        marks.append(across("reference", "soft", chart.reference))
+    for line in chart.lines:
+        marks += [*_band(line, frame), *_line(line, frame)]
+    keys = [
+        Key(line.label, line.colour, line.style == "dots", figure(_last_finite(line.points)))
+        for line in chart.lines
+    ]
+    seen = f"{chart.title} over training steps"
+    return Drawing(chart.title, chart.note, seen, keys, HEIGHT, marks)
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _last_finite(points: list[Point]) -> float:
+    return next(value for _, value in reversed(points) if math.isfinite(value))
 
 
 def _frame(chart: Chart, last_step: float) -> tuple[_Frame, list[float]]:
@@ -202,32 +138,30 @@ def tick_label(value: float, ticks: list[float]) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _line(line: Line, frame: _Frame) -> str:
-    parts = []
-    if line.low and line.high:
-        for ends in _unbroken_bands(thin(line.low), thin(line.high)):
-            upper = [(frame.x(s), frame.y(high)) for s, _, high in ends]
-            lower = [(frame.x(s), frame.y(low)) for s, low, _ in ends]
-            outline = _path(upper + lower[::-1])
-            parts.append(f'<path class="band {line.colour}" d="{outline}Z"/>')
-    for run_of_points in _unbroken(thin(line.points)):
-        places = [(frame.x(step), frame.y(value)) for step, value in run_of_points]
+def _band(line: Line, frame: _Frame) -> list[Path]:
+    if not (line.low and line.high):
+        return []
+    lows, highs = dict(thin(line.low)), dict(thin(line.high))
+    paths = []
+    for stretch in _unbroken([(step, lows[step] + highs[step]) for step in lows]):
+        upper = [(frame.x(step), frame.y(highs[step])) for step, _ in stretch]
+        lower = [(frame.x(step), frame.y(lows[step])) for step, _ in stretch]
+        paths.append(Path("band", line.colour, upper + lower[::-1]))
+    return paths
+
+
+def _line(line: Line, frame: _Frame) -> list[Path | Dot]:
+    marks: list[Path | Dot] = []
+    for stretch in _unbroken(thin(line.points)):
+        places: list[Place] = [(frame.x(step), frame.y(value)) for step, value in stretch]
         if len(places) > 1 and line.style != "dots":
-            parts.append(f'<path class="line {line.colour}" d="{_path(places)}"/>')
+            marks.append(Path("thin" if line.colour == "muted" else "line", line.colour, places))
         if line.style != "line" or len(places) == 1:
-            parts += [
-                f'<circle class="{line.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
-                f"<title>{escape(line.label)}, step {step:g}: {value:.4g}</title></circle>"
-                for (x, y), (step, value) in zip(places, run_of_points, strict=True)
+            marks += [
+                Dot(line.colour, x, y, f"{line.label}, step {step:g}: {value:.4g}")
+                for (x, y), (step, value) in zip(places, stretch, strict=True)
             ]
-    return "".join(parts)
-
-
-def _unbroken_bands(low: list[Point], high: list[Point]) -> list[list[tuple[float, float, float]]]:
-    """The stretches of a band, as (step, low, high), between values that are not finite."""
-    stretches = _unbroken([(s, lo + hi) for (s, lo), (_, hi) in zip(low, high, strict=True)])
-    lows, highs = dict(low), dict(high)
-    return [[(s, lows[s], highs[s]) for s, _ in stretch] for stretch in stretches]
+    return marks
 
 
 def _unbroken(points: list[Point]) -> list[list[Point]]:
@@ -239,7 +173,3 @@ def _unbroken(points: list[Point]) -> list[list[Point]]:
         elif stretches[-1]:
             stretches.append([])
     return [stretch for stretch in stretches if stretch]
-
-
-def _path(places: list[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)

@@ -1,39 +1,42 @@
-"""The page of a comparison: several runs, or one setting under several seeds."""
+"""Several runs, or one setting under several seeds: charts, page, and lines for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..monitor.history import HEADLINE_METRICS, SAMPLED_TOKENS, Run
 from ..text import figure
-from .charts import ACCURACY, MARGIN, Chart, without_empty
+from .charts import ACCURACY, MARGIN, Chart, draw_chart, filled
 from .groups import SEEDS, Group, differences, run_name
-from .page import card, chart_card, details, page, ridges_card, section, text
-from .ridges import REWARD_RIDGES, TARGET_RIDGES, Ridge, Ridges, remark_on
+from .marks import Drawing
+from .page import details, drawing_card, not_finite, numbers_table, page, section, text
+from .ridges import KINDS, Ridge, draw_ridges
 from .samples import compared_samples
 
-METRICS = (
-    ("rewards/accuracies", "Reward accuracy", ACCURACY),
-    ("rewards/margins", "Reward margin", MARGIN),
-    (
-        "logps/chosen",
-        "Log-prob, chosen",
-        "nats per token; falling: probability leaves good answers",
+METRICS = {
+    "rewards/accuracies": Chart("Reward accuracy", ACCURACY, [], 0.0, 1.0, 0.5),
+    "rewards/margins": Chart("Reward margin", MARGIN),
+    "logps/chosen": Chart(
+        "Log-prob, chosen", "nats per token; falling: probability leaves good answers"
     ),
-    ("logps/rejected", "Log-prob, rejected", "nats per token"),
-    ("loss", "Loss", "mean over pairs; of unequal objectives not to be compared"),
-)
-IN_TRAINING = (
-    ("margin/mean", "Target margin", "what the objective asks of a pair, mean over pairs"),
-    ("pairs_per_s", "Throughput", "pairs per second in training"),
-    ("tokens_per_s", "Tokens", "tokens per second in training"),
-    ("peak_memory_mib", "Memory", "MiB at peak, in training"),
-    ("grad_norm", "Gradient norm", "before clipping"),
-    (SAMPLED_TOKENS, "Lengths of their own answers", "tokens, mean over the sampled prompts"),
-    ("lengths/chosen", "Length, chosen", "completion tokens per answer"),
-    ("lengths/rejected", "Length, rejected", "completion tokens per answer"),
-)
-FROM_ZERO = ("pairs_per_s", "tokens_per_s", "peak_memory", "grad_norm", "lengths/", "samples/")
+    "logps/rejected": Chart("Log-prob, rejected", "nats per token"),
+    "loss": Chart("Loss", "mean over pairs; of unequal objectives not to be compared"),
+}
+"""Of held-out pairs where every run has them."""
+
+IN_TRAINING = {
+    "margin/mean": Chart("Target margin", "what the objective asks of a pair, mean over pairs"),
+    "pairs_per_s": Chart("Throughput", "pairs per second in training", low=0.0),
+    "tokens_per_s": Chart("Tokens", "tokens per second in training", low=0.0),
+    "peak_memory_mib": Chart("Memory", "MiB at peak, in training", low=0.0),
+    "grad_norm": Chart("Gradient norm", "before clipping", low=0.0),
+    SAMPLED_TOKENS: Chart(
+        "Lengths of their own answers", "tokens, mean over the sampled prompts", low=0.0
+    ),
+    "lengths/chosen": Chart("Length, chosen", "completion tokens per answer", low=0.0),
+    "lengths/rejected": Chart("Length, rejected", "completion tokens per answer", low=0.0),
+}
 
 
 def comparison_headline(groups: Sequence[Group]) -> str:
@@ -60,53 +63,52 @@ def common_prefix(groups: Sequence[Group]) -> str:
     return "eval_" if all(run.prefix() for group in groups for run in group.runs) else ""
 
 
-def comparison_charts(groups: Sequence[Group]) -> list[Chart]:
-    """One metric a chart, one line a group; held-out where all runs have that."""
+def comparison_drawings(groups: Sequence[Group]) -> tuple[list[Drawing], list[Drawing]]:
+    """Metrics over the steps of training, and margins over pairs at the end; a line a group."""
     prefix, charts = common_prefix(groups), []
-    for key, title, note in METRICS:
-        if prefix:
-            lines = [group.line(prefix + key, "dotted") for group in groups]
-            note += ", held-out pairs"
-        else:
-            lines = [group.line(key) for group in groups]
-        bounds = (0.0, 1.0, 0.5) if key == "rewards/accuracies" else (None, None, None)
-        charts.append(Chart(title, note, lines, *bounds))
-    for key, title, note in IN_TRAINING:
-        low = 0.0 if key.startswith(FROM_ZERO) else None
-        charts.append(Chart(title, note, [group.line(key) for group in groups], low))
-    return [chart for chart in map(without_empty, charts) if chart.lines]
-
-
-def comparison_ridges(groups: Sequence[Group]) -> list[Ridges]:
-    """Margins over pairs at the end, a ridge for each group."""
-    kinds = (
-        ("reward_margins", "Reward margins over pairs", REWARD_RIDGES, "above zero"),
-        ("target_margins", "Target margins over pairs", TARGET_RIDGES, "median"),
-    )
-    found = []
-    for kind, title, note, remark in kinds:
-        last = [(group, group.final_margins(kind)) for group in groups]
-        ridges = [Ridge(g.label, g.colour, h, remark_on(h, remark)) for g, h in last if h]
+    for key, chart in METRICS.items():
+        lines = [group.line(prefix + key, "dotted" if prefix else "line") for group in groups]
+        note = f"{chart.note}, held-out pairs" if prefix else chart.note
+        charts.append(replace(chart, note=note, lines=lines))
+    for key, chart in IN_TRAINING.items():
+        charts.append(replace(chart, lines=[group.line(key) for group in groups]))
+    last_step = max(run.last_step() for group in groups for run in group.runs)
+    drawings = [draw_chart(chart, last_step) for chart in filled(charts)]
+    margins = []
+    for name, kind in KINDS.items():
+        last = [(group, group.final_margins(name)) for group in groups]
+        ridges = [Ridge(group.label, group.colour, pairs) for group, pairs in last if pairs]
         if any(ridge.histogram.spread for ridge in ridges):
-            found.append(Ridges(title, note, ridges, named=False))
-    return found
+            margins.append(draw_ridges(kind, ridges, named=False))
+    return drawings, margins
+
+
+def comparison_lines(groups: Sequence[Group]) -> list[str]:
+    """The headline and a table of the main numbers, by group."""
+    rows = [("", [group.label for group in groups]), *results_rows(groups)]
+    columns = list(zip(*([label, *values] for label, values in rows), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = [comparison_headline(groups), ""]
+    for label, values in rows:
+        cells = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join([f"{label:{widths[0]}}", *cells]))
+    return lines
 
 
 def render_comparison(groups: Sequence[Group]) -> str:
     """The whole page."""
     runs = [run for group in groups for run in group.runs]
-    title, last_step = comparison_headline(groups), max(run.last_step() for run in runs)
+    title = comparison_headline(groups)
     seeds = "" if len(runs) == len(groups) else "lines are means over seeds, bands their range"
     kicker = " · ".join(p for p in (_count(groups, runs), seeds) if p)
     top = f'<p class="kicker">{text(kicker)}</p><h1>{text(title)}</h1>'
-    charts = [chart_card(chart, last_step) for chart in comparison_charts(groups)]
-    ridges = [ridges_card(chart) for chart in comparison_ridges(groups)]
+    charts, ridges = comparison_drawings(groups)
     where = "Held-out pairs" if common_prefix(groups) else "Training pairs"
     body = [f"<header>{top}</header>"]
     body += section(f"{where}, at the end", [_results(groups)])
     body += section("Settings that differ", [_differences_table(groups)])
-    body += section("Over the steps of training", charts)
-    body += section("Margins at the end, pair by pair", ridges)
+    body += section("Over the steps of training", map(drawing_card, charts))
+    body += section("Margins at the end, pair by pair", map(drawing_card, ridges))
     if samples := compared_samples(groups):
         body += ["<h2>Answers to the same prompts</h2>", samples]
     body += [_notes(groups), _runs(groups)]
@@ -148,17 +150,11 @@ def _results(groups: Sequence[Group]) -> str:
 
 
 def _table(groups: Sequence[Group], rows: Sequence[tuple[str, list[str]]]) -> str:
-    marks = "".join(
-        f'<th class="n"><span class="{group.colour}"><i class="mark"></i></span>'
-        f"{text(group.label)}</th>"
+    heads = [
+        f'<span class="{group.colour}"><i class="mark"></i></span>{text(group.label)}'
         for group in groups
-    )
-    filled = "".join(
-        f"<tr><th>{text(label)}</th>" + "".join(f'<td class="n">{text(v)}</td>' for v in values)
-        for label, values in rows
-    )
-    table = f"<table><thead><tr><th></th>{marks}</tr></thead><tbody>{filled}</tbody></table>"
-    return card(table, "scroll wide")
+    ]
+    return numbers_table(heads, [(label, map(text, cells)) for label, cells in rows], "wide")
 
 
 def _differences_table(groups: Sequence[Group]) -> str:
@@ -190,9 +186,9 @@ def _notes(groups: Sequence[Group]) -> str:
     ]
     for group in groups:
         for run in group.runs:
-            if counts := run.not_finite():
-                listed = ", ".join(f"{key} ({count})" for key, count in counts.items())
-                remarks.append(f"{run_name(run)}: not finite in the logs, left out above: {listed}")
+            if run.not_finite():
+                keys = not_finite(run)
+                remarks.append(f"{run_name(run)}: not finite in the logs, left out above: {keys}")
     return "".join(f'<p class="note">{text(remark)}.</p>' for remark in remarks)
 
 

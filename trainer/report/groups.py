@@ -10,7 +10,7 @@ from typing import Any
 
 from ..monitor.history import Run, flatten
 from ..monitor.margins import Histogram
-from .charts import Line
+from .charts import Line, Style
 
 SEEDS = ("seed", "data_seed", "mix_seed")
 ASIDE = {
@@ -32,7 +32,7 @@ class Group:
     colour: str
     runs: list[Run]
 
-    def line(self, key: str, style: Any = "line") -> Line:
+    def line(self, key: str, style: Style = "line") -> Line:
         """The mean over runs of a metric by step; the band is from the least to the greatest."""
         by_step: dict[float, list[float]] = {}
         for run in self.runs:
@@ -48,8 +48,8 @@ class Group:
 
     def last(self, key: str) -> list[float]:
         """The last finite value of a metric in each run that has one."""
-        finite = [[v for _, v in run.series(key) if math.isfinite(v)] for run in self.runs]
-        return [values[-1] for values in finite if values]
+        series = [run.finite(key) for run in self.runs]
+        return [values[-1] for values in series if values]
 
     def final_margins(self, kind: str) -> Histogram | None:
         """Margins at each run's last evaluation, all runs' pairs together."""
@@ -88,11 +88,11 @@ def differences(groups: Sequence[Sequence[Run]]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for each in facts for name in each)
     table = {name: [each.get(name) for each in facts] for name in names}
     differing = {name: values for name, values in table.items() if not _all_same(values)}
-    # A hyperparameter stands with the objective; the setting that gave it would say it twice.
-    own = [name for name in differing if name.startswith("objective.")]
-    said = {name.removeprefix("objective.") for name in own}
-    said |= {"objective"} if "objective.name" in differing else set()
-    return {name: values for name, values in differing.items() if name not in said}
+    # A hyperparameter stands with the objective; the setting that gave it would repeat it.
+    objective = [name for name in differing if name.startswith("objective.")]
+    repeated = {name.removeprefix("objective.") for name in objective}
+    repeated |= {"objective"} if "objective.name" in differing else set()
+    return {name: values for name, values in differing.items() if name not in repeated}
 
 
 def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -100,18 +100,15 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     if len(groups) == 1:
         return [run_name(groups[0][0]) if len(groups[0]) == 1 else f"{len(groups[0])} seeds"]
     differing = differences(groups)
+    objectives = differing.pop("objective.name", [None] * len(groups))
+    everywhere = {k: v for k, v in differing.items() if all(value is not None for value in v)}
     names = []
     for i, group in enumerate(groups):
-        objective = differing.get("objective.name", [None] * len(groups))[i]
-        common = {n for n, values in differing.items() if all(v is not None for v in values)}
-        others = [
-            f"{name.removeprefix('objective.')} {values[i]}"
-            for name, values in differing.items()
-            if name in common and name != "objective.name"
-        ]
-        label = ", ".join([*([str(objective)] if objective else []), *others])
+        parts = [str(objectives[i])] if objectives[i] else []
+        parts += [f"{k.removeprefix('objective.')} {v[i]}" for k, v in everywhere.items()]
+        label = ", ".join(parts)
         if not label or len(label) > LABEL_LENGTH:
-            label = str(objective) if objective else run_name(group[0])
+            label = str(objectives[i]) if objectives[i] else run_name(group[0])
         names.append(label)
     if len(set(names)) < len(names):
         names = [run_name(group[0]) for group in groups]
@@ -121,7 +118,7 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def run_name(run: Run) -> str:
-    return str(run.settings.get("run_name") or run.folder.resolve().name)[:LABEL_LENGTH]
+    return run.name[:LABEL_LENGTH]
 
 
 def _all_same(values: Sequence[Any]) -> bool:

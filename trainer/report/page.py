@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from ..monitor.history import Change, flatten
-from ..text import figure
-from .charts import Chart, svg
-from .ridges import Ridges, ridges_svg
+from ..monitor.history import Run, flatten
+from .marks import Drawing
+from .svg import colour_rules, mark_rules, svg
 
-STYLE = """
-:root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1d1f23;--soft:#666b75;
---rule:#e4e2dd;--accent:#2563c9;--muted:#a3a8b3;--chosen:#12836b;--rejected:#c8622a;
---c0:#2563c9;--c1:#c8622a;--c2:#12836b;--c3:#9a3fb5;--c4:#a87b00;--c5:#c2335d;--c6:#0f8aa8;
---c7:#6b7280}
-@media(prefers-color-scheme:dark){:root{--paper:#131519;--card:#1a1d22;--ink:#e8e8ea;--soft:#9a9fab;
---rule:#2c3038;--accent:#79a9ff;--muted:#666c79;--chosen:#4fc7a6;
---rejected:#f09a63;--c0:#79a9ff;--c1:#f09a63;--c2:#4fc7a6;--c3:#d490e8;--c4:#dcb64a;--c5:#f47c9c;
---c6:#5cc6df;--c7:#a6acb8}}
+FONTS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
+LAYOUT = """
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,
-"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 @FONTS;
+-webkit-text-size-adjust:100%}
 main{max-width:1060px;margin:0 auto;padding:56px 24px 80px}
 .kicker{color:var(--soft);font-size:14px;margin:0 0 10px;overflow-wrap:anywhere}
 h1{font-size:clamp(28px,5.2vw,46px);line-height:1.12;letter-spacing:-.022em;font-weight:650;margin:0;
@@ -45,22 +36,6 @@ padding:0;list-style:none}
 .legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;
 vertical-align:middle;background:currentColor}
 .legend i.dots{width:7px;height:7px;border-radius:50%}
-svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{fill:var(--soft);font:12.5px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;
-font-variant-numeric:tabular-nums}
-svg .grid{stroke:var(--rule);stroke-width:1;fill:none}
-svg .reference{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 4;fill:none}
-svg .line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-svg .line.muted{stroke-width:1.4}
-svg .band{fill:currentColor;opacity:.16;stroke:none}
-svg circle{fill:currentColor;stroke:var(--card);stroke-width:1.2}
-.accent{color:var(--accent)}.muted{color:var(--muted)}
-.chosen{color:var(--chosen)}.rejected{color:var(--rejected)}
-.c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}
-.c4{color:var(--c4)}.c5{color:var(--c5)}.c6{color:var(--c6)}.c7{color:var(--c7)}
-svg .ridge{fill:currentColor;fill-opacity:.32;stroke:none}svg .ridge.faint{fill-opacity:.1}
-svg .crest{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round}
-svg .crest.faint{stroke-width:1.2;stroke-opacity:.6}
 .mark{display:inline-block;width:9px;height:9px;border-radius:50%;background:currentColor;
 margin-right:6px}
 .scroll{overflow-x:auto}.wide{grid-column:1/-1}
@@ -93,9 +68,10 @@ white-space:pre-wrap}.sample dd:last-child{margin:0}
 .sample .after{font-weight:600}
 .note{color:var(--soft);font-size:14px;overflow-wrap:anywhere}
 @media(max-width:560px){main{padding:34px 16px 56px}.card{padding:16px 15px}h2{margin-top:46px}
-table{font-size:14px}svg text{font-size:14.5px}}
+table{font-size:14px}}
 @media print{main{padding:0}.card{break-inside:avoid}}
-"""
+""".replace("@FONTS", FONTS)
+STYLE = f"\n{colour_rules()}{LAYOUT}{mark_rules(FONTS)}\n"
 
 
 def text(value: object) -> str:
@@ -121,57 +97,35 @@ def page(title: str, body: Iterable[str]) -> str:
     )
 
 
-def changes_table(changes: list[Change], first: str, last: str) -> str:
-    """Metrics before and after; the first column of numbers goes when nothing has a before."""
-    with_before = any(change.before is not None for change in changes)
-    rows = []
-    for change in changes:
-        before = "" if change.before is None else figure(change.before)
-        cells = f'<td class="n">{before}</td>' if with_before else ""
-        cells += f'<td class="n"><b>{figure(change.after)}</b></td>'
-        rows.append(f"<tr><th>{text(change.label)}</th>{cells}</tr>")
-    head = f'<th class="n">{text(first)}</th>' if with_before else ""
-    head += f'<th class="n">{text(last)}</th>'
+def numbers_table(
+    heads: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], kind: str = ""
+) -> str:
+    """Rows of numbers with a label each; heads and numbers are HTML."""
+    columns = "".join(f'<th class="n">{head}</th>' for head in heads)
+    filled = ""
+    for label, cells in rows:
+        numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
+        filled += f"<tr><th>{text(label)}</th>{numbers}</tr>"
+    head = f"<thead><tr><th></th>{columns}</tr></thead>"
+    return f'<div class="card scroll {kind}"><table>{head}<tbody>{filled}</tbody></table></div>'
+
+
+def drawing_card(drawing: Drawing) -> str:
+    """A drawing with its title, a line of explanation, and its legend."""
+    keys = []
+    for key in drawing.keys:
+        mark = ' class="dots"' if key.dots else ""
+        value = f" <b>{key.value}</b>" if key.value else ""
+        sign = f'<span class="{key.colour}"><i{mark}></i></span>'
+        keys.append(f"<li>{sign}{text(key.label)}{value}</li>")
+    legend = f'<ul class="legend">{"".join(keys)}</ul>' if keys else ""
     return (
-        f'<div class="card scroll"><table><thead><tr><th></th>{head}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<section class="card chart"><h3>{text(drawing.title)}</h3><p>{text(drawing.note)}</p>'
+        f"{legend}{svg(drawing)}</section>"
     )
 
 
-def chart_card(chart: Chart, last_step: float) -> str:
-    """A chart with its title, a line of explanation and a legend that ends in the last value."""
-    entries = []
-    for line in chart.lines:
-        value = next(v for _, v in reversed(line.points) if math.isfinite(v))
-        mark = ' class="dots"' if line.style == "dots" else ""
-        entries.append(
-            f'<li><span class="{line.colour}"><i{mark}></i></span>{text(line.label)} '
-            f"<b>{figure(value)}</b></li>"
-        )
-    return (
-        f'<section class="card chart"><h3>{text(chart.title)}</h3><p>{text(chart.note)}</p>'
-        f'<ul class="legend">{"".join(entries)}</ul>{svg(chart, last_step)}</section>'
-    )
-
-
-def ridges_card(chart: Ridges) -> str:
-    """Histograms with their title, a line of explanation, and a legend where they need one."""
-    entries = "".join(
-        f'<li><span class="{ridge.colour}"><i></i></span>{text(ridge.label)}</li>'
-        for ridge in chart.ridges
-    )
-    legend = "" if chart.named else f'<ul class="legend">{entries}</ul>'
-    return (
-        f'<section class="card chart"><h3>{text(chart.title)}</h3><p>{text(chart.note)}</p>'
-        f"{legend}{ridges_svg(chart)}</section>"
-    )
-
-
-def card(content: str, kind: str = "") -> str:
-    return f'<div class="card {kind}">{content}</div>'
-
-
-def section(title: str, cards: list[str], *, small: bool = False) -> list[str]:
+def section(title: str, cards: Iterable[str], *, small: bool = False) -> list[str]:
     """A heading and a grid of the cards that hold something."""
     filled = "".join(cards)
     grid = "grid small" if small else "grid"
@@ -190,6 +144,11 @@ def details(title: str, values: Mapping[str, Any], *, is_open: bool = False) -> 
         f'<details class="card"{" open" if is_open else ""}><summary>{text(title)}</summary>'
         f'<table class="pairs"><tbody>{rows}</tbody></table></details>'
     )
+
+
+def not_finite(run: Run) -> str:
+    """The metrics with values that charts leave out, and how many of each."""
+    return ", ".join(f"{key} ({count})" for key, count in run.not_finite().items())
 
 
 def _breakable(value: object) -> str:

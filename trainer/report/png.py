@@ -1,105 +1,108 @@
-"""The charts of a report as one image, by matplotlib."""
+"""Drawings as one image, by matplotlib."""
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
 
-from ..monitor.history import Run
-from .charts import Chart, run_charts
-from .compare import comparison_charts, comparison_headline, comparison_ridges
-from .groups import group_runs
-from .ridges import POINTS, Ridges, shape
+from .marks import DOT_RADIUS, LOOKS, PALETTE, TEXT_SIZE, WIDTH, Dot, Drawing, Key, Label
 
-_GROUPS = ("2563c9", "c8622a", "12836b", "9a3fb5", "a87b00", "c2335d", "0f8aa8", "6b7280")
-COLOURS = {"accent": "#2563c9", "muted": "#a3a8b3", "chosen": "#12836b", "rejected": "#c8622a"}
-COLOURS |= {f"c{i}": f"#{colour}" for i, colour in enumerate(_GROUPS)}
-ACROSS, WIDTH, HEIGHT, DPI = 3, 4.6, 3.1, 150
-INK, SOFT, RULE, PAPER = "#1d1f23", "#666b75", "#e4e2dd", "#ffffff"
-
-
-def write_png(runs: Sequence[Run], out: Path) -> None:
-    """Every chart of the runs, three in a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    if len(runs) > 1:
-        groups = group_runs(runs)
-        title = comparison_headline(groups)
-        charts: list[Chart | Ridges] = [*comparison_charts(groups), *comparison_ridges(groups)]
-    else:
-        from .write import headline, run_ridges
+ACROSS, GAP, TITLE, DPI = 3, 36.0, 60.0, 110
+"""Drawings in a row, space between them and above them. All lengths here are in points."""
 
-        title, charts = headline(runs[0]), [*run_charts(runs[0]), *run_ridges(runs[0])]
-    rows = max(1, math.ceil(len(charts) / ACROSS))
-    figure = Figure(figsize=(WIDTH * ACROSS, HEIGHT * rows + 0.6), facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    figure.suptitle(_safe(title), x=0.012, ha="left", fontsize=17, fontweight="bold", color=INK)
-    for place, chart in enumerate(charts):
-        axes = figure.add_subplot(rows, ACROSS, place + 1)
-        _dress(axes, chart)
-        if isinstance(chart, Ridges):
-            _draw_ridges(axes, chart)
+HEAD, NOTE_LINE, KEY_LINE = 24.0, 15.0, 18.0
+NOTE_LETTERS, KEY_LETTERS = 64, 28  # what fits across a drawing, and across half of one
+COLOURS = {name: light for name, (light, _) in PALETTE.items()}
+ANCHORS = {"middle": "center", "end": "right"}
+
+
+def write_png(title: str, drawings: Sequence[Drawing], out: FilePath) -> None:
+    """Write the drawings below a title, three in a row, on the palette's light colours."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # which would read dollars as formulas
+        _figure(title, drawings).savefig(str(out), dpi=DPI, format="png")
+
+
+def _figure(title: str, drawings: Sequence[Drawing]) -> Figure:
+    from matplotlib.figure import Figure
+
+    rows = [drawings[i : i + ACROSS] for i in range(0, len(drawings), ACROSS)]
+    head = max(map(_head, drawings), default=0.0)
+    heights = [head + max(drawing.height for drawing in row) for row in rows]
+    width = ACROSS * (WIDTH + GAP) + GAP
+    height = bottom = TITLE + sum(row_height + GAP for row_height in heights)
+    figure = Figure(figsize=(width / 72, height / 72), facecolor=COLOURS["card"])
+    style = {"fontsize": 24, "fontweight": "bold", "color": COLOURS["ink"]}
+    figure.text(GAP / width, 1 - 40 / height, title, **style)
+    bottom -= TITLE
+    for row, row_height in zip(rows, heights, strict=True):
+        bottom -= row_height
+        for column, drawing in enumerate(row):
+            left = GAP + column * (WIDTH + GAP)
+            box = (left / width, bottom / height, WIDTH / width, row_height / height)
+            axes = figure.add_axes(box, xlim=(0, WIDTH), ylim=(row_height - head, -head))
+            axes.set_axis_off()
+            _write_head(axes, drawing, -head)
+            _draw_marks(axes, drawing)
+        bottom -= GAP
+    return figure
+
+
+def _head(drawing: Drawing) -> float:
+    """The height of title, note and legend, above the marks."""
+    return HEAD + NOTE_LINE * len(_note_lines(drawing)) + KEY_LINE * len(_key_rows(drawing))
+
+
+def _note_lines(drawing: Drawing) -> list[str]:
+    return textwrap.wrap(drawing.note, NOTE_LETTERS, max_lines=2, placeholder="…")
+
+
+def _key_rows(drawing: Drawing) -> list[list[Key]]:
+    letters = max((len(key.label + key.value) for key in drawing.keys), default=0)
+    columns = 1 if letters > KEY_LETTERS else 2
+    return [drawing.keys[i : i + columns] for i in range(0, len(drawing.keys), columns)]
+
+
+def _write_head(axes: Axes, drawing: Drawing, top: float) -> None:
+    soft, y = COLOURS["soft"], top + 12
+    title = {"fontsize": 14, "fontweight": "bold", "color": COLOURS["ink"]}
+    axes.text(0, y, drawing.title, **title)
+    for line in _note_lines(drawing):
+        y += NOTE_LINE
+        axes.text(0, y, line, fontsize=11, color=soft)
+    for row in _key_rows(drawing):
+        y += KEY_LINE
+        for column, key in enumerate(row):
+            x, colour = column * WIDTH / 2, COLOURS[key.colour]
+            if key.dots:
+                axes.plot(x + 7, y - 4, "o", color=colour, markersize=2 * DOT_RADIUS)
+            else:
+                axes.plot([x, x + 14], [y - 4, y - 4], color=colour, linewidth=3)
+            axes.text(x + 20, y, f"{key.label} {key.value}", fontsize=11, color=soft)
+
+
+def _draw_marks(axes: Axes, drawing: Drawing) -> None:
+    for order, mark in enumerate(drawing.marks):
+        if isinstance(mark, Label):
+            style = {"ha": ANCHORS[mark.anchor], "fontsize": TEXT_SIZE, "color": COLOURS["soft"]}
+            axes.text(mark.x, mark.y, mark.text, zorder=order, **style)
+            continue
+        common = {"color": COLOURS[mark.colour], "zorder": order, "clip_on": False}
+        if isinstance(mark, Dot):
+            edge = {"markeredgecolor": COLOURS["card"], "markeredgewidth": 1.2}
+            axes.plot(mark.x, mark.y, "o", markersize=2 * DOT_RADIUS, **edge, **common)
+            continue
+        look, (xs, ys) = LOOKS[mark.kind], zip(*mark.places, strict=True)
+        if look.width:
+            dashes = (0, look.dashes) if look.dashes else "solid"
+            stroke = {"linewidth": look.width, "alpha": look.opacity, "linestyle": dashes}
+            axes.plot(xs, ys, **stroke, **common)
         else:
-            _draw(axes, chart)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / (HEIGHT * rows + 0.6)))
-    figure.savefig(str(out), dpi=DPI, format="png")
-
-
-def _dress(axes: Any, chart: Chart | Ridges) -> None:
-    axes.set_title(
-        _safe(chart.title), loc="left", fontsize=11, fontweight="bold", color=INK, pad=20
-    )
-    note = chart.note if len(chart.note) <= 76 else chart.note[:75] + "…"
-    axes.text(0, 1.035, _safe(note), transform=axes.transAxes, fontsize=7.5, color=SOFT)
-    axes.tick_params(colors=SOFT, labelsize=8, length=0)
-    axes.grid(color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _draw(axes: Any, chart: Chart) -> None:
-    for line in chart.lines:
-        colour = COLOURS[line.colour]
-        steps, values = [s for s, _ in line.points], [v for _, v in line.points]
-        if line.low and line.high:
-            low, high = [v for _, v in line.low], [v for _, v in line.high]
-            axes.fill_between([s for s, _ in line.low], low, high, color=colour, alpha=0.16, lw=0)
-        dots = "" if line.style == "line" and len(values) > 1 else "o"
-        stroke = "" if line.style == "dots" else "-"
-        look = {"linestyle": stroke, "linewidth": 1.6, "marker": dots, "markersize": 3.5}
-        axes.plot(steps, values, color=colour, label=_safe(line.label), **look)
-    if chart.reference is not None:
-        axes.axhline(chart.reference, color=SOFT, linewidth=0.8, linestyle=(0, (3, 3)))
-    if chart.low is not None or chart.high is not None:
-        axes.set_ylim(bottom=chart.low, top=chart.high)
-    axes.set_xlabel("step", fontsize=8, color=SOFT, loc="left")
-    if len(chart.lines) > 1:
-        axes.legend(fontsize=7.5, frameon=False, labelcolor=SOFT)
-
-
-def _draw_ridges(axes: Any, chart: Ridges) -> None:
-    found = shape(chart.ridges)
-    step = (found.high - found.low) / POINTS
-    places = [found.low + (i + 0.5) * step for i in range(POINTS)]
-    for row, (ridge, heights) in enumerate(zip(chart.ridges, found.heights, strict=True)):
-        base, colour = -0.75 * row, COLOURS[ridge.colour]
-        tops = [base + height for height in heights]
-        alpha = 0.1 if ridge.faint else 0.32
-        axes.fill_between(places, base, tops, color=colour, alpha=alpha, lw=0)
-        axes.plot(places, tops, color=colour, linewidth=1.4, alpha=0.6 if ridge.faint else 1.0)
-        beside = {"fontsize": 7.5, "va": "bottom", "color": INK}
-        across = axes.get_yaxis_transform()
-        axes.text(1.01, base, _safe(ridge.remark), transform=across, **beside)
-    axes.axvline(0, color=SOFT, linewidth=0.8, linestyle=(0, (3, 3)))
-    bases = [-0.75 * row for row in range(len(chart.ridges))]
-    axes.set_yticks(bases, [_safe(ridge.label) for ridge in chart.ridges])
-    axes.grid(axis="y", visible=False)
-
-
-def _safe(label: str) -> str:
-    """Text as it is: matplotlib would read dollars as formulas."""
-    return label.replace("$", r"\$")
+            axes.fill(xs, ys, alpha=look.opacity, linewidth=0, **common)

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..monitor.margins import Histogram
 from .charts import nice_ticks, tick_label
+from .marks import WIDTH, Dot, Drawing, Key, Label, Path
 
 MOST_RIDGES = 7
 POINTS = 72
-WIDTH, NAMED, LEFT, RIGHT, BOTTOM, GAP, PEAK = 400.0, 70.0, 14.0, 46.0, 28.0, 34.0, 44.0
-REWARD_RIDGES = "chosen minus rejected, each held-out pair; beside it the share above zero"
-TARGET_RIDGES = "what the objective asks of each held-out pair; beside it the median"
+NAMED, LEFT, RIGHT, BOTTOM, GAP, PEAK = 70.0, 14.0, 46.0, 28.0, 34.0, 44.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A quantity that every pair has one value of."""
+
+    title: str
+    note: str
+    remark: Callable[[Histogram], str]
+
+
+KINDS = {
+    "reward_margins": Kind(
+        "Reward margins over pairs",
+        "chosen minus rejected, each held-out pair; beside it the share above zero",
+        lambda histogram: f"{histogram.share_above_zero():.0%}",
+    ),
+    "target_margins": Kind(
+        "Target margins over pairs",
+        "what the objective asks of each held-out pair; beside it the median",
+        lambda histogram: f"{histogram.quantile(0.5):.2f}",
+    ),
+}
+"""By the names that histograms have in a run's file."""
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """One histogram: what it is, and a number worth reading beside it."""
+    """One histogram, with its name on one side and on the other a number worth reading."""
 
     label: str
     colour: str
     histogram: Histogram
-    remark: str
     faint: bool = False
-
-
-@dataclass(frozen=True)
-class Ridges:
-    title: str
-    note: str
-    ridges: list[Ridge]
-    named: bool = True  # beside the ridges; else a legend says which is whose
 
 
 @dataclass(frozen=True)
@@ -46,26 +59,13 @@ class Shape:
     heights: list[list[float]]  # POINTS each
 
 
-def over_steps(title: str, note: str, by_step: dict[float, Histogram], remark: str) -> Ridges:
-    """A few evaluations from the first to the last, which stands out.
-
-    Args:
-        remark: "above zero", or "median", the number beside each.
-    """
-    ridges = [
-        Ridge(f"step {step:g}", "accent", by_step[step], remark_on(by_step[step], remark), True)
+def over_steps(by_step: Mapping[float, Histogram]) -> list[Ridge]:
+    """A few evaluations from the first to the last, which stands out."""
+    *earlier, last = [
+        Ridge(f"step {step:g}", "accent", by_step[step], faint=True)
         for step in spread_out(list(by_step), MOST_RIDGES)
     ]
-    if ridges:
-        last = ridges[-1]
-        ridges[-1] = Ridge(last.label, last.colour, last.histogram, last.remark)
-    return Ridges(title, note, ridges)
-
-
-def remark_on(histogram: Histogram, remark: str) -> str:
-    if remark == "median":
-        return f"{histogram.quantile(0.5):.2f}"
-    return f"{histogram.share_above_zero():.0%}"
+    return [*earlier, replace(last, faint=False)]
 
 
 def spread_out(values: Sequence[float], count: int) -> list[float]:
@@ -99,39 +99,35 @@ def shape(ridges: Sequence[Ridge]) -> Shape:
     return Shape(low, high, ticks, heights)
 
 
-def ridges_svg(chart: Ridges) -> str:
-    """The chart as one `<svg>` element; the ridges' labels and remarks are in it."""
-    found = shape(chart.ridges)
-    floor = 12 + PEAK + GAP * (len(chart.ridges) - 1)
+def draw_ridges(kind: Kind, ridges: Sequence[Ridge], *, named: bool = True) -> Drawing:
+    """Lay the ridges out, with what is worth knowing of each on its right.
+
+    Args:
+        named: whether the labels are on the left; else a legend has them.
+    """
+    shapes = shape(ridges)
+    floor = 12 + PEAK + GAP * (len(ridges) - 1)
     height = floor + BOTTOM
-    left, right = NAMED if chart.named else LEFT, WIDTH - RIGHT
+    left, right = NAMED if named else LEFT, WIDTH - RIGHT
 
     def x(value: float) -> float:
-        return left + (right - left) * (value - found.low) / (found.high - found.low)
+        return left + (right - left) * (value - shapes.low) / (shapes.high - shapes.low)
 
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" '
-        f'aria-label="{escape(chart.title, quote=True)}">'
-    ]
-    for tick in found.ticks:
-        kind = "reference" if tick == 0 else "grid"
-        parts.append(f'<path class="{kind}" d="M{x(tick):.1f} 8V{floor:g}"/>')
-        parts.append(_label(x(tick), height - 8, "middle", tick_label(tick, found.ticks)))
+    marks: list[Path | Dot | Label] = []
+    for tick in shapes.ticks:
+        look = ("gridline", "rule") if tick else ("reference", "soft")
+        marks.append(Path(*look, [(x(tick), 8), (x(tick), floor)]))
+        marks.append(Label(x(tick), height - 8, tick_label(tick, shapes.ticks), "middle"))
     step = (right - left) / POINTS
-    for row, (ridge, heights) in enumerate(zip(chart.ridges, found.heights, strict=True)):
+    for row, (ridge, heights) in enumerate(zip(ridges, shapes.heights, strict=True)):
         base = 12 + PEAK + GAP * row
-        places = [
-            f"{left + (i + 0.5) * step:.1f} {base - PEAK * h:.1f}" for i, h in enumerate(heights)
-        ]
-        outline = f"M{left:g} {base:g}L{'L'.join(places)}L{right:g} {base:g}"
-        faint = " faint" if ridge.faint else ""
-        parts.append(f'<path class="ridge {ridge.colour}{faint}" d="{outline}Z"/>')
-        parts.append(f'<path class="crest {ridge.colour}{faint}" d="{outline}"/>')
-        if chart.named:
-            parts.append(_label(left - 8, base, "end", ridge.label))
-        parts.append(_label(WIDTH, base, "end", ridge.remark))
-    return "".join([*parts, "</svg>"])
-
-
-def _label(x: float, y: float, anchor: str, label: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(label)}</text>'
+        crest = [(left + (i + 0.5) * step, base - PEAK * each) for i, each in enumerate(heights)]
+        outline = [(left, base), *crest, (right, base)]
+        faint = "faint-" if ridge.faint else ""
+        marks.append(Path(f"{faint}ridge", ridge.colour, outline))
+        marks.append(Path(f"{faint}crest", ridge.colour, outline))
+        if named:
+            marks.append(Label(left - 8, base, ridge.label, "end"))
+        marks.append(Label(WIDTH, base, kind.remark(ridge.histogram), "end"))
+    keys = [] if named else [Key(ridge.label, ridge.colour) for ridge in ridges]
+    return Drawing(kind.title, kind.note, kind.title, keys, height, marks)

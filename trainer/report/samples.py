@@ -25,13 +25,13 @@ def sample_strips(run: Run) -> str:
 
 def compared_samples(groups: Sequence[Group]) -> str:
     """For each prompt that all groups' first runs answered, their last answers."""
-    found = [dict(by_prompt(group.runs[0])) for group in groups]
-    prompts = [prompt for prompt in found[0] if all(prompt in each for each in found)]
+    answered = [dict(by_prompt(group.runs[0])) for group in groups]
+    prompts = [prompt for prompt in answered[0] if all(prompt in each for each in answered)]
     strips = []
     for prompt in prompts[:MOST_PROMPTS]:
         cells = []
-        for group, each in zip(groups, found, strict=True):
-            step, answer = list(each[prompt].items())[-1]
+        for group, answers in zip(groups, answered, strict=True):
+            step, answer = list(answers[prompt].items())[-1]
             cells.append(_answer(f"{group.label}, step {step:g}", answer, group.colour))
         strips.append(_strip(prompt, cells))
     return "".join(strips)

@@ -186,7 +186,7 @@ def test_a_histogram_tells_quantiles_and_shares() -> None:
 def test_ridges_keep_nearly_all_pairs_and_their_place() -> None:
     counts = [0] * BINS
     counts[480:486] = [5, 10, 20, 20, 10, 5]
-    found = shape([Ridge("a", "c0", Histogram(counts), "")])
+    found = shape([Ridge("a", "c0", Histogram(counts))])
     assert found.low <= 0 < EDGES[480] < found.high
     peak = max(range(len(found.heights[0])), key=found.heights[0].__getitem__)
     at = found.low + (peak + 0.5) * (found.high - found.low) / len(found.heights[0])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.monitor.history import MAX_POINTS, SAMPLED_TOKENS, load_run, thin
 from widemargin.trainer.report.charts import nice_ticks, tick_label
+from widemargin.trainer.report.marks import LOOKS, PALETTE
 from widemargin.trainer.report.write import summary_lines, write_report
 from widemargin.trainer.text import duration, figure
 
@@ -198,6 +199,30 @@ def test_flat_and_extreme_values_draw(tmp_path: Path, value: float) -> None:
     page = read_report(make_run(tmp_path, logs))
     assert "<svg" in page
     assert not re.search(r'(d|cx|cy|x|y)="[^"]*(nan|inf)', page)
+
+
+def test_extreme_values_and_dollars_draw_in_the_image(tmp_path: Path) -> None:
+    logs = [{"step": 1, "loss": 1e308}, {"step": 2, "loss": -1e308}, {"step": 3, "loss": math.nan}]
+    many = [make_run(tmp_path / name, logs, settings={"a": name}) for name in ("$x", "y$^{$")]
+    assert write_report(many[0], form="png").read_bytes().startswith(b"\x89PNG")
+    assert write_report(many, form="png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_image_of_nothing_is_an_image(tmp_path: Path) -> None:
+    out = write_report(make_run(tmp_path, [{"step": 7}]), form="png")
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_a_rule_for_each_kind_and_colour_of_marks(tmp_path: Path) -> None:
+    page = read_report(make_run(tmp_path))
+    seen = {
+        names
+        for tag in re.findall(r'<(?:path|circle) class="([^"]*)"', page)
+        for names in tag.split()
+    }
+    assert {"gridline", "line", "band", "thin", "accent", "rule"} <= seen <= {*LOOKS, *PALETTE}
+    assert all(f"svg .{kind}{{" in page for kind in LOOKS)
+    assert all(page.count(f"--{name}:") == 2 for name in PALETTE)
 
 
 def test_newest_checkpoint_stands_in_for_an_unfinished_run(tmp_path: Path) -> None:
