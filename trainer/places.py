@@ -1,4 +1,4 @@
-"""Paths of the machine at hand, told from names that mean something elsewhere."""
+"""Tells paths of this machine from names that mean something on others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def unplaced(value: Any) -> Any:
-    """Names and settings with a folder or file of this machine as its last component alone.
+    """Names and settings in which a path of this machine is cut to its last component.
 
-    A card is for the hub, where paths say nothing but who trained where.
+    Readers elsewhere learn nothing from the rest of a path but who trained where.
     """
     if isinstance(value, Mapping):
         return {unplaced(key): unplaced(part) for key, part in value.items()}
@@ -20,7 +20,7 @@ def unplaced(value: Any) -> Any:
 
 
 def is_place(name: str) -> bool:
-    """Whether a text is a path of this machine: one that is there, or could not be elsewhere."""
+    """Whether a name is a path of this machine, by its form or because the path exists."""
     if name.startswith(("/", "~", "./", "../")):
         return True
     try:

@@ -96,7 +96,7 @@ def comparison_lines(groups: Sequence[Group]) -> list[str]:
 
 
 def render_comparison(groups: Sequence[Group]) -> str:
-    """The whole page."""
+    """The page as HTML."""
     runs = [run for group in groups for run in group.runs]
     title = comparison_headline(groups)
     seeds = "" if len(runs) == len(groups) else "lines are means over seeds, bands their range"

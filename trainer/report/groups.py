@@ -13,12 +13,12 @@ from ..monitor.margins import Histogram
 from .charts import Line, Style
 
 SEEDS = ("seed", "data_seed", "mix_seed")
-ASIDE = {
+NOT_COMPARED = {
     *SEEDS,
     *("output_dir", "run_name", "logging_dir", "report_to", "resume_from_checkpoint"),
     *("push_to_hub", "hub_model_id", "write_report", "disable_tqdm", "profile"),
 }
-"""Settings that do not make two runs different: where they write, and the draw of chance."""
+"""Settings that do not tell runs apart: seeds, and where a run writes."""
 
 COLOURS = 8
 LABEL_LENGTH = 40
@@ -57,7 +57,7 @@ class Group:
         return sum(last[1:], last[0]) if last else None
 
     def uneven(self) -> bool:
-        """Whether the runs end at different steps, where the mean changes whom it is over."""
+        """Whether the runs end at different steps, so that late means are over fewer runs."""
         return len({run.last_step() for run in self.runs}) > 1
 
 
@@ -77,8 +77,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """What was set, by dotted name, but for what does not tell runs apart."""
-    facts = {k: v for k, v in run.settings.items() if k not in ASIDE and k != "objective_args"}
+    """The settings that tell runs apart, by dotted name."""
+    facts = {
+        k: v for k, v in run.settings.items() if k not in NOT_COMPARED and k != "objective_args"
+    }
     return dict(flatten(facts)) | dict(flatten(run.objective, "objective."))
 
 

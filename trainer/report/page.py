@@ -86,7 +86,7 @@ def text(value: object) -> str:
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """A whole document that loads nothing: the policy forbids it, should escaping ever fail."""
+    """An HTML document that loads nothing: a policy forbids it, should escaping ever fail."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

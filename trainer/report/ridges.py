@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+
+import numpy as np
 
 from ..monitor.margins import Histogram
 from .charts import nice_ticks, tick_label
@@ -88,14 +89,11 @@ def shape(ridges: Sequence[Ridge]) -> Shape:
     heights = []
     for ridge in ridges:
         below = [ridge.histogram.below(low + i * step) for i in range(POINTS + 1)]
-        density = [b - a for a, b in pairwise(below)]
+        density = np.diff(below)
         for _ in range(3):  # a bin may be wider or narrower than a point
-            padded = [density[0], *density, density[-1]]
-            density = [
-                (padded[i - 1] + 2 * padded[i] + padded[i + 1]) / 4 for i in range(1, POINTS + 1)
-            ]
-        peak = max(density) or 1.0  # each its own: a narrow one would flatten all others
-        heights.append([value / peak for value in density])
+            density = np.convolve(np.pad(density, 1, "edge"), [0.25, 0.5, 0.25], "valid")
+        peak = density.max() or 1.0  # of this ridge: a common one would flatten wide ridges
+        heights.append((density / peak).tolist())
     return Shape(low, high, ticks, heights)
 
 

@@ -42,15 +42,15 @@ def run_lines(run: Run) -> list[str]:
 
 
 def render_run(run: Run) -> str:
-    """The whole page."""
+    """The page as HTML."""
     title = run_headline(run)
     body = [_header(run, title)]
     lines, ridges = run_drawings(run)
     charts = [drawing_card(drawing) for drawing in lines]
     if table := _changes_table(run):
         where = "Held-out pairs" if run.prefix() else "Training pairs"
-        beside, charts = charts[:1], charts[1:]
-        body += section(where, [table, *beside])
+        first, charts = charts[:1], charts[1:]
+        body += section(where, [table, *first])
     body += section(
         "Answers to held-out prompts", [sample_card(s) for s in run.samples], small=True
     )

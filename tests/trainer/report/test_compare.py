@@ -186,10 +186,10 @@ def test_a_histogram_tells_quantiles_and_shares() -> None:
 def test_ridges_keep_nearly_all_pairs_and_their_place() -> None:
     counts = [0] * BINS
     counts[480:486] = [5, 10, 20, 20, 10, 5]
-    found = shape([Ridge("a", "c0", Histogram(counts))])
-    assert found.low <= 0 < EDGES[480] < found.high
-    peak = max(range(len(found.heights[0])), key=found.heights[0].__getitem__)
-    at = found.low + (peak + 0.5) * (found.high - found.low) / len(found.heights[0])
+    shapes = shape([Ridge("a", "c0", Histogram(counts))])
+    assert shapes.low <= 0 < EDGES[480] < shapes.high
+    peak = max(range(len(shapes.heights[0])), key=shapes.heights[0].__getitem__)
+    at = shapes.low + (peak + 0.5) * (shapes.high - shapes.low) / len(shapes.heights[0])
     assert EDGES[478] < at < EDGES[488]
 
 
@@ -205,9 +205,9 @@ def test_margins_are_read_past_what_a_killed_run_left(tmp_path: Path) -> None:
         line_of(9, {"reward_margins": [0] * BINS}),
     ]
     (tmp_path / MARGINS_FILE).write_text("".join(lines))
-    found = read_margins(tmp_path)["reward_margins"]
-    assert list(found) == [2, 4]
-    assert found[4].counts == two
+    by_step = read_margins(tmp_path)["reward_margins"]
+    assert list(by_step) == [2, 4]
+    assert by_step[4].counts == two
 
 
 @pytest.mark.parametrize(
