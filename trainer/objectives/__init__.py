@@ -1,6 +1,8 @@
 """Preference objectives: pure functions of log-probabilities, with an explicit state.
 
-To add one: a function ``terms(pairs, hyperparameters, state) -> Terms`` in a file of its own, a
+May import `kernels` and `errors`; knows nothing of a run's settings. Start in `base`.
+
+To add one: a function ``terms(pairs, hyperparameters, state) -> Terms`` in a new file, a
 frozen dataclass of hyperparameters, and a row here.
 """
 

@@ -17,12 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels.margin_loss.function import margin_loss, sequence_logps
-from ...kernels.margin_loss.types import Kind
+from ...kernels.margin_loss.function import Kind, pair_losses, sequence_logps
 from ..errors import UserError
 from .gather import GlobalPairs, gather_pairs
 from .settings import Hyperparameters
-from .state import State, to_device
+from .state import State
 
 # Pairs without ids are ordered by rank, then by place: ids of rank r start at r times this.
 IDS_PER_RANK = 2**32
@@ -30,10 +29,8 @@ IDS_PER_RANK = 2**32
 
 @dataclass(frozen=True)
 class Pairs:
-    """What an objective sees of a micro-batch. Sums and means carry the graph of the logps."""
+    """What an objective sees of a micro-batch. Sums and means are differentiable."""
 
-    token_logps: Tensor  # [N]
-    cu_seqlens: Tensor  # [2P + 1]
     sums: Tensor  # [2P] fp32, or fp64 for fp64; 0 for a filler pair
     means: Tensor  # [2P] per token; 0 for an empty completion or a filler pair
     lengths: Tensor  # [2P] int
@@ -109,18 +106,15 @@ def margin_terms(
     label_smoothing: float = 0.0,
     state: State | None = None,
 ) -> Terms:
-    """Terms of a reference-free objective that is ``margin_loss`` with these target margins."""
+    """Terms of a reference-free objective: the loss of ``margin_loss`` with these target margins.
+
+    From the means, which `Objective` has: the fused op would sum the tokens a second time.
+    """
     target_margins = target_margins.to(pairs.sums.dtype)
-    losses = margin_loss(
-        pairs.token_logps,
-        pairs.cu_seqlens,
-        target_margins,
-        beta=beta,
-        kind=kind,
-        label_smoothing=label_smoothing,
-    )
-    chosen_rewards, rejected_rewards = (beta * pairs.means.detach()).chunk(2)
-    return Terms(losses, chosen_rewards, rejected_rewards, target_margins, state)
+    chosen, rejected = pairs.means.chunk(2)
+    x = beta * (chosen - rejected) - target_margins.detach()
+    losses = pair_losses(x, kind, label_smoothing)
+    return Terms(losses, beta * chosen, beta * rejected, target_margins, state)
 
 
 class Objective:
@@ -169,7 +163,7 @@ class Objective:
             group: processes whose pairs form one global micro-batch, or None for this one alone.
         """
         pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group)
-        self._state = to_device(self._state, token_logps.device)
+        self._state = _to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
             self._state = terms.state
@@ -202,8 +196,6 @@ class Objective:
         # So that no gradient of a filler, not a number perhaps, gets past its sums.
         sums = torch.where((pair_ids >= 0).repeat(2), sums, 0.0)
         return Pairs(
-            token_logps=token_logps,
-            cu_seqlens=cu_seqlens,
             sums=sums,
             means=sums / lengths.clamp(min=1),
             lengths=lengths,
@@ -275,6 +267,14 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"Objective({self.name!r}, {self.hyperparameters})"
+
+
+def _to_device(state: State, device: torch.device) -> State:
+    """The state on ``device``, but for generators (uint8), which stay on the CPU."""
+    return {
+        key: value if value.dtype == torch.uint8 else value.to(device)
+        for key, value in state.items()
+    }
 
 
 def _layout(tensor: Tensor) -> str:

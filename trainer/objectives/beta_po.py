@@ -109,8 +109,8 @@ def drawn(
     uniform, generator = draw_uniform(state["generator"], DRAWS, gaps.device)
     zscores = (current.values[:, 0] - state["mean"]) / (state["std"] + _EPS_STD)
     count = current.count.double()
-    wanted = (count * hp.sample_fraction + 1e-9).floor().clamp(min=1)
-    sampled = largest_keys(zscores**2 / -2, uniform, current, wanted)
+    draws = (count * hp.sample_fraction + 1e-9).floor().clamp(min=1)
+    sampled = largest_keys(zscores**2 / -2, uniform, current, draws)
     number = sampled.sum().clamp(min=1)
     sampled_mean = padded_sum(torch.where(sampled, current.values[:, 0], 0.0)) / number
     beta = hp.beta * (1 + hp.tau * (sampled_mean - state["mean"]))
@@ -118,10 +118,8 @@ def drawn(
     return beta.clamp(min=LEAST_BETA), weights, _updated(current, hp.gap_decay, state, generator)
 
 
-def largest_keys(
-    log_weights: Tensor, uniform: Tensor, pairs: GlobalPairs, wanted: Tensor
-) -> Tensor:
-    """[G] bool: ``wanted`` of the pairs, drawn without replacement with these weights.
+def largest_keys(log_weights: Tensor, uniform: Tensor, pairs: GlobalPairs, draws: Tensor) -> Tensor:
+    """[G] bool: ``draws`` of the pairs, drawn without replacement with these weights.
 
     The largest of the log-weights, each with Gumbel noise added, are distributed as pairs drawn
     one after the other; weights that underflow keep their order.
@@ -130,7 +128,7 @@ def largest_keys(
     noise = -torch.log(-torch.log(uniform))
     keys = (log_weights + noise[places % DRAWS]).masked_fill(~pairs.used, -torch.inf)
     ranks = keys.argsort(descending=True, stable=True).argsort()
-    return pairs.used & (ranks < wanted)
+    return pairs.used & (ranks < draws)
 
 
 def _updated(pairs: GlobalPairs, decay: float, state: State, generator: Tensor) -> State:

@@ -106,10 +106,10 @@ def joint_set(current: GlobalPairs, keys: Tensor, state: State) -> tuple[Tensor,
     order = keys.masked_fill(slots >= state["fill"], torch.inf).argsort(stable=True)
     sampled = state["queue"][order[:SET_SIZE]]
     extra = (SET_SIZE - current.count).clamp(min=0).minimum(state["fill"])
-    own = pad_to_multiple(current.values[:, 0])
-    places = torch.arange(len(own), device=keys.device)
+    gaps = pad_to_multiple(current.values[:, 0])
+    places = torch.arange(len(gaps), device=keys.device)
     values = torch.where(
-        places < current.count, own, sampled[(places - current.count).clamp(0, SET_SIZE - 1)]
+        places < current.count, gaps, sampled[(places - current.count).clamp(0, SET_SIZE - 1)]
     )
     return values, current.count + extra
 
@@ -144,8 +144,8 @@ def pushed(current: GlobalPairs, state: State) -> State:
     slots = torch.arange(QUEUE_SIZE, device=head.device)
     first = (slots - head) % QUEUE_SIZE
     rounds = (count - 1 - first).div(QUEUE_SIZE, rounding_mode="floor").clamp(min=0)
-    own = pad_to_multiple(current.values[:, 0])
-    landing = own[(first + rounds * QUEUE_SIZE).clamp(max=len(own) - 1)]
+    gaps = pad_to_multiple(current.values[:, 0])
+    landing = gaps[(first + rounds * QUEUE_SIZE).clamp(max=len(gaps) - 1)]
     return {
         "queue": torch.where(first < count, landing, state["queue"]),
         "head": (head + count) % QUEUE_SIZE,

@@ -29,11 +29,3 @@ def draw_uniform(generator_state: Tensor, size: int, device: torch.device) -> tu
     pin = device.type == "cuda"
     keys = torch.rand(size, generator=generator, dtype=torch.float64, pin_memory=pin)
     return keys.to(device, non_blocking=True), generator.get_state()
-
-
-def to_device(state: State, device: torch.device) -> State:
-    """The state on ``device``, but for generators (uint8), which stay on the CPU."""
-    return {
-        key: value if value.dtype == torch.uint8 else value.to(device)
-        for key, value in state.items()
-    }

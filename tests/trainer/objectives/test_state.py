@@ -55,8 +55,8 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_resumed_equals_uninterrupted(name, transport):
     batches = [called(random_pairs(np.random.default_rng(i), 40 + i)) for i in range(16)]
-    whole = build_objective(name)
-    expected = [whole(*batch) for batch in batches]
+    uninterrupted = build_objective(name)
+    expected = [uninterrupted(*batch) for batch in batches]
     first = build_objective(name)
     for batch in batches[:9]:
         first(*batch)
@@ -64,7 +64,7 @@ def test_resumed_equals_uninterrupted(name, transport):
     second.load_state_dict(transport(first.state_dict()))
     for batch, out in zip(batches[9:], expected[9:], strict=True):
         assert torch.equal(second(*batch).losses, out.losses)
-    assert same_state(second.state_dict(), whole.state_dict())
+    assert same_state(second.state_dict(), uninterrupted.state_dict())
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -157,8 +157,8 @@ def run_rank(rank: int, folder: Path, capacity: int | None) -> None:
                 batch, own_ids = called([([-1.0], [-2.0])]), [-1]
             else:
                 batch, own_ids = called([]), []
-            own = torch.tensor(own_ids, dtype=torch.int64)
-            out = objective(*batch, pair_ids=own, group=dist.group.WORLD)
+            pair_ids = torch.tensor(own_ids, dtype=torch.int64)
+            out = objective(*batch, pair_ids=pair_ids, group=dist.group.WORLD)
             outs.append(torch.stack([out.target_margins, out.losses.detach()])[:, out.real])
         results[name] = outs, objective.state_dict()
     torch.save(results, folder / f"rank{rank}.pt")
