@@ -1,12 +1,23 @@
-"""Checks that the public functions share: ``ValueError`` names what was expected and what came."""
+"""What the public functions share: checks of their arguments, and the choice of a backend.
+
+A ``ValueError`` names the argument, what was expected and what came.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Triton is a dependency on Linux only, and nothing imports it before a kernel is to run.
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def expect(fine: bool, name: str, expected: str, got: object) -> None:
@@ -14,9 +25,9 @@ def expect(fine: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def check_tensors(**given: object) -> None:
+def check_tensors(**arguments: object) -> None:
     """Raise ``ValueError`` for the first that is not a tensor."""
-    for name, value in given.items():
+    for name, value in arguments.items():
         expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__)
 
 
@@ -24,3 +35,29 @@ def is_number(value: Any) -> bool:
     """Whether it is a finite number of Python's (or ``torch.compile``'s stand-in for one)."""
     numbers = (int, float, torch.SymInt, torch.SymFloat)
     return isinstance(value, numbers) and -math.inf < value < math.inf
+
+
+def choose_backend(backend: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    """ "triton" or "torch", for inputs where ``tensor`` is, in ``dtype``.
+
+    An explicit "triton" on inputs that its kernels do not take raises ``ValueError``.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        fits = _HAS_TRITON and tensor.is_cuda and dtype in TRITON_DTYPES
+        return "triton" if fits else "torch"
+    if backend == "torch":
+        return "torch"
+    if not _HAS_TRITON:
+        raise ValueError("backend: 'triton' needs the package triton; install it or use 'auto'")
+    from .triton_mode import INTERPRETED
+
+    if dtype not in TRITON_DTYPES:
+        raise ValueError(f"backend: 'triton' takes fp32, bf16 or fp16, got {dtype}; use 'auto'")
+    if not tensor.is_cuda and not (INTERPRETED and tensor.device.type == "cpu"):
+        raise ValueError(
+            f"backend: 'triton' takes CUDA tensors, got {tensor.device} (a CPU only in Triton's "
+            "interpreter, TRITON_INTERPRET=1 set before triton is imported); use 'auto'"
+        )
+    return "triton"

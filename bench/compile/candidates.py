@@ -16,7 +16,11 @@ FIELDS = ("forward", "recompute", "d_weight", "d_hidden")
 
 
 class Candidate(NamedTuple):
-    """A tile of one kernel; ``field`` is that of `Tiles`, ``product`` the forward's."""
+    """A tile of one kernel; ``field`` is that of `Tiles`.
+
+    product: how the forward gets its logits: "pointers", as the package does, or a module of
+    `bench.head.forwards`.
+    """
 
     field: str
     dtype: str
@@ -27,7 +31,7 @@ class Candidate(NamedTuple):
     def kernel(self) -> str:
         forward = {
             "pointers": "_forward_kernel",
-            "descriptors": "_forward_tma_kernel",
+            "tma": "_forward_tma_kernel",
             "library": "_statistics_kernel",
         }
         others = {
@@ -42,7 +46,6 @@ def candidates(dtype: str, arch: int) -> list[Candidate]:
     """Most promising first, since time may run out; the table's own tile leads."""
     own = table.FULL if dtype == "fp32" else table.HALF[max(a for a in table.HALF if a <= arch)]
     found = [Candidate(f, dtype, getattr(own, f)) for f in FIELDS]
-    found[0] = found[0]._replace(product=own.product)
     if dtype == "fp32":
         found += [
             Candidate(field, dtype, Tile(128, columns, depth, 8, stages))
@@ -56,7 +59,7 @@ def candidates(dtype: str, arch: int) -> list[Candidate]:
     if arch >= 90:
         shapes = ((128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 5))
         shapes += ((128, 128, 64, 4, 5), (128, 128, 128, 8, 3), (256, 128, 64, 8, 4))
-        found += [Candidate("forward", dtype, Tile(*s), "descriptors") for s in shapes]
+        found += [Candidate("forward", dtype, Tile(*s), "tma") for s in shapes]
     found += [
         Candidate("forward", dtype, Tile(128, 128, chunk, warps, 1), "library")
         for chunk in (2048, 8192, 1024, 4096)

@@ -49,9 +49,9 @@ class Kernel:
 
 def _margin(kernel: str, dtype: str) -> Callable[[], Source]:
     def source() -> Source:
-        from widemargin.kernels.margin_loss import triton as triton_margin
+        from widemargin.kernels.margin_loss import triton_kernels
 
-        fn = getattr(triton_margin, kernel)
+        fn = getattr(triton_kernels, kernel)
         types = {
             "logps_ptr": f"*{dtype}",
             "d_logps_ptr": f"*{dtype}",
@@ -68,7 +68,7 @@ def _margin(kernel: str, dtype: str) -> Callable[[], Source]:
             "sequences": "i32",
             "pairs": "i32",
         }
-        constants = {"HINGE": False, "SMOOTH": True, "BLOCK": triton_margin.BLOCK}
+        constants = {"HINGE": False, "SMOOTH": True, "BLOCK": triton_kernels.BLOCK}
         signature = {name: types[name] for name in fn.arg_names if name in types}
         return Source(
             fn,
@@ -82,7 +82,10 @@ def _margin(kernel: str, dtype: str) -> Callable[[], Source]:
 
 
 class HeadKernel(NamedTuple):
-    """Where a kernel of the head lives, and which of its launch's constants are the tile's."""
+    """Where a kernel of the head lives, and whose tile it takes.
+
+    field: of `Tiles`; with "" the kernel's module has its ``TILE``, with None it has none.
+    """
 
     module: str
     field: str | None
@@ -92,18 +95,19 @@ class HeadKernel(NamedTuple):
     product: bool = True
 
 
+_HEAD = "widemargin.kernels.linear_logprob"
 HEAD = {
-    "_forward_kernel": HeadKernel("triton_forward", "forward", softcap=True),
-    "_forward_tma_kernel": HeadKernel("triton_forward_tma", "descriptors", ("bf16",), (90,)),
-    "_statistics_kernel": HeadKernel("library_forward", "library", product=False),
-    "_recompute_kernel": HeadKernel("triton_cells", "recompute", softcap=True),
-    "_weight_kernel": HeadKernel("triton_cells", "d_weight"),
-    "_hidden_kernel": HeadKernel("triton_cells", "d_hidden"),
-    "_bias_kernel": HeadKernel("triton_cells", None, product=False),
-    "_count_kernel": HeadKernel("triton_routing", None, ("bf16",), product=False),
-    "_flag_kernel": HeadKernel("triton_routing", None, ("bf16",), product=False),
-    "_profile_kernel": HeadKernel("triton_routing", None, product=False),
-    "_finish_kernel": HeadKernel("triton_routing", None, product=False),
+    "_forward_kernel": HeadKernel(f"{_HEAD}.triton_forward", "forward", softcap=True),
+    "_forward_tma_kernel": HeadKernel("bench.head.forwards.tma", "", ("bf16",), (90,)),
+    "_statistics_kernel": HeadKernel("bench.head.forwards.library", "", product=False),
+    "_recompute_kernel": HeadKernel(f"{_HEAD}.triton_cells", "recompute", softcap=True),
+    "_weight_kernel": HeadKernel(f"{_HEAD}.triton_cells", "d_weight"),
+    "_hidden_kernel": HeadKernel(f"{_HEAD}.triton_cells", "d_hidden"),
+    "_bias_kernel": HeadKernel(f"{_HEAD}.triton_cells", None, product=False),
+    "_count_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, ("bf16",), product=False),
+    "_flag_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, ("bf16",), product=False),
+    "_profile_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, product=False),
+    "_finish_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, product=False),
 }
 
 
@@ -114,8 +118,7 @@ def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -
     from widemargin.kernels.linear_logprob.routing import BLOCK
     from widemargin.kernels.linear_logprob.triton_routing import GROUP
 
-    module = importlib.import_module(f"widemargin.kernels.linear_logprob.{HEAD[kernel].module}")
-    fn = getattr(module, kernel)
+    fn = getattr(importlib.import_module(HEAD[kernel].module), kernel)
     inputs = ("hidden_ptr", "weight_ptr", "bias_ptr", "work_ptr", "d_weight_ptr", "means_ptr")
     inputs += ("weighted_ptr", "out_ptr")
     longs = ("targets_ptr", "by_target_ptr", "cells_ptr", "by_tile_ptr", "slices_ptr", "order_ptr")
@@ -162,7 +165,7 @@ def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -
 
 
 def _head(kernel: str, dtype: str, arch: int, softcap: bool = False) -> Callable[[], Source]:
-    """A kernel of the head with the tile that `tiles.py` gives it."""
+    """A kernel of the head with the tile that `tiles.py`, or its own module, gives it."""
 
     def source() -> Source:
         from widemargin.kernels.linear_logprob import tiles
@@ -173,8 +176,10 @@ def _head(kernel: str, dtype: str, arch: int, softcap: bool = False) -> Callable
             width = 1024 if kernel == "_finish_kernel" else BLOCK
             warps = 8 if kernel == "_bias_kernel" else 4
             return head_source(kernel, dtype, tiles.Tile(BLOCK, width, 0, warps, 3))
-        table = tiles.FULL if dtype == "fp32" else tiles.HALF[arch]
-        tile = tiles.FORWARDS[field] if field in tiles.FORWARDS else getattr(table, field)
+        if field:
+            tile = getattr(tiles.FULL if dtype == "fp32" else tiles.HALF[arch], field)
+        else:
+            tile = importlib.import_module(HEAD[kernel].module).TILE
         if kernel == "_forward_kernel" and softcap:
             tile = tile._replace(columns=BLOCK)
         return head_source(kernel, dtype, tile, softcap=softcap)

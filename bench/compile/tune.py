@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from widemargin.kernels.linear_logprob import tiles as table
-from widemargin.kernels.linear_logprob.inputs import TAIL_EPS
+from widemargin.kernels.linear_logprob import TAIL_EPS
 from widemargin.kernels.linear_logprob.tiles import Tile, Tiles
 
 from bench.compile.candidates import FIELDS, Candidate, candidates, verdicts
@@ -42,25 +43,19 @@ class Bench:
     """One case on the GPU: runs any candidate, and says how far its result is from the first's."""
 
     def __init__(self, case: Case) -> None:
-        from widemargin.kernels.linear_logprob import (
-            triton_backward,
-            triton_forward,
-            triton_routing,
-        )
-        from widemargin.kernels.linear_logprob.torch_backward import Saved
-        from widemargin.kernels.linear_logprob.torch_forward import Head
+        from widemargin.kernels.linear_logprob.triton_backward import Launches
+        from widemargin.kernels.linear_logprob.triton_forward import forward
+        from widemargin.kernels.linear_logprob.triton_routing import choose
+        from widemargin.kernels.linear_logprob.types import HeadCall
 
-        self._forward = triton_forward.forward
         inputs = case.build("cuda")
         self.case, self.targets = case, inputs.targets
-        self.head = Head(inputs.hidden, inputs.weight, None, 1.0, None, inputs.hidden.dtype)
-        saved = Saved(
-            inputs.targets, *self._forward(self.head, self.targets, keep=True, profile=True)
-        )
+        self.call = HeadCall(inputs.hidden, inputs.weight, None, 1.0, None, inputs.hidden.dtype)
+        saved = forward(self.call, self.targets, keep=True, profile=True)
         grad = inputs.coefficients
         scored = torch.ones_like(inputs.targets, dtype=torch.bool)
-        routing = triton_routing.choose(self.head, saved, grad, scored, TAIL_EPS, weighted=True)
-        self.launches = triton_backward.Launches(self.head, saved, routing, grad)
+        routing = choose(self.call, saved, grad, scored, TAIL_EPS, weighted=True)
+        self.launches = Launches.of(self.call, saved, routing, grad)
         self.cells = int(self.launches.cells.slices[1])
         self.launches.recompute(0)
         self.d_weight = torch.zeros_like(inputs.weight)
@@ -76,17 +71,21 @@ class Bench:
     def run(self, candidate: Candidate) -> Callable[[], torch.Tensor]:
         """A function that launches the kernel and returns what it wrote."""
         if candidate.field == "forward":
-            own = table.FULL if candidate.dtype == "fp32" else next(iter(table.HALF.values()))
-            tiles = own._replace(forward=candidate.tile, product=candidate.product)
-            settings: dict[str, Any] = {"keep": True, "profile": True, "tiles": tiles}
-            return lambda: self._forward(self.head, self.targets, **settings)[2]
+            return partial(self._partial_lse, _launch_of(candidate.product), candidate.tile)
         launches = self.launches
         launches.tiles = launches.tiles._replace(**{candidate.field: candidate.tile})
         if candidate.field == "recompute":
             return lambda: (launches.recompute(0), launches.work[: self.cells])[1]
         if candidate.field == "d_weight":
-            return lambda: (launches.weight(0, self.d_weight), self.d_weight)[1]
-        return lambda: (launches.hidden(0, self.d_hidden), self.d_hidden)[1]
+            return lambda: (launches.write_weight(0, self.d_weight), self.d_weight)[1]
+        return lambda: (launches.add_hidden(0, self.d_hidden), self.d_hidden)[1]
+
+    def _partial_lse(self, launch: Any, tile: Tile) -> torch.Tensor:
+        from widemargin.kernels.linear_logprob.triton_forward import forward_by
+
+        return forward_by(
+            launch, tile, self.call, self.targets, keep=True, profile=True
+        ).partial_lse
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:
         run = self.run(candidate)
@@ -103,6 +102,14 @@ class Bench:
             "min_ms": round(min(times), 4),
             "tflops": round(self.operations(candidate.field) / ms / 1e9, 1),
         }
+
+
+def _launch_of(product: str) -> Any:
+    if product == "pointers":
+        from widemargin.kernels.linear_logprob.triton_forward import launch
+
+        return launch
+    return importlib.import_module(f"bench.head.forwards.{product}").launch
 
 
 def tune(
@@ -127,9 +134,14 @@ def tune(
         torch.cuda.empty_cache()
 
 
-def best(rows: list[dict[str, Any]], dtype: str) -> Tiles | None:
-    """Of each kernel the tile with the smallest mean of time over the case's fastest time."""
-    chosen: dict[str, Any] = {}
+def best(rows: list[dict[str, Any]], dtype: str) -> tuple[Tiles, str] | None:
+    """Of each kernel the tile with the smallest mean of time over the case's fastest time.
+
+    Returns:
+        the tiles, and the forward's product: see `Candidate`.
+    """
+    chosen: dict[str, Tile] = {}
+    forward_product = "pointers"
     for field in FIELDS:
         mine = [r for r in rows if r["field"] == field and r["dtype"] == dtype and "ms" in r]
         if not mine:
@@ -145,17 +157,19 @@ def best(rows: list[dict[str, Any]], dtype: str) -> Tiles | None:
         tile, product = min(complete, key=lambda key: statistics.mean(complete[key]))
         chosen[field] = tile
         if field == "forward":
-            chosen["product"] = product
-    return Tiles(**chosen)
+            forward_product = product
+    return Tiles(**chosen), forward_product
 
 
-def source(tiles: Tiles) -> str:
+def source(tiles: Tiles, product: str) -> str:
     """An entry as it stands in `kernels/linear_logprob/tiles.py`."""
     lines = [
         f"    {name}=Tile({', '.join(map(str, tile))}),"
-        for name, tile in zip(FIELDS, tiles[: len(FIELDS)], strict=True)
+        for name, tile in zip(FIELDS, tiles, strict=True)
     ]
-    return "\n".join(["Tiles(", *lines, f'    product="{tiles.product}",', ")"])
+    if product != "pointers":
+        lines[0] += f"  # of bench/head/forwards/{product}.py"
+    return "\n".join(["Tiles(", *lines, ")"])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -196,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.compile_only:
         result["device_name"] = torch.cuda.get_device_name()
         entries = {dtype: best(rows, dtype) for dtype in options.dtype}
-        result["entries"] = {dtype: e and source(e) for dtype, e in entries.items()}
+        result["entries"] = {dtype: e and source(*e) for dtype, e in entries.items()}
         for dtype, entry in result["entries"].items():
             print(f"{dtype}, sm_{archs[0]}:\n{entry}")
     if options.out:

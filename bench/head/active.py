@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from widemargin.kernels.linear_logprob.inputs import TAIL_EPS
+from widemargin.kernels.linear_logprob import TAIL_EPS
+from widemargin.kernels.linear_logprob.routing import BLOCK, route, routing_stats
+from widemargin.kernels.linear_logprob.torch_backward import FULL_FRACTION, Backward
+from widemargin.kernels.linear_logprob.torch_forward import forward
+from widemargin.kernels.linear_logprob.types import GradRequest, HeadCall
 
+from bench.head.cells import choose_cells
 from bench.lib.colours import new_figure, save
 from bench.lib.exact import Exact, exact, relative_error
 from bench.lib.peaked import PeakedCase, fp32_logps, mean_entropy, peaked_case
@@ -81,22 +86,12 @@ def sharpened(case: PeakedCase, factor: float) -> PeakedCase:
 
 def routings(case: PeakedCase) -> Iterator[Row]:
     """One row per routing and `tail_eps`: active fraction, passes, errors."""
-    from widemargin.kernels.linear_logprob.cells import choose_cells
-    from widemargin.kernels.linear_logprob.routing import BLOCK, route, routing_stats
-    from widemargin.kernels.linear_logprob.torch_backward import (
-        FULL_FRACTION,
-        Backward,
-        Saved,
-        Wanted,
-    )
-    from widemargin.kernels.linear_logprob.torch_forward import Head, forward
-
-    head = Head(case.hidden, case.weight, None, 1.0, None, torch.float32)
-    logps, lse, partial_lse, profile = forward(head, case.targets, keep=True, profile=True)
-    saved = Saved(case.targets, logps, lse, partial_lse, profile)
+    call = HeadCall(case.hidden, case.weight, None, 1.0, None, torch.float32)
+    saved = forward(call, case.targets, keep=True, profile=True)
     scored = torch.ones_like(case.targets, dtype=torch.bool)
-    inputs = (partial_lse, lse, logps, case.targets, case.coefficients, scored)
-    wanted: Exact = exact(case)
+    statistics = (saved.partial_lse, saved.lse, saved.logps)
+    inputs = (*statistics, case.targets, case.coefficients, scored)
+    expected: Exact = exact(case)
     for exponent in EXPONENTS:
         eps = 2.0**exponent
         for form in ("pairs", "cells"):
@@ -105,8 +100,10 @@ def routings(case: PeakedCase) -> Iterator[Row]:
             else:
                 routed = choose_cells(*inputs, eps)[0]
             fraction, mean, top, _ = routing_stats(routed, scored).tolist()
-            wants = Wanted(case.coefficients, scored, eps, hidden=True, weight=True, bias=False)
-            got = Backward(head, saved, wants).run(routed)
+            request = GradRequest(
+                case.coefficients, scored, eps, hidden=True, weight=True, bias=False
+            )
+            got = Backward(call, saved, request).run(routed)
             assert got.hidden is not None
             assert got.weight is not None
             yield {
@@ -119,8 +116,8 @@ def routings(case: PeakedCase) -> Iterator[Row]:
                 "averaged_mass_mean": mean,
                 "averaged_mass_max": top,
                 "errors": {
-                    "dhidden": relative_error(got.hidden, wanted.dhidden),
-                    "dweight": relative_error(got.weight, wanted.dweight),
+                    "dhidden": relative_error(got.hidden, expected.dhidden),
+                    "dweight": relative_error(got.weight, expected.dweight),
                 },
             }
 

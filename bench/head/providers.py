@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from widemargin.kernels.linear_logprob import tiles
 from widemargin.kernels.linear_logprob.function import linear_logprob
 
 from bench.head import peers
@@ -83,19 +82,19 @@ def _full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
     return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1), None
 
 
-def _other_product(
-    product: str, hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, Any]:
-    """Tail "mean" with another way to the forward's logits than the chip's own (`tiles.py`)."""
-    table = dict(tiles.HALF)
-    forward = tiles.FORWARDS[product]
-    tiles.HALF.update(
-        {arch: each._replace(product=product, forward=forward) for arch, each in table.items()}
-    )
-    try:
-        return linear_logprob(hidden, weight, targets, backend="triton", return_stats=True)
-    finally:
-        tiles.HALF.update(table)
+def _tma(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+    # Imported late, with triton: it is there on Linux only.
+    from bench.head.forwards import tma
+    from bench.head.forwards.head import scored_by
+
+    return scored_by(tma.launch, tma.TILE, hidden, weight, targets)
+
+
+def _cublas(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+    from bench.head.forwards import library
+    from bench.head.forwards.head import scored_by
+
+    return scored_by(library.launch, library.TILE, hidden, weight, targets)
 
 
 def _descriptors_unavailable(case: Case, device: str) -> str | None:
@@ -132,13 +131,13 @@ PROVIDERS = {
         *(_ours("triton", tail) for tail in ("exact", "mean")),
         Provider(
             "widemargin-triton-mean-tma",
-            partial(_other_product, "descriptors"),
+            _tma,
             _descriptors_unavailable,
             bound="mean",
         ),
         Provider(
             "widemargin-triton-mean-cublas",
-            partial(_other_product, "library"),
+            _cublas,
             _library_unavailable,
             bound="mean",
         ),

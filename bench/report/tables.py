@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from widemargin.kernels.linear_logprob.inputs import TAIL_EPS
+from widemargin.kernels.linear_logprob import TAIL_EPS
 
 from bench.lib.colours import label
 from bench.lib.record import Row

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from widemargin.kernels.linear_logprob.inputs import TAIL_EPS
+from widemargin.kernels.linear_logprob import TAIL_EPS
 
 from bench.head.harness import Settings, measure
 from bench.head.providers import PROVIDERS, Provider

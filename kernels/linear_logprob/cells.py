@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .routing import Routed, active_pairs, block_masses
-
 TILE = 128
 """Tokens per tile."""
 ENOUGH = 16
@@ -42,43 +40,6 @@ class Cells(NamedTuple):
     by_count: Tensor
     block_bounds: Tensor
     tile_bounds: Tensor
-
-
-def choose_cells(
-    partial_lse: Tensor,
-    lse: Tensor,
-    logps: Tensor,
-    targets: Tensor,
-    grad: Tensor,
-    scored: Tensor,
-    tail_eps: float,
-) -> tuple[Routed, Tensor, Tensor]:
-    """What is computed, per pair (`Routed`, tokens in their own order), order [N], flags [B, T].
-
-    With ``tail_eps`` 0 (``tail="exact"``) every cell is.
-    """
-    blocks, tokens = partial_lse.shape
-    tiles = -(-tokens // TILE)
-    if tail_eps == 0:
-        order = torch.arange(tokens, device=lse.device)
-        flags = torch.ones(blocks, tiles, dtype=torch.bool, device=lse.device)
-        everything = torch.ones_like(partial_lse, dtype=torch.bool)
-        return Routed(everything, torch.zeros_like(partial_lse)), order, flags
-    masses = block_masses(partial_lse, lse, logps, targets)
-    active = active_pairs(masses, grad, scored, tail_eps)
-    alone = active_pairs(masses, grad, scored, ENOUGH * tail_eps)
-    order = torch.argsort(active.sum(0), descending=True, stable=True)
-    missing = tiles * TILE - tokens
-
-    def tiled(pairs: Tensor) -> Tensor:
-        return pad(pairs[:, order], (0, missing)).view(blocks, tiles, TILE)
-
-    sizes = (tokens - TILE * torch.arange(tiles, device=order.device)).clamp_(max=TILE)
-    enough = (sizes * ENOUGH // TILE).clamp_(min=1)
-    flags = (tiled(active).sum(2) >= enough) | tiled(alone).any(2)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=order.device))
-    computed = flags[:, place // TILE]
-    return Routed(computed, masses.masked_fill_(computed, 0.0)), order, flags
 
 
 def slice_count(blocks: int, tiles: int, capacity: int) -> int:

@@ -1,8 +1,8 @@
-"""Which (token, vocabulary block) pairs the head's backward has to compute.
+"""Which (token, vocabulary block) pairs the head's backward has to compute; the target apart.
 
-Shapes: N tokens, B vocabulary blocks of ``BLOCK`` rows. The forward's partial logsumexps give the
-exact probability that each token puts on each block; nearly all of it sits on a few blocks. The
-routing width is the same on every device, so results do not depend on the chip.
+Shapes: N tokens, V vocabulary, B vocabulary blocks of ``BLOCK`` rows. The forward's partial
+logsumexps give the exact probability that each token puts on each block; nearly all of it sits on a
+few blocks. The routing width is the same on every device, so results do not depend on the chip.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .types import HeadCall
+
 BLOCK = 128
+_TARGET_ROWS = 1024
+"""Tokens whose targets' weight rows are gathered at a time."""
 
 
 def num_blocks(vocabulary: int) -> int:
@@ -21,7 +25,7 @@ def num_blocks(vocabulary: int) -> int:
 
 
 def block_masses(partial_lse: Tensor, lse: Tensor, logps: Tensor, targets: Tensor) -> Tensor:
-    """Probability on each block apart from the target's own, [B, N].
+    """Probability on each block apart from the target's, [B, N].
 
     The target's element is handled by itself and exactly, so a token that is sure of its target
     needs no block at all.
@@ -78,8 +82,8 @@ def route(
     ``tail_eps`` 0 (``tail="exact"``) every pair is active.
     """
     if tail_eps == 0:
-        everything = torch.ones_like(partial_lse, dtype=torch.bool)
-        return Routed(everything, torch.zeros_like(partial_lse))
+        every_pair = torch.ones_like(partial_lse, dtype=torch.bool)
+        return Routed(every_pair, torch.zeros_like(partial_lse))
     masses = block_masses(partial_lse, lse, logps, targets)
     active = active_pairs(masses, grad, scored, tail_eps)
     active |= active.sum(1, keepdim=True) > full_fraction * active.shape[1]
@@ -95,3 +99,28 @@ def routing_stats(routed: Routed, scored: Tensor) -> Tensor:
     top = mass.max() if mass.numel() else mass.sum()
     dense = (active | ~scored).all()
     return torch.stack([fraction.to(mass.dtype), mass.sum() / count, top, dense.to(mass.dtype)])
+
+
+def target_grads(call: HeadCall, grad: Tensor, logps: Tensor, targets: Tensor) -> Tensor:
+    """Gradients ``g (1 - p)`` [N] of the targets' logits before the softcap.
+
+    ``1 - p`` is computed as such, so no digits cancel where p is close to 1.
+    """
+    grads = grad * -torch.expm1(logps)
+    return grads if call.softcap is None else grads * _target_slopes(call, targets, call.softcap)
+
+
+def _target_slopes(call: HeadCall, targets: Tensor, softcap: float) -> Tensor:
+    """Derivative of the softcap at each token's target [N], from the logit before it.
+
+    ``1 / cosh^2`` keeps its digits where the softcap saturates, as ``1 - tanh^2`` does not.
+    """
+    dtype = torch.promote_types(call.compute_dtype, torch.float32)
+    logits = targets.new_empty(targets.shape, dtype=dtype)
+    for row in range(0, len(targets), _TARGET_ROWS):
+        rows = slice(row, row + _TARGET_ROWS)
+        weight = call.weight[targets[rows]].to(call.compute_dtype).to(dtype)
+        logits[rows] = (call.hidden[rows].to(call.compute_dtype).to(dtype) * weight).sum(1)
+    if call.bias is not None:
+        logits += call.bias[targets].to(call.compute_dtype)
+    return torch.cosh(logits * (call.logit_scale / softcap)).pow(-2)

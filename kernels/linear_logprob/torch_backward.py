@@ -1,4 +1,4 @@
-"""Backward of the torch head: only the (token, block) pairs that routing keeps are recomputed.
+"""The head's backward in torch: recomputes only the (token, block) pairs that routing keeps.
 
 Shapes: N tokens, H hidden, V vocabulary, B blocks of ``BLOCK`` vocabulary rows.
 """
@@ -12,50 +12,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .routing import BLOCK, Routed, num_blocks, route, routing_stats
-from .torch_forward import COLUMNS, ROWS, Head
+from .routing import BLOCK, Routed, num_blocks, route, routing_stats, target_grads
+from .torch_forward import (
+    COLUMNS,
+    ROWS,
+    add_product,
+    logits,
+    operand,
+    product,
+    softcap_slope,
+)
+from .types import Gradients, GradRequest, HeadCall, Saved
 
 FULL_FRACTION = 0.75
 """A block active for more of the tokens than this takes all of them, without gathering."""
 
 
-class Saved(NamedTuple):
-    """What forward kept. targets, logps, lse: [N]. partial_lse: [B, N]. profile: [V] or empty."""
-
-    targets: Tensor
-    logps: Tensor
-    lse: Tensor
-    partial_lse: Tensor
-    profile: Tensor
-
-
-class Wanted(NamedTuple):
-    """What backward is asked for.
-
-    grad: [N] of the log-probs, 0 where not scored. scored: [N] bool. tail_eps: 0 computes every
-    pair. hidden, weight, bias: whether they want a gradient.
-    """
-
-    grad: Tensor
-    scored: Tensor
-    tail_eps: float
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class Gradients(NamedTuple):
-    """Of hidden [N, H], weight [V, H] and bias [V]; None for those not asked for."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradients, Tensor]:
+    """The gradients, and the routing's statistics [4]."""
+    pairs = (saved.partial_lse, saved.lse, saved.logps, saved.targets)
+    routed = route(*pairs, request.grad, request.scored, request.tail_eps, FULL_FRACTION)
+    return Backward(call, saved, request).run(routed), routing_stats(routed, request.scored)
 
 
 class Span(NamedTuple):
     """Consecutive vocabulary blocks [first, last) treated together.
 
-    Either all of them are active for all tokens (``full``), or each for tokens of its own.
+    Either all of them are active for all tokens (``full``), or each for some tokens.
     """
 
     first: int
@@ -99,27 +82,27 @@ def pieces(active: Tensor) -> Iterator[Piece]:
 class Backward:
     """One backward pass: what every span reads, and the gradients it adds to."""
 
-    def __init__(self, head: Head, saved: Saved, wanted: Wanted) -> None:
-        self.head, self.saved, grad = head, saved, wanted.grad
-        self.grad = grad * head.logit_scale
-        self.hidden = head.operand(head.hidden)
-        self.own = head.own_coefficients(self.grad, saved.logps, saved.targets)
+    def __init__(self, call: HeadCall, saved: Saved, request: GradRequest) -> None:
+        self.call, self.saved, grad = call, saved, request.grad
+        self.grad = grad * call.logit_scale
+        self.hidden = operand(call, call.hidden)
+        self.target_grad = target_grads(call, self.grad, saved.logps, saved.targets)
         blocks = saved.targets // BLOCK
         self.by_target = torch.argsort(blocks, stable=True)
-        counts = torch.bincount(blocks, minlength=num_blocks(len(head.weight)))
+        counts = torch.bincount(blocks, minlength=num_blocks(len(call.weight)))
         self.target_bounds = [0, *counts.cumsum(0).tolist()]
 
-        width = head.hidden.shape[1]
-        self.d_hidden = grad.new_zeros(head.hidden.shape) if wanted.hidden else None
-        self.d_weight = torch.empty_like(head.weight) if wanted.weight else None
-        self.d_bias = grad.new_zeros(len(head.weight)) if wanted.bias else None
-        self.in_place = head.weight.dtype == grad.dtype
-        aside = wanted.weight and not self.in_place
-        self.scratch = grad.new_empty(COLUMNS, width) if aside else None
+        width = call.hidden.shape[1]
+        self.d_hidden = grad.new_zeros(call.hidden.shape) if request.hidden else None
+        self.d_weight = torch.empty_like(call.weight) if request.weight else None
+        self.d_bias = grad.new_zeros(len(call.weight)) if request.bias else None
+        self.in_place = call.weight.dtype == grad.dtype
+        needs_scratch = request.weight and not self.in_place
+        self.scratch = grad.new_empty(COLUMNS, width) if needs_scratch else None
         self.gathered = self.hidden.new_empty(ROWS, width)
         self.logits = grad.new_empty(ROWS * COLUMNS)
-        self.added = grad.new_empty(ROWS if wanted.hidden else 0, width)
-        self.pull: Tensor | None = None
+        self.added = grad.new_empty(ROWS if request.hidden else 0, width)
+        self.tail_grad: Tensor | None = None
 
     def run(self, routed: Routed) -> Gradients:
         full = routed.active.all(1).tolist()
@@ -127,32 +110,32 @@ class Backward:
             self._tail(routed.averaged * self.grad)
         for span in spans(full):
             self._span(span, routed.active[span.first : span.last])
-        d_hidden, d_bias, bias = self.d_hidden, self.d_bias, self.head.bias
+        d_hidden, d_bias, bias = self.d_hidden, self.d_bias, self.call.bias
         return Gradients(
-            None if d_hidden is None else d_hidden.to(self.head.hidden.dtype),
+            None if d_hidden is None else d_hidden.to(self.call.hidden.dtype),
             self.d_weight,
             None if d_bias is None or bias is None else d_bias.to(bias.dtype),
         )
 
     def _tail(self, weighted: Tensor) -> None:
-        """The inactive pairs: all of dH and of db, and ``pull`` for the rows of dW.
+        """The inactive pairs: all of dH and of db, and ``tail_grad`` [B, H] for the rows of dW.
 
         Args:
             weighted: [B, N], each inactive pair's mass times its token's gradient.
         """
         profile = self.saved.profile
         if self.d_hidden is not None:
-            self.d_hidden.addmm_(weighted.T, profile_means(self.head, profile), alpha=-1)
+            self.d_hidden.addmm_(weighted.T, profile_means(self.call, profile), alpha=-1)
         if self.d_bias is not None:
             per_row = weighted.sum(1).repeat_interleave(BLOCK)[: len(profile)]
             self.d_bias.addcmul_(profile, per_row, value=-1)
         if self.d_weight is not None:
-            self.pull = (weighted @ self.hidden.to(weighted.dtype)).neg_()
+            self.tail_grad = (weighted @ self.hidden.to(weighted.dtype)).neg_()
 
     def _span(self, span: Span, active: Tensor) -> None:
         """The products and targets of one span, and its rows of dW from first to last."""
         start = span.first * BLOCK
-        weight = self.head.operand(self.head.weight[start : span.last * BLOCK])
+        weight = operand(self.call, self.call.weight[start : span.last * BLOCK])
         d_rows = None if self.d_weight is None else self._first_rows(span, len(weight))
         if span.full:
             for row in range(0, len(self.hidden), ROWS):
@@ -167,51 +150,52 @@ class Backward:
             self.d_weight[start : start + len(weight)] = d_rows
 
     def _first_rows(self, span: Span, rows: int) -> Tensor:
-        """The span's rows of dW [v, H] as the tail leaves them: profile times ``pull``."""
+        """The span's rows of dW [v, H] as the tail leaves them: profile times ``tail_grad``."""
         assert self.d_weight is not None
         start = span.first * BLOCK
         d_rows = (self.d_weight[start:] if self.scratch is None else self.scratch)[:rows]
-        if self.pull is None or span.full:
+        if self.tail_grad is None or span.full:
             return d_rows.zero_()
-        profile, pull = self.saved.profile[start : start + rows], self.pull[span.first : span.last]
-        whole = rows // BLOCK * BLOCK
-        blocked = d_rows[:whole].view(-1, BLOCK, d_rows.shape[1])
-        torch.mul(profile[:whole].view(-1, BLOCK, 1), pull[: len(blocked), None], out=blocked)
-        torch.mul(profile[whole:, None], pull[-1:], out=d_rows[whole:])
+        profile = self.saved.profile[start : start + rows]
+        tail_grad = self.tail_grad[span.first : span.last]
+        even = rows // BLOCK * BLOCK  # without the rows of a ragged last block
+        blocked = d_rows[:even].view(-1, BLOCK, d_rows.shape[1])
+        torch.mul(profile[:even].view(-1, BLOCK, 1), tail_grad[: len(blocked), None], out=blocked)
+        torch.mul(profile[even:, None], tail_grad[-1:], out=d_rows[even:])
         return d_rows
 
     def _everyone(self, rows: slice, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
         """Add to dH, dW, db what some tokens contribute over all of ``weight`` [v, H]."""
-        head, hidden = self.head, self.hidden[rows]
+        call, hidden = self.call, self.hidden[rows]
         buffer = self.logits[: len(hidden) * len(weight)].view(len(hidden), len(weight))
-        z = head.logits(hidden, weight, start, buffer)
+        z = logits(call, hidden, weight, start, buffer)
         self._logit_gradient(z, rows, start)
         coefficients = z.to(weight.dtype)
         if self.d_hidden is not None:
-            head.add_product(self.d_hidden[rows], coefficients, weight)
+            add_product(self.d_hidden[rows], coefficients, weight)
         if d_rows is not None:
-            head.add_product(d_rows, coefficients.T, hidden)
+            add_product(d_rows, coefficients.T, hidden)
         if self.d_bias is not None:
             self.d_bias[start : start + len(weight)] += z.sum(0)
 
     def _piece(self, piece: Piece, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
         """Add to dH, dW, db what some pairs contribute, each token gathered per block."""
-        head, (tokens, blocks, segments) = self.head, piece
+        call, (tokens, blocks, segments) = self.call, piece
         hidden = torch.index_select(self.hidden, 0, tokens, out=self.gathered[: len(tokens)])
         z = self.logits[: len(tokens) * BLOCK].view(len(tokens), BLOCK)
         cut = [(slice(BLOCK * b, BLOCK * b + BLOCK), slice(lo, hi)) for b, lo, hi in segments]
         for columns, rows in cut:
             part = weight[columns]
-            head.logits(hidden[rows], part, start + columns.start, z[rows, : len(part)])
+            logits(call, hidden[rows], part, start + columns.start, z[rows, : len(part)])
         self._logit_gradient(z, tokens, start + BLOCK * blocks)
         coefficients = z.to(weight.dtype)
         for columns, rows in cut:
             part = weight[columns]
             mine = coefficients[rows, : len(part)]
             if self.d_hidden is not None:
-                head.product(mine, part, self.added[rows])
+                product(mine, part, self.added[rows])
             if d_rows is not None:
-                head.add_product(d_rows[columns], mine.T, hidden[rows])
+                add_product(d_rows[columns], mine.T, hidden[rows])
             if self.d_bias is not None:
                 first = start + columns.start
                 self.d_bias[first : first + len(part)] += z[rows, : len(part)].sum(0)
@@ -221,13 +205,13 @@ class Backward:
     def _logit_gradient(self, z: Tensor, rows: slice | Tensor, start: int | Tensor) -> None:
         """Turn logits ``z`` [n, v] into -g p times the softcap's slope; 0 at the targets.
 
-        The targets' own element is g (1 - p), which `_targets` adds from 1 - p as such: no
-        cancellation where p is close to 1.
+        `_targets` adds the targets' elements, see `target_grads`.
 
         Args:
             start: the vocabulary row of the first column, of all or [n] of each.
         """
-        slope = None if self.head.softcap is None else self.head.softcap_slope(z)
+        softcap = self.call.softcap
+        slope = None if softcap is None else softcap_slope(z, softcap)
         z.sub_(self.saved.lse[rows, None]).exp_().mul_(-self.grad[rows, None])
         if slope is not None:
             z *= slope
@@ -237,31 +221,23 @@ class Backward:
         z.scatter_(1, column, z.gather(1, column) * outside)
 
     def _targets(self, rows: Tensor, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
-        """Add the targets' own elements for tokens ``rows`` [n], whose targets lie here."""
+        """Add the targets' elements of G for tokens ``rows`` [n], whose targets lie here."""
         local = self.saved.targets[rows] - start
-        own = self.own[rows, None]
+        target_grad = self.target_grad[rows, None]
         if self.d_hidden is not None:
-            self.d_hidden.index_add_(0, rows, own * weight[local])
+            self.d_hidden.index_add_(0, rows, target_grad * weight[local])
         if d_rows is not None:
-            d_rows.index_add_(0, local, own * self.hidden[rows])
+            d_rows.index_add_(0, local, target_grad * self.hidden[rows])
         if self.d_bias is not None:
-            self.d_bias.index_add_(0, local + start, own[:, 0])
+            self.d_bias.index_add_(0, local + start, target_grad[:, 0])
 
 
-def backward(head: Head, saved: Saved, wanted: Wanted) -> tuple[Gradients, Tensor]:
-    """The gradients, and the routing's statistics [4]."""
-    pairs = (saved.partial_lse, saved.lse, saved.logps, saved.targets)
-    routed = route(*pairs, wanted.grad, wanted.scored, wanted.tail_eps, FULL_FRACTION)
-    stats = routing_stats(routed, wanted.scored)
-    return Backward(head, saved, wanted).run(routed), stats
-
-
-def profile_means(head: Head, profile: Tensor) -> Tensor:
+def profile_means(call: HeadCall, profile: Tensor) -> Tensor:
     """Each block's average weight row under its profile, [B, H]: one reading of the weight."""
-    vocabulary, width = head.weight.shape
+    vocabulary, width = call.weight.shape
     means = profile.new_empty(num_blocks(vocabulary), width)
     for start in range(0, vocabulary, COLUMNS):
-        weight = head.operand(head.weight[start : start + COLUMNS]).to(profile.dtype)
+        weight = operand(call, call.weight[start : start + COLUMNS]).to(profile.dtype)
         inside = profile[start : start + len(weight)]
         missing = -len(weight) % BLOCK
         if missing:

@@ -1,7 +1,7 @@
 """Triton kernels of the head's backward over cells of 128 tokens by 128 vocabulary rows.
 
 Per slice of the workspace, each output tile accumulated in fp32 registers and (dW) written once:
-``G = -g p`` of every cell; ``dW_block = G.T @ hidden`` with the targets' own elements and the tail
+``G = -g p`` of every cell; ``dW_block = G.T @ hidden`` with the targets' elements and the tail
 as extra terms; ``dH_tile += G @ weight``; db, the sums of G's columns.
 
 Sizes of slices are known on the device alone, so a fixed number of programs deals the units of work
@@ -63,8 +63,8 @@ def _recompute_kernel(
 
 @triton.jit(do_not_specialize=["N", "T", "piece", "columns"])
 def _weight_kernel(
-    hidden_ptr, work_ptr, own_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
-    profile_ptr, pull_ptr, d_weight_ptr,
+    hidden_ptr, work_ptr, target_grad_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
+    profile_ptr, tail_grad_ptr, d_weight_ptr,
     cells_ptr, slices_ptr, slice_blocks_ptr, by_count_ptr, block_bounds_ptr,
     stride_hn, N, H, V, T, piece, columns,
     TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -72,8 +72,8 @@ def _weight_kernel(
 ):  # fmt: skip
     """dW [BLOCK, COLUMNS] of a slice's vocabulary blocks, complete.
 
-    by_target [N]: sorted tokens by their target's block; target_bounds [B + 1]. pull [B, H]: what
-    the tail takes from each block, to be spread by the profile [V]. columns: of column tiles.
+    by_target [N]: sorted tokens by their target's block; target_bounds [B + 1]. tail_grad [B, H]:
+    the tail's share of each block, to be spread by the profile [V]. columns: of column tiles.
     """
     first = tl.load(slices_ptr + piece).to(tl.int32)
     first_block = tl.load(slice_blocks_ptr + piece).to(tl.int32)
@@ -109,17 +109,19 @@ def _weight_kernel(
         for j in range(target_begin, target_end, DEPTH):
             mask_j = j + step < target_end
             token = tl.load(by_target_ptr + j + step, mask=mask_j, other=0)
-            own = tl.load(own_ptr + token, mask=mask_j, other=0.0)
+            target_grad = tl.load(target_grad_ptr + token, mask=mask_j, other=0.0)
             local = tl.load(targets_ptr + token, mask=mask_j, other=-1) - block * BLOCK
-            hot = tl.where(row[:, None] == local[None, :], own[None, :], 0.0)
+            hot = tl.where(row[:, None] == local[None, :], target_grad[None, :], 0.0)
             hidden_ptrs = hidden_ptr + token[:, None] * stride_hn + offs_h[None, :]
             hidden = tl.load(hidden_ptrs, mask=mask_j[:, None] & mask_h[None, :], other=0.0)
             acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
 
         if TAIL:
             profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
-            pull = tl.load(pull_ptr + block.to(tl.int64) * H + offs_h, mask=mask_h, other=0.0)
-            acc += profile[:, None] * pull[None, :]
+            tail_grad = tl.load(
+                tail_grad_ptr + block.to(tl.int64) * H + offs_h, mask=mask_h, other=0.0
+            )
+            acc += profile[:, None] * tail_grad[None, :]
         out = d_weight_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
         mask = mask_v[:, None] & mask_h[None, :]
         tl.store(out, acc.to(d_weight_ptr.dtype.element_ty), mask=mask)
@@ -127,12 +129,12 @@ def _weight_kernel(
 
 @triton.jit(do_not_specialize=["piece"])
 def _bias_kernel(
-    work_ptr, own_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
-    profile_ptr, pull_bias_ptr, d_bias_ptr,
+    work_ptr, target_grad_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
+    profile_ptr, tail_bias_ptr, d_bias_ptr,
     slices_ptr, slice_blocks_ptr, block_bounds_ptr, V, piece,
     TILE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """db [BLOCK] of a slice's vocabulary blocks, as `_weight_kernel` does dW; pull_bias: [B]."""
+    """db [BLOCK] of a slice's vocabulary blocks, as `_weight_kernel` does dW; tail_bias: [B]."""
     first = tl.load(slices_ptr + piece).to(tl.int32)
     first_block = tl.load(slice_blocks_ptr + piece).to(tl.int32)
     last_block = tl.load(slice_blocks_ptr + piece + 1).to(tl.int32)
@@ -152,12 +154,14 @@ def _bias_kernel(
         for j in range(target_begin, target_end, TILE):
             mask_j = j + tl.arange(0, TILE) < target_end
             token = tl.load(by_target_ptr + j + tl.arange(0, TILE), mask=mask_j, other=0)
-            own = tl.load(own_ptr + token, mask=mask_j, other=0.0)
+            target_grad = tl.load(target_grad_ptr + token, mask=mask_j, other=0.0)
             local = tl.load(targets_ptr + token, mask=mask_j, other=-1) - block * BLOCK
-            d_bias += tl.sum(tl.where(local[:, None] == row[None, :], own[:, None], 0.0), axis=0)
+            d_bias += tl.sum(
+                tl.where(local[:, None] == row[None, :], target_grad[:, None], 0.0), axis=0
+            )
         if TAIL:
             profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
-            d_bias += profile * tl.load(pull_bias_ptr + block)
+            d_bias += profile * tl.load(tail_bias_ptr + block)
         tl.store(d_bias_ptr + offs_v, d_bias, mask=mask_v)
 
 

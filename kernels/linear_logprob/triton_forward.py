@@ -1,10 +1,7 @@
 """Triton forward of the head: one tiled product whose epilogue keeps statistics, never logits.
 
-Three ways to the product, of which `tiles.py` names one per chip: pointers here, tensor descriptors
-in `triton_forward_tma.py`, the vendor's library in `library_forward.py`.
-
 Shapes: N tokens, H hidden, V vocabulary, B blocks of 128 vocabulary rows, T tiles of tokens.
-The mathematics stand in `linear_logprob.py`.
+The mathematics stand in `function.py`.
 """
 
 # Triton adds launch options to calls and gives constants as constexpr, which type checkers miss.
@@ -12,6 +9,7 @@ The mathematics stand in `linear_logprob.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import library_forward, triton_forward_tma
 from .routing import BLOCK, num_blocks
-from .tiles import Tile, Tiles, tiles_for
-from .torch_forward import Head
+from .tiles import Tile, tiles_for
 from .triton_tile import inner_contiguous, logits_tile, store_statistics, triton_dtype
+from .types import HeadCall, Saved
 
 
 @triton.jit(do_not_specialize=["N", "B"])
@@ -58,7 +55,7 @@ def _forward_kernel(
 
 class Statistics(NamedTuple):
     """What the product's epilogue writes. partial_lse [B, N]; target_logits [N]; profile [T, V] and
-    counts [T, B], sums per token tile, with no columns where no profile is wanted."""
+    counts [T, B], sums per token tile, with no columns without a profile."""
 
     partial_lse: Tensor
     target_logits: Tensor
@@ -66,61 +63,59 @@ class Statistics(NamedTuple):
     counts: Tensor
 
 
-def forward(
-    head: Head, targets: Tensor, *, keep: bool, profile: bool, tiles: Tiles | None = None
-) -> tuple[Tensor, ...]:
-    """As `torch_head.forward`: logps [N], lse [N], partial_lse [B, N], profile [V] or empty.
+Launch = Callable[[HeadCall, Tensor, Statistics, Tile], None]
+"""Computes the logits of a call whose targets are [N], and writes their statistics."""
 
-    Args:
-        tiles: in place of the chip's own, for benchmarks.
-    """
-    tiles = tiles or tiles_for(head.compute_dtype, head.hidden.device)
-    tile = tiles.forward
-    if head.softcap is not None:
+
+def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool) -> Saved:
+    """As `torch_forward.forward`, with the tile that `tiles.py` has for the chip."""
+    tile = tiles_for(call.compute_dtype, call.hidden.device).forward
+    return forward_by(launch, tile, call, targets, keep=keep, profile=profile)
+
+
+def forward_by(
+    launch: Launch, tile: Tile, call: HeadCall, targets: Tensor, *, keep: bool, profile: bool
+) -> Saved:
+    """As `forward`, with another tile or another way to the logits: benchmarks compare them."""
+    if call.softcap is not None:
         tile = tile._replace(columns=BLOCK)
-    hidden, weight = inner_contiguous(head.hidden), inner_contiguous(head.weight)
-    rows, vocabulary = len(hidden), len(weight)
+    call = call._replace(hidden=inner_contiguous(call.hidden), weight=inner_contiguous(call.weight))
+    rows, vocabulary = len(call.hidden), len(call.weight)
     blocks, token_tiles = num_blocks(vocabulary), triton.cdiv(rows, tile.rows)
 
     def new(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=torch.float32)
+        return call.hidden.new_empty(shape, dtype=torch.float32)
 
-    found = Statistics(
+    statistics = Statistics(
         new(blocks, rows),
         new(rows),
         new(token_tiles, vocabulary if profile else 0),
         new(token_tiles, blocks if profile else 0),
     )
     if rows:
-        _product(tiles.product, head)(head, hidden, weight, targets, found, tile)
-    lse = found.partial_lse.logsumexp(0)
-    profiles = found.profile.sum(0)
+        launch(call, targets, statistics, tile)
+    lse = statistics.partial_lse.logsumexp(0)
+    profiles = statistics.profile.sum(0)
     if profile:
-        total = found.counts.sum(0).clamp_min_(1)
+        total = statistics.counts.sum(0).clamp_min_(1)
         total = total.repeat_interleave(BLOCK, output_size=blocks * BLOCK)
         profiles /= total[:vocabulary]
-    partial_lse = found.partial_lse if keep else found.partial_lse[:0]
-    return found.target_logits - lse, lse, partial_lse, profiles
+    partial_lse = statistics.partial_lse if keep else statistics.partial_lse[:0]
+    return Saved(targets, statistics.target_logits - lse, lse, partial_lse, profiles)
 
 
-def _product(name: str, head: Head):
-    if name == "descriptors" and triton_forward_tma.takes(head):
-        return triton_forward_tma.launch
-    return library_forward.launch if name == "library" else _launch
-
-
-def _launch(
-    head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, found: Statistics, tile: Tile
-) -> None:
+def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) -> None:
+    """The chip's product, by pointers; ``hidden`` and ``weight`` have contiguous rows."""
+    hidden, weight = call.hidden, call.weight
     (rows, width), vocabulary = hidden.shape, len(weight)
     tiles, groups = triton.cdiv(rows, tile.rows), triton.cdiv(vocabulary, tile.columns)
     together = min(tiles, tile.together)
     _forward_kernel[(together, groups, triton.cdiv(tiles, together))](
-        hidden, weight, weight if head.bias is None else head.bias, targets, *found,
+        hidden, weight, weight if call.bias is None else call.bias, targets, *statistics,
         hidden.stride(0), weight.stride(0), rows, width, vocabulary, num_blocks(vocabulary),
-        head.logit_scale, 1.0 if head.softcap is None else head.softcap,
+        call.logit_scale, 1.0 if call.softcap is None else call.softcap,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None, PROFILE=found.profile.numel() > 0,
-        ROUND=triton_dtype(head.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
+        HAS_BIAS=call.bias is not None,
+        HAS_SOFTCAP=call.softcap is not None, PROFILE=statistics.profile.numel() > 0,
+        ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

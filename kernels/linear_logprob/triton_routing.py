@@ -1,7 +1,7 @@
 """Triton for what surrounds the head's products in backward: routing, the tail, the targets.
 
-Each kernel reads its largest input once. What they compute is defined in torch elsewhere:
-`cells.choose_cells`, `torch_head_backward.profile_means`.
+Each kernel reads its largest input once. `torch_backward.profile_means` does in torch what
+`profile_means` does here; the benchmarks hold the same of `choose`.
 
 Shapes: N tokens, H hidden, V vocabulary, B vocabulary blocks, T tiles of 128 tokens, G groups of
 `GROUP` blocks.
@@ -22,9 +22,8 @@ from torch import Tensor
 
 from .cells import ENOUGH, TILE
 from .routing import BLOCK, num_blocks, thresholds
-from .torch_backward import Saved
-from .torch_forward import Head
 from .triton_tile import triton_dtype
+from .types import HeadCall, Saved
 
 GROUP = 16
 """Vocabulary blocks per program of the routing kernels."""
@@ -138,32 +137,32 @@ def _profile_kernel(
 
 @triton.jit
 def _finish_kernel(
-    d_hidden_ptr, own_ptr, targets_ptr, order_ptr, weight_ptr, out_ptr, stride_wv, stride_on, H,
-    COLUMNS: tl.constexpr, ROUND: tl.constexpr,
+    d_hidden_ptr, target_grad_ptr, targets_ptr, order_ptr, weight_ptr, out_ptr,
+    stride_wv, stride_on, H, COLUMNS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """out [N, H]: dH of the sorted tokens plus their targets' own elements, in the tokens' order.
+    """out [N, H]: dH of the sorted tokens plus their targets' elements, in the tokens' order.
 
-    own [N]: of the sorted tokens. targets [N] in the tokens' order.
+    target_grad [N]: of the sorted tokens. targets [N] in the tokens' order.
     """
     place = tl.program_id(0).to(tl.int64)
     token = tl.load(order_ptr + place)
     target = tl.load(targets_ptr + token)
-    own = tl.load(own_ptr + place)
+    target_grad = tl.load(target_grad_ptr + place)
     for start in range(0, H, COLUMNS):
         offs_h = start + tl.arange(0, COLUMNS)
         mask_h = offs_h < H
         grad = tl.load(d_hidden_ptr + place * H + offs_h, mask=mask_h, other=0.0)
         row = tl.load(weight_ptr + target * stride_wv + offs_h, mask=mask_h, other=0.0)
-        grad += own * row.to(ROUND).to(tl.float32)
+        grad += target_grad * row.to(ROUND).to(tl.float32)
         tl.store(
             out_ptr + token * stride_on + offs_h, grad.to(out_ptr.dtype.element_ty), mask=mask_h
         )
 
 
 def choose(
-    head: Head, saved: Saved, grad: Tensor, scored: Tensor, tail_eps: float, *, weighted: bool
+    call: HeadCall, saved: Saved, grad: Tensor, scored: Tensor, tail_eps: float, *, weighted: bool
 ) -> Routing:
-    """`cells.choose_cells` in two readings of partial_lse.
+    """Sort the tokens and choose the cells to compute, in two readings of partial_lse.
 
     Args:
         grad: [N], 0 where not ``scored``; ``logit_scale`` is applied here.
@@ -180,11 +179,11 @@ def choose(
         _count_kernel[(tiles, groups)](*per_token, counts, tokens, blocks, **constants)
     order = torch.argsort(counts.sum(0), descending=True, stable=True)
     flags = new(blocks, tiles, dtype=torch.int8)
-    rest = new(blocks if weighted else 0, tokens, dtype=head.compute_dtype)
+    rest = new(blocks if weighted else 0, tokens, dtype=call.compute_dtype)
     averaged = new(groups, tokens)
     if tokens:
         _flag_kernel[(tiles, groups)](
-            *per_token, grad * head.logit_scale, order, flags, rest, averaged,
+            *per_token, grad * call.logit_scale, order, flags, rest, averaged,
             tokens, blocks, tiles, ENOUGH=ENOUGH, WEIGHTED=weighted, **constants,
         )  # fmt: skip
     flags = flags.view(torch.bool)
@@ -192,7 +191,7 @@ def choose(
     return Routing(order, flags, rest if weighted else None, stats)
 
 
-def everything(blocks: int, scored: Tensor, dtype: torch.dtype) -> Routing:
+def every_cell(blocks: int, scored: Tensor, dtype: torch.dtype) -> Routing:
     """Every cell, tokens in their own order."""
     tokens = len(scored)
     order = torch.arange(tokens, device=scored.device)
@@ -216,28 +215,34 @@ def _stats(flags: Tensor, averaged: Tensor, scored: Tensor) -> Tensor:
     return torch.stack([each.to(mass.dtype), mean, top, dense.to(mass.dtype)])
 
 
-def profile_means(head: Head, weight: Tensor, profile: Tensor) -> Tensor:
-    """`torch_head_backward.profile_means` [B, H], rounded to the products' dtype, in one launch."""
+def profile_means(call: HeadCall, weight: Tensor, profile: Tensor) -> Tensor:
+    """`torch_backward.profile_means` [B, H], rounded to the products' dtype, in one launch."""
     vocabulary, width = weight.shape
-    means = profile.new_empty(num_blocks(vocabulary), width, dtype=head.compute_dtype)
+    means = profile.new_empty(num_blocks(vocabulary), width, dtype=call.compute_dtype)
     columns = 128
     _profile_kernel[(triton.cdiv(width, columns), num_blocks(vocabulary))](
         weight, profile, means, weight.stride(0), width, vocabulary,
-        BLOCK=BLOCK, COLUMNS=columns, ROUND=triton_dtype(head.compute_dtype), num_warps=4,
+        BLOCK=BLOCK, COLUMNS=columns, ROUND=triton_dtype(call.compute_dtype), num_warps=4,
     )  # fmt: skip
     return means
 
 
 def finish(
-    head: Head, d_hidden: Tensor, own: Tensor, targets: Tensor, order: Tensor, weight: Tensor
+    call: HeadCall,
+    d_hidden: Tensor,
+    target_grad: Tensor,
+    targets: Tensor,
+    order: Tensor,
+    weight: Tensor,
 ) -> Tensor:
     """dH [N, H] in the input's dtype and the tokens' order; see `_finish_kernel`."""
-    out = torch.empty_like(head.hidden)
+    out = torch.empty_like(call.hidden)
     rows = out if out.stride(1) == 1 else out.contiguous()
     tokens, width = out.shape
     if tokens:
         _finish_kernel[(tokens,)](
-            d_hidden, own, targets, order, weight, rows, weight.stride(0), rows.stride(0), width,
-            COLUMNS=1024, ROUND=triton_dtype(head.compute_dtype), num_warps=4,
+            d_hidden, target_grad, targets, order, weight, rows,
+            weight.stride(0), rows.stride(0), width,
+            COLUMNS=1024, ROUND=triton_dtype(call.compute_dtype), num_warps=4,
         )  # fmt: skip
     return out if rows is out else out.copy_(rows)

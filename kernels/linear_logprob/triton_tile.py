@@ -1,4 +1,4 @@
-"""What the head's Triton kernels share: a tile of logits, the statistics of one, orders of work.
+"""What the head's Triton kernels share: a tile of logits and its statistics.
 
 Sizes that follow from the number of tokens are not specialised on: they differ from batch to batch,
 and Triton would compile a kernel again for each that is 1 or a multiple of 16.
@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 PROGRAMS_PER_UNIT = 4
 """Programs per multiprocessor where programs deal the work among themselves."""
 
@@ -66,19 +65,6 @@ def finish_logits(
         bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(ROUND).to(tl.float32)
         z += bias[None, :]
     return z * logit_scale
-
-
-@triton.jit
-def tile_of(unit, tiles, groups, TOGETHER: tl.constexpr):
-    """The (token tile, vocabulary group) of a unit of work.
-
-    TOGETHER token tiles take a vocabulary group in turn before the next group, so that both
-    operands of what runs at one time stay in the cache.
-    """
-    width = TOGETHER * groups
-    first = unit // width * TOGETHER
-    size = tl.minimum(tiles - first, TOGETHER)
-    return first + unit % width % size, unit % width // size
 
 
 @triton.jit

@@ -3,7 +3,6 @@
 May import `..reference` and `..checks`; knows nothing of the trainer. Start in `function`.
 """
 
-from .function import margin_loss, pair_losses, sequence_logps
-from .types import Kind
+from .function import Kind, margin_loss, pair_losses, sequence_logps
 
 __all__ = ["Kind", "margin_loss", "pair_losses", "sequence_logps"]

@@ -11,29 +11,22 @@ sequence are padding. Half precision is computed in fp32, fp64 in fp64.
 
 On a GPU nothing here reads a value back to the host. A token that is NaN reaches only its own pair,
 forward and backward: sums are taken segment by segment, not as differences of a running sum. There
-the kernels of `triton_margin.py` do the same in one launch forward and one backward. Source of the
+the kernels of `triton_kernels.py` do the same in one launch forward and one backward. Source of the
 form: SimPO, arXiv 2405.14734.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_tensors, is_number
-from .types import TRITON_DTYPES, Kind
+from ..checks import Backend, check_tensors, choose_backend, is_number
 
-Backend = Literal["auto", "triton", "torch"]
-
-KINDS = ("sigmoid", "hinge")
-BACKENDS = ("auto", "triton", "torch")
-
-# Triton is a dependency on Linux only, and imported by no one before a kernel is wanted.
-_HAS_TRITON = find_spec("triton") is not None
+Kind = Literal["sigmoid", "hinge"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # softplus(x) is x above this. torch's own threshold, 20, is off by 2e-9: visible in fp64.
 _SOFTPLUS_THRESHOLD = 40.0
@@ -76,12 +69,6 @@ def _torch_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True)
 
 
-def _wants_triton(token_logps: Tensor, backend: Backend) -> bool:
-    if backend == "auto":
-        return _HAS_TRITON and token_logps.is_cuda and token_logps.dtype in TRITON_DTYPES
-    return backend == "triton"
-
-
 def sequence_logps(
     token_logps: Tensor, cu_seqlens: Tensor, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -97,13 +84,11 @@ def sequence_logps(
         sums [2P] in fp32 (fp64 for fp64) and lengths [2P] in the dtype of ``cu_seqlens``.
     """
     _check_tokens(token_logps, cu_seqlens)
-    _check_backend(backend)
     lengths = cu_seqlens.diff()
-    if _wants_triton(token_logps, backend):
-        from . import triton as triton_margin
+    if choose_backend(backend, token_logps, token_logps.dtype) == "triton":
+        from .triton_operators import sequence_sums
 
-        triton_margin.check_device(token_logps)
-        return triton_margin.sequence_sums(token_logps, cu_seqlens), lengths
+        return sequence_sums(token_logps, cu_seqlens), lengths
     return _torch_sums(token_logps, cu_seqlens), lengths
 
 
@@ -134,15 +119,12 @@ def margin_loss(
     """
     _check_tokens(token_logps, cu_seqlens)
     _check_settings(cu_seqlens, target_margins, beta, kind, label_smoothing)
-    _check_backend(backend)
-    if _wants_triton(token_logps, backend):
-        from . import triton as triton_margin
+    settings = (beta, kind, label_smoothing)
+    if choose_backend(backend, token_logps, token_logps.dtype) == "triton":
+        from .triton_operators import margin_losses
 
-        triton_margin.check_device(token_logps)
-        return triton_margin.margin_losses(
-            token_logps, cu_seqlens, target_margins, beta, kind, label_smoothing
-        )
-    return _torch_margin_loss(token_logps, cu_seqlens, target_margins, beta, kind, label_smoothing)
+        return margin_losses(token_logps, cu_seqlens, target_margins, *settings)
+    return _torch_margin_loss(token_logps, cu_seqlens, target_margins, *settings)
 
 
 def _check_tokens(token_logps: Tensor, cu_seqlens: Tensor) -> None:
@@ -212,8 +194,3 @@ def _check_settings(
         raise ValueError(
             f"label_smoothing: the hinge loss has none, got {label_smoothing!r}; use 0 or sigmoid"
         )
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")

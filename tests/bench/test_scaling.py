@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from widemargin.kernels.linear_logprob.inputs import TAIL_EPS
+from widemargin.kernels.linear_logprob import TAIL_EPS
 
 from bench.lib.record import read_rows
 from bench.lib.subject import STAND_IN, Subject, stand_in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from widemargin.kernels.linear_logprob import tiles
+from widemargin.kernels.linear_logprob import tiles as table
 from widemargin.kernels.linear_logprob.tiles import Tile, Tiles
 
 from bench.compile import tune
@@ -18,15 +18,15 @@ def row(field: str, tile: Tile, case: str, ms: float, product: str = "pointers")
 
 
 def test_the_tables_own_tiles_lead_and_no_candidate_comes_twice() -> None:
-    for arch, own in tiles.HALF.items():
+    for arch, own in table.HALF.items():
         found = candidates("bf16", arch)
         assert len(set(found)) == len(found)
         for field in FIELDS:
             first = next(c for c in found if c.field == field)
             assert first.tile == getattr(own, field)
     products = {c.product for c in candidates("bf16", 90)}
-    assert products == {"pointers", "descriptors", "library"}
-    assert "descriptors" not in {c.product for c in candidates("bf16", 80)}
+    assert products == {"pointers", "tma", "library"}
+    assert "tma" not in {c.product for c in candidates("bf16", 80)}
 
 
 def test_the_best_is_the_smallest_mean_ratio_among_the_complete() -> None:
@@ -38,8 +38,12 @@ def test_the_best_is_the_smallest_mean_ratio_among_the_complete() -> None:
     rows += [{**row("forward", three, "b", 0.0), "reason": "no time left"}]
     del rows[-1]["ms"]
     found = tune.best(rows, "bf16")
-    assert found == Tiles(two, one, one, one, "library")
-    assert eval(f"Tiles({tune.source(found)[6:]}", {"Tiles": Tiles, "Tile": Tile}) == found
+    assert found is not None
+    tiles = Tiles(two, one, one, one)
+    assert found == (tiles, "library")
+    entry = tune.source(*found)
+    assert eval(entry, {"Tiles": Tiles, "Tile": Tile}) == tiles
+    assert "bench/head/forwards/library.py" in entry
     assert tune.best(rows[:2], "bf16") is None
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from widemargin.kernels import reference
+from widemargin.kernels.linear_logprob import torch_backward, torch_forward
 from widemargin.kernels.linear_logprob.function import linear_logprob
 
 from tests.support.head_cases import VARIANTS, gradients, make, relative, split
@@ -29,8 +30,8 @@ def test_exact_equals_reference_in_fp64(n, h, v, variant):
     logps, grads = gradients(linear_logprob, *inputs, grad, tail="exact", **options)
     expected, expected_grads = gradients(reference.linear_logprob, *inputs, grad, **options)
     torch.testing.assert_close(logps, expected, rtol=1e-11, atol=1e-11)
-    for got, wanted in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
+    for got, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, expected_grad, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -88,17 +89,17 @@ def test_mean_tail_by_definition(variant):
             active = rest * grad.abs() >= eps * grad.abs().mean()
             active |= active.sum() > 0.75 * 30
             inside[b] = active
-            own = -p[:, block] * slope[:, block]
+            active_grad = -p[:, block] * slope[:, block]
             held = (targets // 128 == b) & active
-            own[held, targets[held] - 128 * b] = 0
+            active_grad[held, targets[held] - 128 * b] = 0
             spread = -rest[:, None] * profile
-            d_logits[:, block] = torch.where(active[:, None], own, spread)
+            d_logits[:, block] = torch.where(active[:, None], active_grad, spread)
         assert 0.02 < inside.mean() < 0.9
         d_logits[rows, targets] += (1 - p[rows, targets]) * slope[rows, targets]
         d_logits *= grad[:, None] * scale
         expected = [d_logits @ weight, d_logits.T @ hidden, d_logits.sum(0)]
-    for got, wanted in zip(grads, expected, strict=False):
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
+    for got, expected_grad in zip(grads, expected, strict=False):
+        torch.testing.assert_close(got, expected_grad, rtol=1e-9, atol=1e-10)
 
 
 def test_tail_keeps_the_gradient_balanced():
@@ -127,9 +128,9 @@ def test_low_precision_within_twice_torch(dtype, variant):
     assert logps.dtype == torch.float32
     assert (logps - expected).abs().max() < 2e-5
     _, torch_grads = gradients(reference.linear_logprob, *inputs, grad, **options)
-    for got, wanted, peer in zip(grads, expected_grads, torch_grads, strict=True):
+    for got, expected_grad, peer in zip(grads, expected_grads, torch_grads, strict=True):
         assert got.dtype == dtype
-        assert relative(got, wanted) <= 2 * relative(peer, wanted) + 1e-6
+        assert relative(got, expected_grad) <= 2 * relative(peer, expected_grad) + 1e-6
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,17 +150,14 @@ def test_shifting_all_logits_changes_nothing(n, v, shift, seed):
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 40), blocks=st.integers(1, 9), seed=st.integers(0, 99))
 def test_chunking_changes_nothing(rows, blocks, seed):
-    from widemargin.kernels.linear_logprob import torch_backward as torch_head_backward
-    from widemargin.kernels.linear_logprob import torch_forward as torch_head
-
     *inputs, grad = make(41, 8, 1200, seed=seed, sharp=1.5)
-    whole = gradients(linear_logprob, *inputs, grad, tail_eps=2**-6)
+    uncut = gradients(linear_logprob, *inputs, grad, tail_eps=2**-6)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (torch_head, torch_head_backward):
+        for module in (torch_forward, torch_backward):
             patch.setattr(module, "ROWS", rows)
             patch.setattr(module, "COLUMNS", 128 * blocks)
         cut = gradients(linear_logprob, *inputs, grad, tail_eps=2**-6)
-    torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(cut, uncut, rtol=1e-9, atol=1e-11)
 
 
 def test_vanished_gradients_cost_nothing():

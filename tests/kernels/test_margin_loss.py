@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from widemargin.kernels import reference
+from widemargin.kernels.checks import TRITON_DTYPES
 from widemargin.kernels.margin_loss.function import margin_loss, sequence_logps
-from widemargin.kernels.margin_loss.types import TRITON_DTYPES
 
 from tests.support.preference_batches import Pair, gap, nll, pack, random_pairs, sigmoid
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from widemargin.kernels import reference
-from widemargin.kernels.margin_loss import triton as triton_margin
+from widemargin.kernels.margin_loss import triton_operators
 from widemargin.kernels.margin_loss.function import margin_loss, sequence_logps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,18 +181,20 @@ def test_compiles_to_one_graph_for_any_length(backend):
     compiled = torch.compile(both, fullgraph=True, backend=backend, dynamic=True)
     for name in ("around a block", "300 pairs", "empty chosen"):
         tokens, cu_seqlens, margins = batch(LENGTHS[name])
-        expected, found = both(tokens, cu_seqlens, margins), compiled(tokens, cu_seqlens, margins)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-        wanted = torch.autograd.grad(expected, tokens)
-        torch.testing.assert_close(torch.autograd.grad(found, tokens), wanted, rtol=1e-5, atol=0)
+        expected, loss = both(tokens, cu_seqlens, margins), compiled(tokens, cu_seqlens, margins)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        expected_grad = torch.autograd.grad(expected, tokens)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, tokens), expected_grad, rtol=1e-5, atol=0
+        )
 
 
 def test_operators_are_registered_as_torch_wants_them():
     tokens, cu_seqlens, margins = batch(LENGTHS["empty rejected"])
-    torch.library.opcheck(triton_margin.sequence_sums, (tokens, cu_seqlens))
+    torch.library.opcheck(triton_operators.sequence_sums, (tokens, cu_seqlens))
     for hinge in (False, True):
         arguments = (tokens, cu_seqlens, margins, 2.5, hinge, 0.0)
-        torch.library.opcheck(triton_margin._loss_op, arguments)
+        torch.library.opcheck(triton_operators._loss_op, arguments)
 
 
 def test_takes_a_dtype_it_has_kernels_for():
@@ -232,8 +234,8 @@ def test_auto_is_torch_on_a_cpu_even_in_the_interpreter(monkeypatch):
     def refuse(*_):
         raise AssertionError("the Triton path was taken")
 
-    monkeypatch.setattr(triton_margin, "margin_losses", refuse)
-    monkeypatch.setattr(triton_margin, "sequence_sums", refuse)
+    monkeypatch.setattr(triton_operators, "margin_losses", refuse)
+    monkeypatch.setattr(triton_operators, "sequence_sums", refuse)
     tokens, cu_seqlens, margins = batch(LENGTHS["one pair"])
     margin_loss(tokens, cu_seqlens, margins, beta=1.0)
     sequence_logps(tokens, cu_seqlens)
@@ -244,15 +246,15 @@ def test_auto_takes_triton_on_a_gpu_without_waiting_for_it(monkeypatch):
     tokens, cu_seqlens, margins = batch(LENGTHS["around a block"])
     expected = loss_and_grad(margin_loss, tokens, cu_seqlens, margins, backend="triton")
     taken = []
-    launch = triton_margin.margin_losses
+    launch = triton_operators.margin_losses
     monkeypatch.setattr(
-        triton_margin, "margin_losses", lambda *a: (taken.append(True), launch(*a))[1]
+        triton_operators, "margin_losses", lambda *a: (taken.append(True), launch(*a))[1]
     )
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = loss_and_grad(margin_loss, tokens, cu_seqlens, margins)
+        result = loss_and_grad(margin_loss, tokens, cu_seqlens, margins)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert taken
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from widemargin.kernels.linear_logprob import cells, routing, tiles, triton_forward, triton_routing
 
+from bench.head.cells import choose_cells
 from tests.support.triton_inputs import DEVICE, inputs_of, saved_forward
 
 
@@ -50,32 +51,33 @@ def test_lists_of_cells():
 @pytest.mark.parametrize("unscored", [0, 140])
 def test_routing_is_that_of_choose_cells(unscored):
     hidden, weight, targets, _, grad = inputs_of(300, 16, 2500, sharp=2.0)
-    head, saved = saved_forward(hidden, weight, targets)
+    call, saved = saved_forward(hidden, weight, targets)
     scored = torch.arange(300, device=DEVICE) >= unscored
     grad = torch.where(scored, grad, 0.0).float()
     grad[200] = 0.0
-    wanted, order, flags = cells.choose_cells(
+    routed, order, flags = choose_cells(
         saved.partial_lse, saved.lse, saved.logps, targets, grad, scored, 2**-6
     )
-    found = triton_routing.choose(head, saved, grad, scored, 2**-6, weighted=True)
-    assert torch.equal(found.flags, flags)
-    assert torch.equal(found.order, order)
-    assert found.stats[3] == 0
+    chosen = triton_routing.choose(call, saved, grad, scored, 2**-6, weighted=True)
+    assert torch.equal(chosen.flags, flags)
+    assert torch.equal(chosen.order, order)
+    assert chosen.stats[3] == 0
     assert 0.05 < flags.double().mean() < 0.95
-    expected = -(wanted.averaged * grad)[:, order]
-    assert found.weighted is not None
-    torch.testing.assert_close(found.weighted, expected, rtol=1e-5, atol=1e-7)
+    expected = -(routed.averaged * grad)[:, order]
+    assert chosen.weighted is not None
+    torch.testing.assert_close(chosen.weighted, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
-        found.stats, routing.routing_stats(wanted, scored), rtol=1e-5, atol=1e-7
+        chosen.stats, routing.routing_stats(routed, scored), rtol=1e-5, atol=1e-7
     )
 
 
 def test_every_tile_comes_once_in_any_order():
     """`together` changes the order alone, also where it does not divide the tiles."""
     hidden, weight, targets, _, _ = inputs_of(700, 8, 600)
-    head, saved = saved_forward(hidden.detach(), weight.detach(), targets)
+    call, saved = saved_forward(hidden.detach(), weight.detach(), targets)
     for together in (1, 4, 64):
         tile = tiles.FULL.forward._replace(together=together)
-        other = tiles.FULL._replace(forward=tile)
-        found = triton_forward.forward(head, targets, keep=True, profile=True, tiles=other)
-        assert all(torch.equal(a, b) for a, b in zip(found, saved[1:], strict=True))
+        again = triton_forward.forward_by(
+            triton_forward.launch, tile, call, targets, keep=True, profile=True
+        )
+        assert all(torch.equal(a, b) for a, b in zip(again, saved, strict=True))

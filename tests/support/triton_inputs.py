@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from widemargin.kernels.linear_logprob import torch_backward as torch_head_backward
-from widemargin.kernels.linear_logprob import torch_forward as torch_head
-from widemargin.kernels.linear_logprob import triton_forward
+from widemargin.kernels.linear_logprob.triton_forward import forward
+from widemargin.kernels.linear_logprob.types import HeadCall
 
 from tests.support.head_cases import make
 
@@ -21,9 +20,8 @@ def inputs_of(n, h, v, **options):
 
 
 def saved_forward(hidden, weight, targets, bias=None, **options):
-    """The head and what its forward keeps, past the public function."""
+    """The head's call and what its forward keeps, past the public function."""
     scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
-    head = torch_head.Head(hidden, weight, bias, scale, cap, hidden.dtype)
+    call = HeadCall(hidden, weight, bias, scale, cap, hidden.dtype)
     with torch.no_grad():
-        kept = triton_forward.forward(head, targets, keep=True, profile=True)
-    return head, torch_head_backward.Saved(targets, *kept)
+        return call, forward(call, targets, keep=True, profile=True)

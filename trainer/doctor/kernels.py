@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import reference
+from ...kernels.checks import Backend, choose_backend
 from ...kernels.linear_logprob.function import linear_logprob
-from ...kernels.linear_logprob.inputs import Backend, choose_backend
 from ...kernels.margin_loss.function import margin_loss
 
 TOKENS, HIDDEN, VOCABULARY, PAIRS = 96, 64, 1000, 4

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from ...kernels.linear_logprob.function import Backend, HeadStats, Tail, linear_logprob
-from ...kernels.linear_logprob.inputs import TAIL_EPS
+from ...kernels.linear_logprob import TAIL_EPS, Backend, HeadStats, Tail, linear_logprob
 from ..errors import UserError
 from ..packing.masks import packed_arguments
 

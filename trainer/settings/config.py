@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ...kernels.linear_logprob.function import Backend, Tail
-from ...kernels.linear_logprob.inputs import TAIL_EPS
+from ...kernels.linear_logprob import TAIL_EPS, Backend, Tail
 from ..errors import UserError
 from ..objectives import Objective, build_objective, hyperparameters_of
 from .checks import (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ...kernels.checks import BACKENDS as BACKENDS
+from ...kernels.linear_logprob.types import TAILS as TAILS
+
 PACKINGS = ("padded", "packed", "prefix_shared", "auto")
 
 SIDES = ("chosen", "rejected")
@@ -14,6 +17,3 @@ NAMES = (
     "margin/std",
 )
 """What `PreferenceMetrics` reports, of training and of evaluation."""
-
-TAILS = ("mean", "exact", "drop")
-BACKENDS = ("auto", "triton", "torch")

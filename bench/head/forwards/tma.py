@@ -1,7 +1,7 @@
 """The forward's product by tensor descriptors (TMA) and a persistent grid, for sm_90 and newer.
 
 Descriptors are made on the host: those made on the device need an allocator that worker threads do
-not have. Not used unless `tiles.py` says so; on sm_80 it compiles to code that does not pipeline.
+not have. On sm_80 it compiles to code that does not pipeline.
 """
 
 # Triton adds launch options to calls and gives constants as constexpr, which type checkers miss.
@@ -9,18 +9,37 @@ not have. Not used unless `tiles.py` says so; on sm_80 it compiles to code that 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+from widemargin.kernels.linear_logprob import triton_forward
+from widemargin.kernels.linear_logprob.routing import BLOCK, num_blocks
+from widemargin.kernels.linear_logprob.tiles import Tile
+from widemargin.kernels.linear_logprob.triton_forward import Statistics
+from widemargin.kernels.linear_logprob.triton_tile import (
+    finish_logits,
+    store_statistics,
+    triton_dtype,
+)
+from widemargin.kernels.linear_logprob.types import HeadCall
 
-from .routing import BLOCK, num_blocks
-from .tiles import Tile
-from .torch_forward import Head
-from .triton_tile import finish_logits, store_statistics, tile_of, triton_dtype
+TILE = Tile(128, 256, 64, 8, 4)
+"""On sm_90, in half precision."""
+
+
+@triton.jit
+def tile_of(unit, tiles, groups, TOGETHER: tl.constexpr):
+    """The (token tile, vocabulary group) of a unit of work.
+
+    TOGETHER token tiles take a vocabulary group in turn before the next group, so that both
+    operands of what runs at one time stay in the cache.
+    """
+    width = TOGETHER * groups
+    first = unit // width * TOGETHER
+    size = tl.minimum(tiles - first, TOGETHER)
+    return first + unit % width % size, unit % width // size
 
 
 @triton.jit(do_not_specialize=["N", "B", "tiles", "groups"])
@@ -49,32 +68,35 @@ def _forward_tma_kernel(
         )  # fmt: skip
 
 
-def takes(head: Head) -> bool:
+def takes(call: HeadCall) -> bool:
     """Whether descriptors can be made: no rounding on the way, rows of whole 16 bytes."""
     return all(
-        x.dtype == head.compute_dtype
+        x.dtype == call.compute_dtype
         and x.stride(1) == 1
         and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
-        for x in (head.hidden, head.weight)
+        for x in (call.hidden, call.weight)
     )
 
 
-def launch(
-    head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, found: Any, tile: Tile
-) -> None:
+def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) -> None:
+    """As `triton_forward.launch`, which steps in where descriptors cannot be made."""
+    if not takes(call):
+        triton_forward.launch(call, targets, statistics, tile)
+        return
+    hidden, weight = call.hidden, call.weight
     (rows, width), vocabulary = hidden.shape, len(weight)
     tiles, groups = triton.cdiv(rows, tile.rows), triton.cdiv(vocabulary, tile.columns)
     _forward_tma_kernel[(min(tiles * groups, _units(hidden.device)),)](
         TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-        weight if head.bias is None else head.bias, targets, *found,
+        weight if call.bias is None else call.bias, targets, *statistics,
         rows, width, vocabulary, num_blocks(vocabulary), tiles, groups,
-        head.logit_scale, 1.0 if head.softcap is None else head.softcap,
+        call.logit_scale, 1.0 if call.softcap is None else call.softcap,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
-        TOGETHER=tile.together, HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None, PROFILE=found.profile.numel() > 0,
-        ROUND=triton_dtype(head.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
+        TOGETHER=tile.together, HAS_BIAS=call.bias is not None,
+        HAS_SOFTCAP=call.softcap is not None, PROFILE=statistics.profile.numel() > 0,
+        ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The forward's product by the vendor's library, a chunk of fp32 logits at a time, then statistics.
 
 The chunk is written and read once, which costs memory traffic that the fused kernels do not have;
-in exchange the product runs at the library's speed. Not used unless `tiles.py` says so.
+in exchange the product runs at the library's speed.
 """
 
 # Triton adds launch options to calls and gives constants as constexpr, which type checkers miss.
@@ -9,16 +9,22 @@ in exchange the product runs at the library's speed. Not used unless `tiles.py` 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
+from widemargin.kernels.linear_logprob.routing import BLOCK, num_blocks
+from widemargin.kernels.linear_logprob.tiles import Tile
+from widemargin.kernels.linear_logprob.torch_forward import operand, product
+from widemargin.kernels.linear_logprob.triton_forward import Statistics
+from widemargin.kernels.linear_logprob.triton_tile import (
+    finish_logits,
+    store_statistics,
+    triton_dtype,
+)
+from widemargin.kernels.linear_logprob.types import HeadCall
 
-from .routing import BLOCK, num_blocks
-from .tiles import Tile
-from .torch_forward import Head
-from .triton_tile import finish_logits, store_statistics, triton_dtype
+TILE = Tile(128, 128, 2048, 8, 1)
+"""``depth`` is the vocabulary rows of a chunk."""
 
 WORKSPACE_BYTES = 256 * 2**20
 """Most memory for a chunk of logits."""
@@ -49,23 +55,22 @@ def _statistics_kernel(
     )  # fmt: skip
 
 
-def launch(
-    head: Head, hidden: Tensor, weight: Tensor, targets: Tensor, found: Any, tile: Tile
-) -> None:
+def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) -> None:
     """``tile.depth`` vocabulary rows per chunk, fewer where they would not fit the workspace."""
+    hidden, weight = call.hidden, call.weight
     rows, vocabulary = len(hidden), len(weight)
     chunk = min(tile.depth, max(BLOCK, WORKSPACE_BYTES // (4 * rows) // BLOCK * BLOCK))
-    logits = found.partial_lse.new_empty(rows * min(chunk, vocabulary))
-    operand = head.operand(hidden)
+    logits = statistics.partial_lse.new_empty(rows * min(chunk, vocabulary))
+    left = operand(call, hidden)
     for start in range(0, vocabulary, chunk):
-        part = head.operand(weight[start : start + chunk])
+        part = operand(call, weight[start : start + chunk])
         z = logits[: rows * len(part)].view(rows, len(part))
-        head.product(operand, part.T, z)
+        product(left, part.T, z)
         _statistics_kernel[(triton.cdiv(len(part), BLOCK), triton.cdiv(rows, tile.rows))](
-            z, weight if head.bias is None else head.bias, targets, *found,
+            z, weight if call.bias is None else call.bias, targets, *statistics,
             z.stride(0), start // BLOCK, rows, vocabulary, num_blocks(vocabulary),
-            head.logit_scale, 1.0 if head.softcap is None else head.softcap,
-            ROWS=tile.rows, COLUMNS=BLOCK, WIDTH=BLOCK, HAS_BIAS=head.bias is not None,
-            HAS_SOFTCAP=head.softcap is not None, PROFILE=found.profile.numel() > 0,
-            ROUND=triton_dtype(head.compute_dtype), num_warps=tile.warps, num_stages=1,
+            call.logit_scale, 1.0 if call.softcap is None else call.softcap,
+            ROWS=tile.rows, COLUMNS=BLOCK, WIDTH=BLOCK, HAS_BIAS=call.bias is not None,
+            HAS_SOFTCAP=call.softcap is not None, PROFILE=statistics.profile.numel() > 0,
+            ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=1,
         )  # fmt: skip

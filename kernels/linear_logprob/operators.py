@@ -1,0 +1,189 @@
+"""The head's forward and backward as torch operators, which autograd joins.
+
+``torch.compile`` takes each operator as one node.
+
+Shapes: N tokens, H hidden, V vocabulary, B blocks of vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..checks import expect
+from ..reference import IGNORE_INDEX
+from .routing import num_blocks
+from .torch_backward import backward as torch_backward
+from .torch_forward import forward as torch_forward
+from .types import GradRequest, HeadCall, Saved
+
+
+@torch.library.custom_op("widemargin::linear_logprob", mutates_args=())
+def forward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    tail: str,
+    tail_eps: float,
+    compute_dtype: torch.dtype,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps [N], lse [N], partial_lse [B, N], profile [V]; without ``keep`` the last two empty."""
+    call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
+    _check_targets(targets, len(weight))
+    ignored = targets == IGNORE_INDEX
+    targets = targets.masked_fill(ignored, 0)
+    with plain_arithmetic(hidden):
+        if backend == "triton":
+            from .triton_forward import forward as triton_forward
+
+            saved = triton_forward(call, targets, keep=keep, profile=keep and tail == "mean")
+        else:
+            saved = torch_forward(call, targets, keep=keep, profile=keep and tail == "mean")
+    return saved.logps.masked_fill_(ignored, 0.0), saved.lse, saved.partial_lse, saved.profile
+
+
+@forward_op.register_fake
+def _(hidden, weight, *rest):
+    tail, _tail_eps, compute_dtype, _backend, keep = rest[-5:]
+    dtype = torch.promote_types(compute_dtype, torch.float32)
+    rows, vocabulary = len(hidden), len(weight)
+
+    def new(*shape):
+        return hidden.new_empty(shape, dtype=dtype)
+
+    blocks = num_blocks(vocabulary) if keep else 0
+    return (
+        new(rows),
+        new(rows),
+        new(blocks, rows),
+        new(vocabulary if keep and tail == "mean" else 0),
+    )
+
+
+@torch.library.custom_op("widemargin::linear_logprob_backward", mutates_args=("stats",))
+def backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    stats: Tensor | None,
+    logps: Tensor,
+    lse: Tensor,
+    partial_lse: Tensor,
+    profile: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    tail: str,
+    tail_eps: float,
+    compute_dtype: torch.dtype,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dH, dW and db; empty where ``needs`` (hidden, weight, bias) says so. Fills ``stats``."""
+    call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
+    scored = targets != IGNORE_INDEX
+    saved = Saved(targets.masked_fill(~scored, 0), logps, lse, partial_lse, profile)
+    grad = torch.where(scored, grad.to(lse.dtype), 0.0)
+    request = GradRequest(grad, scored, 0.0 if tail == "exact" else tail_eps, *needs)
+    with plain_arithmetic(hidden):
+        if backend == "triton":
+            from .triton_backward import backward as triton_backward
+
+            gradients, routing_stats = triton_backward(call, saved, request)
+        else:
+            gradients, routing_stats = torch_backward(call, saved, request)
+    if stats is not None:
+        stats.copy_(routing_stats)
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
+    return d_hidden, d_weight, d_bias
+
+
+@backward_op.register_fake
+def _(grad, hidden, weight, targets, bias, *rest):
+    inputs = zip((hidden, weight, bias), rest[-1], strict=True)
+    return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for x, need in inputs)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, targets, bias, stats, *settings, _keep = inputs
+    _logps, *not_differentiable = output
+    ctx.mark_non_differentiable(*not_differentiable)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, targets, bias, *output)
+    ctx.stats = stats  # written by backward, so not a saved tensor
+    ctx.settings = settings
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Marks a gradient as non-differentiable, so that double backward raises.
+
+    torch's ``once_differentiable`` does not raise where the incoming gradient depends on the inputs
+    in turn: it returns derivatives of zero.
+    """
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "linear_logprob: it has no second derivative; linear_logprob of kernels.reference has"
+        )
+
+
+def _backward(ctx, grad, *_):
+    none = (None,) * 12
+    if grad is None:
+        return none
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    hidden, weight, targets, bias, *kept = ctx.saved_tensors
+    inputs = (hidden, weight, targets, bias)
+    with torch.no_grad():
+        gradients = backward_op(grad, *inputs, ctx.stats, *kept, *ctx.settings, needs)
+    if torch.is_grad_enabled():  # create_graph=True
+        gradients = (_OnlyOnce.apply(gradient, grad, *inputs) for gradient in gradients)
+    d_hidden, d_weight, d_bias = (g if n else None for g, n in zip(gradients, needs, strict=True))
+    return d_hidden, d_weight, None, d_bias, *none[4:]
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Raise ``ValueError`` for ids outside the vocabulary, on a CPU: a GPU would be waited for."""
+    if targets.device.type != "cpu" or not len(targets):
+        return
+    outside = ((targets < 0) & (targets != IGNORE_INDEX)) | (targets >= vocabulary)
+    if bool(outside.any()):
+        wrong = int(targets[outside][0])
+        expect(False, "targets", f"ids in [0, {vocabulary}) or {IGNORE_INDEX}", wrong)
+
+
+@contextlib.contextmanager
+def plain_arithmetic(hidden: Tensor) -> Iterator[None]:
+    """No autocast, and fp32 products stay IEEE: no TF32 or bf16 in their place.
+
+    Triton launches on the current device, which is that of ``hidden`` meanwhile.
+    """
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [backend for backend in backends if backend is not None]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
