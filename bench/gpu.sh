@@ -73,7 +73,7 @@ import platform, torch, triton
 assert torch.cuda.is_available(), "no CUDA device"
 print(platform.python_version(), torch.__version__, triton.__version__)
 print(torch.cuda.get_device_properties(0))
-from bench.head import show_choices
+from bench.head.command import show_choices
 show_choices("cuda")'
 if [ "$failed" -ne 0 ]; then
     exit 1
