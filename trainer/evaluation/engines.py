@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..data.chat import pad_token
 from ..errors import UserError, refusals
-from ..model.generation import context_of, stop_ids
+from ..model.generation import Completion, Decoding, complete, stop_ids
 from .models import device_of, dtype_of, read_model
 from .settings import AnswerSettings
 
@@ -18,14 +17,6 @@ if TYPE_CHECKING:
 
 VLLM_AT_ONCE = 256
 """Questions given to vLLM at once, which fills its batches itself: what a killed run loses."""
-
-
-@dataclass
-class Completion:
-    """One answer's tokens, without the one that ended it, and whether one did."""
-
-    token_ids: list[int]
-    stopped: bool
 
 
 class Engine(Protocol):
@@ -69,44 +60,18 @@ class TransformersEngine:
         settings: AnswerSettings,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        from transformers import GenerationConfig
-
-        self.model: Any = model
-        self.pad_id = pad_token(tokenizer)
-        self.stops = stop_ids(settings, tokenizer, model.generation_config)
-        self.settings = settings
-        self.context = context_of(model.config)
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
-        sampling["top_k"] = settings.top_k
-        self.config: Any = GenerationConfig(
-            do_sample=settings.temperature > 0,
-            eos_token_id=self.stops or None,
-            pad_token_id=self.pad_id,
-            **(sampling if settings.temperature > 0 else {}),
+        self.model = model
+        self.decoding = Decoding(
+            stop_ids(tokenizer, model.generation_config, settings.stop_token_ids),
+            pad_token(tokenizer),
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
         )
-        self.model.generation_config = self.config
 
     def complete(self, prompts: list[list[int]], seed: int) -> list[Completion]:
-        import torch
-
-        width = max(map(len, prompts))
-        self.config.max_new_tokens = self.settings.max_new_tokens
-        if self.context is not None:
-            self.config.max_new_tokens = min(self.config.max_new_tokens, self.context - width)
-        ids = torch.full((len(prompts), width), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        device = self.model.device
-        torch.manual_seed(seed)
-        with torch.inference_mode():
-            written = self.model.generate(ids.to(device), attention_mask=mask.to(device))
-        return [self._cut(row) for row in written[:, width:].tolist()]
-
-    def _cut(self, ids: list[int]) -> Completion:
-        end = next((i for i, token in enumerate(ids) if token in self.stops), None)
-        return Completion(ids[:end], end is not None)
+        return complete(self.model, prompts, self.decoding, seed)
 
 
 class VllmEngine:
@@ -123,7 +88,7 @@ class VllmEngine:
             saved = GenerationConfig.from_pretrained(model, revision=settings.model_revision)
         self.vllm: Any = vllm
         self.settings = settings
-        self.stops = stop_ids(settings, tokenizer, saved)
+        self.stops = stop_ids(tokenizer, saved, settings.stop_token_ids)
         with refusals(f"model {model}: vllm cannot load it", ValueError, RuntimeError, OSError):
             self.model = vllm.LLM(
                 model=model,

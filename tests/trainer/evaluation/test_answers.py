@@ -201,7 +201,7 @@ def test_stop_tokens_and_system_prompt(model, tmp_path, monkeypatch):
     seen = {}
 
     def remember(self, prompts, seed):
-        seen.update(prompts=prompts, stops=self.stops)
+        seen.update(prompts=prompts, stops=self.decoding.stops)
         return [engines.Completion([], True) for _ in prompts]
 
     monkeypatch.setattr(engines.TransformersEngine, "complete", remember)

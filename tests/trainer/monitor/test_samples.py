@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.model.generation import stop_ids
 from widemargin.trainer.monitor import samples
 from widemargin.trainer.report.write import write_report
 
@@ -61,10 +62,9 @@ def test_training_is_the_same_to_the_bit_with_and_without(tmp_path, temperature)
 def test_greedy_answers_are_the_likeliest_tokens(tmp_path):
     """Against a loop without padding, cache or `generate`."""
     trainer = tiny_trainer(tmp_path, **EVALUATIONS, eval_samples=4, eval_samples_max_new_tokens=5)
-    writer = samples.SampleWriter(trainer)
-    rows = writer.answers(0)
-    stops = writer._stops(trainer.model)
-    model = tiny_model().eval()
+    rows = samples.SampleWriter(trainer).answers(0)
+    model: Any = tiny_model().eval()
+    stops = stop_ids(TOKENIZER, model.generation_config)
     for i, row in enumerate(rows):
         ids = [int(t) for t in trainer.eval_dataset[i]["prompt_ids"]]
         answer = []
