@@ -1,4 +1,4 @@
-"""LoRA and QLoRA through peft: the settings, and wrapping a model so that its head stays plain."""
+"""LoRA and QLoRA through peft: its configs, and wrapping a model so that its head stays plain."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lora_config(settings: AdapterSettings) -> Any:
 
 
 def quantization_config(settings: AdapterSettings, compute_dtype: str) -> Any:
-    """What ``from_pretrained`` takes to quantize as these settings say; None for not at all."""
+    """The ``BitsAndBytesConfig`` of these settings; None without quantization."""
     if not (settings.load_in_4bit or settings.load_in_8bit):
         return None
     import torch
@@ -73,12 +73,12 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model.enable_input_require_grads()  # for reentrant checkpointing; peft does it elsewhere
     try:
-        with peft_warnings_aside():
+        with without_peft_warnings():
             adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise UserError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
-    now = model.get_output_embeddings()
-    if now is not head or isinstance(now, BaseTunerLayer):
+    adapted_head = model.get_output_embeddings()
+    if adapted_head is not head or isinstance(adapted_head, BaseTunerLayer):
         raise UserError(
             "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
             "take; leave lm_head out of target_modules and modules_to_save"
@@ -94,8 +94,8 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
 
 
 @contextmanager
-def peft_warnings_aside() -> Iterator[None]:
-    """Wrap a model inside: peft asks it by a name that transformers 5 warns will go."""
+def without_peft_warnings() -> Iterator[None]:
+    """Silences the warning of transformers 5 about a name that peft still asks a model for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
@@ -107,7 +107,7 @@ def bare_model(model: Any) -> PreTrainedModel:
 
 
 def starts_as_its_base(peft_config: Any) -> bool:
-    """Whether a fresh adapter adds nothing at first, its base being the model as it was."""
+    """Whether a fresh adapter adds nothing at first, so that the model is what its base is."""
     return getattr(peft_config, "init_lora_weights", False) in SAME_AT_FIRST
 
 

@@ -1,4 +1,4 @@
-"""Where a frozen model runs: on the rank's device, or split over ranks as the policy is."""
+"""Placing a frozen model: on the rank's device, or split over ranks as the policy is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def place_frozen(model: Any, accelerator: Accelerator, args: TrainingArguments) 
     """The model ready for forward passes without gradients, on all ranks.
 
     Under FSDP2 and ZeRO-3 its weights are split as the policy's are; otherwise every rank has all
-    of them, and DDP, which is about gradients, is left out.
+    of them; DDP, which exchanges gradients, is left out.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:

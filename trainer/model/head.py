@@ -4,9 +4,9 @@
     out = model(input_ids, attention_mask=mask, select=select, targets=targets)
     out.token_logps                                     # [N], differentiable
 
-Called without ``targets``, the model is what it was (``generate`` included). With them, the decoder
-runs, the hidden states at ``select`` are picked, and `linear_logprob` runs *inside the lm_head
-module's call*, so that ZeRO-3, FSDP2 and PEFT gather and release its weight as for logits.
+Called without ``targets``, the model does what it did (``generate`` included). With them, the
+decoder runs, the hidden states at ``select`` are picked, and `linear_logprob` runs *inside the
+lm_head module's call*, so that ZeRO-3, FSDP2 and PEFT gather and release its weight as for logits.
 
 Patch the bare model, before PEFT, DDP, FSDP or ZeRO wrap it.
 """
@@ -202,7 +202,7 @@ def check_head(model: PreTrainedModel) -> None:
     """Compare the patched head with the model's own logits on a few tokens.
 
     A family that treats its logits in a way this project does not know is an error here, and not
-    a silently different loss. Needs whole weights: not under ZeRO-3 or FSDP.
+    a silently different loss. Needs weights that are not split: not under ZeRO-3 or FSDP.
     """
     config = model.config.get_text_config()
     tokens = torch.arange(1, 9, device=model.device)[None] % config.vocab_size

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, refusals
 from ..settings.model import ModelSettings
 from .adapters import quantization_config
-from .adapters import with_adapter as with_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token (end-of-sequence where it has none of its own).
+    """The tokenizer, with a padding token (end-of-sequence where it has none).
 
     ``name`` is a folder or hub name in place of the settings'.
     """
@@ -59,11 +58,11 @@ def load_model_config(settings: ModelSettings) -> PreTrainedConfig:
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
-    """Set the probability of every dropout layer, and of attention's own, to zero."""
+    """Set the probability of every dropout layer, and of attention's dropout, to zero."""
     from torch import nn
 
-    whole: Any = model  # families name their own attributes
-    for module in whole.modules():
+    modules: Any = model.modules()  # families name their attributes differently
+    for module in modules:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
@@ -71,7 +70,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the model's embedding, known also where ZeRO-3 has taken the weight apart."""
+    """Rows of the model's embedding, known also where ZeRO-3 has split the weight."""
     return model.config.get_text_config().vocab_size
 
 

@@ -12,7 +12,7 @@ from ..errors import UserError, refusals
 from ..settings.adapter import AdapterSettings
 from ..settings.engine import is_split
 from ..settings.model import ModelSettings
-from .adapters import peft_warnings_aside
+from .adapters import without_peft_warnings
 from .loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def check_merges_in_memory(model: PreTrainedModel, args: TrainingArguments) -> N
 def export_merged(settings: ModelSettings, adapter: Path, out: Path, trained: Any = None) -> None:
     """Write the model that ``settings`` name with the saved ``adapter`` merged in, to ``out``.
 
-    It starts from the model's own files and merges on the CPU, so it works the same whatever the
-    training run was split over. After QLoRA the adapter is merged into the weights before their
-    quantization, in ``dtype``: what it learnt beside them fits the quantized ones a little better.
-    A model that came as an object, with weights of no file, is merged as a copy of ``trained``.
+    It starts from the model's files and merges on the CPU, so that it works the same under every
+    engine. After QLoRA the adapter is merged into the weights before their quantization, in
+    ``dtype``, although it learnt with the quantized ones and fits them a little better. A model
+    that came as an object, without files, is merged as a copy of ``trained``.
 
     Raises:
         UserError: files that cannot be read or written, or a merge that is not finite.
@@ -45,9 +45,9 @@ def export_merged(settings: ModelSettings, adapter: Path, out: Path, trained: An
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 loading is for all ranks at once; this is one's
-    whole = {field.name: getattr(settings, field.name) for field in fields(ModelSettings)}
-    whole |= {field.name: field.default for field in fields(AdapterSettings)}
-    plain = ModelSettings(**whole)
+    values = {field.name: getattr(settings, field.name) for field in fields(ModelSettings)}
+    values |= {field.name: field.default for field in fields(AdapterSettings)}
+    plain = ModelSettings(**values)
     if settings.load_in_4bit or settings.load_in_8bit:
         logger.info("merging into the weights as they were before quantization")
     base = load_model(plain) if trained is None else None
@@ -55,7 +55,7 @@ def export_merged(settings: ModelSettings, adapter: Path, out: Path, trained: An
         if base is None:
             adapted: Any = copy.deepcopy(trained)
         else:
-            with peft_warnings_aside():
+            with without_peft_warnings():
                 adapted = PeftModel.from_pretrained(base, str(adapter))
         adapted.merge_and_unload(safe_merge=True).save_pretrained(out)
         load_tokenizer(plain, str(adapter)).save_pretrained(out)

@@ -13,9 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.cli import main
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.model.adapters import learnable_line, lora_config, quantization_config
+from widemargin.trainer.model.adapters import (
+    learnable_line,
+    lora_config,
+    quantization_config,
+    with_adapter,
+)
 from widemargin.trainer.model.head import patch_head
-from widemargin.trainer.model.loading import load_model, with_adapter
+from widemargin.trainer.model.loading import load_model
 from widemargin.trainer.settings import adapter, checks
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config

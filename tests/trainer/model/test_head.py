@@ -127,7 +127,7 @@ def test_accelerate_wraps_it_and_takes_the_wrapper_off(keep):
 
 def test_lora_in_attention_trains_and_on_the_head_is_refused():
     from peft import LoraConfig
-    from widemargin.trainer.model.loading import with_adapter
+    from widemargin.trainer.model.adapters import with_adapter
 
     model = tiny_model()
     patch_head(model, tail="exact")
