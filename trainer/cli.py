@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError
-from .evaluation.command import add_evaluate, run_evaluate
+from .evaluation.evaluate_command import add_evaluate, run_evaluate
 from .plan.arguments import add_plan, run_plan
 
 TRAIN_HELP = """\

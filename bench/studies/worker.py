@@ -59,7 +59,7 @@ class Measurements(TrainerCallback):
 
     def accuracies(self, model: Any) -> dict[str, Any]:
         from widemargin.trainer.evaluation.pair_metrics import measure
-        from widemargin.trainer.evaluation.scoring import score_pairs
+        from widemargin.trainer.evaluation.pairs import score_pairs
         from widemargin.trainer.evaluation.settings import BETAS, PairSettings
 
         settings = PairSettings(device="cpu", dtype="float32", packing=self.trainer.args.packing)

@@ -17,10 +17,10 @@ from ..errors import UserError
 from ..model.generation import context_of
 from ..model.loading import load_model_config
 from ..text import printable
-from .engines import engine_name, make_engine, questions_at_once
+from .answer_engines import VLLM_AT_ONCE, engine_name, make_engine
 from .models import dtype_of, fingerprint, model_settings, read_tokenizer
 from .questions import Question
-from .records import Record, Records
+from .results import Record, Records
 from .settings import AnswerSettings
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def answer(
 
     A record has ``id``, ``output`` (text), ``tokens``, ``finish`` ("stop", "length" or
     "prompt too long") and ``tstamp`` (seconds since 1970, when it was finished). Batches depend on
-    the questions and settings alone, and each is drawn with a seed of its own: a run that was
+    the questions and settings alone, and each has a seed: a run that was
     stopped and continued gives what an uninterrupted one gives.
     """
     tokenizer = read_tokenizer(settings, model, settings.chat_template)
@@ -52,7 +52,7 @@ def answer(
 def _identity(
     questions: Sequence[Question], settings: AnswerSettings, model: str, engine: str
 ) -> Record:
-    """What answers depend on."""
+    """Everything that answers depend on."""
     texts = json.dumps([[question.id, question.prompt] for question in questions])
     shown = asdict(settings) | {"model_name_or_path": model, "engine": engine}
     del shown["generator"], shown["device"]
@@ -83,7 +83,7 @@ def _answer_rest(
         if not fit
     )
     lengths = [len(prompt) if fit else 0 for prompt, fit in zip(prompts, fits, strict=True)]
-    size = questions_at_once(settings, engine_name)
+    size = VLLM_AT_ONCE if engine_name == "vllm" else settings.batch_size
     engine = None
     with tqdm(
         total=len(questions), initial=len(records.done), unit="question", disable=None
@@ -108,13 +108,13 @@ def _answer_rest(
 
 
 def _record(question: Question, output: str, tokens: int, finish: str) -> Record:
-    now = round(time.time(), 3)
+    tstamp = round(time.time(), 3)
     return {
         "id": question.id,
         "output": output,
         "tokens": tokens,
         "finish": finish,
-        "tstamp": now,
+        "tstamp": tstamp,
     }
 
 

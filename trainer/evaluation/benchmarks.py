@@ -13,7 +13,6 @@ from ..text import printable
 from ..versions import versions
 from . import judging, tools
 from .answering import answer, length_lines, length_report
-from .output import count, name, output_folder, write_json, write_jsonl
 from .questions import (
     Question,
     alpaca_outputs,
@@ -22,8 +21,8 @@ from .questions import (
     arena_questions,
     is_first_layout,
 )
-from .records import Record
-from .settings import AnswerSettings, answer_settings
+from .results import Record, name, output_folder, write_json, write_jsonl
+from .settings import AnswerSettings, answer_settings, count
 
 ALPACA_QUESTIONS = "tatsu-lab/alpaca_eval:alpaca_eval.json"
 ARENA_QUESTIONS = "lmarena-ai/arena-hard-auto:data/arena-hard-v2.0/question.jsonl"
@@ -56,7 +55,7 @@ def alpaca_eval(request: Request) -> None:
     path = folder / "model_outputs.json"
     write_json(path, alpaca_rows(questions, records, generator))
     _report(folder, "AlpacaEval 2", generator, settings, records, [path])
-    if request.judge.wanted:
+    if request.judge.model is not None:
         judging.judge(request.judge, folder, questions, records, alpaca_outputs, "AlpacaEval 2")
     else:
         judge = request.judge
@@ -73,7 +72,7 @@ def arena_hard(request: Request) -> None:
         ("--judge-url", request.judge.url),
         ("--baseline", request.judge.baseline),
     ):
-        if value is not None and not request.judge.wanted:
+        if value is not None and request.judge.model is None:
             raise UserError(
                 f"{option}: Arena-Hard's own tool has its endpoints in config/api_config.yaml and "
                 "its baseline in its settings; give --judge-model too to judge here"
@@ -85,7 +84,7 @@ def arena_hard(request: Request) -> None:
     path = folder / version / "model_answer" / f"{generator}.jsonl"
     write_jsonl(path, arena_rows(questions, records, generator, version, settings.system_prompt))
     _report(folder, version, generator, settings, records, [path])
-    if request.judge.wanted:
+    if request.judge.model is not None:
         judging.judge(request.judge, folder, questions, records, arena_outputs, version)
         return
     categories = list(dict.fromkeys(str(q.row.get("category", version)) for q in questions))
@@ -116,10 +115,9 @@ def arena_rows(
     version: str,
     system_prompt: str | None = None,
 ) -> list[Record]:
-    """An answer file of Arena-Hard, ordered by id as its own are.
+    """An answer file of Arena-Hard, ordered by id.
 
-    ``metadata`` (v2.0) has what its style control reads; ``token_len`` there counts the model's
-    own tokens.
+    Its style control reads ``metadata`` (v2.0); ``token_len`` there counts the model's tokens.
     """
     rows = []
     pairs = sorted(zip(questions, records, strict=True), key=lambda pair: pair[0].id)
@@ -160,13 +158,13 @@ def markdown_counts(text: str) -> dict[str, dict[str, int]]:
     for code in re.findall(r"```([^`]*)```", text):
         text = text.replace(code, "")
 
-    def found(pattern: str) -> int:
+    def matches(pattern: str) -> int:
         return len(re.findall(pattern, text, re.MULTILINE))
 
     return {
-        "header_count": {f"h{n}": found(rf"^#{{{n}}}\s") for n in range(1, 7)},
-        "list_count": {"ordered": found(r"^\s*\d+\.\s"), "unordered": found(r"^\s*[-*+]\s")},
-        "bold_count": {"**": found(r"\*\*[^*\n]+\*\*"), "__": found(r"__[^_\n]+__")},
+        "header_count": {f"h{n}": matches(rf"^#{{{n}}}\s") for n in range(1, 7)},
+        "list_count": {"ordered": matches(r"^\s*\d+\.\s"), "unordered": matches(r"^\s*[-*+]\s")},
+        "bold_count": {"**": matches(r"\*\*[^*\n]+\*\*"), "__": matches(r"__[^_\n]+__")},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,15 @@ from typing import Any
 from ..errors import UserError, refusals
 from ..versions import versions
 from .models import dtype_of, fingerprint, read_model, read_tokenizer
-from .output import count, output_folder, table, write_json
-from .records import Records
-from .settings import HarnessSettings
+from .results import Records, output_folder, table, write_json
+from .settings import HarnessSettings, count
 
 CHECKED_METRICS = ("acc_norm,none", "acc,none", "exact_match,none", "exact_match,strict-match")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the harness, its examples (None for its own number) and the metric that counts."""
+    """A task, its examples (None for the harness's number) and the metric that counts."""
 
     name: str
     shots: int | None = None
@@ -56,7 +56,7 @@ def lm_eval(
     Finished tasks are kept: the same command goes on after them.
 
     Args:
-        tasks: a key of `LEADERBOARDS`, or names of the harness's own, between commas.
+        tasks: a key of `LEADERBOARDS`, or names of the harness's tasks, between commas.
         limit: questions of each task, for a trial; None for all.
         include_path: a folder with tasks of your own.
     """
@@ -101,7 +101,7 @@ def lm_eval(
         "apply_chat_template": chats,
         "average": _average(chosen, scores),
         "scores": scores,
-        "versions": versions() | _harness_version(),
+        "versions": versions() | {"lm-eval": version("lm-eval")},
     }
     path = write_json(folder / "lm_eval.json", result)
     print("\n".join([*_lines(chosen, result), f"Written: {path}"]))
@@ -109,7 +109,7 @@ def lm_eval(
 
 
 def _task_manager(tasks: tuple[Task, ...], include_path: Path | None) -> Any:
-    """What finds the tasks; a folder that has them all spares reading the harness's thousands."""
+    """Finds the tasks; a folder that has them all spares reading the harness's thousands."""
     task_manager = import_module("lm_eval.tasks").TaskManager
 
     folder = None if include_path is None else str(include_path)
@@ -148,7 +148,7 @@ def _run_task(
     print(f"{task.name}: {'its own' if shots is None else shots} examples", flush=True)
     kinds = (ValueError, OSError, ImportError, RuntimeError, KeyError)
     with refusals(f"task {task.name}: the harness cannot run it", *kinds):
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             model=harness,
             tasks=[task.name],
             num_fewshot=shots,
@@ -160,7 +160,7 @@ def _run_task(
         )
     return {
         name: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        for name, metrics in (found or {}).get("results", {}).items()
+        for name, metrics in (evaluated or {}).get("results", {}).items()
     }
 
 
@@ -198,9 +198,3 @@ def _lines(tasks: tuple[Task, ...], result: dict[str, Any]) -> list[str]:
     if result["limit"] is not None:
         lines.append(f"A trial: {result['limit']:,} questions of each task")
     return lines
-
-
-def _harness_version() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"lm-eval": version("lm-eval")}

@@ -1,6 +1,6 @@
-"""A judge of our own: answers compared with a baseline's, in both orders, by any chat endpoint.
+"""A judge with our prompt: answers against a baseline's, in both orders, by any chat endpoint.
 
-Its prompt is not the benchmarks' own, so its numbers are good for comparing one's models with each
+The benchmarks have other prompts, so its numbers are good for comparing one's models with each
 other, and are not those of a leaderboard.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 from ..errors import UserError
 from ..text import printable
 from .judge_client import OPENAI, JudgeClient, Unusable
-from .output import count, table, write_json
 from .questions import Question
-from .records import Record, Records
+from .results import Record, Records, table, write_json
+from .settings import count
 
 INSTRUCTIONS = """\
 Two assistants, A and B, answered the same request. Decide whose answer serves the person who asked
@@ -45,22 +45,18 @@ class JudgeRequest:
     parallel: int = 4
     first_wait_s: float = 1.0
 
-    @property
-    def wanted(self) -> bool:
-        return self.model is not None
-
     def check(self, read_baseline: Callable[[str], dict[str, str]]) -> None:
         """Raise ``UserError`` before any work is done."""
         count("--judge-parallel", self.parallel)
         if self.baseline is not None:
             read_baseline(self.baseline)
-        elif self.wanted:
+        elif self.model is not None:
             raise UserError(
                 "--judge-model: give the answers to compare with as --baseline FILE (a "
                 "model_outputs.json, or an answer file of Arena-Hard)"
             )
-        if self.wanted or self.url is not None:
-            self.client()  # which looks at the address
+        if self.model is not None or self.url is not None:
+            self.client()  # checks the address
 
     def client(self) -> JudgeClient:
         return JudgeClient(self.model or "", self.url or OPENAI, first_wait_s=self.first_wait_s)
@@ -82,16 +78,17 @@ def judge(
     baseline = read_baseline(str(request.baseline))
     pairs = []
     for question, record in zip(questions, records, strict=True):
-        other = baseline.get(question.id, baseline.get(question.prompt))
-        if other is not None:
-            pairs.append((question, str(record["output"]).strip(), other.strip()))
+        baseline_answer = baseline.get(question.id, baseline.get(question.prompt))
+        if baseline_answer is not None:
+            answer = str(record["output"]).strip()
+            pairs.append((question, answer, baseline_answer.strip()))
     if not pairs:
         raise UserError(f"--baseline {request.baseline}: it answers none of these questions")
     if len(pairs) < len(questions):
         print(f"{len(pairs):,} of {len(questions):,} questions have a baseline answer")
     games = {
-        f"{question.id}:{place}": _game(question.prompt, own, other, place)
-        for question, own, other in pairs
+        f"{question.id}:{place}": _game(question.prompt, answer, baseline_answer, place)
+        for question, answer, baseline_answer in pairs
         for place in ("A", "B")
     }
     content = json.dumps(games, sort_keys=True).encode("utf-8", "replace")
@@ -110,9 +107,10 @@ def judge(
     return result
 
 
-def _game(prompt: str, own: str, other: str, place: str) -> list[str]:
-    """Request, answer A, answer B, and where the model's own is."""
-    return [prompt, *((own, other) if place == "A" else (other, own)), place]
+def _game(prompt: str, answer: str, baseline_answer: str, place: str) -> list[str]:
+    """Request, answer A, answer B, and which of the two is the model's."""
+    answers = (answer, baseline_answer) if place == "A" else (baseline_answer, answer)
+    return [prompt, *answers, place]
 
 
 def _play(request: JudgeRequest, games: dict[str, list[str]], records: Records) -> None:
@@ -144,10 +142,10 @@ def _play(request: JudgeRequest, games: dict[str, list[str]], records: Records) 
 
 def parse_verdict(text: str) -> float:
     """A's score in the judge's answer: its last verdict, if all it gave agree."""
-    found = {verdict.upper() for verdict in _VERDICT.findall(text)}
-    if len(found) != 1 or not found <= SCORES.keys():
+    verdicts = {verdict.upper() for verdict in _VERDICT.findall(text)}
+    if len(verdicts) != 1 or not verdicts <= SCORES.keys():
         raise Unusable(f"an answer without one verdict: {printable(text, 100)}")
-    return SCORES[found.pop()]
+    return SCORES[verdicts.pop()]
 
 
 def _result(
@@ -172,8 +170,8 @@ def _result(
         "losses": sum(mean < 0.5 for mean in means),
         "same_verdict_in_both_orders": statistics.fmean(float(a == b) for a, b in both),
         "mean_characters": {
-            "model": statistics.fmean(len(own) for _, own, _ in pairs),
-            "baseline": statistics.fmean(len(other) for _, _, other in pairs),
+            "model": statistics.fmean(len(answer) for _, answer, _ in pairs),
+            "baseline": statistics.fmean(len(answer) for _, _, answer in pairs),
         },
     }
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers that are only read."""
+"""Models and tokenizers that are only read, and what tells one model from another."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_SAMPLED = 64
-_PIECE = 1 << 16
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
 
 
 def device_of(settings: LoadSettings) -> torch.device:
@@ -42,7 +42,7 @@ def read_tokenizer(
     settings: LoadSettings, model: str, template: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with ``template`` in place of its chat template if given."""
-    tokenizer = load_tokenizer(model_settings(settings, model), model)
+    tokenizer = load_tokenizer(model_settings(settings, model))
     if template is not None:
         tokenizer.chat_template = chat.read_chat_template(template)
     return tokenizer
@@ -56,12 +56,13 @@ def read_model(settings: LoadSettings, model: str) -> PreTrainedModel:
             f"model {model}: the folder holds an adapter without its model; train with "
             "merge_adapter: true and give the folder merged/ in it"
         )
-    loaded: Any = load_model(model_settings(settings, model), model)
+    loaded: Any = load_model(model_settings(settings, model))
     disable_dropout(loaded)
     return loaded.to(device_of(settings)).requires_grad_(False).eval()
 
 
 def model_settings(settings: LoadSettings, model: str) -> ModelSettings:
+    """The settings with which `load_model` loads it."""
     return ModelSettings(
         model_name_or_path=model,
         model_revision=settings.model_revision,
@@ -72,7 +73,7 @@ def model_settings(settings: LoadSettings, model: str) -> ModelSettings:
 
 
 def fingerprint(settings: LoadSettings, model: str) -> str:
-    """What tells a model from the one it was after more training: a hash of pieces of its files.
+    """A hash of samples of the model's files, which more training changes.
 
     A hub name stands for itself and its revision.
     """
@@ -87,7 +88,7 @@ def fingerprint(settings: LoadSettings, model: str) -> str:
             size = path.stat().st_size
             digest.update(f"{path.name} {size} ".encode())
             with path.open("rb") as file:
-                for start in range(0, size, max(_PIECE, size // _SAMPLED)):
+                for start in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
                     file.seek(start)
-                    digest.update(file.read(_PIECE))
+                    digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:32]

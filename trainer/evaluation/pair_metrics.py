@@ -1,4 +1,4 @@
-"""How well a model's rewards tell chosen answers from rejected ones; plain numpy.
+"""How well a model's rewards tell chosen answers from rejected ones: numpy, and tables of it.
 
 A reward is β times one of: ``mean_logps``, the mean log-prob of an answer's tokens (SimPO, LMPO);
 ``sum_logps``, their sum; ``against_reference``, the sum less a reference model's (DPO). The
@@ -8,17 +8,28 @@ A reward is β times one of: ``mean_logps``, the mean log-prob of an answer's to
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
 
 from ..data.lengths import PairLengths
-from .scoring import PairLogps
+from .results import table
 
 BINS = 10
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SIDES = ("chosen", "rejected")
 LENGTH_GROUPS = ("chosen_longer", "rejected_longer", "same_length")
+
+
+@dataclass
+class PairLogps:
+    """Summed log-probs of each pair's completions, [pairs] float64, in nats."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
 
 
 def pair_margins(
@@ -138,3 +149,58 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
     if len(one) < 2 or not one.std() or not other.std():
         return None
     return float(np.corrcoef(one, other)[0, 1])
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """The tables for the terminal."""
+    rewards = result["rewards"]
+
+    def row(label: str, *path: str) -> list[Any]:
+        return [label, *(reduce(getitem, path, metrics) for metrics in rewards.values())]
+
+    groups = next(iter(rewards.values()))["by_length"]
+    rows = [
+        row("accuracy", "accuracy"),
+        row("  standard error", "accuracy_standard_error"),
+        *(
+            row(f"  {_words(name)} ({group['pairs']:,})", "by_length", name, "accuracy")
+            for name, group in groups.items()
+        ),
+        row("margin, mean", "margin", "mean"),
+        *(row(f"  {q} quantile", "margin", "quantiles", q) for q in ("0.05", "0.5", "0.95")),
+        row("correlation with length", "correlation_with_length"),
+        row("beta", "beta"),
+        row("calibration error", "calibration", "ece"),
+        row("log loss", "calibration", "log_loss"),
+    ]
+    sides = [
+        (label, *(result[key][side] for side in SIDES))
+        for label, key in (
+            ("tokens", "tokens"),
+            ("mean logp", "mean_logps"),
+            ("sum logp", "sum_logps"),
+        )
+    ]
+    head = [f"{result['pairs']:,} pairs", *map(_words, rewards)]
+    return [
+        table(head, rows),
+        "",
+        table(["", *SIDES], sides),
+        "",
+        _calibration_table(rewards),
+    ]
+
+
+def _calibration_table(rewards: dict[str, Any]) -> str:
+    """Bins of probability with pairs in them, for the first kind of reward."""
+    kind, metrics = next(iter(rewards.items()))
+    rows = [
+        (f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], b["probability"], b["accuracy"])
+        for b in metrics["calibration"]["bins"]
+        if b["pairs"]
+    ]
+    return table((f"probability ({_words(kind)})", "pairs", "mean", "accuracy"), rows)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

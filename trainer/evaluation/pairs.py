@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..data import PairData, chat
+from ...kernels.margin_loss.function import sequence_logps
+from ..data import PairData, chat, model_inputs
 from ..data.assembling import assemble
 from ..data.chat import pad_token
 from ..data.mixing import gather
 from ..data.report import DataReport
 from ..data.table import PairRows
 from ..errors import UserError
-from ..model.loading import load_model_config, vocabulary_size
+from ..model.head import check_head, patch_head
+from ..model.loading import load_model_config
+from ..packing.verify import settle_packing
 from ..versions import versions
 from .models import dtype_of, model_settings, read_model, read_tokenizer
-from .output import count, output_folder, table, write_json, write_jsonl
-from .pair_metrics import LENGTH_GROUPS, measure, pair_margins
-from .scoring import PairLogps, score_pairs
-from .settings import PairSettings
+from .pair_metrics import PairLogps, measure, pair_margins, result_lines
+from .results import output_folder, write_json, write_jsonl
+from .settings import PairSettings, count
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..data.lengths import PairLengths
 
 
 def evaluate_pairs(
@@ -53,17 +58,18 @@ def evaluate_pairs(
         settings.max_eval_samples = max_pairs
     folder = output_folder(model, "pairs", out)
     tokenizer = read_tokenizer(settings, model)
-    data = read_pairs(settings, tokenizer, _vocabulary(settings, model))
+    vocabulary = _vocabulary(settings, model)
+    data = read_pairs(settings, tokenizer, vocabulary)
     print("\n".join(data.report.lines()), flush=True)
     rows = PairRows(data.evaluation)
     logps = _scored(model, settings, rows, tokenizer)
     reference_logps = None
     if reference is not None:
-        own, other = _vocabulary(settings, model), _vocabulary(settings, reference)
-        if own != other:
+        reference_vocabulary = _vocabulary(settings, reference)
+        if reference_vocabulary != vocabulary:
             raise UserError(
-                f"--reference {reference}: its vocabulary has {other} tokens, the model's {own}; "
-                "give a reference with the model's own tokenizer"
+                f"--reference {reference}: its vocabulary has {reference_vocabulary} tokens, the "
+                f"model's {vocabulary}; give a reference with the model's own tokenizer"
             )
         reference_logps = _scored(reference, settings, rows, tokenizer)
     result: dict[str, Any] = {
@@ -106,103 +112,95 @@ def _scored(
     name: str, settings: PairSettings, rows: PairRows, tokenizer: PreTrainedTokenizerBase
 ) -> PairLogps:
     model = read_model(settings, name)
-    assert vocabulary_size(model) > 0
-    scored = score_pairs(model, rows, settings, pad_token(tokenizer))
+    logps = score_pairs(model, rows, settings, pad_token(tokenizer))
     del model  # makes room for the reference
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    bad = int((~np.isfinite(scored.chosen + scored.rejected)).sum())
+    bad = int((~np.isfinite(logps.chosen + logps.rejected)).sum())
     if bad:
         raise UserError(
             f"model {name}: the log-probs of {bad:,} of {len(rows):,} pairs are not finite; try "
             "--dtype=float32"
         )
-    return scored
+    return logps
 
 
-def _pair_rows(rows: PairRows, logps: PairLogps, reference: PairLogps | None) -> Any:
-    """One line a pair, numbered as in the set (rows that were skipped aside)."""
+def score_pairs(
+    model: PreTrainedModel, rows: PairRows, settings: PairSettings, pad_token_id: int
+) -> PairLogps:
+    """The model's log-probs of all pairs; ``model`` is patched, see `patch_head`, if it is not yet.
+
+    Batches hold pairs of like length, the longest first (what does not fit in memory shows at
+    once), and depend on the lengths and ``max_tokens_per_batch`` alone.
+    """
+    from tqdm.auto import tqdm
+
+    if not hasattr(model, "scoring"):  # in training it keeps the settings that it is trained with
+        patch_head(model)
+    check_head(model)
+    packing = settle_packing(
+        settings.packing,
+        model,
+        device=model.device,
+        dtype=getattr(torch, dtype_of(settings)),
+        lengths=rows.lengths,
+        pairs_per_batch=usual_pairs(rows.lengths, settings.max_tokens_per_batch),
+        max_tokens=settings.max_tokens_per_batch,
+    )
+    collator = packing.collator(pad_token_id)
+    sums = np.zeros((2, len(rows)))
+    indices, batch_sums = [], []
+    with torch.no_grad(), tqdm(total=len(rows), unit="pair", disable=None) as bar:
+        for batch in pair_batches(rows.lengths, settings.max_tokens_per_batch):
+            inputs: Any = collator(rows.__getitems__(batch))
+            inputs = {
+                name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+                for name, value in inputs.items()
+            }
+            scored = model(**model_inputs(inputs))
+            totals, _ = sequence_logps(scored.token_logps, inputs["cu_seqlens"])
+            indices.append(batch)
+            batch_sums.append(totals.view(2, -1))
+            bar.update(len(batch))
+    sums[:, np.concatenate(indices)] = torch.cat(batch_sums, dim=1).double().cpu().numpy()
+    return PairLogps(*sums)
+
+
+def usual_pairs(lengths: PairLengths, max_tokens: int) -> int:
+    """Pairs of a batch that `pair_batches` makes of pairs of average length."""
+    tokens = lengths.alone("padded")
+    mean = float(tokens.mean()) if len(tokens) else 0.0
+    return max(1, min(len(tokens), int(max_tokens // max(mean, 2.0))))
+
+
+def pair_batches(lengths: PairLengths, max_tokens: int) -> Iterator[list[int]]:
+    """Indices of pairs, the longest first, of at most ``max_tokens`` when padded; never none."""
+    tokens = lengths.alone("padded")
+    order = np.argsort(-tokens, kind="stable").tolist()
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // int(tokens[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+def _pair_rows(
+    rows: PairRows, logps: PairLogps, reference: PairLogps | None
+) -> Iterator[dict[str, Any]]:
+    """One row a pair, numbered as in the set without the rows that were skipped."""
     lengths = rows.lengths
-    margins = pair_margins(logps, lengths, reference)
+    columns: dict[str, np.ndarray] = {
+        "prompt_tokens": lengths.prompt,
+        "chosen_tokens": lengths.chosen,
+        "rejected_tokens": lengths.rejected,
+        "chosen_sum_logps": logps.chosen,
+        "rejected_sum_logps": logps.rejected,
+    }
+    if reference is not None:
+        columns["reference_chosen_logps"] = reference.chosen
+        columns["reference_rejected_logps"] = reference.rejected
+    for kind, margins in pair_margins(logps, lengths, reference).items():
+        columns[f"margin_{kind}"] = margins
     for i in range(len(rows)):
-        yield {
-            "pair": i,
-            "prompt_tokens": int(lengths.prompt[i]),
-            "chosen_tokens": int(lengths.chosen[i]),
-            "rejected_tokens": int(lengths.rejected[i]),
-            "chosen_sum_logps": float(logps.chosen[i]),
-            "rejected_sum_logps": float(logps.rejected[i]),
-            **(
-                {}
-                if reference is None
-                else {
-                    "reference_chosen_logps": float(reference.chosen[i]),
-                    "reference_rejected_logps": float(reference.rejected[i]),
-                }
-            ),
-            **{f"margin_{kind}": float(values[i]) for kind, values in margins.items()},
-        }
-
-
-def result_lines(result: dict[str, Any]) -> list[str]:
-    """The tables for the terminal."""
-    rewards = result["rewards"]
-    kinds = list(rewards)
-
-    def row(label: str, *path: str) -> list[Any]:
-        values = []
-        for kind in kinds:
-            value = rewards[kind]
-            for step in path:
-                value = value[step]
-            values.append(value)
-        return [label, *values]
-
-    rows = [
-        row("accuracy", "accuracy"),
-        row("  standard error", "accuracy_standard_error"),
-        *(
-            row(
-                f"  {name.replace('_', ' ')} ({rewards[kinds[0]]['by_length'][name]['pairs']:,})",
-                *("by_length", name, "accuracy"),
-            )
-            for name in LENGTH_GROUPS
-        ),
-        row("margin, mean", "margin", "mean"),
-        *(row(f"  {q} quantile", "margin", "quantiles", q) for q in ("0.05", "0.5", "0.95")),
-        row("correlation with length", "correlation_with_length"),
-        row("beta", "beta"),
-        row("calibration error", "calibration", "ece"),
-        row("log loss", "calibration", "log_loss"),
-    ]
-    sides = [
-        (
-            label,
-            *(result[key][side] for side in ("chosen", "rejected")),
-        )
-        for label, key in (
-            ("tokens", "tokens"),
-            ("mean logp", "mean_logps"),
-            ("sum logp", "sum_logps"),
-        )
-    ]
-    return [
-        table([f"{result['pairs']:,} pairs", *(kind.replace("_", " ") for kind in kinds)], rows),
-        "",
-        table(["", "chosen", "rejected"], sides),
-        "",
-        _calibration_table(rewards),
-    ]
-
-
-def _calibration_table(rewards: dict[str, Any]) -> str:
-    """Bins of probability with pairs in them, for the first kind of reward."""
-    kind, metrics = next(iter(rewards.items()))
-    rows = [
-        (f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], b["probability"], b["accuracy"])
-        for b in metrics["calibration"]["bins"]
-        if b["pairs"]
-    ]
-    head = (f"probability ({kind.replace('_', ' ')})", "pairs", "mean", "accuracy")
-    return table(head, rows)
+        yield {"pair": i} | {name: values[i].item() for name, values in columns.items()}

@@ -18,7 +18,6 @@ from ..settings.names import PACKINGS
 from ..settings.published.keys import TABLE
 from ..settings.published.objective import name_objective
 from ..settings.published.translation import merge, translate
-from .output import count
 
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "transformers", "vllm")
@@ -223,3 +222,9 @@ def _kind(objective: str) -> str:
     if OBJECTIVES[objective].needs_reference:
         return "against_reference"
     return "sum_logps" if objective == "cpo" else "mean_logps"
+
+
+def count(option: str, value: Any) -> None:
+    """Raise ``UserError`` unless ``value`` is a whole number from 1 on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{option}: expected a whole number from 1 on, got {value!r}")

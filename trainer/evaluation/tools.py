@@ -14,8 +14,8 @@ import yaml
 
 from ..errors import UserError
 from ..text import printable
-from .output import write_text
 from .questions import read_file
+from .results import write_text
 
 ALPACA_BASELINE = "tatsu-lab/alpaca_eval:alpaca_eval_gpt4_baseline.json"
 """GPT-4 Turbo's answers, which AlpacaEval 2 compares with."""

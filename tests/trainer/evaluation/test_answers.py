@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from widemargin.trainer.cli import main
-from widemargin.trainer.evaluation import engines
+from widemargin.trainer.evaluation import answer_engines, answering
 
 from tests.support.eval_files import real_rows, save_alpaca, save_arena, save_model
 from tests.support.tiny_models import TOKENIZER
@@ -92,7 +92,7 @@ def test_stopped_and_continued_is_uninterrupted(model, tmp_path, monkeypatch, ca
     questions = save_alpaca(tmp_path / "q.json", 7)
     sampled = ("--temperature=1.5", "--top_k=50")
     assert main(alpaca(model, questions, tmp_path / "whole", *sampled)) == 0
-    complete = engines.TransformersEngine.complete
+    complete = answer_engines.TransformersEngine.complete
     calls = []
 
     def stop_at_third(self, prompts, seed):
@@ -101,7 +101,7 @@ def test_stopped_and_continued_is_uninterrupted(model, tmp_path, monkeypatch, ca
             raise Stopped
         return complete(self, prompts, seed)
 
-    monkeypatch.setattr(engines.TransformersEngine, "complete", stop_at_third)
+    monkeypatch.setattr(answer_engines.TransformersEngine, "complete", stop_at_third)
     with pytest.raises(Stopped):
         main(alpaca(model, questions, tmp_path / "cut", *sampled))
     path = tmp_path / "cut" / "answers.jsonl"
@@ -113,7 +113,7 @@ def test_stopped_and_continued_is_uninterrupted(model, tmp_path, monkeypatch, ca
     assert calls == [2, 2, 2, 2, 2, 1]
     assert outputs(tmp_path / "cut") == outputs(tmp_path / "whole")
     assert len({r["id"] for r in records(tmp_path / "cut")}) == len(records(tmp_path / "cut")) == 7
-    monkeypatch.setattr(engines, "make_engine", None)  # nothing is left to do: no model is loaded
+    monkeypatch.setattr(answering, "make_engine", None)  # nothing is left to do: no model is loaded
     assert main(alpaca(model, questions, tmp_path / "cut", *sampled)) == 0
 
 
@@ -202,9 +202,9 @@ def test_stop_tokens_and_system_prompt(model, tmp_path, monkeypatch):
 
     def remember(self, prompts, seed):
         seen.update(prompts=prompts, stops=self.decoding.stops)
-        return [engines.Completion([], True) for _ in prompts]
+        return [answer_engines.Completion([], True) for _ in prompts]
 
-    monkeypatch.setattr(engines.TransformersEngine, "complete", remember)
+    monkeypatch.setattr(answer_engines.TransformersEngine, "complete", remember)
     questions = save_alpaca(tmp_path / "q.json", 1)
     assert main(alpaca(model, questions, tmp_path / "a")) == 0
     end = TOKENIZER.convert_tokens_to_ids("<|end|>")
@@ -251,9 +251,9 @@ class FakeVllm:
 def test_vllm_has_the_same_interface(model, tmp_path, monkeypatch, capsys):
     questions = save_alpaca(tmp_path / "q.json", 3)
     command = alpaca(model, questions, tmp_path / "out", "--engine=vllm", "--temperature=0.5")
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    monkeypatch.setattr(answer_engines, "find_spec", lambda name: None)
     assert_one_line_error(command, "vllm is not installed", capsys)
-    monkeypatch.setattr(engines, "find_spec", lambda name: object())
+    monkeypatch.setattr(answer_engines, "find_spec", lambda name: object())
     monkeypatch.setitem(
         sys.modules,
         "vllm",

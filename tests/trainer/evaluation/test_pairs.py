@@ -16,8 +16,13 @@ from widemargin.trainer.cli import main
 from widemargin.trainer.data import tokenize_pairs
 from widemargin.trainer.data.lengths import PairLengths
 from widemargin.trainer.data.table import PairRows
-from widemargin.trainer.evaluation.pair_metrics import calibration, measure, reward_metrics
-from widemargin.trainer.evaluation.scoring import PairLogps, pair_batches, score_pairs
+from widemargin.trainer.evaluation.pair_metrics import (
+    PairLogps,
+    calibration,
+    measure,
+    reward_metrics,
+)
+from widemargin.trainer.evaluation.pairs import pair_batches, score_pairs
 from widemargin.trainer.evaluation.settings import BETAS, PairSettings, pair_settings
 from widemargin.trainer.model.head import patch_head
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from widemargin.trainer.evaluation.command import (
+from widemargin.trainer.evaluation.evaluate_command import (
     ANSWERS_SETTINGS,
     HARNESS_SETTINGS,
     PAIRS_SETTINGS,

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason=f"{MODEL} is not here
 KILLED = """
 import os, signal, sys
 from widemargin.trainer.cli import main
-from widemargin.trainer.evaluation.records import Records
+from widemargin.trainer.evaluation.results import Records
 
 append = Records.append
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from widemargin.trainer.data.lengths import PairLengths
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.evaluation.scoring import usual_pairs
+from widemargin.trainer.evaluation.pairs import usual_pairs
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.packing import choose as packing_choice
 from widemargin.trainer.packing.choose import FAMILIES as TESTED

@@ -1,10 +1,13 @@
-"""What writes answers: transformers in batches, or vLLM, behind one method."""
+"""The engines that write answers: transformers in batches, or vLLM.
+
+Either continues prompts by ``complete``; with the same prompts and seed, the same way.
+"""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..data.chat import pad_token
 from ..errors import UserError, refusals
@@ -13,18 +16,10 @@ from .models import device_of, dtype_of, read_model
 from .settings import AnswerSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 VLLM_AT_ONCE = 256
 """Questions given to vLLM at once, which fills its batches itself: what a killed run loses."""
-
-
-class Engine(Protocol):
-    """Continues prompts."""
-
-    def complete(self, prompts: list[list[int]], seed: int) -> list[Completion]:
-        """Continue each prompt; with the same prompts and seed, the same way."""
-        ...
 
 
 def engine_name(settings: AnswerSettings) -> str:
@@ -37,32 +32,23 @@ def engine_name(settings: AnswerSettings) -> str:
     return settings.engine
 
 
-def questions_at_once(settings: AnswerSettings, engine: str) -> int:
-    """How many questions an engine gets at once."""
-    return VLLM_AT_ONCE if engine == "vllm" else settings.batch_size
-
-
 def make_engine(
     name: str, model: str, settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase
-) -> Engine:
+) -> TransformersEngine | VllmEngine:
     """The engine ``name`` with its model loaded."""
-    if name == "vllm":
-        return VllmEngine(model, settings, tokenizer)
-    return TransformersEngine(read_model(settings, model), settings, tokenizer)
+    engine = VllmEngine if name == "vllm" else TransformersEngine
+    return engine(model, settings, tokenizer)
 
 
 class TransformersEngine:
-    """`generate`, with nothing taken from the model's own generation config but where it ends."""
+    """`generate`, with nothing taken from the model's generation config but what ends an answer."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        settings: AnswerSettings,
-        tokenizer: PreTrainedTokenizerBase,
+        self, model: str, settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        self.model = model
+        self.model = read_model(settings, model)
         self.decoding = Decoding(
-            stop_ids(tokenizer, model.generation_config, settings.stop_token_ids),
+            stop_ids(tokenizer, self.model.generation_config, settings.stop_token_ids),
             pad_token(tokenizer),
             settings.max_new_tokens,
             settings.temperature,
@@ -75,7 +61,7 @@ class TransformersEngine:
 
 
 class VllmEngine:
-    """vLLM, with a seed of its own for each question, so that batches change no sample."""
+    """vLLM, with a seed for each question, so that batches change no sample."""
 
     def __init__(
         self, model: str, settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase

@@ -10,12 +10,12 @@ import threading
 
 import pytest
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.evaluation.records import Records
+from widemargin.trainer.evaluation.results import Records
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from widemargin.trainer.evaluation.records import Records
+from widemargin.trainer.evaluation.results import Records
 with Records(Path(sys.argv[1]), "r", {"a": 1}) as records:
     records.append([{"id": "x"}, {"id": "y"}])
     records._file.write(b'{"id": "z", "out')
