@@ -1,11 +1,14 @@
-"""AlpacaEval 2 and Arena-Hard: answers in exactly the files that their tools read."""
+"""AlpacaEval 2 and Arena-Hard: answers in exactly the files that their tools read.
+
+``options`` are the command line's, see `evaluate_command`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
@@ -30,67 +33,47 @@ FIRST_VERSION, SECOND_VERSION = "arena-hard-v0.1", "arena-hard-v2.0"
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
-@dataclass
-class Request:
-    """The command line of a benchmark; see its help."""
-
-    model: str | None
-    config: str | None
-    questions: str | None
-    limit: int | None
-    out: Path | None
-    judge: judging.JudgeRequest
-    call_tools: bool
-    arena_hard_dir: Path | None
-    overrides: list[str]
-
-
-def alpaca_eval(request: Request) -> None:
+def alpaca_eval(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer AlpacaEval's instructions, write ``model_outputs.json``, and have it judged."""
-    settings, model, generator = _settings(request, "alpaca_eval")
-    questions = _limited(alpaca_questions(request.questions or ALPACA_QUESTIONS), request.limit)
-    request.judge.check(alpaca_outputs)
-    folder = output_folder(model, "alpaca-eval", request.out)
+    settings, model, generator = _settings(options, "alpaca_eval", overrides)
+    questions = _limited(alpaca_questions(options.questions or ALPACA_QUESTIONS), options.limit)
+    judge = _judge(options, alpaca_outputs)
+    folder = output_folder(model, "alpaca-eval", options.out)
     records = answer(questions, settings, model, folder)
     path = folder / "model_outputs.json"
     write_json(path, alpaca_rows(questions, records, generator))
-    _report(folder, "AlpacaEval 2", generator, settings, records, [path])
-    if request.judge.model is not None:
-        judging.judge(request.judge, folder, questions, records, alpaca_outputs, "AlpacaEval 2")
+    _report(folder, "AlpacaEval 2", generator, settings, records, path)
+    if judge.model is not None:
+        judging.judge(judge, folder, questions, records, alpaca_outputs, "AlpacaEval 2")
     else:
-        judge = request.judge
-        tools.alpaca_eval(path, judge.url, judge.baseline, call=request.call_tools)
+        tools.alpaca_eval(path, judge.url, judge.baseline, call=not options.no_judge)
 
 
-def arena_hard(request: Request) -> None:
+def arena_hard(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer Arena-Hard's questions, write its answer file, and have it judged."""
-    settings, model, generator = _settings(request, "arena_hard")
-    questions = _limited(arena_questions(request.questions or ARENA_QUESTIONS), request.limit)
-    request.judge.check(arena_outputs)
+    settings, model, generator = _settings(options, "arena_hard", overrides)
+    questions = _limited(arena_questions(options.questions or ARENA_QUESTIONS), options.limit)
+    judge = _judge(options, arena_outputs)
     version = arena_version(questions)
-    for option, value in (
-        ("--judge-url", request.judge.url),
-        ("--baseline", request.judge.baseline),
-    ):
-        if value is not None and request.judge.model is None:
+    for option, value in (("--judge-url", judge.url), ("--baseline", judge.baseline)):
+        if value is not None and judge.model is None:
             raise UserError(
                 f"{option}: Arena-Hard's own tool has its endpoints in config/api_config.yaml and "
                 "its baseline in its settings; give --judge-model too to judge here"
             )
-    if request.arena_hard_dir is not None:
-        tools.check_arena_hard(request.arena_hard_dir, version)
-    folder = output_folder(model, version, request.out)
+    clone = options.arena_hard_dir
+    if clone is not None:
+        tools.check_arena_hard(clone, version)
+    folder = output_folder(model, version, options.out)
     records = answer(questions, settings, model, folder)
     path = folder / version / "model_answer" / f"{generator}.jsonl"
     write_jsonl(path, arena_rows(questions, records, generator, version, settings.system_prompt))
-    _report(folder, version, generator, settings, records, [path])
-    if request.judge.model is not None:
-        judging.judge(request.judge, folder, questions, records, arena_outputs, version)
+    _report(folder, version, generator, settings, records, path)
+    if judge.model is not None:
+        judging.judge(judge, folder, questions, records, arena_outputs, version)
         return
     categories = list(dict.fromkeys(str(q.row.get("category", version)) for q in questions))
-    tools.arena_hard(
-        request.arena_hard_dir, path, version, generator, categories, call=request.call_tools
-    )
+    tools.arena_hard(clone, path, version, generator, categories, call=not options.no_judge)
 
 
 def alpaca_rows(
@@ -169,7 +152,7 @@ def markdown_counts(text: str) -> dict[str, dict[str, int]]:
 
 
 def arena_version(questions: Sequence[Question]) -> str:
-    """Which Arena-Hard the questions are of."""
+    """The version of Arena-Hard that the questions are of."""
     first = all(
         is_first_layout(q.row) or q.row.get("category") == FIRST_VERSION or "cluster" in q.row
         for q in questions
@@ -188,15 +171,28 @@ def _answer_id(*parts: str) -> str:
     return "".join(letters)
 
 
-def _settings(request: Request, section: str) -> tuple[AnswerSettings, str, str]:
-    settings = answer_settings(request.config, section, request.overrides)
-    model = request.model or settings.model_name_or_path
+def _settings(
+    options: argparse.Namespace, section: str, overrides: list[str]
+) -> tuple[AnswerSettings, str, str]:
+    """The settings, the model and the name under which it answers."""
+    settings = answer_settings(options.config, section, overrides)
+    model = options.model or settings.model_name_or_path
     if not model:
         raise UserError("model: none is given; set --model to a folder or a hub name")
     generator = settings.generator or name(model)
     if not generator.strip(".") or "/" in generator or "\\" in generator:
         raise UserError(f"generator: {generator!r} cannot be a file's name; set generator: to one")
     return settings, model, generator
+
+
+def _judge(
+    options: argparse.Namespace, read_baseline: Callable[[str], dict[str, str]]
+) -> judging.JudgeRequest:
+    request = judging.JudgeRequest(
+        options.judge_model, options.judge_url, options.baseline, options.judge_parallel
+    )
+    request.check(read_baseline)
+    return request
 
 
 def _limited(questions: list[Question], limit: int | None) -> list[Question]:
@@ -211,7 +207,7 @@ def _report(
     generator: str,
     settings: AnswerSettings,
     records: Sequence[Record],
-    files: Sequence[Path],
+    path: Path,
 ) -> None:
     lengths = length_report(records)
     content = {
@@ -226,5 +222,4 @@ def _report(
     }
     write_json(folder / "lengths.json", content)
     print(f"{benchmark}, {printable(generator)}: " + "\n".join(length_lines(lengths)))
-    for path in files:
-        print(f"Written: {path}")
+    print(f"Written: {path}")

@@ -144,26 +144,8 @@ def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
             out=options.out,
         )
     else:
-        _answer(options, overrides)
+        from .benchmarks import alpaca_eval, arena_hard
+
+        run = alpaca_eval if options.benchmark == "alpaca-eval" else arena_hard
+        run(options, overrides)
     return 0
-
-
-def _answer(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .benchmarks import Request, alpaca_eval, arena_hard
-    from .judging import JudgeRequest
-
-    judge = JudgeRequest(
-        options.judge_model, options.judge_url, options.baseline, options.judge_parallel
-    )
-    request = Request(
-        model=options.model,
-        config=options.config,
-        questions=options.questions,
-        limit=options.limit,
-        out=options.out,
-        judge=judge,
-        call_tools=not options.no_judge,
-        arena_hard_dir=getattr(options, "arena_hard_dir", None),
-        overrides=overrides,
-    )
-    (alpaca_eval if options.benchmark == "alpaca-eval" else arena_hard)(request)

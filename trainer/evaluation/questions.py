@@ -87,8 +87,8 @@ def arena_outputs(source: str) -> dict[str, str]:
     return answers
 
 
-def read_file(source: str) -> tuple[str, str]:
-    """The text of a file, gzipped or not, and its name for messages.
+def read_file(source: str) -> str:
+    """The text of a file, gzipped or not.
 
     ``source`` is a path, or ``owner/data:path/in/it`` for a data set's file on the hub.
     """
@@ -105,7 +105,7 @@ def read_file(source: str) -> tuple[str, str]:
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{source}: cannot be read ({reason}); give a file's path") from error
-    return text.removeprefix("\ufeff"), source
+    return text.removeprefix("\ufeff")
 
 
 def _from_hub(source: str, repository: str, file: str) -> Path:
@@ -122,59 +122,57 @@ def _from_hub(source: str, repository: str, file: str) -> Path:
 
 def _list_items(source: str) -> Iterator[tuple[str, Row]]:
     """The objects of a JSON list, each with where it begins, for messages."""
-    text, name = read_file(source)
+    text = read_file(source)
     decoder = json.JSONDecoder()
 
-    def blank(position: int) -> int:
+    def skip_blank(position: int) -> int:
         match = _BLANK.match(text, position)
         return match.end() if match else position
 
     def where(position: int) -> str:
-        return f"{name}, line {text.count(chr(10), 0, position) + 1}"
+        return f"{source}, line {text.count(chr(10), 0, position) + 1}"
 
-    position = blank(0)
+    position = skip_blank(0)
     if text[position : position + 1] != "[":
         raise UserError(f"{where(position)}: expected a JSON list of objects")
-    position = blank(position + 1)
+    position = skip_blank(position + 1)
     items = 0
     while text[position : position + 1] != "]":
         try:
             row, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise UserError(f"{where(error.pos)}: not valid JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where(position)}: expected an object, got {_shown(row)}")
-        yield f"{where(position)} (item {items + 1})", row
         items += 1
-        position = blank(end)
+        yield f"{where(position)} (item {items})", _object(where(position), row)
+        position = skip_blank(end)
         if text[position : position + 1] == ",":
-            position = blank(position + 1)
+            position = skip_blank(position + 1)
         elif text[position : position + 1] != "]":
             raise UserError(f"{where(position)}: not valid JSON: expected a comma or the end")
     if not items:
-        raise UserError(f"{name}: the list is empty")
+        raise UserError(f"{source}: the list is empty")
     if text[position + 1 :].strip():
-        raise UserError(f"{where(blank(position + 1))}: there is something after the list")
+        raise UserError(f"{where(skip_blank(position + 1))}: there is something after the list")
 
 
 def _lines(source: str) -> Iterator[tuple[str, Row]]:
     """The objects of a JSONL file, each with its line, for messages."""
-    text, name = read_file(source)
-    found = False
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
+    lines = [pair for pair in enumerate(read_file(source).split("\n"), 1) if pair[1].strip()]
+    if not lines:
+        raise UserError(f"{source}: the file is empty")
+    for number, line in lines:
+        where = f"{source}, line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, got {_shown(row)}")
-        found = True
-        yield where, row
-    if not found:
-        raise UserError(f"{name}: the file is empty")
+        yield where, _object(where, row)
+
+
+def _object(where: str, row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, got {_shown(row)}")
+    return row
 
 
 def _first_turn(where: str, row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Results: their folder, files that are written at once, records that survive a kill, tables."""
+"""Results: their folder, their files, records that survive a kill, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def name(model: str) -> str:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Put ``text`` at ``path`` whole or not at all."""
+    """Put all of ``text`` at ``path``, or nothing."""
     with refusals(f"{path}: cannot be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     return path
 
 
@@ -144,14 +144,27 @@ class Records:
                 ) from error
 
     def _check_settings(self) -> None:
+        empty = not self.path.stat().st_size
         if not self._settings_path.is_file():
-            if self.path.stat().st_size:
+            if not empty:
                 raise UserError(
-                    f"{self.path}: it has no {self._settings_path.name} beside it, so it cannot be "
-                    "known what it came from; give another folder with --out"
+                    f"{self.path}: its {self._settings_path.name} is missing, so nobody knows its "
+                    "settings; give another folder with --out"
                 )
-            write_json(self._settings_path, self._settings)
-            return
+        else:
+            changes = self._changed_settings()
+            if not changes:
+                return
+            if not empty:
+                raise UserError(
+                    f"{self.path.parent}: it holds results of other settings "
+                    f"({'; '.join(changes)}); give another folder with --out, or the same "
+                    "settings to go on"
+                )
+        write_json(self._settings_path, self._settings)
+
+    def _changed_settings(self) -> list[str]:
+        """Each setting that differs from that of the records, with both values."""
         try:
             before = json.loads(self._settings_path.read_text(encoding="utf-8"))
             keys = sorted(before.keys() | self._settings.keys())
@@ -159,26 +172,17 @@ class Records:
             raise UserError(
                 f"{self._settings_path}: not readable ({error}); give another folder with --out"
             ) from error
-        changed = [key for key in keys if before.get(key) != self._settings.get(key)]
-        if not changed:
-            return
-        if not self.path.stat().st_size:
-            write_json(self._settings_path, self._settings)
-            return
-        said = "; ".join(
+        return [
             printable(f"{key}: {before.get(key)!r} before, {self._settings.get(key)!r} now", 200)
-            for key in changed
-        )
-        raise UserError(
-            f"{self.path.parent}: it holds results of other settings ({said}); give another folder "
-            "with --out, or the same settings to go on"
-        )
+            for key in keys
+            if before.get(key) != self._settings.get(key)
+        ]
 
     def _read(self) -> None:
         self._file.seek(0)
         content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        lines = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(lines.splitlines(), 1):
             try:
                 record = json.loads(line)
                 self.done.setdefault(record["id"], record)
@@ -187,6 +191,6 @@ class Records:
                     f"{self.path}, line {number}: not a record; mend it, or give another folder "
                     "with --out"
                 ) from error
-        if len(whole) < len(content):
-            self._file.truncate(len(whole))
+        if len(lines) < len(content):
+            self._file.truncate(len(lines))
             os.fsync(self._file.fileno())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import typing
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "transformers", "vllm")
 SECTIONS = ("alpaca_eval", "arena_hard")
 BETAS = {"mean_logps": 2.0, "sum_logps": 0.1, "against_reference": 0.1}
-"""What the objectives that reward so start from: SimPO, CPO and DPO."""
+"""Beta by kind of reward, as SimPO, CPO and DPO have it by default."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class LoadSettings:
 
 @dataclass
 class PairSettings(LoadSettings, DataSettings):
-    """What `widemargin evaluate pairs` can be told; the data as in training."""
+    """How `widemargin evaluate pairs` scores; the data as in training."""
 
     #: Scale of the rewards in probabilities; None for the one of the config's objective, and for
     #: others what such objectives start from (2 for means, 0.1 for sums and against a reference).
@@ -146,10 +146,7 @@ def build(kind: type[Settings], given: dict[str, Any]) -> Settings:
     """Checked settings from plain values; an unknown key is an error naming the nearest."""
     hints = typing.get_type_hints(kind)
     known = {field.name: hints[field.name] for field in fields(kind)}
-    for key in given:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")
+    _check_known(given, known)
     values = {
         key: coerced(key, value, known[key])
         for key, value in given.items()
@@ -201,18 +198,16 @@ def _from_training(config: str, betas: dict[str, float]) -> dict[str, Any]:
     """The data settings in a training YAML; its beta goes to ``betas``."""
     given = name_objective(translate(read_yaml(Path(config)), []), "simpo", [])
     objective = canonical_name(str(given["objective"]))
-    own = hyperparameters_of(objective)
-    known = {field.name for field in dataclasses.fields(PreferenceConfig)} | own.keys()
-    for key in given:
-        if key not in known and key not in TABLE:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"config {config}: unknown setting {key!r}; did you mean {nearest!r}?")
+    hyperparameters = hyperparameters_of(objective)
+    known = {field.name for field in fields(PreferenceConfig)} | hyperparameters.keys()
+    _check_known([key for key in given if key not in TABLE], known, f"config {config}: ")
     arguments = given.get("objective_args") or {}
     beta = given.get("beta", arguments.get("beta"))
-    default = own["beta"].default if "beta" in own else None
-    kind = _kind(objective)
-    if beta is not None or isinstance(default, float):
-        betas[kind] = coerced("beta", default if beta is None else beta, float)
+    if beta is None and "beta" in hyperparameters:
+        beta = hyperparameters["beta"].default
+        beta = beta if isinstance(beta, float) else None
+    if beta is not None:
+        betas[_kind(objective)] = coerced("beta", beta, float)
     data = {field.name for field in fields(DataSettings)} - {"max_train_samples"}
     return {key: value for key, value in given.items() if key in data}
 
@@ -222,6 +217,14 @@ def _kind(objective: str) -> str:
     if OBJECTIVES[objective].needs_reference:
         return "against_reference"
     return "sum_logps" if objective == "cpo" else "mean_logps"
+
+
+def _check_known(keys: Iterable[str], known: Collection[str], where: str = "") -> None:
+    """Raise ``UserError`` for a key that is none of ``known``, with the nearest of them."""
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"{where}unknown setting {key!r}; did you mean {nearest!r}?")
 
 
 def count(option: str, value: Any) -> None:

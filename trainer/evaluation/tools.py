@@ -1,4 +1,4 @@
-"""The benchmarks' own tools: called where they and a judge's key are, else how to call them."""
+"""The benchmarks' tools: called if installed and there is a judge's key, else how to call them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ KEY = "OPENAI_API_KEY"
 def alpaca_eval(outputs: Path, judge_url: str | None, baseline: str | None, *, call: bool) -> None:
     """Have ``outputs`` judged by the installed alpaca_eval, or print the command that does.
 
-    The tool gets the answers that it compares with as a file, AlpacaEval 2's own if ``baseline`` is
-    None: left to itself it loads them by a script, which newer releases of datasets refuse.
+    The tool gets the answers that it compares with as a file, AlpacaEval 2's baseline if
+    ``baseline`` is None. Without one it loads them by a script, which newer datasets refuse.
     """
     installed = find_spec("alpaca_eval") is not None
     command = ["alpaca_eval", "--model_outputs", str(outputs), "--reference_outputs"]
     if call and installed and os.environ.get(KEY):
-        text, _ = read_file(baseline or ALPACA_BASELINE)
+        text = read_file(baseline or ALPACA_BASELINE)
         reference = write_text(outputs.with_name("reference_outputs.json"), text)
         start = [sys.executable, "-c", "from alpaca_eval.main import main; main()"]
         extra = {"OPENAI_API_BASE": judge_url} if judge_url else {}
@@ -69,8 +69,8 @@ def arena_hard(
 ) -> None:
     """Have ``answers`` judged by the clone of Arena-Hard at ``tool``, or print how to.
 
-    The clone gets the answers among its own. Its settings, with this model alone to judge, are
-    written beside them; judge and endpoints are what the clone's configs say.
+    The clone gets the answers. Its settings, with this model alone to judge, are written next to
+    the answers; the clone's configs name judge and endpoints.
     """
     if tool is None:
         print(
