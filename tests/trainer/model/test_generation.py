@@ -1,0 +1,63 @@
+"""Batches of answers: what ends one, padding that changes nothing, and a model left as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+from widemargin.trainer.model.generation import Completion, Decoding, complete, stop_ids
+
+from tests.support import tiny_models
+from tests.support.tiny_models import tiny_model
+
+TOKENIZER: Any = tiny_models.TOKENIZER
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+PAD = TOKENIZER.pad_token_id
+ENDS = {TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids("<|end|>")}
+
+
+@pytest.mark.parametrize("eos", [None, 7, [7, 8]])
+def test_stops_of_the_model_the_tokenizer_and_the_template(eos):
+    saved = GenerationConfig(eos_token_id=eos)
+    of_model = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    assert stop_ids(TOKENIZER, saved) == sorted(ENDS | of_model)
+    assert stop_ids(TOKENIZER, None) == sorted(ENDS)
+    assert stop_ids(TOKENIZER, saved, [9, 3, 9]) == [3, 9]
+
+
+def test_a_batch_answers_as_each_prompt_alone_and_ends_before_the_stop():
+    model: Any = tiny_model().eval()
+    unending = complete(model, PROMPTS, Decoding([], PAD, 8), seed=0)
+    assert [len(answer.token_ids) for answer in unending] == [8, 8, 8]
+    assert not any(answer.stopped for answer in unending)
+    stop = unending[0].token_ids[3]
+    decoding = Decoding([stop], PAD, 8)
+    answers = complete(model, PROMPTS, decoding, seed=0)
+    end = unending[0].token_ids.index(stop)
+    assert answers[0] == Completion(unending[0].token_ids[:end], True)
+    assert answers == [complete(model, [prompt], decoding, seed=0)[0] for prompt in PROMPTS]
+
+
+def test_the_model_and_the_random_numbers_are_left_as_they_were():
+    model: Any = tiny_model().train()
+    saved = model.generation_config
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    decoding = Decoding([], PAD, 6, temperature=1.5)
+    drawn = complete(model, PROMPTS, decoding, seed=1)
+    assert torch.equal(torch.rand(2), expected)
+    assert model.training
+    assert model.generation_config is saved
+    assert complete(model, PROMPTS, decoding, seed=1) == drawn
+    assert complete(model, PROMPTS, decoding, seed=2) != drawn
+
+
+def test_answers_end_within_the_context():
+    model = tiny_model(max_position_embeddings=8)
+    answers = complete(model, PROMPTS, Decoding([], PAD, 6), seed=0)
+    assert [len(answer.token_ids) for answer in answers] == [2, 2, 2]
+    full = complete(model, [[5] * 8, [5]], Decoding([], PAD, 6), seed=0)
+    assert full == [Completion([], False)] * 2
