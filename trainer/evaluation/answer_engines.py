@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 VLLM_AT_ONCE = 256
-"""Questions given to vLLM at once, which fills its batches itself: what a killed run loses."""
+"""Questions given to vLLM at once, which fills its batches itself; a killed run loses so many."""
 
 
 def engine_name(settings: AnswerSettings) -> str:
@@ -41,7 +41,7 @@ def make_engine(
 
 
 class TransformersEngine:
-    """`generate`, with nothing taken from the model's generation config but what ends an answer."""
+    """`generate`; of the model's generation config, only its end tokens count."""
 
     def __init__(
         self, model: str, settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase

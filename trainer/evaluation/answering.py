@@ -36,8 +36,8 @@ def answer(
 
     A record has ``id``, ``output`` (text), ``tokens``, ``finish`` ("stop", "length" or
     "prompt too long") and ``tstamp`` (seconds since 1970, when it was finished). Batches depend on
-    the questions and settings alone, and each has a seed: a run that was
-    stopped and continued gives what an uninterrupted one gives.
+    the questions and settings alone, and each has a seed, so a run that was stopped and continued
+    gives the same answers as an uninterrupted one.
     """
     tokenizer = read_tokenizer(settings, model, settings.chat_template)
     engine = engine_name(settings)
@@ -119,7 +119,7 @@ def _record(question: Question, output: str, tokens: int, finish: str) -> Record
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices of what has a length, the longest first, ``size`` at a time."""
+    """Indices of the lengths above 0, the longest first, ``size`` at a time."""
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -130,7 +130,7 @@ def render(
     settings: AnswerSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
-    """Each question as the tokens of a prompt in the chat template, with what opens an answer."""
+    """Each question in the chat template, up to where the answer begins, as tokens."""
     system = settings.system_prompt
     opening = [] if system is None else [{"role": "system", "content": system}]
     texts = chat.render(

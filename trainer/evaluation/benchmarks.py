@@ -79,7 +79,7 @@ def arena_hard(options: argparse.Namespace, overrides: list[str]) -> None:
 def alpaca_rows(
     questions: Sequence[Question], records: Sequence[Record], generator: str
 ) -> list[Record]:
-    """``model_outputs.json``: what AlpacaEval joins with its baseline by ``instruction``."""
+    """``model_outputs.json``, which AlpacaEval joins with its baseline by ``instruction``."""
     return [
         {
             "dataset": question.row.get("dataset", ""),

@@ -114,7 +114,7 @@ def _add_answering(command: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Do what the command line says; 0, or a ``UserError``."""
+    """Run the benchmark that the command line names; 0, or a ``UserError``."""
     if options.benchmark in ("pairs", "lm-eval") and not options.model:
         raise UserError("--model: none is given; set it to a saved model's folder or a hub name")
     if options.benchmark == "pairs":

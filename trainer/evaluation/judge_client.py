@@ -19,17 +19,17 @@ from .tools import KEY
 
 OPENAI = "https://api.openai.com/v1"
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-"""HTTP statuses that may be gone the next time."""
+"""HTTP statuses that may pass, so that another attempt is worth it."""
 
 Parsed = TypeVar("Parsed")
 
 
 class Unusable(Exception):
-    """An answer that is not what was asked for; the next may be."""
+    """An answer that cannot be used; the next may be better."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another place: it is an error instead."""
+    """Makes a redirect an error: it would take the key to another place."""
 
     def redirect_request(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, *_: Any
@@ -63,7 +63,7 @@ class JudgeClient:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def ask(self, messages: list[dict[str, str]], parse: Callable[[str], Parsed]) -> Parsed:
-        """What ``parse`` makes of the answer to ``messages``; it raises `Unusable` for nonsense.
+        """The parsed answer to ``messages``; ``parse`` raises `Unusable` for nonsense.
 
         Raises:
             UserError: every attempt failed, or one in a way that will not pass (a wrong key, an

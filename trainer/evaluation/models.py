@@ -1,4 +1,4 @@
-"""Models and tokenizers that are only read, and what tells one model from another."""
+"""Models and tokenizers that are only read, and a fingerprint of a model."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def measure(
     reference: PairLogps | None,
     betas: dict[str, float],
 ) -> dict[str, Any]:
-    """Everything there is to say about the pairs, as plain values; None for what has no pairs."""
+    """All measures of the pairs, as plain values; None for a group without pairs."""
     rewards = {
         kind: reward_metrics(margins, lengths.chosen - lengths.rejected, betas[kind])
         for kind, margins in pair_margins(logps, lengths, reference).items()

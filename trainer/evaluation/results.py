@@ -49,7 +49,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """``content`` as indented JSON; what is not finite becomes null."""
+    """``content`` as indented JSON; numbers that are not finite become null."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False)
     return write_text(path, text + "\n")
 
@@ -92,8 +92,8 @@ class Records:
     """``FOLDER/NAME.jsonl``: finished records by their ``id``; and the settings they came from.
 
     Lines are only ever added, each on disk (fsync) when `append` returns. A last line that was cut
-    off when the process was killed is dropped, so nothing is lost but what was not finished, and
-    no id is there twice. Use it as a context manager: one process at a time.
+    off when the process was killed is dropped, so only unfinished work is lost, and no id is there
+    twice. Use it as a context manager: one process at a time.
 
     Raises:
         UserError: the folder holds records of other settings (which ones is said), a line that is

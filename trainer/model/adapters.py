@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAME_AT_FIRST = (True, "gaussian", "eva")
-"""Ways to initialise LoRA under which the base stays what it was and the adapter adds nothing."""
+"""Ways to initialise LoRA that leave the base unchanged and let the adapter add nothing."""
 
 
 def lora_config(settings: AdapterSettings) -> Any:
@@ -107,7 +107,7 @@ def bare_model(model: Any) -> PreTrainedModel:
 
 
 def starts_as_its_base(peft_config: Any) -> bool:
-    """Whether a fresh adapter adds nothing at first, so that the model is what its base is."""
+    """Whether a fresh adapter adds nothing at first, so that the model equals its base."""
     return getattr(peft_config, "init_lora_weights", False) in SAME_AT_FIRST
 
 

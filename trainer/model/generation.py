@@ -1,4 +1,4 @@
-"""Answers from a model: what ends one, how long it can be, and writing a batch of them."""
+"""Answers from a model: the tokens that end one, its longest length, and a batch of them."""
 
 from __future__ import annotations
 
