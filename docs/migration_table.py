@@ -1,6 +1,6 @@
 """``python -m docs.migration_table > docs/migration.md``: the table of keys as a page.
 
-What it says of keys comes from ``compat_keys.py``, the names of objectives from ``objectives``.
+The keys come from `settings.published.keys`, the names of objectives from `objectives`.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _objectives() -> str:
     rows = []
     for name, spec in OBJECTIVES.items():
         trainer = "dpo" if spec.needs_reference else "simpo"
-        own = ", ".join(f"`{h}`" for h in hyperparameters_of(name))
-        rows.append([f"`{name}`", _code(aliases[name]), trainer, own])
+        hyperparameters = ", ".join(f"`{h}`" for h in hyperparameters_of(name))
+        rows.append([f"`{name}`", _code(aliases[name]), trainer, hyperparameters])
     title = "\n### Objectives\n\n`objective` names one; `loss_type` under either name does too.\n\n"
     return title + _table(("objective", "also", "trainer_type", "hyperparameters"), rows)
 

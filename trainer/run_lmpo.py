@@ -2,7 +2,7 @@
 
 The twin of the LMPO repository's ``scripts/run_lmpo.py``: the objective is lmpo where
 the settings name none, and ``loss_type: sigmoid`` means it.
-Otherwise as ``widemargin train``; see ``compat_objective.py``.
+Otherwise as ``widemargin train``; see `settings.published.objective`.
 """
 
 import sys

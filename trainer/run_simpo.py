@@ -2,7 +2,7 @@
 
 The twin of the SimPO repository's ``scripts/run_simpo.py``: the objective is simpo where
 the settings name none; ``loss_type: hinge`` is its hinge form.
-Otherwise as ``widemargin train``; see ``compat_objective.py``.
+Otherwise as ``widemargin train``; see `settings.published.objective`.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 The twin of the gamma-PO repository's ``scripts/run_xpo.py``: ``loss_type`` and
 ``trainer_type`` say what is trained.
-Otherwise as ``widemargin train``; see ``compat_objective.py``.
+Otherwise as ``widemargin train``; see `settings.published.objective`.
 """
 
 import sys

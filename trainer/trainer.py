@@ -28,8 +28,8 @@ from .monitor.samples import SampleWriter
 from .monitor.throughput import Throughput, peak_memory_mib
 from .reference.model import reference_for
 from .settings.adapter import check_adapted
-from .settings.checks import check_evaluation
 from .settings.config import PreferenceConfig
+from .settings.evaluation_data import check_evaluation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

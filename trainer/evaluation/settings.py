@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 from ..data import DataSettings
 from ..errors import UserError
 from ..objectives import OBJECTIVES, canonical_name, hyperparameters_of
+from ..settings.coercion import coerced
 from ..settings.config import PreferenceConfig
-from ..settings.files import coerced, parse_overrides, read_yaml
-from ..settings.names import PACKINGS
+from ..settings.files import parse_overrides, read_yaml
+from ..settings.names import DTYPES, PACKINGS
 from ..settings.published.keys import TABLE
 from ..settings.published.objective import name_objective
 from ..settings.published.translation import merge, translate
 
-DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("auto", "transformers", "vllm")
 SECTIONS = ("alpaca_eval", "arena_hard")
 BETAS = {"mean_logps": 2.0, "sum_logps": 0.1, "against_reference": 0.1}

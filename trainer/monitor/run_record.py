@@ -13,8 +13,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..data import PairData
 from ..objectives import Objective
+from ..settings.coercion import is_secret
 from ..settings.config import PreferenceConfig, defaults_of
-from ..settings.files import is_secret
 from ..versions import versions
 
 

@@ -1,4 +1,7 @@
 """Every setting of a run: dataclasses, their checks, YAML files and overrides.
 
-May import `objectives` (for their hyperparameters) and nothing above. Start in `config`.
+`config` has `PreferenceConfig`, of the dataclasses in `model`, `adapter`, `data` and `samples`;
+`files` reads one from a YAML file and overrides; `published` translates other projects' names.
+May import the kernels' constants, `errors`, `text` and `objectives` (for their hyperparameters),
+and no other room. Start in `config`.
 """

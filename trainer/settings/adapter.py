@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: the settings."""
+"""Settings of LoRA and QLoRA."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ..errors import UserError
+from .values import expect_one_of, is_whole
 
 QUANT_TYPES = ("nf4", "fp4")
 
 
 @dataclass
 class AdapterSettings:
-    """Whether an adapter trains in place of the model's own weights, and which."""
+    """Whether an adapter trains in place of the model's weights, and which adapter."""
 
     #: Train a LoRA adapter (peft); the model itself stays frozen.
     use_peft: bool = False
@@ -25,8 +26,8 @@ class AdapterSettings:
     #: Names of the modules to adapt, or one regular expression; None for every linear layer but
     #: the head.
     lora_target_modules: list[str] | str | None = None
-    #: Names of modules to train whole beside the adapter; neither the head nor what shares its
-    #: weight.
+    #: Names of modules to train in full, with the adapter; neither the head nor a module that
+    #: shares its weight.
     lora_modules_to_save: list[str] | None = None
     #: Keep the frozen model in 8 bits (bitsandbytes).
     load_in_8bit: bool = False
@@ -41,7 +42,7 @@ class AdapterSettings:
 
     def check_adapter(self) -> None:
         """Raise ``UserError`` for the first value out of range, or that would do nothing."""
-        if not isinstance(self.lora_r, int) or isinstance(self.lora_r, bool) or self.lora_r < 1:
+        if not is_whole(self.lora_r, 1):
             raise UserError(f"lora_r: expected a rank from 1 on, got {self.lora_r!r}")
         if not self.lora_alpha > 0:
             raise UserError(f"lora_alpha: expected a number above 0, got {self.lora_alpha!r}")
@@ -49,11 +50,7 @@ class AdapterSettings:
             raise UserError(
                 f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}"
             )
-        if self.bnb_4bit_quant_type not in QUANT_TYPES:
-            raise UserError(
-                f"bnb_4bit_quant_type: expected one of {', '.join(QUANT_TYPES)}, got "
-                f"{self.bnb_4bit_quant_type!r}"
-            )
+        expect_one_of("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES)
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError("load_in_4bit and load_in_8bit are both given; keep one")
         for name in ("load_in_4bit", "load_in_8bit"):

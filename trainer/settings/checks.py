@@ -7,17 +7,16 @@ import math
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from torch.utils.checkpoint import checkpoint
+from transformers import TrainingArguments
 
 from ..errors import UserError
-from .names import NAMES
+from .model import ModelSettings
+from .names import METRICS
+from .values import expect_whole, is_number
 
-if TYPE_CHECKING:
-    from .config import PreferenceConfig
-
-WHOLE = {
+WHOLE_NUMBERS = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "per_device_eval_batch_size": 1,
@@ -39,37 +38,29 @@ WITHOUT_EFFECT = {
 """transformers' settings that this trainer has no use for, and what to do instead."""
 
 
-def check_training(config: PreferenceConfig) -> None:
+def check_training(args: TrainingArguments) -> None:
     """Raise ``UserError`` for the first of transformers' settings that cannot work here."""
-    for name, least in WHOLE.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{name}: expected a whole number from {least} on, got {value!r}")
+    for name, least in WHOLE_NUMBERS.items():
+        expect_whole(name, getattr(args, name), least)
     for name in (*NOT_NEGATIVE, *BELOW_ONE):
-        value = getattr(config, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value < (1 if name in BELOW_ONE else math.inf):
+        value = getattr(args, name)
+        if not is_number(value) or not 0 <= value < (1 if name in BELOW_ONE else math.inf):
             limit = ", below 1" if name in BELOW_ONE else ""
             raise UserError(f"{name}: expected a number from 0 on{limit}, got {value!r}")
-    if config.max_steps != -1 and config.max_steps < 1:
+    if args.max_steps != -1 and args.max_steps < 1:
         raise UserError(
             f"max_steps: expected a number of steps from 1 on, or -1 for num_train_epochs instead, "
-            f"got {config.max_steps!r}"
+            f"got {args.max_steps!r}"
         )
-    if config.max_steps == -1 and not 0 < config.num_train_epochs < math.inf:
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
         raise UserError(
-            f"num_train_epochs: expected a number above 0, got {config.num_train_epochs!r}"
+            f"num_train_epochs: expected a number above 0, got {args.num_train_epochs!r}"
         )
-    limit = config.max_tokens_per_micro_batch
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise UserError(
-            f"max_tokens_per_micro_batch: expected a number of tokens, or none, got {limit!r}"
-        )
-    defaults = type(config).__dataclass_fields__
+    defaults = type(args).__dataclass_fields__
     for name, advice in WITHOUT_EFFECT.items():
-        if name in defaults and getattr(config, name) != defaults[name].default:
+        if name in defaults and getattr(args, name) != defaults[name].default:
             raise UserError(f"{name}: does nothing in preference training; {advice}")
-    _check_best(config)
+    _check_best(args)
 
 
 def check_checkpointing(kwargs: object) -> None:
@@ -84,29 +75,38 @@ def check_checkpointing(kwargs: object) -> None:
         )
 
 
-def check_machine(config: PreferenceConfig) -> None:
-    """What transformers refuses too, in words that name neither the setting nor the remedy."""
+def check_machine(args: TrainingArguments) -> None:
+    """Raise ``UserError`` for what transformers refuses without the setting's name and a remedy."""
     from transformers.utils import import_utils
 
     bfloat16 = import_utils.is_torch_bf16_gpu_available() or import_utils.is_torch_xla_available()
     for name in ("bf16", "bf16_full_eval"):
-        if getattr(config, name) and not (bfloat16 or config.use_cpu):
+        if getattr(args, name) and not (bfloat16 or args.use_cpu):
             raise UserError(
                 f"{name}: there is no GPU here that computes in bfloat16; set use_cpu: true to do "
                 f"so on the CPU, or {name}: false"
             )
-    if config.deepspeed and find_spec("deepspeed") is None:
+    if args.deepspeed and find_spec("deepspeed") is None:
         raise UserError("deepspeed: it is not installed; pip install 'widemargin[deepspeed]'")
 
 
-def with_setting(message: str, config: PreferenceConfig) -> str:
-    """transformers' message of a choice that it does not know, after the setting's name."""
+def with_setting(message: str, args: TrainingArguments) -> str:
+    """transformers' message about a choice that it does not know, after the setting's name."""
     value, refused, _ = message.partition(" is not a valid ")
-    names = [name for name, given in vars(config).items() if refused and given == value]
+    names = [name for name, given in vars(args).items() if refused and given == value]
     return f"{', '.join(names)}: {message}" if names else message
 
 
-def check_environment(config: PreferenceConfig) -> None:
+def unread_file(error: OSError, args: TrainingArguments) -> str:
+    """The message about a file of settings that cannot be read, after the settings' names."""
+    names = ("accelerator_config", "fsdp_config", "deepspeed")
+    paths = {n: v for n in names if isinstance(v := getattr(args, n, None), str)}
+    named = ", ".join(f"{name}: {value!r}" for name, value in paths.items())
+    reason = error.strerror or type(error).__name__
+    return f"{named or 'settings'}: the file cannot be read: {reason}"
+
+
+def check_environment(args: TrainingArguments) -> None:
     """Raise ``UserError`` for what a setting needs and this machine or launch lacks."""
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
@@ -115,7 +115,7 @@ def check_environment(config: PreferenceConfig) -> None:
     from transformers.utils.import_utils import is_liger_kernel_available
 
     available = get_available_reporting_integrations()
-    for name in config.report_to or ():
+    for name in args.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             raise UserError(f"report_to: {name!r} is not known; expected none or some of {known}")
@@ -123,17 +123,9 @@ def check_environment(config: PreferenceConfig) -> None:
             raise UserError(
                 f"report_to: {name} is not installed; install it or set report_to: none"
             )
-    if config.use_liger_kernel and not is_liger_kernel_available():
+    if args.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("use_liger_kernel: it is not installed; pip install 'widemargin[liger]'")
-    if config.attn_implementation == "flash_attention_2":
-        _check_flash_attention()
-    full = config.dtype == "float32" and config.mixed_precision == "no"
-    name = config.attn_implementation or ""
-    if full and "flash_attention" in name:
-        raise UserError(
-            f"attn_implementation: {name} computes in half precision only; set bf16: true"
-        )
-    accelerator = config.accelerator_config
+    accelerator = args.accelerator_config
     for name in ("split_batches", "dispatch_batches"):
         if getattr(accelerator, name, None):
             raise UserError(
@@ -142,8 +134,20 @@ def check_environment(config: PreferenceConfig) -> None:
             )
 
 
+def check_attention(model: ModelSettings, mixed_precision: str) -> None:
+    """Raise ``UserError`` for an attention that cannot compute here, or not in this precision."""
+    name = model.attn_implementation or ""
+    if name == "flash_attention_2":
+        _check_flash_attention()
+    full = model.dtype == "float32" and mixed_precision == "no"
+    if full and "flash_attention" in name:
+        raise UserError(
+            f"attn_implementation: {name} computes in half precision only; set bf16: true"
+        )
+
+
 def _check_flash_attention() -> None:
-    """flash-attn must be there; transformers would fetch other code from the hub in its place."""
+    """flash-attn must be there; without it transformers would fetch other code from the hub."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     if find_spec("flash_attn") is None:
@@ -158,47 +162,26 @@ def _check_flash_attention() -> None:
         )
 
 
-def check_evaluation(config: PreferenceConfig, evaluation: object) -> None:
-    """Raise ``UserError`` where evaluation is wanted and there is no data for it, or not such."""
-    several = isinstance(evaluation, dict)
-    missing = evaluation is None or (several and not evaluation)
-    for name in ("eval_strategy", "eval_on_start"):
-        if missing and getattr(config, name) not in ("no", False):
-            raise UserError(
-                f"{name}: there is no evaluation data; give some (a test split, eval_dataset) or "
-                f"set {name}: {'no' if name == 'eval_strategy' else 'false'}"
-            )
-    if several and config.eval_samples:
-        raise UserError(
-            "eval_samples: answers are to the prompts of one evaluation set, and eval_dataset has "
-            "several; give one, or set eval_samples: 0"
-        )
-    best = config.metric_for_best_model
-    if best is not None:
-        sets = [f"{each}_" for each in evaluation] if several else [""]
-        _check_metric(best, [f"{each}{name}" for each in sets for name in NAMES])
-
-
-def check_output(config: PreferenceConfig) -> None:
+def check_output(args: TrainingArguments) -> None:
     """Raise ``UserError`` where ``output_dir`` is not a folder that can be made and written."""
-    folder = os.path.abspath(config.output_dir)
+    folder = os.path.abspath(str(args.output_dir))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         problem = "cannot be written" if os.path.isdir(folder) else "is not a folder"
-        raise UserError(f"output_dir: {config.output_dir}: {folder} {problem}; name another")
+        raise UserError(f"output_dir: {args.output_dir}: {folder} {problem}; name another")
 
 
-def _check_best(config: PreferenceConfig) -> None:
+def _check_best(args: TrainingArguments) -> None:
     """The metric that decides which checkpoint is the best one."""
-    name = config.metric_for_best_model
-    if name is None and str(getattr(config.save_strategy, "value", config.save_strategy)) == "best":
+    name = args.metric_for_best_model
+    if name is None and str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
         raise UserError("metric_for_best_model: save_strategy: best needs one, such as loss")
-    if name is not None and not name.endswith(tuple(f"_{known}" for known in NAMES)):
-        _check_metric(name, NAMES)  # others may begin with an evaluation set: `check_evaluation`
+    if name is not None and not name.endswith(tuple(f"_{known}" for known in METRICS)):
+        check_metric(name, METRICS)  # others may begin with an evaluation set: `check_evaluation`
 
 
-def _check_metric(name: str, known: Sequence[str]) -> None:
+def check_metric(name: str, known: Sequence[str]) -> None:
     if name.removeprefix("eval_") not in known:
         raise UserError(
             f"metric_for_best_model: {name!r} is not known; expected one of {', '.join(known)}"

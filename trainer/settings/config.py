@@ -10,18 +10,24 @@ from transformers import TrainingArguments
 
 from ...kernels.linear_logprob import TAIL_EPS, Backend, Tail
 from ..errors import UserError
-from ..objectives import Objective, build_objective, hyperparameters_of
+from ..objectives import OBJECTIVES, Objective, build_objective, hyperparameters_of
 from .checks import (
+    check_attention,
     check_checkpointing,
     check_environment,
     check_machine,
     check_training,
+    unread_file,
     with_setting,
 )
 from .data import DataSettings
 from .model import ModelSettings
 from .names import BACKENDS, PACKINGS, TAILS
 from .samples import SampleSettings
+from .values import expect_one_of, is_whole
+
+FIELDS_OF_OBJECTIVES = ("beta", "gamma_beta_ratio")
+"""Hyperparameters of objectives that are fields of `PreferenceConfig`."""
 
 
 def default_workers() -> int:
@@ -94,44 +100,18 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
     def __post_init__(self) -> None:
         self._name_checkpointing_as_installed()
         given = _values(self)
-        self.remove_unused_columns = False  # the data set has only those that are used
-        if self.use_liger_kernel:  # its own head, put on after ours, would take its place
-            liger = self.liger_kernel_config or {}
-            self.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
-        if not self.per_device_eval_batch_size:
-            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        self._set_what_this_trainer_needs()
         self.check()
-        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
-        engine = self.accelerator_config or {}
-        copies_settled = not isinstance(engine, dict) or "non_blocking" in engine
-        if torch.backends.mps.is_available() and not torch.cuda.is_available():
-            self.use_cpu = True  # statistics are kept in float64, which Apple's GPUs do not have
+        self._set_what_this_machine_needs()
         check_machine(self)
-        try:
-            super().__post_init__()
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(with_setting(" ".join(str(error).split()), self)) from error
-        except OSError as error:  # of the settings that may name a file
-            names = ("accelerator_config", "fsdp_config", "deepspeed")
-            files = {n: v for n in names if isinstance(v := getattr(self, n, None), str)}
-            named = ", ".join(f"{name}: {value!r}" for name, value in files.items())
-            reason = error.strerror or type(error).__name__
-            raise UserError(f"{named or 'settings'}: the file cannot be read: {reason}") from error
+        engine = self.accelerator_config or {}
+        copies_are_settled = not isinstance(engine, dict) or "non_blocking" in engine
+        self._fill_in_as_transformers()
         check_environment(self)
-        if self.head_backend == "triton" and self.device.type != "cuda":
-            raise UserError("head_backend: triton needs a CUDA device; leave it at auto")
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False
-        accelerator: Any = self.accelerator_config
-        if self.dataloader_pin_memory and not copies_settled:  # or each copy waits for the device
-            accelerator.non_blocking = True
-        defaults = defaults_of(type(self))
-        self.filled_in = {
-            name: value
-            for name, value in _values(self).items()
-            if given[name] == defaults[name] != value
-        }
-        """What stands in place of defaults that nobody changed: found out, not asked for."""
+        check_attention(self, self.mixed_precision)
+        self._fit_device(copies_are_settled)
+        #: What stands in place of defaults that nobody changed: worked out, not asked for.
+        self.filled_in = self._replaced_defaults(given)
 
     def _name_checkpointing_as_installed(self) -> None:
         """Old and new transformers differ in the name; non-reentrant unless told otherwise."""
@@ -146,6 +126,46 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         setattr(self, name, True)
         setattr(self, f"{name}_kwargs", kwargs)
 
+    def _set_what_this_trainer_needs(self) -> None:
+        self.remove_unused_columns = False  # the data set has only those that are used
+        if self.use_liger_kernel:  # its head, put on after ours, would take its place
+            liger = self.liger_kernel_config or {}
+            self.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
+        if not self.per_device_eval_batch_size:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+
+    def _set_what_this_machine_needs(self) -> None:
+        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
+        if torch.backends.mps.is_available() and not torch.cuda.is_available():
+            self.use_cpu = True  # statistics are kept in float64, which Apple's GPUs do not have
+
+    def _fill_in_as_transformers(self) -> None:
+        """transformers' ``__post_init__``; its refusals name the setting."""
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(with_setting(" ".join(str(error).split()), self)) from error
+        except OSError as error:
+            raise UserError(unread_file(error, self)) from error
+
+    def _fit_device(self, copies_are_settled: bool) -> None:
+        """Head backend and copies to the device, which is known now."""
+        if self.head_backend == "triton" and self.device.type != "cuda":
+            raise UserError("head_backend: triton needs a CUDA device; leave it at auto")
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+        accelerator: Any = self.accelerator_config
+        if self.dataloader_pin_memory and not copies_are_settled:  # or each waits for the device
+            accelerator.non_blocking = True
+
+    def _replaced_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
+        defaults = defaults_of(type(self))
+        return {
+            name: value
+            for name, value in _values(self).items()
+            if given[name] == defaults[name] != value
+        }
+
     def check(self) -> None:
         """Raise ``UserError`` for the first of this project's settings that is out of range."""
         super().check()
@@ -153,30 +173,35 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         self.check_samples()
         known_values = (("head_tail", TAILS), ("head_backend", BACKENDS), ("packing", PACKINGS))
         for name, known in known_values:
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            expect_one_of(name, getattr(self, name), known)
         if not isinstance(self.head_tail_eps, float) or not 0 < self.head_tail_eps < 1:
             raise UserError(
                 f"head_tail_eps: expected a probability in (0, 1), got {self.head_tail_eps!r}"
             )
         if not isinstance(self.objective_args, dict):
             raise UserError(f"objective_args: expected a mapping, got {self.objective_args!r}")
+        limit = self.max_tokens_per_micro_batch
+        if limit is not None and not is_whole(limit, 1):
+            raise UserError(
+                f"max_tokens_per_micro_batch: expected a number of tokens, or none, got {limit!r}"
+            )
         check_training(self)
 
     def build_objective(self) -> Objective:
         """The objective these settings name, with its hyperparameters."""
         if self.objective is None:
-            from ..objectives import OBJECTIVES
-
             raise UserError(
                 f"objective: none is named; set objective: to one of {', '.join(OBJECTIVES)}"
             )
-        common = {"beta": self.beta, "gamma_beta_ratio": self.gamma_beta_ratio}
-        given = {name: value for name, value in common.items() if value is not None}
+        return build_objective(self.objective, **self._hyperparameters())
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """Those with a field here, where given, and ``objective_args``."""
+        fields_here = {name: getattr(self, name) for name in FIELDS_OF_OBJECTIVES}
+        given = {name: value for name, value in fields_here.items() if value is not None}
         for name in given.keys() & self.objective_args.keys():
             raise UserError(f"{name}: given beside objective_args and in it; keep one")
-        return build_objective(self.objective, **given, **self.objective_args)
+        return given | self.objective_args
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hub's token: transformers pickles settings into folders that are shared."""
@@ -216,4 +241,4 @@ def defaults_of(kind: type[PreferenceConfig]) -> dict[str, Any]:
 
 def objective_keys(objective: str) -> set[str]:
     """Hyperparameters that belong in ``objective_args``: those without a field of their own."""
-    return set(hyperparameters_of(objective)) - {"beta", "gamma_beta_ratio"}
+    return set(hyperparameters_of(objective)) - set(FIELDS_OF_OBJECTIVES)

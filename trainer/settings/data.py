@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from ..errors import UserError
+from .values import expect_one_of, expect_whole, is_number, is_whole
 
 DEFAULT_SPLITS = ["train", "test"]
 TRUNCATION_MODES = ("keep_end", "keep_start")
@@ -66,18 +66,15 @@ class DataSettings:
             _check_count(name, getattr(self, name), "rows")
         _check_count("preprocessing_num_workers", self.preprocessing_num_workers, "processes")
         for name, known in (("truncation_mode", TRUNCATION_MODES), ("chat_rendering", RENDERINGS)):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            expect_one_of(name, getattr(self, name), known)
         if not isinstance(self.auto_insert_empty_system_msg, bool):
             raise UserError(
                 "auto_insert_empty_system_msg: expected true or false, "
                 f"got {self.auto_insert_empty_system_msg!r}"
             )
-        if not _is_number(self.flip) or not 0 <= self.flip <= 1:
+        if not is_number(self.flip) or not 0 <= self.flip <= 1:
             raise UserError(f"flip: expected a probability from 0 to 1, got {self.flip!r}")
-        if not isinstance(self.mix_seed, int) or self.mix_seed < 0:
-            raise UserError(f"mix_seed: expected a whole number from 0 on, got {self.mix_seed!r}")
+        expect_whole("mix_seed", self.mix_seed, 0)
         if not isinstance(self.dataset_splits, list) or not all(
             isinstance(split, str) and split for split in self.dataset_splits
         ):
@@ -101,7 +98,7 @@ class DataSettings:
                 f"got {self.dataset_mixer!r}"
             )
         for name, fraction in self.dataset_mixer.items():
-            if not _is_number(fraction) or not 0 <= fraction <= 1:
+            if not is_number(fraction) or not 0 <= fraction <= 1:
                 raise UserError(
                     f"dataset_mixer: expected a fraction from 0 to 1 for {name!r}, got {fraction!r}"
                 )
@@ -113,12 +110,6 @@ def is_training_split(split: str) -> bool:
     return "train" in split
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_count(name: str, value: object, unit: str) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if value is not None and not is_whole(value, 1):
         raise UserError(f"{name}: expected a number of {unit} from 1 on, or null, got {value!r}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,12 +14,11 @@ import yaml
 from ..errors import UserError
 from ..objectives import OBJECTIVES, hyperparameters_of
 from .adapter import check_adapted
+from .coercion import as_number, coerced
 from .config import PreferenceConfig, objective_keys
 from .published.keys import TABLE
 from .published.objective import SCRIPTS, as_published_script, fit_objective, name_objective
 from .published.translation import merge, translate
-
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def load_config(
@@ -105,26 +102,9 @@ def build_config(
 
     A line for each setting that had another name goes to ``notes``; ``script`` as in `load_config`.
     """
-    notes = [] if notes is None else notes
-    if script is not None:
-        settings = as_published_script(settings, notes)
-    settings = translate(settings, notes)
-    settings = name_objective(settings, SCRIPTS.get(script) if script else None, notes)
-    settings = fit_objective(settings, notes)
+    settings = _under_our_names(settings, script, [] if notes is None else notes)
+    arguments = _pop_hyperparameters(settings)
     fields = _config_fields()
-    own = objective_keys(str(settings["objective"]))
-    arguments = settings.pop("objective_args", None) or {}
-    if not isinstance(arguments, dict):
-        raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
-    arguments = dict(arguments)
-    for key in list(settings):
-        if key in own and key in arguments:
-            raise UserError(f"{key}: given beside objective_args and in it; keep one")
-        if key in own:
-            value = _as_number(settings.pop(key))
-            arguments |= {} if value is None else {key: value}
-        elif key not in fields:
-            raise _unknown_key(key, settings["objective"], [*fields, *own, *TABLE])
     # A null stands for the default where it is no value of its own, as in published files.
     values = {
         key: coerced(key, value, fields[key])
@@ -134,6 +114,41 @@ def build_config(
     config = PreferenceConfig(**values, objective_args=arguments)
     check_adapted(config, config.use_peft)
     return config
+
+
+def _under_our_names(
+    settings: dict[str, Any], script: str | None, notes: list[str]
+) -> dict[str, Any]:
+    """The settings with published keys translated, and ``objective`` among them."""
+    if script is not None:
+        settings = as_published_script(settings, notes)
+    settings = translate(settings, notes)
+    settings = name_objective(settings, SCRIPTS.get(script) if script else None, notes)
+    return fit_objective(settings, notes)
+
+
+def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take ``objective_args``, and the objective's own keys that stand beside it, from settings.
+
+    Raises:
+        UserError: one is given in both places, or a key belongs neither here nor to the objective.
+    """
+    hyperparameters = objective_keys(str(settings["objective"]))
+    arguments = settings.pop("objective_args", None) or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
+    arguments = dict(arguments)
+    fields = _config_fields()
+    for key in list(settings):
+        if key in hyperparameters and key in arguments:
+            raise UserError(f"{key}: given beside objective_args and in it; keep one")
+        if key in hyperparameters:
+            value = as_number(settings.pop(key))
+            arguments |= {} if value is None else {key: value}
+        elif key not in fields:
+            known = [*fields, *hyperparameters, *TABLE]
+            raise _unknown_key(key, settings["objective"], known)
+    return arguments
 
 
 def _config_fields() -> dict[str, Any]:
@@ -148,63 +163,3 @@ def _unknown_key(key: str, objective: str, known: list[str]) -> UserError:
         return UserError(f"{key}: {objective} has none; it belongs to {', '.join(owners)}")
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
     return UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")
-
-
-def coerced(key: str, value: Any, hint: Any) -> Any:
-    """``value`` as the field's type: 1e-6 as a number, whole numbers for floats, one for a list."""
-    kinds = set(_kinds(hint))
-    if value is None or not kinds & {int, float, bool, str, list, dict}:
-        return value
-    if float in kinds or int in kinds:
-        value = _as_number(value) if str not in kinds else value
-        if float in kinds and type(value) is int and int not in kinds:
-            value = float(value)
-        if kinds & {int} and float not in kinds and type(value) is float and value.is_integer():
-            value = int(value)
-    if list in kinds and isinstance(value, str) and str not in kinds:
-        value = [value]
-    if str in kinds and type(value) is bool and bool not in kinds and key.endswith("_strategy"):
-        value = "steps" if value else "no"  # YAML 1.1 reads a bare no as false
-    allowed = tuple(kinds | ({int} if float in kinds else set()))
-    if isinstance(value, allowed) and not (type(value) is bool and bool not in kinds):
-        return value
-    names = " or ".join(sorted({_NAMES[kind] for kind in kinds if kind in _NAMES}))
-    if any(kind not in _NAMES for kind in kinds):
-        return value
-    got = "something else" if is_secret(key) else repr(value)
-    raise UserError(f"{key}: expected {names}, got {got}")
-
-
-def is_secret(name: str) -> bool:
-    """Whether a setting's value is for no log, by its name."""
-    return name.endswith(("_token", "_key", "_password", "_secret"))
-
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list",
-    dict: "a mapping",
-}
-
-
-def _as_number(value: Any) -> Any:
-    """Text such as "1e-6", which YAML 1.1 does not read as a number, as one."""
-    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
-        number = float(value)
-        return int(value) if re.fullmatch(r"[-+]?\d+", value.strip()) else number
-    return value
-
-
-def _kinds(hint: Any) -> Iterable[Any]:
-    """The plain types in a hint; subscripted ones by their origin."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        for part in typing.get_args(hint):
-            yield from _kinds(part)
-    elif origin is typing.Literal:
-        yield from map(type, typing.get_args(hint))
-    elif hint is not type(None):
-        yield origin or hint

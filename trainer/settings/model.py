@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UserError
 from .adapter import AdapterSettings
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from .names import DTYPES
+from .values import expect_one_of
 
 
 @dataclass
@@ -31,6 +30,5 @@ class ModelSettings(AdapterSettings):
 
     def check_model(self) -> None:
         """Raise ``UserError`` for the first value out of range."""
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        expect_one_of("dtype", self.dtype, ("auto", *DTYPES))
         self.check_adapter()

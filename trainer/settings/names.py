@@ -6,13 +6,15 @@ from ...kernels.checks import BACKENDS as BACKENDS
 from ...kernels.linear_logprob.types import TAILS as TAILS
 
 PACKINGS = ("padded", "packed", "prefix_shared", "auto")
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of a model's weights, by torch's names."""
 
 SIDES = ("chosen", "rejected")
-NAMES = (
+METRICS = (
     "loss",
     "rewards/accuracies",
     "rewards/margins",
-    *(f"{what}/{side}" for what in ("rewards", "logps", "logits", "lengths") for side in SIDES),
+    *(f"{figure}/{side}" for figure in ("rewards", "logps", "logits", "lengths") for side in SIDES),
     "margin/mean",
     "margin/std",
 )

@@ -1,10 +1,11 @@
-"""Answers written at evaluations: the settings."""
+"""Settings of the answers that evaluations write."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ..errors import UserError
+from .values import expect_whole, is_number
 
 
 @dataclass
@@ -22,11 +23,9 @@ class SampleSettings:
     def check_samples(self) -> None:
         """Raise ``UserError`` for the first value out of range, or that would do nothing."""
         for name, least in (("eval_samples", 0), ("eval_samples_max_new_tokens", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name}: expected a whole number from {least} on, got {value!r}")
+            expect_whole(name, getattr(self, name), least)
         value = self.eval_samples_temperature
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 100:
+        if not is_number(value) or not 0 <= value < 100:
             raise UserError(f"eval_samples_temperature: expected a number from 0 on, got {value!r}")
         strategy = getattr(self, "eval_strategy", "no")
         evaluates = getattr(strategy, "value", strategy) not in ("no", False, None)

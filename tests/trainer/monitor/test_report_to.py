@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from transformers import TrainerCallback
-from widemargin.trainer.settings.names import NAMES
+from widemargin.trainer.settings.names import METRICS
 
 from tests.support.tiny_models import tiny_trainer
 
@@ -41,8 +41,8 @@ def test_trackers_get_every_name_as_a_number(tmp_path):
     trainer.train()
     training = next(logs for logs in tracker.logs if "loss" in logs)
     held_out = next(logs for logs in tracker.logs if "eval_loss" in logs)
-    assert set(NAMES) <= training.keys()
-    assert {f"eval_{name}" for name in NAMES} <= held_out.keys()
+    assert set(METRICS) <= training.keys()
+    assert {f"eval_{name}" for name in METRICS} <= held_out.keys()
     assert {"pairs_per_s", "tokens_per_s", "peak_memory_mib"} <= training.keys()
     assert all(isinstance(value, int | float) for value in (training | held_out).values())
 
@@ -66,8 +66,8 @@ def test_report_to_gives_each_tracker_the_names(tmp_path, monkeypatch, tracker):
     logged: dict[str, float] = {}
     for call in log.call_args_list:
         logged |= dict([call.args[:2]]) if tracker == "tensorboard" else call.args[0]
-    wanted = {f"train/{name}" for name in (*NAMES, "pairs_per_s", "tokens_per_s")}
-    assert wanted | {f"eval/{name}" for name in NAMES} <= logged.keys()
+    wanted = {f"train/{name}" for name in (*METRICS, "pairs_per_s", "tokens_per_s")}
+    assert wanted | {f"eval/{name}" for name in METRICS} <= logged.keys()
     assert logged["eval/rewards/accuracies"] == pytest.approx(
         trainer.state.log_history[-2]["eval_rewards/accuracies"]
     )

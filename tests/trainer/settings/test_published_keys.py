@@ -66,7 +66,7 @@ def test_renamed(given, name, value):
 
 
 def test_flash_attention_is_asked_for_by_either_name(monkeypatch):
-    monkeypatch.setattr("widemargin.trainer.settings.config.check_environment", lambda config: None)
+    monkeypatch.setattr("widemargin.trainer.settings.config.check_attention", lambda *_: None)
     for given in ({}, {"attn_implementation": "flash_attention_2"}):
         config = config_of(use_flash_attention_2=True, **given)
         assert config.attn_implementation == "flash_attention_2"

@@ -127,6 +127,12 @@ def yaml_value(value: Any) -> str:
     return str(value)
 
 
+def note(name: str, value: Any, new: Settings, why: str = "") -> str:
+    """The line that says what became of a key."""
+    now = ", ".join(f"{n}: {yaml_value(v)}" for n, v in new.items()) or "nothing"
+    return f"{name}: {yaml_value(value)} -> {now}" + (f" ({why})" if why else "")
+
+
 _MODEL_ARGUMENTS = "give dtype, attn_implementation, model_revision, ... as settings of their own"
 _ONE_GROUP = "pairs of one reference model and one loss are what this trainer knows"
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...objectives import OBJECTIVES, canonical_name, hyperparameters_of
-from .keys import Settings, number, yaml_value
-from .translation import note
+from .keys import Settings, note, number, yaml_value
 
 SCRIPTS = {"run_lmpo": "lmpo", "run_simpo": "simpo", "run_xpo": None}
 """Published scripts and the objective each trains where its file names none."""

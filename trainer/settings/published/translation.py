@@ -1,7 +1,7 @@
-"""Published setting names -> ours, by the table in ``compat_keys.py``.
+"""Published setting names -> ours, by the table in `keys`.
 
-What a key became is reported, once, in ``notes``. Which objective the settings name, and what that
-decides, is in ``compat_objective.py``.
+What a key became is reported, once, in ``notes``. `objective` decides which objective the settings
+name, and what follows from it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...objectives import ALIASES, OBJECTIVES, hyperparameters_of
-from .keys import TABLE, Key, Settings, yaml_value
+from .keys import TABLE, Key, Settings, note
 
 DATA = ("dataset", "dataset_name", "dataset_mixer")
 """What names the data, of which there is one."""
@@ -52,9 +52,9 @@ def merge(file: Settings, overrides: Settings) -> Settings:
         return {n: v for n, v in settings.items() if _matter(n, has_alpha) not in matters}
 
     result = kept(file)
-    own = result.get("objective_args")
-    if isinstance(own, dict):
-        result["objective_args"] = kept(own)
+    arguments = result.get("objective_args")
+    if isinstance(arguments, dict):
+        result["objective_args"] = kept(arguments)
     return result | overrides
 
 
@@ -75,9 +75,3 @@ def _matter(name: str, has_alpha: bool) -> str:
     if matter == "gamma_beta_ratio" and has_alpha:
         return "alpha"
     return "sft_weight" if name == "cpo_alpha" and not has_alpha else matter
-
-
-def note(name: str, value: Any, new: Settings, why: str = "") -> str:
-    """The line that says what became of a key."""
-    now = ", ".join(f"{n}: {yaml_value(v)}" for n, v in new.items()) or "nothing"
-    return f"{name}: {yaml_value(value)} -> {now}" + (f" ({why})" if why else "")

@@ -1,0 +1,72 @@
+"""Values as YAML and command lines have them, turned into what a setting's type says."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import UserError
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+"""Types that are checked, in a user's words."""
+
+
+def coerced(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as the field's type: 1e-6 as a number, whole numbers for floats, one for a list."""
+    kinds = set(_kinds(hint))
+    if value is None or not kinds & TYPES.keys():
+        return value
+    if float in kinds or int in kinds:
+        value = as_number(value) if str not in kinds else value
+        if float in kinds and type(value) is int and int not in kinds:
+            value = float(value)
+        if kinds & {int} and float not in kinds and type(value) is float and value.is_integer():
+            value = int(value)
+    if list in kinds and isinstance(value, str) and str not in kinds:
+        value = [value]
+    if str in kinds and type(value) is bool and bool not in kinds and key.endswith("_strategy"):
+        value = "steps" if value else "no"  # YAML 1.1 reads a bare no as false
+    allowed = tuple(kinds | ({int} if float in kinds else set()))
+    if isinstance(value, allowed) and not (type(value) is bool and bool not in kinds):
+        return value
+    if not kinds <= TYPES.keys():
+        return value
+    expected = " or ".join(sorted(TYPES[kind] for kind in kinds))
+    got = "something else" if is_secret(key) else repr(value)
+    raise UserError(f"{key}: expected {expected}, got {got}")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting's value is for no log, by its name."""
+    return name.endswith(("_token", "_key", "_password", "_secret"))
+
+
+def as_number(value: Any) -> Any:
+    """Text such as "1e-6", which YAML 1.1 does not read as a number, as one."""
+    if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):
+        return value
+    return int(value) if re.fullmatch(r"[-+]?\d+", value.strip()) else float(value)
+
+
+def _kinds(hint: Any) -> Iterable[Any]:
+    """The plain types in a hint; subscripted ones by their origin."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _kinds(part)
+    elif origin is typing.Literal:
+        yield from map(type, typing.get_args(hint))
+    elif hint is not type(None):
+        yield origin or hint
