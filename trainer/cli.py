@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .evaluation.evaluate_command import add_evaluate, run_evaluate
-from .plan.arguments import add_plan, run_plan
+from .plan.command import add_plan, run_plan
 
 TRAIN_HELP = """\
 Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,

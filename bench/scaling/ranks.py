@@ -28,6 +28,7 @@ PAIRS_PER_STEP = 8
 WARMUP, STEPS = 1, 2
 RANKS = (1, 2, 4, 8)
 LLAMA = ROOT / "configs" / "train" / "lmpo-llama3-8b-instruct.yaml"
+LLAMA_PAIRS = 20_000
 LLAMA_LENGTHS = (190.0, 330.0, 300.0)
 LLAMA_RANKS = (4, 8, 16, 32, 64)
 LOOPBACK_GB_S = 1.0
@@ -115,10 +116,10 @@ def predicted(
     from widemargin.trainer.data.lengths import PairLengths
     from widemargin.trainer.plan.chips import Chip
     from widemargin.trainer.plan.engines import shipped_engine
-    from widemargin.trainer.plan.evaluation import Evaluation
     from widemargin.trainer.plan.lengths import Lengths
-    from widemargin.trainer.plan.scaling import speed_of
+    from widemargin.trainer.plan.scenario import Scenario
     from widemargin.trainer.plan.shapes import find_config
+    from widemargin.trainer.plan.speed import speed_of
 
     settings = PreferenceConfig(
         objective="simpo", output_dir="outputs", use_cpu=True, report_to="none",
@@ -127,7 +128,7 @@ def predicted(
     )  # fmt: skip
     config, _ = find_config(settings, None)
     lengths = Lengths(PairLengths(*np.array(lengths_of(pairs)).T), "measured")
-    now = Evaluation(
+    now = Scenario(
         settings, config, settings.build_objective(), shipped_engine("ddp", config.hidden_size),
         1, lengths,
     )  # fmt: skip
@@ -147,15 +148,15 @@ def llama_on_gpus() -> dict[int, float]:
     """What `plan` says of LMPO's published run of Llama-3-8B, on more and more GPUs."""
     from widemargin.trainer.plan.chips import Chip
     from widemargin.trainer.plan.engines import shipped_engine
-    from widemargin.trainer.plan.evaluation import Evaluation
+    from widemargin.trainer.plan.estimate import read_settings
     from widemargin.trainer.plan.lengths import Lengths, assumed
-    from widemargin.trainer.plan.scaling import SAMPLED_PAIRS, speed_of
-    from widemargin.trainer.plan.settings import read_settings
+    from widemargin.trainer.plan.scenario import Scenario
     from widemargin.trainer.plan.shapes import find_config
+    from widemargin.trainer.plan.speed import speed_of
 
     settings: Any = read_settings(str(LLAMA))
     config, _ = find_config(settings, None)
-    lengths = Lengths(assumed(settings, LLAMA_LENGTHS, SAMPLED_PAIRS), "assumed")
+    lengths = Lengths(assumed(settings, LLAMA_LENGTHS, LLAMA_PAIRS), "assumed")
     engine = shipped_engine("zero3", config.hidden_size)
-    now = Evaluation(settings, config, settings.build_objective(), engine, 1, lengths)
+    now = Scenario(settings, config, settings.build_objective(), engine, 1, lengths)
     return {ranks: speed_of(now.changed(ranks=ranks), Chip()).pairs_per_s for ranks in LLAMA_RANKS}

@@ -1,4 +1,4 @@
-"""Measured memory of a training micro-batch on this CPU, and what the plan says of it.
+"""Measured memory of a training micro-batch on this CPU, and the estimate of `widemargin plan`.
 
 `PYTHONPATH=. python tests/support/measured_memory.py` prints the table of docs/plan.md.
 """
@@ -53,7 +53,7 @@ def small_config() -> Any:
 def estimated_bytes(
     config: Any, settings: PreferenceConfig, layout: str, checkpointing: bool, bf16: bool
 ) -> int:
-    """The peak that the plan expects, gradients and weights apart."""
+    """The estimated peak, without gradients and weights."""
     recipe = Recipe(
         config=config,
         settings=settings,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import UserError
 from .engines import shipped_engine
-from .evaluation import Evaluation
+from .scenario import Scenario
 
 MOST_RANKS = 1024
 EIGHT_BIT = "adamw_bnb_8bit"
@@ -23,7 +23,7 @@ class Step:
     peak: float
 
 
-def advice(now: Evaluation, capacity: float) -> list[Step]:
+def advice(now: Scenario, capacity: float) -> list[Step]:
     """Changes in order until the run fits in ``capacity`` bytes; those that save nothing are left
     out, and the last may still not be enough."""
     steps: list[Step] = []
@@ -46,7 +46,7 @@ def advice(now: Evaluation, capacity: float) -> list[Step]:
     return steps
 
 
-def _changes(now: Evaluation, capacity: float) -> Iterator[tuple[str, str, str, Evaluation]]:
+def _changes(now: Scenario, capacity: float) -> Iterator[tuple[str, str, str, Scenario]]:
     """(kind, change, what it costs, the run with it), in the order to try them."""
     settings, engine = now.settings, now.engine
     if not now.checkpointing:
@@ -56,7 +56,7 @@ def _changes(now: Evaluation, capacity: float) -> Iterator[tuple[str, str, str, 
         for layout in ("prefix_shared", "packed"):
             change = f"packing: {layout}"
             yield layout, change, "nothing: it is faster", now.changed(packing=layout)
-    if now.objective.needs_reference and not settings.precompute_ref_log_probs:
+    if now.runs_reference:
         new = now.changed(precompute_ref_log_probs=True)
         yield "reference", "precompute_ref_log_probs: true", "one pass before training", new
     if str(getattr(settings.optim, "value", settings.optim)) == "adamw_torch":

@@ -1,134 +1,98 @@
-"""`widemargin plan`: the order in which things are found out."""
+"""The command line of `widemargin plan`; quick to import."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, refusals
-from .advice import Step, advice
+from ..errors import refusals
 from .chips import Chip
-from .engines import Engine, read_engine, shipped_engine
-from .evaluation import Evaluation
-from .lengths import find_lengths
-from .memory import GIB
-from .scaling import Scaled, scaling, speed_of
-from .settings import read_settings
-from .shapes import find_config
-from .simulation import Held
-from .speed import Speed, measured
-from .text import as_dict, page
+
+ENGINES = ("zero3", "zero2", "fsdp2", "ddp")
+
+HELP = """\
+Tell, before anything runs, what a rank needs in memory, how long training takes, and what to change
+where it does not fit. The model's config is enough, no weights and no GPU are needed:
+
+  widemargin plan configs/train/lmpo-llama3-8b-instruct.yaml --gpus 4 --gpu-memory 80 \\
+    --mean-lengths 190,330,300
+
+Any setting can be overridden with --key=value, as in train.
+"""
 
 
-@dataclass(frozen=True)
-class Findings:
-    """All that a plan says."""
+def add_plan(commands: Any) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser(
+        "plan",
+        help="tell a run's memory, time and scaling before it starts",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG.yaml")
+    add("--gpus", type=_count, default=1, help="ranks, one on each GPU (default 1)")
+    add("--gpu-memory", type=_positive, default=80.0, help="of one GPU, GiB (default 80)")
+    engine = parser.add_mutually_exclusive_group()
+    engine.add_argument("--accelerate", type=Path, metavar="FILE", help="accelerate's config")
+    engine.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="as shipped in configs/accelerate (default: zero3 on several GPUs)",
+    )
+    add("--model-config", type=Path, metavar="FILE", help="a config.json, or a folder with one")
+    add("--mean-lengths", type=_means, metavar="P,C,R", help="mean tokens of the three parts")
+    add("--pairs", type=_count, help="training pairs, where the data is not at hand")
+    add("--tflops", type=_positive, help="dense peak of a GPU (default 312, A100)")
+    add("--mfu", type=_positive, default=Chip.mfu, help=f"share of it reached (default {Chip.mfu})")
+    add("--pairs-per-s", type=_positive, help="measured on all these GPUs, in place of that")
+    add("--bench", type=Path, metavar="FILE", help="bench.training's JSON: pairs/s of one GPU")
+    add("--gpus-per-node", type=_count, default=Chip.per_node, help="of one machine (default 8)")
+    add("--node-bandwidth", type=_positive, default=Chip.node_gb_s, help="GB/s of a GPU within it")
+    add("--network-bandwidth", type=_positive, default=Chip.network_gb_s, help="GB/s beyond it")
+    add("--json", type=Path, metavar="FILE", help="write the plan there too")
 
-    path: str
-    now: Evaluation
-    capacity: float
-    model_source: str
-    activations: dict[bool, Held]
-    advice: list[Step]
-    chip: Chip
-    speed: Speed | None
-    measured: str
-    scaling: list[Scaled]
 
+def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print the estimate; 0 if the run fits, 1 if it does not."""
+    from .estimate import estimate
+    from .text import as_dict, page
 
-def plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Print the plan; 0 if the run fits, 1 if it does not.
-
-    Raises:
-        UserError: bad input.
-    """
-    found = find(options, overrides)
-    print("\n".join(page(found)))
+    result = estimate(options, overrides)
+    print("\n".join(page(result)))
     if options.json is not None:
+        text = json.dumps(as_dict(result), indent=2) + "\n"
         with refusals(f"--json {options.json}", OSError):
-            options.json.write_text(json.dumps(as_dict(found), indent=2) + "\n", encoding="utf-8")
-    return 0 if found.now.memory.peak <= found.capacity else 1
+            options.json.write_text(text, encoding="utf-8")
+    return 0 if result.fits else 1
 
 
-def find(options: argparse.Namespace, overrides: Sequence[str]) -> Findings:
-    """Everything a plan says, worked out."""
-    if options.mfu > 1:
-        raise UserError(f"--mfu: expected a share from 0 to 1, got {options.mfu:g}")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    settings = read_settings(options.config, overrides)
-    config, source = find_config(settings, options.model_config)
-    engine = _engine(options, settings, config.hidden_size)
-    now = Evaluation(
-        settings,
-        config,
-        settings.build_objective(),
-        engine,
-        options.gpus,
-        find_lengths(settings, config.vocab_size, options.mean_lengths, options.pairs),
-    )
-    chip = Chip(
-        options.tflops or Chip.tflops,
-        options.mfu,
-        options.gpus_per_node,
-        options.node_bandwidth,
-        options.network_bandwidth,
-    )
-    capacity = options.gpu_memory * GIB
-    speed = speed_of(now, chip)
-    rate, rate_source = _rate(options, now)
-    if rate is not None:
-        assumed, speed = speed, measured(speed, rate)
-        chip = replace(chip, mfu=chip.mfu * assumed.compute_s / speed.compute_s)
-    elif now.device == "cpu" and options.tflops is None:
-        speed = None
-    return Findings(
-        path=options.config,
-        now=now,
-        capacity=capacity,
-        model_source=source,
-        activations={on: now.held(on) for on in (True, False)},
-        advice=advice(now, capacity),
-        chip=chip,
-        speed=speed,
-        measured=rate_source,
-        scaling=[] if now.device == "cpu" else scaling(now, chip),
-    )
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return int(text)
 
 
-def _engine(options: argparse.Namespace, settings: Any, hidden_size: int) -> Engine:
-    if options.accelerate is not None:
-        return read_engine(options.accelerate, hidden_size)
-    if options.engine is not None:
-        return shipped_engine(options.engine, hidden_size)
-    return shipped_engine(
-        "zero3" if options.gpus > 1 and not settings.use_cpu else "ddp", hidden_size
-    )
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
 
 
-def _rate(options: argparse.Namespace, now: Evaluation) -> tuple[float | None, str]:
-    """Pairs per second of all GPUs as somebody measured them, and who."""
-    if options.pairs_per_s is not None and options.bench is not None:
-        raise UserError("--pairs-per-s and --bench are both given; keep one")
-    if options.pairs_per_s is not None:
-        return options.pairs_per_s, f"--pairs-per-s {options.pairs_per_s:g}"
-    if options.bench is None:
-        return None, ""
-    with refusals(
-        f"--bench {options.bench}: no results of bench.training",
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-    ):
-        rows = json.loads(options.bench.read_text(encoding="utf-8"))["rows"]
-        ours = [r for r in rows if r["provider"].startswith("widemargin") and "pairs_per_s" in r]
-    if not ours:
-        raise UserError(f"--bench {options.bench}: it has no run of this trainer")
-    row = next((r for r in ours if now.packing.layout in r["provider"]), ours[0])
-    where = f"{row['provider']}, {row['case']} on {row['device_name']}, one process"
-    rate = row["pairs_per_s"] * now.ranks
-    return rate, f"{options.bench}: {row['pairs_per_s']:g} pairs/s ({where}) times {now.ranks}"
+def _means(text: str) -> tuple[float, float, float]:
+    try:
+        prompt, chosen, rejected = (_positive(part) for part in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"expected mean prompt,chosen,rejected tokens such as 190,330,300, got {text}"
+        ) from None
+    return prompt, chosen, rejected

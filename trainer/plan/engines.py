@@ -1,4 +1,4 @@
-"""Who holds what: DeepSpeed's ZeRO, FSDP2 or DDP, as an accelerate config sets them up."""
+"""Who holds what, and in which dtype: ZeRO, FSDP2 or DDP, as an accelerate config sets them up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError, refusals
+from ..settings.config import PreferenceConfig
 from ..settings.files import read_yaml
 
 SHIPPED = {
@@ -46,6 +49,40 @@ class Engine:
     @property
     def is_deepspeed(self) -> bool:
         return self.name in ("zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes as the engine arranges them."""
+
+    stored: torch.dtype  # of the weights that stay on the rank
+    simulated: torch.dtype  # of the weights that a layer computes with
+    autocast: torch.dtype | None
+
+    @property
+    def compute_bytes(self) -> int:
+        return (self.autocast or self.simulated).itemsize
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether autocast rounds weights that are wider."""
+        return self.autocast not in (None, self.simulated)
+
+
+def precision(settings: PreferenceConfig, config: Any, engine: Engine) -> Precision:
+    """How a run computes on ``engine``; ``config`` is the model's."""
+    half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
+    name = settings.dtype
+    saved = getattr(config, "dtype", None) or torch.float32
+    loaded = saved if name == "auto" else getattr(torch, name)
+    if engine.is_deepspeed:
+        return Precision(half or torch.float32, half or torch.float32, None)
+    if engine.name == "fsdp2":
+        stored = torch.float32 if half else loaded
+        return Precision(stored, half or loaded, half)
+    if settings.load_in_4bit or settings.load_in_8bit:
+        return Precision(half or loaded, half or loaded, half)
+    return Precision(loaded, loaded, half)
 
 
 def shipped_engine(name: str, hidden_size: int) -> Engine:

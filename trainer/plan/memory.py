@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..settings.config import PreferenceConfig
 from .batches import MicroBatch
-from .engines import Engine
-from .head_memory import bound, full_logits
+from .engines import Engine, Precision
 from .shapes import ModelSize
-from .simulation import Held, Recipe
-
-if TYPE_CHECKING:
-    from ..settings.config import PreferenceConfig
+from .simulation import Held
+from .stand_in import full_logits, head_bound
 
 GIB = 2**30
-FP32, HALF = 4, 2
+FP32 = 4
 CONTEXT_GIB = {False: 0.8, True: 1.8}
 """Assumed: the CUDA context, its libraries' workspaces and, on several ranks, NCCL's buffers."""
 SLACK = 0.1
@@ -51,21 +48,39 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Dtypes as the engine arranges them."""
+class Rank:
+    """One rank of a run. ``accumulation``: micro-batches of a step."""
 
-    stored: torch.dtype  # of the weights that stay on the rank
-    simulated: torch.dtype  # of the weights that a layer computes with
-    autocast: torch.dtype | None
+    settings: PreferenceConfig
+    size: ModelSize
+    engine: Engine
+    ranks: int
+    precision: Precision
+    accumulation: int
 
     @property
-    def compute_bytes(self) -> int:
-        return (self.autocast or self.simulated).itemsize
+    def weight_shares(self) -> int:
+        """Ranks that the weights are spread over."""
+        return self.ranks if self.engine.splits_weights else 1
 
     @property
-    def copies_weights(self) -> bool:
-        """Whether autocast rounds weights that are wider."""
-        return self.autocast not in (None, self.simulated)
+    def state_shares(self) -> int:
+        """Ranks that gradients and optimizer states are spread over."""
+        return 1 if self.engine.name == "ddp" else self.ranks
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of a weight that learns: peft keeps an adapter's in fp32, whatever the model's dtype."""
+        return FP32 if self.settings.use_peft else self.precision.stored.itemsize
+
+    @property
+    def master_bytes(self) -> int:
+        """Of a weight as the optimizer updates it."""
+        return FP32 if self.engine.is_deepspeed else self.trained_bytes
+
+    @property
+    def optimizer(self) -> str:
+        return str(getattr(self.settings.optim, "value", self.settings.optim))
 
 
 @dataclass(frozen=True)
@@ -88,164 +103,123 @@ class RankMemory:
         return sum(part.bytes for part in self.phases[name])
 
 
-def precision(settings: PreferenceConfig, config: Any, engine: Engine) -> Precision:
-    """How the run computes."""
-    half = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    name = settings.dtype
-    saved = getattr(config, "dtype", None) or torch.float32
-    loaded = saved if name == "auto" else getattr(torch, name)
-    if engine.is_deepspeed:
-        return Precision(half or torch.float32, half or torch.float32, None)
-    if engine.name == "fsdp2":
-        stored = torch.float32 if half else loaded
-        return Precision(stored, half or loaded, half)
-    if settings.load_in_4bit or settings.load_in_8bit:
-        return Precision(half or loaded, half or loaded, half)
-    return Precision(loaded, loaded, half)
-
-
 def rank_memory(
-    settings: PreferenceConfig,
-    size: ModelSize,
-    engine: Engine,
-    ranks: int,
-    kinds: Precision,
-    held: Held,
-    batch: MicroBatch,
-    accumulation: int,
-    needs_reference: bool,
-    recipe: Recipe,
+    rank: Rank, held: Held, batch: MicroBatch, *, checkpointing: bool, needs_reference: bool
 ) -> RankMemory:
     """The memory of a rank that computes ``batch`` where others wait for it.
 
     Args:
-        held: what the simulation of ``recipe`` found for ``batch``.
-        accumulation: micro-batches of a step.
+        held: bytes that the simulation of ``batch`` held.
         needs_reference: the objective compares with a frozen model.
     """
-    shares = ranks if engine.splits_weights else 1
-    lasting = _weights(settings, size, engine, shares, kinds)
-    lasting += _learning(settings, size, engine, ranks, kinds, accumulation)
-    if needs_reference and (part := _reference(settings, size, engine, shares, kinds)):
-        lasting.append(part)
-    if recipe.device == "cuda":
-        several = " and NCCL" if ranks > 1 else ""
-        lasting.append(Part(f"CUDA context{several}", CONTEXT_GIB[ranks > 1] * GIB, "assumed"))
-    gathered = _gathered(size, engine, ranks, kinds)
-    how = "inputs of the layers" if recipe.checkpointing else "of all layers"
-    vocab, hidden = size.vocab_size, size.hidden_size
-    kept = Part(f"activations kept, {how}", held.kept, f"{batch.tokens:,} tokens")
+    lasting = [*_weights(rank), *_learning(rank)]
+    if needs_reference:
+        lasting += _reference(rank)
+    if not rank.settings.use_cpu:
+        several = rank.ranks > 1
+        name = "CUDA context" + " and NCCL" * several
+        lasting.append(Part(name, CONTEXT_GIB[several] * GIB, "assumed"))
+    phases = _micro_batch(rank, held, batch, checkpointing)
+    phases["the optimizer's step"] = _step(rank)
+    for parts in phases.values():
+        slack = SLACK * sum(part.bytes for part in parts)
+        parts.append(Part(f"allocator slack ({SLACK:.0%})", slack, "assumed"))
+    logits = Part(
+        "logits that are not there",
+        full_logits(batch.tokens, rank.size.vocab_size),
+        "fp32 logits, their log-softmax and its gradient, of all positions",
+    )
+    counted = {name: [part for part in parts if part.bytes > 0] for name, parts in phases.items()}
+    return RankMemory(lasting, counted, [logits])
+
+
+def _micro_batch(
+    rank: Rank, held: Held, batch: MicroBatch, checkpointing: bool
+) -> dict[str, list[Part]]:
+    """The phases of a micro-batch, each with what it holds on top of what lasts."""
+    gathered = _gathered(rank)
+    hidden, vocab = rank.size.hidden_size, rank.size.vocab_size
+    layers = "inputs of the layers" if checkpointing else "of all layers"
+    kept = Part(f"activations kept, {layers}", held.kept, f"{batch.tokens:,} tokens")
+    copies = "copies of the weights that autocast keeps" * rank.precision.copies_weights
+    forward = Part("what forward frees again", held.forward - held.kept, copies)
     layer = Part("one layer's backward, gradient of a weight", held.decoder - held.kept)
-    text = "copies of the weights that autocast keeps" if kinds.copies_weights else ""
-    forward = Part("what forward frees again", held.forward - held.kept, text)
-    d_weight = 0 if settings.use_peft else vocab * hidden * kinds.simulated.itemsize
+    itemsize = 0 if rank.settings.use_peft else rank.precision.simulated.itemsize
     head = Part(
         "the head's workspace, dH, dW",
         held.head - held.kept,
-        f"{batch.scored:,} scored tokens; dW {d_weight / GIB:.2f} GiB, the rest and what forward "
-        f"kept for it at most {bound(batch.scored, hidden, vocab) / GIB:.2f}",
+        f"{batch.scored:,} scored tokens; dW {vocab * hidden * itemsize / GIB:.2f} GiB, the rest "
+        "and what forward kept for it at most "
+        f"{head_bound(batch.scored, hidden, vocab) / GIB:.2f}",
     )
-    phases = {
+    return {
         "the forward pass": [kept, forward, *gathered],
         "backward through the layers": [kept, layer, *gathered],
         "the head": [kept, head, *gathered],
-        "the optimizer's step": _step(settings, size, engine, ranks, kinds),
     }
-    for parts in phases.values():
-        parts.append(
-            Part(f"allocator slack ({SLACK:.0%})", SLACK * sum(p.bytes for p in parts), "assumed")
-        )
-    positions = batch.tokens
-    return RankMemory(
-        lasting,
-        {name: [p for p in parts if p.bytes > 0] for name, parts in phases.items()},
-        [
-            Part(
-                "logits that are not there",
-                full_logits(positions, vocab),
-                "fp32 logits, their log-softmax and its gradient, of all positions",
-            )
-        ],
-    )
 
 
-def _weights(
-    settings: PreferenceConfig, size: ModelSize, engine: Engine, shares: int, kinds: Precision
-) -> list[Part]:
-    if engine.parameters_on_cpu:
+def _weights(rank: Rank) -> list[Part]:
+    settings, size, shares = rank.settings, rank.size, rank.weight_shares
+    if rank.engine.parameters_on_cpu:
         return []
-    amount = (
-        size.trainable * _trained_bytes(settings, kinds) / shares
-        + _frozen(settings, size, kinds) / shares
-    )
-    split = f" / {shares} ranks" if shares > 1 else ""
-    text = f"{size.total:,} in {_name(kinds.stored)}{split}"
+    count = (size.trainable * rank.trained_bytes + _frozen(rank)) / shares
+    note = f"{size.total:,} in {_name(rank.precision.stored)}{_over(shares)}"
     if settings.load_in_4bit or settings.load_in_8bit:
-        text = f"{size.quantizable:,} of {size.total:,} quantized{split}"
-    return [Part("weights", amount, text)]
+        note = f"{size.quantizable:,} of {size.total:,} quantized{_over(shares)}"
+    return [Part("weights", count, note)]
 
 
-def _trained_bytes(settings: PreferenceConfig, kinds: Precision) -> int:
-    """Of each weight that learns: peft keeps an adapter's in fp32, whatever the model's dtype."""
-    return FP32 if settings.use_peft else kinds.stored.itemsize
-
-
-def _frozen(settings: PreferenceConfig, size: ModelSize, kinds: Precision) -> float:
+def _frozen(rank: Rank) -> float:
     """Bytes of all frozen weights."""
+    size = rank.size
     for name, width in QUANTIZED.items():
-        if getattr(settings, name):
+        if getattr(rank.settings, name):
             return size.quantizable * width + (size.frozen - size.quantizable) * FP32
-    return size.frozen * kinds.stored.itemsize
+    return size.frozen * rank.precision.stored.itemsize
 
 
-def _learning(
-    settings: PreferenceConfig,
-    size: ModelSize,
-    engine: Engine,
-    ranks: int,
-    kinds: Precision,
-    accumulation: int,
-) -> list[Part]:
+def _learning(rank: Rank) -> list[Part]:
     """Gradients, master weights, optimizer states, buffers that last."""
-    trained, compute = size.trainable, kinds.compute_bytes
-    shares = 1 if engine.name == "ddp" else ranks
-    own = trained / shares
-    split = f" / {shares} ranks" if shares > 1 else ""
-    master = FP32 if engine.is_deepspeed else _trained_bytes(settings, kinds)
-    gradient = compute if engine.is_deepspeed and not engine.gradients_fp32 else master
-    state = state_bytes(settings, master)
+    engine, trained, compute = rank.engine, rank.size.trainable, rank.precision.compute_bytes
+    wide = not engine.is_deepspeed or engine.gradients_fp32
+    gradient = rank.master_bytes if wide else compute
     parts = []
     if not engine.optimizer_on_cpu:
-        parts.append(Part("gradients", own * gradient, f"{gradient} bytes each{split}"))
-        if engine.is_deepspeed:
-            parts.append(Part("fp32 master weights", own * FP32, f"DeepSpeed's{split}"))
-        if state:
-            text = f"{_optimizer(settings)}, {state} bytes each{split}"
-            parts.append(Part("optimizer states", own * state, text))
+        parts += _updated(rank, gradient)
     if engine.name == "zero3":
         parts.append(Part("reduce bucket", engine.reduce_bucket * compute, "reduce_bucket_size"))
     if engine.name == "zero2":
         buckets = 2 if engine.overlap else 1
-        text = "reduce_bucket_size" + ", two of them (overlap_comm)" * engine.overlap
-        parts.append(Part("reduce buckets", buckets * engine.reduce_bucket * compute, text))
-    if engine.name == "ddp" and ranks > 1:
+        note = "reduce_bucket_size" + ", two of them (overlap_comm)" * engine.overlap
+        parts.append(Part("reduce buckets", buckets * engine.reduce_bucket * compute, note))
+    if engine.name == "ddp" and rank.ranks > 1:
         parts.append(Part("DDP's buckets", trained * gradient, "as large as the gradients"))
-    if engine.name == "fsdp2" and ranks > 1 and accumulation > 1 and not _syncs(settings):
-        text = "whole until the step's last micro-batch; accelerator_config's sync_each_batch"
-        parts.append(Part("unreduced gradients", trained * compute, text))
+    waits = rank.accumulation > 1 and not _syncs(rank.settings)
+    if engine.name == "fsdp2" and rank.ranks > 1 and waits:
+        note = "whole until the step's last micro-batch; accelerator_config's sync_each_batch"
+        parts.append(Part("unreduced gradients", trained * compute, note))
     return parts
 
 
-def state_bytes(settings: PreferenceConfig, master: int) -> int:
+def _updated(rank: Rank, gradient: int) -> list[Part]:
+    """What the optimizer works on: gradients of so many bytes, master weights and states."""
+    count, split = rank.size.trainable / rank.state_shares, _over(rank.state_shares)
+    state = state_bytes(rank.optimizer, rank.master_bytes)
+    parts = [Part("gradients", count * gradient, f"{gradient} bytes each{split}")]
+    if rank.engine.is_deepspeed:
+        parts.append(Part("fp32 master weights", count * FP32, f"DeepSpeed's{split}"))
+    if state:
+        note = f"{rank.optimizer}, {state} bytes each{split}"
+        parts.append(Part("optimizer states", count * state, note))
+    return parts
+
+
+def state_bytes(optimizer: str, master: int) -> int:
     """Bytes of optimizer state per trained element, ``master`` bytes wide."""
-    name = _optimizer(settings)
-    if name in STATE_BYTES:
-        return STATE_BYTES[name]
-    return master if name.removeprefix("paged_").startswith(ONE_STATE) else 2 * master
-
-
-def _optimizer(settings: PreferenceConfig) -> str:
-    return str(getattr(settings.optim, "value", settings.optim))
+    if optimizer in STATE_BYTES:
+        return STATE_BYTES[optimizer]
+    return master if optimizer.removeprefix("paged_").startswith(ONE_STATE) else 2 * master
 
 
 def _syncs(settings: PreferenceConfig) -> bool:
@@ -253,55 +227,55 @@ def _syncs(settings: PreferenceConfig) -> bool:
     return bool(given.get("sync_each_batch"))
 
 
-def _reference(
-    settings: PreferenceConfig, size: ModelSize, engine: Engine, shares: int, kinds: Precision
-) -> Part | None:
+def _reference(rank: Rank) -> list[Part]:
     """The frozen copy, where there is one."""
+    settings, size, stored = rank.settings, rank.size, rank.precision.stored
     named = settings.ref_model_name_or_path not in (None, settings.model_name_or_path)
     if settings.precompute_ref_log_probs or (settings.use_peft and not named):
-        return None
-    if engine.parameters_on_cpu and engine.name == "zero3":
-        return None
-    text = f"a frozen model of the same shape, {_name(kinds.stored)}"
-    split = f" / {shares} ranks" if shares > 1 else ""
+        return []
+    if rank.engine.parameters_on_cpu and rank.engine.name == "zero3":
+        return []
     base = size.total - (size.trainable if settings.use_peft else 0)
-    return Part("reference model", base * kinds.stored.itemsize / shares, text + split)
+    note = f"a frozen model of the same shape, {_name(stored)}{_over(rank.weight_shares)}"
+    return [Part("reference model", base * stored.itemsize / rank.weight_shares, note)]
 
 
-def _gathered(size: ModelSize, engine: Engine, ranks: int, kinds: Precision) -> list[Part]:
+def _gathered(rank: Rank) -> list[Part]:
     """Whole weights that a rank holds for a moment, and gradients on their way out."""
-    compute = kinds.compute_bytes
-    if ranks == 1 or not engine.splits_weights:
+    size, engine, compute = rank.size, rank.engine, rank.precision.compute_bytes
+    if rank.weight_shares == 1:
         return []
     if engine.name == "zero3":
         live = min(size.total, engine.max_live + engine.prefetch_bucket)
-        text = "at most stage3_max_live_parameters and the prefetch bucket"
-        return [Part("gathered weights", live * compute, text)]
-    tail = size.head if size.tied else size.head + size.embedding
-    text = "two layers, head and embedding; gradients of two layers on their way out"
+        note = "at most stage3_max_live_parameters and the prefetch bucket"
+        return [Part("gathered weights", live * compute, note)]
+    ends = size.head if size.tied else size.head + size.embedding
     trained = 2 * size.layer if size.trainable > size.layer else 0
-    return [Part("gathered weights", (2 * size.layer + tail + trained) * compute, text)]
+    note = "two layers, head and embedding; gradients of two layers on their way out"
+    return [Part("gathered weights", (2 * size.layer + ends + trained) * compute, note)]
 
 
-def _step(
-    settings: PreferenceConfig, size: ModelSize, engine: Engine, ranks: int, kinds: Precision
-) -> list[Part]:
-    """The update: copies of gradients that DeepSpeed makes, and what AdamW computes aside."""
+def _step(rank: Rank) -> list[Part]:
+    """The update: copies of gradients that DeepSpeed makes, and AdamW's temporary tensors."""
+    engine = rank.engine
     if engine.optimizer_on_cpu:
         return [Part("nothing on the GPU", 0)]
-    own = size.trainable / (1 if engine.name == "ddp" else ranks)
-    master = FP32 if engine.is_deepspeed else _trained_bytes(settings, kinds)
-    aside = master if _optimizer(settings) in ("adamw_torch", "adamw", "adam") else 0
-    together = min(own, engine.sub_group) if engine.name == "zero3" else own
+    count = rank.size.trainable / rank.state_shares
+    temporary = rank.master_bytes if rank.optimizer in ("adamw_torch", "adamw", "adam") else 0
+    at_once = min(count, engine.sub_group) if engine.name == "zero3" else count
     parts = []
     if engine.name == "zero3":
-        parts.append(Part("fp32 copy of gradients", together * FP32, "a sub_group_size at a time"))
-    if engine.name == "zero2" and not aside:
-        parts.append(Part("fp32 copy of gradients", together * FP32))
-    if aside:
-        text = "square roots of all at once; optim: adamw_torch_fused needs none"
-        parts.append(Part("AdamW's temporaries", together * aside, text))
+        parts.append(Part("fp32 copy of gradients", at_once * FP32, "a sub_group_size at a time"))
+    if engine.name == "zero2" and not temporary:
+        parts.append(Part("fp32 copy of gradients", at_once * FP32))
+    if temporary:
+        note = "square roots of all at once; optim: adamw_torch_fused needs none"
+        parts.append(Part("AdamW's temporaries", at_once * temporary, note))
     return parts
+
+
+def _over(shares: int) -> str:
+    return f" / {shares} ranks" if shares > 1 else ""
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Which model would train, from its config alone: shape, parameters, operations. No weights."""
+"""The model that would train, from its config alone: shape, parameters, operations; no weights."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import UserError, refusals
 from ..model.adapters import lora_config, with_adapter
 from ..monitor.throughput import flops_per_token
-
-if TYPE_CHECKING:
-    from ..settings.config import PreferenceConfig
+from ..settings.config import PreferenceConfig
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -68,7 +66,7 @@ PUBLISHED = {
     "Qwen/Qwen2.5-7B": QWEN_2_5_7B,
     "Qwen/Qwen2.5-7B-Instruct": QWEN_2_5_7B,
 }
-"""Shapes of the models that the shipped configs name, for planning without the hub."""
+"""Shapes of the models that the shipped configs name, for estimates without the hub."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def find_config(settings: PreferenceConfig, path: Path | None) -> tuple[Any, str
         path: a config.json or a folder with one, in place of what the settings name.
 
     Raises:
-        UserError: there is none at hand.
+        UserError: there is none on this machine.
     """
     name = settings.model_name_or_path
     if path is None and not name:
@@ -145,15 +143,15 @@ def _of(values: dict[str, Any]) -> Any:
 def with_layers(config: Any, count: int) -> Any:
     """The config with fewer layers; lists that speak of each layer are cut."""
     config = copy.deepcopy(config)
-    whole = config.num_hidden_layers
+    layers = config.num_hidden_layers
     for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == whole:
+        if isinstance(value, list) and len(value) == layers:
             setattr(config, name, value[:count])
     config.num_hidden_layers = count
     return config
 
 
-def build(config: Any, attention: str, dtype: torch.dtype, settings: PreferenceConfig) -> Any:
+def build(config: Any, attention: str, dtype: torch.dtype) -> Any:
     """The bare causal language model on the current (meta or fake) device; see `adapted`."""
     from transformers import AutoModelForCausalLM
 
@@ -165,14 +163,14 @@ def build(config: Any, attention: str, dtype: torch.dtype, settings: PreferenceC
 
 def adapted(model: Any, settings: PreferenceConfig) -> Any:
     """The model in the adapter that the settings ask for; itself without one."""
-    wanted = lora_config(settings)
-    return model if wanted is None else with_adapter(model, wanted)
+    lora = lora_config(settings)
+    return model if lora is None else with_adapter(model, lora)
 
 
 def model_size(config: Any, settings: PreferenceConfig) -> ModelSize:
     """Exact counts, from a model whose parameters have shapes and no data."""
     with torch.device("meta"):
-        bare = build(config, "eager", torch.float32, settings)
+        bare = build(config, "eager", torch.float32)
         model = adapted(bare, settings)
     head, embedding = bare.get_output_embeddings().weight, bare.get_input_embeddings().weight
     sizes = {id(p): (p.numel(), p.requires_grad) for p in model.parameters()}

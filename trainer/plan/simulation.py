@@ -4,17 +4,17 @@ A few layers of the model are built under `FakeTensorMode`: shapes, dtypes and v
 number is computed and no memory is taken. Every tensor that an operation returns counts from then
 until nothing refers to it any more, as in torch's allocator; weights and their gradients are left
 out. What grows with the layers grows linearly, so a run with two layers and one with four give the
-rest. Attention and the head keep to themselves what happens inside: see `stand_in.py` and
-`head_memory.py`.
+rest. Operations inside attention's and the head's kernels are not seen: `stand_in` counts them.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
 from ..model.head import patch_head
+from ..settings.config import PreferenceConfig
 from .batches import MicroBatch
-from .head_memory import backward_extra, forward_extra
 from .shapes import adapted, build, with_layers
-from .stand_in import attention_for, masks_for
-
-if TYPE_CHECKING:
-    from ..settings.config import PreferenceConfig
+from .stand_in import attention_for, head_backward, head_forward, masks_for
 
 SHORT, LONG = 2, 4
 """Layers of the two runs; even, for families that alternate two kinds."""
@@ -86,14 +83,14 @@ def simulate(recipe: Recipe, batch: MicroBatch, *, layers: int | None = None) ->
     Raises:
         UserError: the model cannot be run on tensors without data.
     """
-    whole = recipe.config.num_hidden_layers
-    if layers is not None or whole <= LONG:
-        return _run(recipe, batch, layers or whole)
+    every_layer = recipe.config.num_hidden_layers
+    if layers is not None or every_layer <= LONG:
+        return _run(recipe, batch, layers or every_layer)
     short, long = _run(recipe, batch, SHORT), _run(recipe, batch, LONG)
 
     def grown(name: str) -> int:
         first, second = getattr(short, name), getattr(long, name)
-        return first + (second - first) * (whole - SHORT) // (LONG - SHORT)
+        return first + (second - first) * (every_layer - SHORT) // (LONG - SHORT)
 
     return Held(*(grown(name) for name in ("kept", "forward", "head", "decoder")))
 
@@ -152,7 +149,7 @@ def _model(recipe: Recipe, batch: MicroBatch, config: Any) -> tuple[Any, Any]:
     settings, dtype = recipe.settings, recipe.dtype
     attention = attention_for(recipe.attention, batch, recipe.device)
     with torch.device("meta"):
-        bare = build(config, attention, dtype, settings)
+        bare = build(config, attention, dtype)
         patch_head(bare, tail=settings.head_tail, backend="torch")
         model = adapted(bare, settings)
     head = bare.get_output_embeddings()
@@ -218,9 +215,9 @@ class _Watch(TorchDispatchMode):
         inside = 0
         if forward or backward:
             hidden, weight = args[1:3] if backward else args[:2]
-            extra = backward_extra if backward else forward_extra
+            held = head_backward if backward else head_forward
             vocab, width = weight.shape
-            inside = extra(len(hidden), width, vocab, self.compute_bytes, self.backend)
+            inside = held(len(hidden), width, vocab, self.compute_bytes, self.backend)
         # Autograd adds up gradients in place, but not those of tensors without data: what is alive
         # after such a sum counts with the next operation.
         if name != "aten::add":
@@ -232,9 +229,7 @@ class _Watch(TorchDispatchMode):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Warnings of libraries about a model that is never trained are not the user's concern."""
-    import warnings
-
+    """Without libraries' warnings, which are about a model that is never trained."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""Time: operations of a step against a chip, bytes on the wire against a link, many GPUs."""
+"""Time: operations of a step against a chip, bytes on the wire against a link, on more GPUs too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import numpy as np
 from ..batching.planner import Plan
 from .chips import Chip
 from .engines import Engine
+from .scenario import Scenario
 from .shapes import ModelSize
+
+GPU_COUNTS = (4, 8, 16, 64, 256)
+"""Of the table of scaling, which has the run's own number too."""
 
 HEAD_PASSES = 1.3
 """Products of hidden states and head weight per scored token, 2·H·V operations each: the forward's
@@ -30,15 +34,16 @@ class Work:
     dense: bool  # attention computes what its mask hides, too
 
     @classmethod
-    def of(cls, size: ModelSize, checkpointing: bool, reference: bool, dense: bool) -> Work:
+    def of(cls, now: Scenario) -> Work:
         """Of training: 6 per weight and token, 2 more to compute again, 2 for a reference."""
-        again = float(checkpointing) + float(reference)
-        head = 2.0 * size.hidden_size * size.vocab_size
+        size, reference = now.size, float(now.runs_reference)
+        again = float(now.checkpointing) + reference
         return cls(
             per_token=size.decoder_flops + 2 * again * size.decoder_weights,
             per_area=4.0 * size.attention_width * size.layers * (FLASH_PASSES + again),
-            per_scored=head * (HEAD_PASSES + float(reference)),
-            dense=dense,
+            per_scored=2.0 * size.hidden_size * size.vocab_size * (HEAD_PASSES + reference),
+            # A CPU's and flash kernels leave out what a mask hides.
+            dense=now.packing.rows == "dense" and "flash" not in now.attention,
         )
 
 
@@ -73,29 +78,61 @@ class Speed:
         return self.pairs_per_step / self.step_s
 
 
-def step_speed(
-    plan: Plan, layout: str, work: Work, size: ModelSize, engine: Engine, chip: Chip,
-    compute_bytes: int, pairs_per_step: int, micro_batches: int, epochs: float, steps: int | None,
-) -> Speed:  # fmt: skip
-    """The mean step of an epoch's plan."""
-    count = len(plan.steps) - 1
-    flops = _flops(plan, layout, work)
+@dataclass(frozen=True)
+class Scaled:
+    """A number of GPUs. same_step is None where a step has fewer pairs than there are ranks."""
+
+    ranks: int
+    same_step: Speed | None
+    same_rank: Speed
+    peak: float  # bytes of a rank, with the configured pairs per rank
+
+
+def speed_of(now: Scenario, chip: Chip) -> Speed:
+    """The mean step of this run's first epoch."""
+    plan, settings, layout = now.plan, now.settings, now.packing.layout
+    steps = len(plan.steps) - 1
+    flops = _flops(plan, layout, Work.of(now))
     per_step = np.add.reduceat(flops, plan.steps[:-1], axis=0)
     # Ranks wait for each other in every micro-batch where weights are gathered, else once a step.
-    slowest = flops.max(axis=1).sum() if engine.name != "ddp" else per_step.max(axis=1).sum()
-    sent = traffic(size, engine, plan.ranks, compute_bytes, micro_batches)
+    gathers = now.engine.name != "ddp"
+    slowest = flops.max(axis=1).sum() if gathers else per_step.max(axis=1).sum()
+    micro_batches = now.planner.micro_batches
+    sent = traffic(now.size, now.engine, plan.ranks, now.precision.compute_bytes, micro_batches)
     return Speed(
         ranks=plan.ranks,
-        pairs_per_step=pairs_per_step,
+        pairs_per_step=now.pairs_per_step,
         micro_batches=micro_batches,
-        steps_per_epoch=count,
-        tokens=float(plan.tokens(layout).sum()) / count,
-        flops=float(flops.sum()) / count,
-        compute_s=float(slowest) / count / chip.flops_per_s(),
+        steps_per_epoch=steps,
+        tokens=float(plan.tokens(layout).sum()) / steps,
+        flops=float(flops.sum()) / steps,
+        compute_s=float(slowest) / steps / chip.flops_per_s(),
         bytes=sent,
         communication_s=sent / chip.bytes_per_s(plan.ranks),
-        epochs=epochs,
-        steps=steps,
+        epochs=settings.num_train_epochs,
+        steps=settings.max_steps if settings.max_steps > 0 else None,
+    )
+
+
+def scaling(now: Scenario, chip: Chip) -> list[Scaled]:
+    """The same run on more GPUs: steps of as many pairs in all, or of as many on each rank."""
+    rows = []
+    for ranks in sorted({*GPU_COUNTS, now.ranks}):
+        more = now.changed(ranks=ranks)
+        same_step = _with_pairs_per_step(more, now.pairs_per_step)
+        same_speed = None if same_step is None else speed_of(same_step, chip)
+        rows.append(Scaled(ranks, same_speed, speed_of(more, chip), more.memory.peak))
+    return rows
+
+
+def _with_pairs_per_step(now: Scenario, pairs: int) -> Scenario | None:
+    """The scenario with about so many pairs a step; None where ranks would go without one."""
+    if now.ranks > pairs:
+        return None
+    per_rank = min(now.settings.per_device_train_batch_size, pairs // now.ranks)
+    accumulation = max(1, round(pairs / (now.ranks * per_rank)))
+    return now.changed(
+        per_device_train_batch_size=per_rank, gradient_accumulation_steps=accumulation
     )
 
 
@@ -111,13 +148,12 @@ def _flops(plan: Plan, layout: str, work: Work) -> np.ndarray:
     elif layout == "packed":
         area = both
     else:
-        whole = prompt + chosen + rejected
-        area = whole**2 if work.dense else both - prompt**2
+        area = (prompt + chosen + rejected) ** 2 if work.dense else both - prompt**2
     area = area if work.dense else area / 2
-    alone = work.per_area * area + work.per_scored * (chosen + rejected)
+    per_pair = work.per_area * area + work.per_scored * (chosen + rejected)
     filled = plan.pairs.ravel() > 0
     flops = np.zeros(plan.pairs.size)
-    flops[filled] = np.add.reduceat(alone, plan.bounds[:-1][filled])
+    flops[filled] = np.add.reduceat(per_pair, plan.bounds[:-1][filled])
     return flops.reshape(plan.pairs.shape) + work.per_token * plan.tokens(layout)
 
 

@@ -1,30 +1,28 @@
-"""The plan as a page of text and as JSON."""
+"""An estimate as a page of text and as JSON."""
 
 from __future__ import annotations
 
 import textwrap
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .estimate import Estimate
 from .memory import CONTEXT_GIB, GIB, SLACK, Part
 from .speed import HEAD_PASSES
-
-if TYPE_CHECKING:
-    from .command import Findings
 
 WIDTH = 52
 COLUMNS = 110
 
 
-def page(found: Findings) -> list[str]:
+def page(estimate: Estimate) -> list[str]:
     """Lines for the terminal."""
-    assumptions = ["Assumed", *(f"  - {line}" for line in assumptions_of(found))]
+    assumptions = ["Assumed", *(f"  - {line}" for line in assumptions_of(estimate))]
     blocks = [
-        _wrapped(_head(found), 11),
-        _memory(found),
-        _wrapped(_verdict(found), 5),
-        _speed(found),
-        _scaling(found),
+        _wrapped(_head(estimate), 11),
+        _memory(estimate),
+        _wrapped(_verdict(estimate), 5),
+        _speed(estimate),
+        _scaling(estimate),
         _wrapped(assumptions, 4),
     ]
     return [line for block in blocks if block for line in ["", *block]][1:]
@@ -39,8 +37,8 @@ def _wrapped(lines: list[str], indent: int) -> list[str]:
     ]
 
 
-def _head(found: Findings) -> list[str]:
-    now, size = found.now, found.now.size
+def _head(estimate: Estimate) -> list[str]:
+    now, size = estimate.now, estimate.now.size
     settings, batch = now.settings, now.batch
     learn = f", {size.trainable:,} of them learn" if size.frozen else ""
     per_rank = f"{settings.per_device_train_batch_size} a rank"
@@ -52,9 +50,9 @@ def _head(found: Findings) -> list[str]:
     times = f"{now.planner.micro_batches} micro-batch" + "es" * (now.planner.micro_batches > 1)
     rows = f"{batch.rows} x {batch.length:,} = " if batch.rows > 1 else ""
     return [
-        f"Plan of {found.path}: {ranks} of {found.capacity / GIB:g} GiB, {now.engine.name}",
+        f"Plan of {estimate.path}: {ranks} of {estimate.capacity / GIB:g} GiB, {now.engine.name}",
         f"  model    {now.config.model_type}, {size.layers} layers, {size.total:,} parameters"
-        f"{learn} ({found.model_source})",
+        f"{learn} ({estimate.model_source})",
         f"  engine   {now.engine.name} ({now.engine.source or 'as asked'})",
         f"  data     {now.lengths.source}",
         f"  packing  {now.packing.layout} ({now.packing.reason})",
@@ -64,8 +62,8 @@ def _head(found: Findings) -> list[str]:
     ]
 
 
-def _memory(found: Findings) -> list[str]:
-    memory = found.now.memory
+def _memory(estimate: Estimate) -> list[str]:
+    memory = estimate.now.memory
     lines = [f"{'Memory of a rank':<{WIDTH + 2}}{'GiB':>8}"]
     lines += [_line(part) for part in memory.lasting]
     lasting = sum(part.bytes for part in memory.lasting)
@@ -76,7 +74,7 @@ def _memory(found: Findings) -> list[str]:
         lines += [_line(Part(f"    {p.name}", p.bytes, p.note)) for p in parts]
     lines.append(_line(Part("= peak", memory.peak)))
     lines.append("")
-    for on, held in found.activations.items():
+    for on, held in estimate.activations.items():
         how = "with checkpointing" if on else "without checkpointing"
         lines.append(_line(Part(f"activations {how}", held.peak)))
     lines += [_line(part) for part in memory.comparison]
@@ -88,30 +86,30 @@ def _line(part: Part, after: str = "") -> str:
     return f"  {part.name:<{WIDTH}}{part.bytes / GIB:>8.2f}{note}{after}"
 
 
-def _verdict(found: Findings) -> list[str]:
-    peak, capacity = found.now.memory.peak, found.capacity
+def _verdict(estimate: Estimate) -> list[str]:
+    peak, capacity = estimate.now.memory.peak, estimate.capacity
     share = f"{peak / GIB:.1f} of {capacity / GIB:g} GiB"
-    bound = " (an upper bound)" if found.now.lengths.bound else ""
-    if peak <= capacity:
+    bound = " (an upper bound)" if estimate.now.lengths.bound else ""
+    if estimate.fits:
         room = capacity - peak
         return [f"It fits: {share}{bound}, headroom {room / GIB:.1f} GiB ({room / capacity:.0%})."]
     lines = [f"It does not fit: {share}{bound}, {(peak - capacity) / GIB:.1f} GiB too many."]
-    if not found.advice:
+    if not estimate.advice:
         return [*lines, "Nothing known here would help."]
     lines.append("What to change, in this order, each on top of those before it:")
-    for number, step in enumerate(found.advice, 1):
+    for number, step in enumerate(estimate.advice, 1):
         fits = "fits" if step.peak <= capacity else "not yet"
         lines.append(
             f"  {number}. {step.change}: saves {step.saves / GIB:.1f} GiB -> "
             f"{step.peak / GIB:.1f} GiB, {fits} (costs: {step.costs})"
         )
-    if found.advice[-1].peak > capacity:
+    if estimate.advice[-1].peak > capacity:
         lines.append("  Even so it does not fit: a smaller model, or shorter limits.")
     return lines
 
 
-def _speed(found: Findings) -> list[str]:
-    speed, bound = found.speed, found.now.lengths.bound and not found.measured
+def _speed(estimate: Estimate) -> list[str]:
+    speed, bound = estimate.speed, estimate.now.lengths.bound and not estimate.measured
     if speed is None:
         return ["Time: not told for a CPU; --pairs-per-s or --tflops say how fast it is"]
     most = "at most " if bound else ""
@@ -122,8 +120,8 @@ def _speed(found: Findings) -> list[str]:
         f"Time: {most}{_seconds(speed.step_s)} a step, {steps}: {most}"
         f"{speed.hours:.1f} hours, {speed.pairs_per_s:.1f} pairs/s",
     ]
-    if found.measured:
-        return [*lines, f"  from {found.measured}"]
+    if estimate.measured:
+        return [*lines, f"  from {estimate.measured}"]
     return [
         *lines,
         f"  {speed.flops:.3g} operations a step: computation {_seconds(speed.compute_s)}; "
@@ -132,17 +130,17 @@ def _speed(found: Findings) -> list[str]:
     ]
 
 
-def _scaling(found: Findings) -> list[str]:
-    if not found.scaling:
+def _scaling(estimate: Estimate) -> list[str]:
+    if not estimate.scaling:
         return []
-    whole = found.now.pairs_per_step
+    pairs = estimate.now.pairs_per_step
     lines = [
-        f"{'':7}{f'same pairs a step ({whole})':^38}{'same pairs a rank':^46}",
+        f"{'':7}{f'same pairs a step ({pairs})':^38}{'same pairs a rank':^46}",
         f"{'GPUs':>5}  {'step':>8} {'send/compute':>13} {'hours':>7} {'speed-up':>8}"
         f"  {'pairs':>7} {'step':>8} {'send/compute':>13} {'hours':>7}  {'GiB':>6}",
     ]
-    first = next((row.same_step for row in found.scaling if row.same_step), None)
-    for row in found.scaling:
+    first = next((row.same_step for row in estimate.scaling if row.same_step), None)
+    for row in estimate.scaling:
         same, other = row.same_step, row.same_rank
         left = f"{'fewer pairs than ranks':>38}"
         if same is not None and first is not None:
@@ -169,9 +167,9 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"
 
 
-def assumptions_of(found: Findings) -> list[str]:
-    """Everything in the plan that nobody measured or said."""
-    now, chip = found.now, found.chip
+def assumptions_of(estimate: Estimate) -> list[str]:
+    """Everything in the estimate that nobody measured or said."""
+    now, chip = estimate.now, estimate.chip
     several = now.ranks > 1
     lines = []
     if now.device == "cuda":
@@ -179,14 +177,14 @@ def assumptions_of(found: Findings) -> list[str]:
     lines.append("the largest micro-batch is the first epoch's; later epochs draw others")
     if "flash" in now.attention or now.packing.rows != "dense":
         lines.append(f"{now.attention} keeps queries, keys, values, output and one number a query")
-    if found.speed is not None:
-        source = "as measured, for other numbers of GPUs" if found.measured else "--mfu"
+    if estimate.speed is not None:
+        source = "as measured, for other numbers of GPUs" if estimate.measured else "--mfu"
         lines.append(
             f"{chip.tflops:g} TFLOP/s at the peak (--tflops; A100 312, H100 and H200 989), "
             f"{chip.mfu:.0%} of it reached, recomputation counted ({source}); head "
             f"{HEAD_PASSES:g} passes"
         )
-    if several or found.scaling:
+    if several or estimate.scaling:
         lines.append(
             f"{chip.node_gb_s:g} GB/s a GPU each way within {chip.per_node} GPUs "
             f"(--node-bandwidth, --gpus-per-node), {chip.network_gb_s:g} GB/s beyond "
@@ -196,15 +194,15 @@ def assumptions_of(found: Findings) -> list[str]:
     return lines
 
 
-def as_dict(found: Findings) -> dict[str, Any]:
+def as_dict(estimate: Estimate) -> dict[str, Any]:
     """The same for other programs; bytes and seconds."""
-    now, memory, speed = found.now, found.now.memory, found.speed
+    now, memory, speed = estimate.now, estimate.now.memory, estimate.speed
     return {
-        "config": found.path,
+        "config": estimate.path,
         "gpus": now.ranks,
-        "capacity_bytes": found.capacity,
+        "capacity_bytes": estimate.capacity,
         "engine": asdict(now.engine),
-        "model": asdict(now.size) | {"source": found.model_source},
+        "model": asdict(now.size) | {"source": estimate.model_source},
         "data": now.lengths.source,
         "layout": now.packing.layout,
         "pairs_per_step": now.pairs_per_step,
@@ -219,13 +217,13 @@ def as_dict(found: Findings) -> dict[str, Any]:
         },
         "activations": {
             "checkpointing" if on else "whole": asdict(held)
-            for on, held in found.activations.items()
+            for on, held in estimate.activations.items()
         },
-        "fits": memory.peak <= found.capacity,
-        "headroom_bytes": found.capacity - memory.peak,
-        "advice": [asdict(step) for step in found.advice],
+        "fits": estimate.fits,
+        "headroom_bytes": estimate.capacity - memory.peak,
+        "advice": [asdict(step) for step in estimate.advice],
         "speed": speed and asdict(speed) | {"step_s": speed.step_s, "hours": speed.hours},
-        "measured": found.measured,
-        "scaling": [asdict(row) for row in found.scaling],
-        "assumed": assumptions_of(found),
+        "measured": estimate.measured,
+        "scaling": [asdict(row) for row in estimate.scaling],
+        "assumed": assumptions_of(estimate),
     }

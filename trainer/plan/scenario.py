@@ -1,32 +1,30 @@
-"""One way to run, worked out: its plan of micro-batches and its memory."""
+"""One way to run: its micro-batches and its memory."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..batching.limits import with_limit
 from ..batching.planner import Plan, Planner
+from ..objectives import Objective
 from ..packing.choose import Packing, choose_packing
+from ..settings.config import PreferenceConfig
 from .batches import MicroBatch, largest
-from .engines import Engine
+from .engines import Engine, Precision, precision
 from .lengths import Lengths
-from .memory import Precision, RankMemory, precision, rank_memory
+from .memory import Rank, RankMemory, rank_memory
 from .shapes import ModelSize, model_size
 from .simulation import Held, Recipe, simulate
 
-if TYPE_CHECKING:
-    from ..objectives import Objective
-    from ..settings.config import PreferenceConfig
-
 
 @dataclass
-class Evaluation:
-    """Settings on so many ranks of an engine; what follows is worked out when asked for.
+class Scenario:
+    """Settings on so many ranks of an engine; what follows from them is computed at first use.
 
-    ``simulated`` remembers what simulations found; ways to run share it.
+    ``simulated`` keeps the results of simulations; the scenarios of one estimate share it.
     """
 
     settings: PreferenceConfig
@@ -57,8 +55,9 @@ class Evaluation:
         return per_rank * self.ranks
 
     @property
-    def precomputed(self) -> bool:
-        return self.settings.precompute_ref_log_probs
+    def runs_reference(self) -> bool:
+        """Whether each training step runs the frozen model too."""
+        return self.objective.needs_reference and not self.settings.precompute_ref_log_probs
 
     @cached_property
     def size(self) -> ModelSize:
@@ -107,51 +106,52 @@ class Evaluation:
         """The largest micro-batch of the first epoch."""
         return largest(self.plan, self.packing)
 
-    def recipe(self, checkpointing: bool) -> Recipe:
-        kinds = self.precision
-        return Recipe(
-            config=self.config,
-            settings=self.settings,
-            dtype=kinds.simulated,
-            autocast=kinds.autocast,
-            attention=self.attention,
-            device=self.device,
-            checkpointing=checkpointing,
-        )
-
     def held(self, checkpointing: bool) -> Held:
+        """Bytes that the largest micro-batch holds, with or without checkpointing."""
         settings, kinds = self.settings, self.precision
         adapter = (settings.use_peft, settings.lora_r, settings.load_in_4bit, settings.load_in_8bit)
         key = (checkpointing, kinds, self.attention, adapter, self.batch)
         if key not in self.simulated:
-            self.simulated[key] = simulate(self.recipe(checkpointing), self.batch)
+            recipe = Recipe(
+                config=self.config,
+                settings=settings,
+                dtype=kinds.simulated,
+                autocast=kinds.autocast,
+                attention=self.attention,
+                device=self.device,
+                checkpointing=checkpointing,
+            )
+            self.simulated[key] = simulate(recipe, self.batch)
         return self.simulated[key]
 
     @cached_property
     def memory(self) -> RankMemory:
-        return rank_memory(
+        rank = Rank(
             self.settings,
             self.size,
             self.engine,
             self.ranks,
             self.precision,
+            self.planner.micro_batches,
+        )
+        return rank_memory(
+            rank,
             self.held(self.checkpointing),
             self.batch,
-            self.planner.micro_batches,
-            self.objective.needs_reference,
-            self.recipe(self.checkpointing),
+            checkpointing=self.checkpointing,
+            needs_reference=self.objective.needs_reference,
         )
 
     def changed(
         self, *, engine: Engine | None = None, ranks: int | None = None, **settings: Any
-    ) -> Evaluation:
-        """Another way to run: other settings, another engine or number of ranks."""
+    ) -> Scenario:
+        """The scenario with other settings, another engine or number of ranks."""
         new = copy.copy(self.settings)
         for name, value in settings.items():
             setattr(new, name, value)
         return replace(self, settings=new, engine=engine or self.engine, ranks=ranks or self.ranks)
 
-    def with_checkpointing(self) -> Evaluation:
+    def with_checkpointing(self) -> Scenario:
         name = "activation_checkpointing"
         if not hasattr(self.settings, name):
             name = "gradient_checkpointing"

@@ -1,0 +1,88 @@
+"""Bytes that a simulated micro-batch holds, against measurements and against each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+from widemargin.trainer.data.lengths import PairLengths
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.plan import simulation
+from widemargin.trainer.plan.batches import micro_batch
+from widemargin.trainer.plan.simulation import Recipe, simulate
+
+from tests.support.estimates import TINY, settings
+from tests.support.measured_memory import PACKINGS, estimated_bytes, measured_bytes, small_config
+
+BATCH = micro_batch(
+    PairLengths(np.array([5, 9]), np.array([20, 7]), np.array([3, 30])), PACKINGS["prefix_shared"]
+)
+
+
+def recipe(config: Any, **changes: Any) -> Recipe:
+    given = settings(**changes.pop("settings", {}))
+    standard = {"dtype": torch.bfloat16, "autocast": None, "attention": "flash_attention_2"}
+    return Recipe(
+        **{"config": config, "settings": given, "device": "cuda", "checkpointing": True}
+        | standard
+        | changes
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("layout", list(PACKINGS))
+def test_activations_are_those_measured(layout, checkpointing):
+    config = small_config()
+    estimated = estimated_bytes(config, settings(), layout, checkpointing, bf16=False)
+    measured = measured_bytes(config, layout, checkpointing, bf16=False)
+    assert estimated == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_two_and_four_layers_stand_for_all(autocast):
+    """With autocast over fp32 weights, the forward's copies of weights grow and the rest does not:
+    each part has to be extrapolated by itself."""
+    config = AutoConfig.for_model(**TINY)
+    every_layer = recipe(config, dtype=torch.float32, autocast=autocast)
+    whole = simulate(every_layer, BATCH, layers=6)
+    assert simulate(every_layer, BATCH) == whole
+    assert whole.peak >= whole.kept
+
+
+def test_checkpointing_and_a_shared_prompt_hold_less():
+    config = AutoConfig.for_model(**TINY)
+    lengths = PairLengths(np.array([500]), np.array([40]), np.array([60]))
+    shared, padded = (micro_batch(lengths, PACKINGS[name]) for name in ("prefix_shared", "padded"))
+    assert shared.tokens == 600
+    assert padded.tokens == 1120
+    whole = recipe(config, checkpointing=False)
+    assert simulate(recipe(config), shared).kept < simulate(whole, shared).kept / 4
+    assert simulate(whole, shared).kept < simulate(whole, padded).kept
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_dense_masks_cost_their_area(attention):
+    config = AutoConfig.for_model(**TINY)
+    lengths = PairLengths(np.array([500]), np.array([40]), np.array([60]))
+    fused = simulate(recipe(config, checkpointing=False), micro_batch(lengths, PACKINGS["padded"]))
+    dense = simulate(
+        recipe(config, checkpointing=False, attention=attention),
+        micro_batch(lengths, PACKINGS["padded"]),
+    )
+    assert dense.kept > fused.kept + 2 * 560 * 560  # at least a byte for each entry of both masks
+
+
+def test_an_adapter_needs_no_gradient_of_the_head():
+    config = AutoConfig.for_model(**TINY | {"vocab_size": 50_000})
+    full = simulate(recipe(config), BATCH)
+    lora = simulate(recipe(config, settings={"use_peft": True}), BATCH)
+    assert full.head - lora.head == pytest.approx(50_000 * 32 * 2, rel=0.05)
+
+
+def test_a_model_that_cannot_run_without_data_is_an_error(monkeypatch):
+    monkeypatch.setattr(simulation, "masks_for", lambda *_: torch.ones(3).item())
+    with pytest.raises(UserError, match="llama: its memory cannot be told"):
+        simulate(recipe(AutoConfig.for_model(**TINY)), BATCH)
