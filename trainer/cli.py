@@ -1,4 +1,8 @@
-"""The `widemargin` command: train, plan, evaluate, report, doctor, quickstart."""
+"""The `widemargin` command: train, plan, evaluate, report, doctor, quickstart.
+
+A command's modules are imported when it runs: `--help`, and a mistake in the arguments, need not
+wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from pathlib import Path
 from .errors import UserError
 from .evaluation.evaluate_command import add_evaluate, run_evaluate
 from .plan.command import add_plan, run_plan
+from .quickstart.command import add_quickstart, quickstart
 
 TRAIN_HELP = """\
 Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,
@@ -25,9 +30,9 @@ one. configs/train has the published settings with comments; --preflight shows t
 
 
 def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int:
-    """Run the command line; 0 when all went well, 2 for bad input, 130 when interrupted.
+    """Run the command line; 0 without errors, 2 for bad input, 130 when interrupted.
 
-    After SIGTERM during training it exits with 143, see `guards`.
+    After SIGTERM during training it exits with 143: `loop` says how.
 
     ``script`` names the published script whose twin this is, such as "run_simpo".
     """
@@ -50,22 +55,19 @@ def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int
 
 
 def _run(argv: list[str], script: str | None) -> int:
-    parser = _parser()
-    if argv[:1] == ["quickstart"]:
-        from .quickstart.command import main as quickstart
-
-        return quickstart(argv[1:])
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = _parser().parse_known_args(argv)
     if options.command == "train":
         return _train(options.config, overrides, script, preflight=options.preflight)
     if options.command == "evaluate":
         return run_evaluate(options, overrides)
     if options.command == "plan":
         return run_plan(options, overrides)
+    if options.command == "quickstart":
+        return quickstart(options.folder, options.seed, overrides, _train)
     if overrides:
         raise UserError(f"unknown arguments: {' '.join(overrides)}; see widemargin --help")
     if options.command == "doctor":
-        from .doctor.machine import doctor
+        from .doctor.command import doctor
 
         return doctor(options.model, as_json=options.json)
     return _report(options.run, options.out, options.format)
@@ -113,16 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--model", help="a model's folder or hub name; its weights are not read")
     doctor.add_argument("--json", action="store_true", help="print JSON for other programs")
-    commands.add_parser("quickstart", help="make data and a tiny model, train it, show a report")
+    add_quickstart(commands)
     return parser
 
 
-def _train(config: str, overrides: Sequence[str], script: str | None, *, preflight: bool) -> int:
+def _train(
+    config: str, overrides: Sequence[str], script: str | None = None, *, preflight: bool = False
+) -> int:
     from .preflight import preflight as run_preflight
     from .settings.files import load_config
     from .train import train
 
-    overrides = ["--profile=true" if it == "--profile" else it for it in overrides]
+    overrides = ["--profile=true" if o == "--profile" else o for o in overrides]
     settings = load_config(config, overrides, script=script)
     if preflight:
         run_preflight(settings)

@@ -12,6 +12,7 @@ from ...kernels import reference
 from ...kernels.checks import Backend, choose_backend
 from ...kernels.linear_logprob.function import linear_logprob
 from ...kernels.margin_loss.function import margin_loss
+from .findings import cause
 
 TOKENS, HIDDEN, VOCABULARY, PAIRS = 96, 64, 1000, 4
 
@@ -21,7 +22,7 @@ BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 @dataclass
 class KernelCheck:
-    """One op on one backend: its name, and the errors found or what it raised."""
+    """One op on one backend: its name, and its errors or the exception that it raised."""
 
     name: str
     errors: dict[str, float]
@@ -37,8 +38,8 @@ class KernelCheck:
     def detail(self) -> str:
         if self.raised:
             return self.raised
-        found = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
-        return f"relative error of {found} (at most {self.bound:.0e})"
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
+        return f"relative error of {errors} (at most {self.bound:.0e})"
 
 
 def kernel_checks() -> Iterator[KernelCheck]:
@@ -58,12 +59,12 @@ def kernel_checks() -> Iterator[KernelCheck]:
 
 def available_backends() -> list[tuple[str, Backend]]:
     """(device, backend) of those that can run here, the one "auto" takes last."""
-    found: list[tuple[str, Backend]] = [("cpu", "torch")]
+    backends: list[tuple[str, Backend]] = [("cpu", "torch")]
     if torch.cuda.is_available():
-        found.append(("cuda", "torch"))
+        backends.append(("cuda", "torch"))
         if head_backend("cuda") == "triton":
-            found.append(("cuda", "triton"))
-    return found
+            backends.append(("cuda", "triton"))
+    return backends
 
 
 def head_backend(device: str) -> str:
@@ -80,9 +81,8 @@ def _checked(
 ) -> KernelCheck:
     try:
         return KernelCheck(name, errors(device, backend, dtype), BOUNDS[dtype])
-    except Exception as error:  # a driver, a compiler, a kernel: whatever it was is the finding
-        raised = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return KernelCheck(name, {}, BOUNDS[dtype], raised)
+    except Exception as error:  # of a driver, a compiler, a kernel: each is a finding
+        return KernelCheck(name, {}, BOUNDS[dtype], cause(error))
 
 
 def _head_errors(device: str, backend: Backend, dtype: torch.dtype) -> dict[str, float]:
@@ -94,12 +94,12 @@ def _head_errors(device: str, backend: Backend, dtype: torch.dtype) -> dict[str,
     inputs = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     logps = linear_logprob(inputs[0], inputs[1], targets, tail="exact", backend=backend)
-    wanted = reference.linear_logprob(exact[0], exact[1], targets)
+    expected = reference.linear_logprob(exact[0], exact[1], targets)
     gradients = torch.autograd.grad((logps * coefficients).sum(), inputs)
-    exact_gradients = torch.autograd.grad((wanted * coefficients.double()).sum(), exact)
+    exact_gradients = torch.autograd.grad((expected * coefficients.double()).sum(), exact)
     names = ("gradients of hidden", "of weight")
     errors = map(_error, gradients, exact_gradients)
-    return {"log-probs": _error(logps, wanted), **dict(zip(names, errors, strict=True))}
+    return {"log-probs": _error(logps, expected), **dict(zip(names, errors, strict=True))}
 
 
 def _loss_errors(device: str, backend: Backend, dtype: torch.dtype) -> dict[str, float]:
@@ -110,11 +110,11 @@ def _loss_errors(device: str, backend: Backend, dtype: torch.dtype) -> dict[str,
     logps, exact = values.requires_grad_(), values.detach().double().requires_grad_()
     margins = torch.linspace(0, 1, PAIRS, device=device)
     losses = margin_loss(logps, bounds, margins, beta=2.0, backend=backend)
-    wanted = reference.margin_loss(exact, bounds, margins.double(), beta=2.0)
+    expected = reference.margin_loss(exact, bounds, margins.double(), beta=2.0)
     (gradient,) = torch.autograd.grad(losses.sum(), logps)
-    (exact_gradient,) = torch.autograd.grad(wanted.sum(), exact)
-    return {"losses": _error(losses, wanted), "gradients": _error(gradient, exact_gradient)}
+    (exact_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    return {"losses": _error(losses, expected), "gradients": _error(gradient, exact_gradient)}
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+def _error(value: Tensor, exact: Tensor) -> float:
+    return ((value.double() - exact).abs().max() / exact.abs().max()).item()

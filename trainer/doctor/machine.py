@@ -1,20 +1,15 @@
-"""`widemargin doctor`: what is installed, what a run would use and why, whether kernels work."""
+"""What is installed, and which processors, memory and GPUs there are."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import json
 import os
 import platform
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-OK, WARN, FAIL = "ok", "warn", "fail"
-GIB = 2**30
+from .findings import FAIL, GIB, OK, WARN, Finding, Findings, cause
+
 OLDEST_CAPABILITY = (8, 0)
 """The oldest generation of GPUs (Ampere) that the kernels are made for."""
 
@@ -25,68 +20,6 @@ OPTIONAL = {
     "bitsandbytes": ("load_in_4bit and load_in_8bit", "widemargin[qlora]"),
 }
 """Packages that a run can do without, what needs them, and what to install."""
-
-
-@dataclass
-class Finding:
-    """One line of the report: how it stands with something, and what to do about it."""
-
-    status: str
-    name: str
-    detail: str
-    advice: str = ""
-
-    def __str__(self) -> str:
-        advice = f"\n        -> {self.advice}" if self.advice else ""
-        return f"  {self.status:<5} {self.name}: {self.detail}{advice}"
-
-
-Findings = Iterator[Finding]
-
-
-def doctor(model: str | None = None, *, as_json: bool = False) -> int:
-    """Print what is found; 0 unless something fails, then 1. Raises nothing.
-
-    Args:
-        model: folder or hub name of a model whose attention and packing to tell; its weights are
-            not read.
-        as_json: one JSON object in place of text.
-    """
-    sections: dict[str, Callable[[], Findings]] = {
-        "Packages": packages,
-        "Machine": machine,
-        "What a run would use": lambda: choices(model),
-        "Kernels, against fp64": kernels,
-    }
-    out, found = sys.stdout, {}
-    # Libraries may print while they are imported: not in between the findings.
-    with contextlib.redirect_stdout(sys.stderr):
-        for title, check in sections.items():
-            found[title] = list(_caught(check))
-            if not as_json:
-                print(f"{title}\n" + "\n".join(map(str, found[title])) + "\n", file=out, flush=True)
-    counts = {s: sum(f.status == s for part in found.values() for f in part) for s in (WARN, FAIL)}
-    if as_json:
-        checks = [{"section": title, **asdict(f)} for title in found for f in found[title]]
-        print(json.dumps({"ok": not counts[FAIL], "checks": checks}, indent=2))
-    elif counts[FAIL]:
-        print(f"{counts[FAIL]} to mend (fail), {counts[WARN]} to know about (warn)")
-    else:
-        print("Ready to train." + (f" {counts[WARN]} to know about." if counts[WARN] else ""))
-    return 1 if counts[FAIL] else 0
-
-
-def _caught(check: Callable[[], Findings]) -> Findings:
-    """The findings of ``check``; one that breaks is a failure, and no traceback."""
-    try:
-        yield from check()
-    except Exception as error:
-        yield Finding(FAIL, "this check", cause(error), "please report it with this whole output")
-
-
-def cause(error: BaseException) -> str:
-    """An error on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def packages() -> Findings:
@@ -101,9 +34,9 @@ def packages() -> Findings:
         lines = []
     asked = [Requirement(line) for line in lines]
     needed = {r.name: r for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})}
-    wanted = {r.name: r for r in asked if r.name in OPTIONAL}
+    optional = {r.name: r for r in asked if r.name in OPTIONAL}
     for name in ("widemargin", *needed, *OPTIONAL):
-        requirement = needed.get(name) or wanted.get(name)
+        requirement = needed.get(name) or optional.get(name)
         yield _package(name, requirement, required=name not in OPTIONAL)
 
 
@@ -178,31 +111,3 @@ def _driver() -> str:
             return file.read().strip()
     except OSError:
         return "unknown"
-
-
-def choices(model: str | None) -> Findings:
-    """Head, attention and packing as the settings' defaults have them, and the reasons."""
-    import torch
-
-    from .kernels import head_backend
-    from .model import model_findings
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = head_backend(device)
-    if backend == "triton":
-        why = "a CUDA device and the package triton"
-    else:
-        why = "no CUDA device" if device == "cpu" else "the package triton is not installed"
-    slow = backend == "torch" and device == "cuda"
-    advice = "pip install triton: the kernels are several times faster" if slow else ""
-    yield Finding(WARN if slow else OK, "head", f"{backend} ({why})", advice)
-    yield from model_findings(model, device)
-
-
-def kernels() -> Findings:
-    """The ops on every backend of this machine."""
-    from .kernels import kernel_checks
-
-    for check in kernel_checks():
-        advice = "" if check.fine else "please report it; head_backend: torch goes without Triton"
-        yield Finding(OK if check.fine else FAIL, check.name, check.detail, advice)

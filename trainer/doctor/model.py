@@ -1,9 +1,8 @@
-"""What a run would make of a model, told from its config and tokenizer without its weights."""
+"""What a run would make of a model, by its config and tokenizer, without its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,30 +12,26 @@ from ..model.loading import load_model_config, load_tokenizer
 from ..packing.choose import choose_packing
 from ..settings.model import ModelSettings
 from ..text import printable
-
-if TYPE_CHECKING:
-    from .machine import Finding
+from .findings import FAIL, GIB, OK, WARN, Finding, Findings
 
 STATE_BYTES = 16
 """Per parameter trained: fp32 weight and gradient, and AdamW's two moments."""
 
 
-def model_findings(name: str | None, device: str) -> Iterator[Finding]:
+def model_findings(name: str | None, device: str) -> Findings:
     """Size, attention, packing and chat template of the model ``name``, or of a plain Llama."""
-    from .machine import FAIL, OK, WARN, Finding
-
     config: Any
     if name is None:
         from transformers import LlamaConfig
 
-        config, told = LlamaConfig(), "for a model like Llama"
+        config, whose = LlamaConfig(), "for a model like Llama"
     else:
         try:
             config = load_model_config(ModelSettings(model_name_or_path=name))
         except UserError as error:
             yield Finding(FAIL, "model", str(error))
             return
-        told = f"for {config.model_type}"
+        whose = f"for {config.model_type}"
     try:
         empty = _without_weights(config)
     except Exception as error:  # each family fails in its own way
@@ -46,7 +41,7 @@ def model_findings(name: str | None, device: str) -> Iterator[Finding]:
     if name is not None:
         yield _size(empty, device)
     attention = empty.config.get_text_config()._attn_implementation
-    yield Finding(OK, "attention", f"{attention}, transformers' choice {told}")
+    yield Finding(OK, "attention", f"{attention}, transformers' choice {whose}")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     packing = choose_packing("auto", empty.config, attention=attention, device=device, dtype=dtype)
     status = WARN if packing.layout == "padded" else OK
@@ -64,8 +59,6 @@ def _without_weights(config: Any) -> Any:
 
 
 def _size(model: Any, device: str) -> Finding:
-    from .machine import GIB, OK, WARN, Finding
-
     count = sum(parameter.numel() for parameter in model.parameters())
     needed = STATE_BYTES * count / GIB
     detail = (
@@ -78,9 +71,7 @@ def _size(model: Any, device: str) -> Finding:
     return Finding(OK, "model", detail)
 
 
-def _template(name: str) -> Iterator[Finding]:
-    from .machine import FAIL, OK, WARN, Finding
-
+def _template(name: str) -> Findings:
     try:
         tokenizer = load_tokenizer(ModelSettings(model_name_or_path=name))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""`widemargin quickstart`: data, a tiny model, a training and its report.
+"""`widemargin quickstart`: make a data set and a tiny model, train it, show what changed.
 
-A companion: the core does not import it. Start in `command`.
+A companion: it may import `report`, and the core does not import it. Start in `command`.
 """

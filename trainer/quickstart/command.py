@@ -5,16 +5,13 @@ Training itself is the ordinary `widemargin train` with `configs/train/quickstar
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from ..report.write import write_report
 from .data import Pair, make_pairs, write_dataset
 from .model import write_model
 
@@ -23,11 +20,15 @@ SCORED_PROMPTS = 64
 SHOWN_PROMPTS = 3
 ANSWER_TOKENS = 32
 
+Train = Callable[[str, Sequence[str]], int]
+"""A training by the path of a config and its overrides."""
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the quickstart; returns the exit code of training."""
-    parser = argparse.ArgumentParser(
-        prog="widemargin quickstart",
+
+def add_quickstart(commands: Any) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser(
+        "quickstart",
+        help="make data and a tiny model, train it, show a report",
         description="Train a tiny model on generated preference pairs and write a report.",
         epilog="Other --key=value options override the settings of configs/train/quickstart.yaml.",
         allow_abbrev=False,
@@ -38,24 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="of data, model and training (default: %(default)s)"
     )
-    options, overrides = parser.parse_known_args(argv)
-    return quickstart(options.folder, options.seed, overrides)
 
 
-def quickstart(folder: Path = DEFAULT_FOLDER, seed: int = 0, overrides: Sequence[str] = ()) -> int:
+def quickstart(folder: Path, seed: int, overrides: Sequence[str], train: Train) -> int:
     """Write data/ and model/ to `folder`, train into run/, and show answers before and after.
 
-    Training prints the table of metrics itself.
+    Training prints the table of metrics itself. `train` is what `widemargin train` calls; it comes
+    as an argument, because this room may not import the modules that run a training.
     """
-    from ..cli import main as widemargin
+    from ..report.write import write_report
 
-    train, test = make_pairs(seed)
+    train_pairs, test_pairs = make_pairs(seed)
     _no_loading_bars()
-    _say(f"Writing {len(train)} training pairs and {len(test)} held-out pairs to {folder}/data")
-    write_dataset(folder / "data", train, test)
+    counts = f"{len(train_pairs)} training pairs and {len(test_pairs)} held-out pairs"
+    _say(f"Writing {counts} to {folder}/data")
+    write_dataset(folder / "data", train_pairs, test_pairs)
     _say(f"Writing a tokenizer and a model with random weights to {folder}/model")
-    write_model(folder / "model", [*train, *test], seed)
-    scored = test[:SCORED_PROMPTS]
+    write_model(folder / "model", [*train_pairs, *test_pairs], seed)
+    scored = test_pairs[:SCORED_PROMPTS]
     before = answers(folder / "model", scored)
 
     settings = [f"--seed={seed}"] if seed else []
@@ -66,9 +67,7 @@ def quickstart(folder: Path = DEFAULT_FOLDER, seed: int = 0, overrides: Sequence
             f"--output_dir={folder / 'run'}",
         ]
     with as_file(files("widemargin.configs") / "train" / "quickstart.yaml") as config:
-        code = widemargin(["train", str(config), *settings, *overrides])
-    if code:
-        return code
+        train(str(config), [*settings, *overrides])
     after = answers(folder / "run", scored)
     add_samples(folder / "run", scored, before, after)
     report = write_report(folder / "run")
@@ -159,7 +158,3 @@ def _short(text: str, width: int = 72) -> str:
 
 def _say(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

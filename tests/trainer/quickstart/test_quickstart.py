@@ -1,17 +1,17 @@
-"""The quickstart around training, which a stand-in for the command line replaces here."""
+"""The quickstart around training, which a stand-in for the command's training replaces here."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from importlib.resources import files
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from widemargin.trainer import cli
+from widemargin.trainer.errors import UserError
 from widemargin.trainer.quickstart import command as quickstart
 from widemargin.trainer.quickstart.data import Pair
 
@@ -25,11 +25,11 @@ def command_lines(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A training that only copies the model and writes a log; the arguments of each call."""
     called: list[list[str]] = []
 
-    def main(argv: list[str]) -> int:
-        called.append(argv)
-        if "--fail=true" in argv:
-            return 2
-        options = dict(arg.removeprefix("--").split("=", 1) for arg in argv[2:])
+    def train(config: str, overrides: list[str]) -> int:
+        called.append([config, *overrides])
+        if "--fail=true" in overrides:
+            raise UserError("fail: it does")
+        options = dict(arg.removeprefix("--").split("=", 1) for arg in overrides)
         shutil.copytree(options["model_name_or_path"], options["output_dir"])
         logs = [
             {"step": 0, "eval_rewards/accuracies": 0.5},
@@ -40,21 +40,18 @@ def command_lines(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         (run_dir / "run.json").write_text(json.dumps({"summary": {"kept": 1}}))
         return 0
 
-    stand_in = ModuleType("widemargin.trainer.cli")
-    vars(stand_in)["main"] = main
-    monkeypatch.setitem(sys.modules, "widemargin.trainer.cli", stand_in)
+    monkeypatch.setattr(cli, "_train", train)
     monkeypatch.setattr(quickstart, "SCORED_PROMPTS", 4)
     return called
 
 
-def test_it_trains_by_the_ordinary_command_line_and_reports(
+def test_it_trains_as_the_train_command_does_and_reports(
     tmp_path: Path, command_lines: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quickstart.main([f"--folder={tmp_path}", "--seed=3", "--beta=4"]) == 0
-    (argv,) = command_lines
-    assert argv[0] == "train"
-    assert argv[1].endswith("quickstart.yaml")
-    assert argv[2:] == [
+    assert cli.main(["quickstart", f"--folder={tmp_path}", "--seed=3", "--beta=4"]) == 0
+    ((config, *overrides),) = command_lines
+    assert config.endswith("quickstart.yaml")
+    assert overrides == [
         "--seed=3",
         f"--model_name_or_path={tmp_path / 'model'}",
         f"--dataset={tmp_path / 'data'}",
@@ -71,7 +68,7 @@ def test_it_trains_by_the_ordinary_command_line_and_reports(
 
 
 def test_a_failed_training_ends_it(tmp_path: Path, command_lines: list[list[str]]) -> None:
-    assert quickstart.main([f"--folder={tmp_path}", "--fail=true"]) == 2
+    assert cli.main(["quickstart", f"--folder={tmp_path}", "--fail=true"]) == 2
     assert not (tmp_path / "run").exists()
 
 
