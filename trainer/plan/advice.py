@@ -1,4 +1,4 @@
-"""What to change where a run does not fit, cheapest first, and what each change saves."""
+"""Changes that make a run fit, cheapest first, and the bytes that each saves."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SHIPPED = {
 class Engine:
     """How weights, gradients and optimizer states are spread; sizes of buffers in elements.
 
-    Defaults of the buffers are DeepSpeed's own.
+    Defaults of the buffers are DeepSpeed's.
     """
 
     name: str  # "zero3", "zero2", "fsdp2" or "ddp"
@@ -125,8 +125,8 @@ def _deepspeed(path: Path, plugin: dict, hidden_size: int, common: dict[str, Any
     named = plugin.get("deepspeed_config_file")
     config: dict[str, Any] = {}
     if named:
-        beside = path.parent / Path(named).name
-        file = Path(named) if Path(named).is_file() else beside
+        sibling = path.parent / Path(named).name
+        file = Path(named) if Path(named).is_file() else sibling
         with refusals(f"DeepSpeed's config {named}: cannot be read", OSError, ValueError):
             config = json.loads(file.read_text(encoding="utf-8"))
     zero = config.get("zero_optimization") or {

@@ -1,4 +1,4 @@
-"""How long the pairs are: the data's own, or an assumption that says so."""
+"""Lengths of the pairs: measured on the data, or assumed, and which of the two."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ instruction-tuning prompts and chat models' answers."""
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of the training pairs and where they are from; ``bound``: no pair can be longer."""
+    """Lengths of the training pairs and their source; ``bound``: no pair can be longer."""
 
     pairs: PairLengths
     source: str
@@ -38,7 +38,7 @@ def find_lengths(
     """The training data's lengths if it is on this machine, else assumed ones.
 
     Args:
-        means: of prompt, chosen and rejected tokens; they go before the data's own.
+        means: of prompt, chosen and rejected tokens; they win over the data's.
         count: pairs to assume.
 
     Raises:
@@ -88,10 +88,10 @@ def assumed(
 ) -> PairLengths:
     """Log-normal lengths of these means, cut as training would cut them; the same every time."""
     generator = np.random.default_rng(0)
-    common, own = generator.standard_normal((2, 3, count))
+    shared, independent = generator.standard_normal((2, 3, count))
     alike = np.sqrt(ANSWER_CORRELATION)
-    normal = own * np.sqrt(1 - ANSWER_CORRELATION) + alike * common[1]
-    normal[0] = own[0]
+    normal = independent * np.sqrt(1 - ANSWER_CORRELATION) + alike * shared[1]
+    normal[0] = independent[0]
     spreads = np.array([PROMPT_SPREAD, ANSWER_SPREAD, ANSWER_SPREAD])[:, None]
     variance = np.log1p(spreads**2)
     lengths = np.exp(normal * np.sqrt(variance) - variance / 2) * np.array(means)[:, None]

@@ -1,4 +1,4 @@
-"""Memory of one rank by component: what stays, and what comes on top in each part of a step."""
+"""Memory of one rank by component: parts that last, and parts that a phase of a step adds."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ STATE_BYTES = {
     "lion_8bit": 1,
     "paged_lion_8bit": 1,
 }
-"""Bytes per trained element of optimizers whose states have a size of their own (Adafactor keeps
-rows and columns: next to nothing)."""
+"""Bytes per trained element of optimizers whose states have another size than the weights
+(Adafactor keeps rows and columns: next to nothing)."""
 ONE_STATE = ("lion", "adagrad", "rmsprop")
 QUANTIZED = {"load_in_8bit": 1.0, "load_in_4bit": 0.5 + 4 / 64}
 """Bytes per weight; four bits come with an fp32 scale for every 64."""

@@ -1,4 +1,4 @@
-"""What one micro-batch holds beyond weights: the model's own code, run on tensors without data.
+"""Bytes that one micro-batch holds beyond weights: the model's code runs on tensors without data.
 
 A few layers of the model are built under `FakeTensorMode`: shapes, dtypes and views are real, no
 number is computed and no memory is taken. Every tensor that an operation returns counts from then
@@ -74,23 +74,20 @@ class Held:
         return max(self.forward, self.head, self.decoder)
 
 
-def simulate(recipe: Recipe, batch: MicroBatch, *, layers: int | None = None) -> Held:
-    """The bytes that a forward and backward of ``batch`` hold.
-
-    Args:
-        layers: simulate so many; None for two short runs that stand for all of them.
+def simulate(recipe: Recipe, batch: MicroBatch) -> Held:
+    """The bytes that a forward and backward of ``batch`` hold; two short runs stand for all layers.
 
     Raises:
         UserError: the model cannot be run on tensors without data.
     """
-    every_layer = recipe.config.num_hidden_layers
-    if layers is not None or every_layer <= LONG:
-        return _run(recipe, batch, layers or every_layer)
+    layers = recipe.config.num_hidden_layers
+    if layers <= LONG:
+        return _run(recipe, batch, layers)
     short, long = _run(recipe, batch, SHORT), _run(recipe, batch, LONG)
 
     def grown(name: str) -> int:
         first, second = getattr(short, name), getattr(long, name)
-        return first + (second - first) * (every_layer - SHORT) // (LONG - SHORT)
+        return first + (second - first) * (layers - SHORT) // (LONG - SHORT)
 
     return Held(*(grown(name) for name in ("kept", "forward", "head", "decoder")))
 

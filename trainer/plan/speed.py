@@ -13,7 +13,7 @@ from .scenario import Scenario
 from .shapes import ModelSize
 
 GPU_COUNTS = (4, 8, 16, 64, 256)
-"""Of the table of scaling, which has the run's own number too."""
+"""Rows of the table of scaling, besides the run's number of GPUs."""
 
 HEAD_PASSES = 1.3
 """Products of hidden states and head weight per scored token, 2·H·V operations each: the forward's
@@ -65,7 +65,7 @@ class Speed:
 
     @property
     def step_s(self) -> float:
-        """Communication runs beside computation: the longer of the two."""
+        """Communication overlaps computation: the longer of the two counts."""
         return max(self.compute_s, self.communication_s)
 
     @property

@@ -20,6 +20,10 @@ Kind = Literal["wrong", "padded"]
 Message = dict[str, str]
 Row = dict[str, list[Message]]
 
+TRAIN_PER_FAMILY, TEST_PER_FAMILY = 320, 36
+PADDED_SHARE = 0.4
+"""Share of the pairs whose rejected answer is padded rather than wrong."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -215,29 +219,26 @@ def _pad(sentence: str, rng: random.Random) -> str:
     )
 
 
-def _pair(family: str, question: Question, padded: float, rng: random.Random) -> Pair:
-    kind: Kind = "padded" if rng.random() < padded else "wrong"
+def _pair(family: str, question: Question, rng: random.Random) -> Pair:
+    kind: Kind = "padded" if rng.random() < PADDED_SHARE else "wrong"
     worse = _pad(question.right, rng) if kind == "padded" else rng.choice(question.wrong)
     return Pair(family, kind, question.prompt, question.right, worse)
 
 
-def make_pairs(
-    seed: int = 0, *, train_per_family: int = 320, test_per_family: int = 36, padded: float = 0.4
-) -> tuple[list[Pair], list[Pair]]:
+def make_pairs(seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Training pairs and held-out pairs, each prompt once in all; the same for the same seed.
 
     Smaller families give what they have to training. A held-out question about a word or a country
     is asked in training too, but in other words; held-out sums, comparisons and sorts may be new.
-    `padded` is the share of pairs whose rejected answer is padded rather than wrong.
     """
     rng = random.Random(seed)
     train: list[Pair] = []
     test: list[Pair] = []
     for family, questions in FAMILIES.items():
-        pairs = [_pair(family, question, padded, rng) for question in questions()]
+        pairs = [_pair(family, question, rng) for question in questions()]
         rng.shuffle(pairs)
-        test += pairs[:test_per_family]
-        train += pairs[test_per_family:][:train_per_family]
+        test += pairs[:TEST_PER_FAMILY]
+        train += pairs[TEST_PER_FAMILY:][:TRAIN_PER_FAMILY]
     rng.shuffle(train)
     rng.shuffle(test)
     return train, test

@@ -1,4 +1,4 @@
-"""Every setting of a run: model, data, objective and transformers' own training arguments."""
+"""Every setting of a run: model, data, objective and transformers' training arguments."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         self.filled_in = self._replaced_defaults(given)
 
     def _name_checkpointing_as_installed(self) -> None:
-        """Old and new transformers differ in the name; non-reentrant unless told otherwise."""
+        """Old and new transformers differ in the name; non-reentrant where nothing is said."""
         if not self.gradient_checkpointing:
             return
         name = "activation_checkpointing"
@@ -240,5 +240,5 @@ def defaults_of(kind: type[PreferenceConfig]) -> dict[str, Any]:
 
 
 def objective_keys(objective: str) -> set[str]:
-    """Hyperparameters that belong in ``objective_args``: those without a field of their own."""
+    """Hyperparameters that belong in ``objective_args``: those that are no fields here."""
     return set(hyperparameters_of(objective)) - set(FIELDS_OF_OBJECTIVES)

@@ -1,4 +1,4 @@
-"""What a user can say about preference data."""
+"""Settings of the preference data."""
 
 from __future__ import annotations
 

@@ -98,14 +98,14 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
 def build_config(
     settings: dict[str, Any], *, script: str | None = None, notes: list[str] | None = None
 ) -> PreferenceConfig:
-    """`PreferenceConfig` from plain settings, published names and the objective's own included.
+    """`PreferenceConfig` from plain settings, published names and the objective's included.
 
     A line for each setting that had another name goes to ``notes``; ``script`` as in `load_config`.
     """
     settings = _under_our_names(settings, script, [] if notes is None else notes)
     arguments = _pop_hyperparameters(settings)
     fields = _config_fields()
-    # A null stands for the default where it is no value of its own, as in published files.
+    # A null stands for the default where the type has no null, as in published files.
     values = {
         key: coerced(key, value, fields[key])
         for key, value in settings.items()
@@ -128,7 +128,7 @@ def _under_our_names(
 
 
 def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
-    """Take ``objective_args``, and the objective's own keys that stand beside it, from settings.
+    """Take ``objective_args``, and the objective's keys among the others, from settings.
 
     Raises:
         UserError: one is given in both places, or a key belongs neither here nor to the objective.

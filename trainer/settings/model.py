@@ -1,4 +1,4 @@
-"""Which model to load, and how: the settings."""
+"""Settings of the model: which one to load, and how."""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ def test_what_to_change_where_it_does_not_fit(tmp_path, capsys):
     small.write_text(json.dumps(TINY | {"num_hidden_layers": 4, "vocab_size": 100_000}))
     estimate = plan(
         *(LMPO, "--model-config", str(small), "--gpus", "2", "--engine", "ddp"),
-        *("--gradient_checkpointing=false", "--packing=padded", "--gpu-memory", "1.9"),
+        *("--gradient_checkpointing=false", "--packing=padded", "--gpu-memory=1.9"),
+        "--pairs=6000",
         folder=tmp_path,
     )
     assert not estimate["fits"]

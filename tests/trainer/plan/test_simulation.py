@@ -46,10 +46,10 @@ def test_two_and_four_layers_stand_for_all(autocast):
     """With autocast over fp32 weights, the forward's copies of weights grow and the rest does not:
     each part has to be extrapolated by itself."""
     config = AutoConfig.for_model(**TINY)
-    every_layer = recipe(config, dtype=torch.float32, autocast=autocast)
-    whole = simulate(every_layer, BATCH, layers=6)
-    assert simulate(every_layer, BATCH) == whole
-    assert whole.peak >= whole.kept
+    given = recipe(config, dtype=torch.float32, autocast=autocast)
+    all_six = simulation._run(given, BATCH, 6)
+    assert simulate(given, BATCH) == all_six
+    assert all_six.peak >= all_six.kept
 
 
 def test_checkpointing_and_a_shared_prompt_hold_less():
