@@ -22,9 +22,9 @@ from widemargin.kernels.linear_logprob.torch_forward import forward
 from widemargin.kernels.linear_logprob.types import GradRequest, HeadCall
 
 from bench.head.cells import choose_cells
-from bench.lib.colours import new_figure, save
 from bench.lib.exact import Exact, exact, relative_error
 from bench.lib.peaked import PeakedCase, fp32_logps, mean_entropy, peaked_case
+from bench.lib.plots import new_figure, save
 from bench.lib.record import Row, add_output_options, destination, environment, writer
 
 EXPONENTS = range(-14, -7)

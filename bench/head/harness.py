@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from widemargin.kernels.linear_logprob.routing import BLOCK
 
+from bench.head.memory import cpu_usage, cuda_usage, usage_here
 from bench.head.providers import BASELINE, Provider
 from bench.lib.cases import Case
 from bench.lib.exact import Exact, exact, relative_error
-from bench.lib.memory import cpu_usage, cuda_usage, usage_here
 from bench.lib.peaked import PeakedCase, fp32_logps
 from bench.lib.record import Commit, Row, environment
 from bench.lib.timing import ColdTimer, spread

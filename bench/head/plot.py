@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.head.providers import BASELINE
-from bench.lib.colours import colour, label, new_figure, save
+from bench.lib.plots import colour, label, new_figure, save
 from bench.lib.record import Row
 
 

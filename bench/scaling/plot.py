@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench.lib.colours import colour, label, new_figure, save
+from bench.lib.plots import colour, label, new_figure, save
 from bench.lib.record import Row
 from bench.scaling.curves import SIZES, crossover
 

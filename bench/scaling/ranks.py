@@ -21,7 +21,8 @@ import numpy as np
 
 from bench.lib.record import ROOT, Row
 from bench.lib.subject import Subject, find_subject
-from bench.training.command import Worker, find_rows, parse, specification
+from bench.lib.workers import WorkerError
+from bench.training.command import find_rows, parse, specification, start
 from bench.training.data import Rows, lengths_of
 
 PAIRS_PER_STEP = 8
@@ -84,14 +85,14 @@ def measure(ranks: int, options: argparse.Namespace, folder: Path) -> Row:
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
             own = own if ranks > 1 else {}
-            workers.append(Worker(f"{ranks}-rank-{rank}", spec, folder, **variables, **own))
+            workers.append(start(f"{ranks}-rank-{rank}", spec, folder, **variables, **own))
         for worker in workers:
             worker.answer()  # it is ready
         for _ in range(options.warmup + options.steps):
             for worker in workers:
-                worker.begin_step()
+                worker.tell("step")
             times.append(max(worker.answer()["ms"] for worker in workers))
-    except RuntimeError as error:
+    except WorkerError as error:
         return {"reason": str(error)}
     finally:
         for worker in workers:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.lib.exact import relative_error
-from bench.lib.memory import profiled_run
+from bench.lib.profile import profiled_run
 from bench.lib.record import Row
 from bench.lib.subject import find_subject
 from bench.lib.timing import ColdTimer, spread

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.lib.colours import new_figure, save
+from bench.lib.plots import new_figure, save
 from bench.studies.records import Record, by_arm, last, mean_and_error
 from bench.studies.tables import SMOOTHED, smooth_gaps, smoothed, tail_pairs
 

@@ -12,9 +12,6 @@ GPU) and the loss of each step.
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from bench.lib.record import (
-    ROOT,
     Commit,
     Row,
     add_output_options,
@@ -34,54 +30,10 @@ from bench.lib.record import (
 )
 from bench.lib.subject import fill_in
 from bench.lib.timing import spread
+from bench.lib.workers import Worker, WorkerError
 from bench.training.contenders import CONTENDERS, SHAPES, SKIPPED
 from bench.training.data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
 from bench.training.table import CASE, table
-
-
-class Worker:
-    """A contender's process, with some environment variables of its own."""
-
-    def __init__(self, name: str, spec: dict[str, Any], folder: Path, **variables: str) -> None:
-        self.name = name
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(spec))
-        self.log = folder / f"{name}.log"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.training.worker", str(path)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-            env={**os.environ, **variables},
-        )
-
-    def answer(self) -> dict[str, Any]:
-        """The next line of JSON; RuntimeError with the process's last words if there is none."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            last = self.log.read_text().strip().splitlines()[-1:] or ["no output"]
-            raise RuntimeError(f"exit status {self.process.wait()}: {last[0]}"[:300])
-        return json.loads(line)
-
-    def step(self) -> float:
-        """Milliseconds of one optimizer step."""
-        self.begin_step()
-        return self.answer()["ms"]
-
-    def begin_step(self) -> None:
-        self.tell("step")
-
-    def tell(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -170,6 +122,11 @@ def specification(
     }
 
 
+def start(name: str, spec: dict[str, Any], folder: Path, **variables: str) -> Worker:
+    """A contender's process, which takes one step for every "step" it is told."""
+    return Worker("bench.training.worker", name, spec, folder, **variables)
+
+
 def run_contenders(
     names: list[str], options: argparse.Namespace, folder: Path, order: list[int]
 ) -> dict[str, Row]:
@@ -181,7 +138,7 @@ def run_contenders(
         try:
             for name in group:
                 spec = specification(name, options, folder, order)
-                workers.append(Worker(name, spec, folder))
+                workers.append(start(name, spec, folder))
             # They start at the same time: a start is mostly imports, on one core each.
             found |= {worker.name: _ready(worker) for worker in workers}
             _take_steps([w for w in workers if "reason" not in found[w.name]], found, options)
@@ -194,7 +151,7 @@ def run_contenders(
 def _ready(worker: Worker) -> Row:
     try:
         return {"start_mib": round(worker.answer()["peak_mib"], 1)}
-    except RuntimeError as error:
+    except WorkerError as error:
         return {"reason": str(error)}
 
 
@@ -212,8 +169,9 @@ def _take_steps(workers: list[Worker], found: dict[str, Row], options: argparse.
             if "reason" in found[worker.name]:
                 continue
             try:
-                elapsed = worker.step()
-            except RuntimeError as error:
+                worker.tell("step")
+                elapsed = worker.answer()["ms"]
+            except WorkerError as error:
                 found[worker.name]["reason"] = str(error)
                 continue
             if turn >= options.warmup:
