@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.objectives import build_objective
+from widemargin.trainer.packing.collator import PairCollator, model_inputs
 
 from bench.lib.exact import relative_error
 from bench.lib.profile import profiled_run
@@ -44,9 +48,6 @@ class Step:
 
     def run(self) -> Iterable[Tensor]:
         """The gradients of SimPO's loss."""
-        from widemargin.trainer.data import model_inputs
-        from widemargin.trainer.objectives import build_objective
-
         if self.full_logits:
             inputs = {name: self.batch[name] for name in ("input_ids", "attention_mask")}
             logits = self.model(**inputs, use_cache=False).logits.float()
@@ -122,10 +123,6 @@ def pairs_of(stream: list[int], length: int) -> Rows:
 
 def model_builder(folder: Path) -> Callable[[str, Rows], Step]:
     """A function from a way to compute and pairs to a step; each way has a model of its own."""
-    from transformers import AutoModelForCausalLM
-    from widemargin.trainer.data import PairCollator
-    from widemargin.trainer.model.head import patch_head
-
     models: dict[bool, Any] = {}
     for full in (True, False):
         model: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Files of this project that are entered on three ways through it: `python -m tests.support.entered`.
+"""Files entered on three ways through the project: `python -m tests.support.entered`.
 
 - *step*: from a YAML to the end of the first optimizer step;
 - *inputs*: from a dataset's rows to the inputs of the model;
