@@ -37,8 +37,8 @@ def _not_available(rows: list[Row]) -> list[str]:
     for row in rows:
         if row["gate"] == "not available":
             reasons.setdefault(row.get("reason", "no reason given"), []).append(row["provider"])
-    found = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
-    return ["", f"Not available here: {'; '.join(found)}."] if found else []
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    return ["", f"Not available here: {'; '.join(parts)}."] if parts else []
 
 
 def _heading(row: Row) -> str:

@@ -117,10 +117,9 @@ def page(files: list[File], link: str) -> str:
         ("resources", "Compiled kernels", _resources),
     )
     for kind, title, text in sections:
-        found = [file for file in files if file.kind == kind]
-        if found:
+        if sources := [file for file in files if file.kind == kind]:
             parts.append(f"## {title}")
-            parts += [f"{text(file)}\n\n{_source(file, link)}" for file in found]
+            parts += [f"{text(file)}\n\n{_source(file, link)}" for file in sources]
     return "\n\n".join(parts) + "\n"
 
 
@@ -200,9 +199,9 @@ def _tune(file: File) -> str:
     entries = file.content.get("entries") or {}
     if name is None:
         return "Candidates that compile, without a GPU."
-    found = "\n\n".join(f"{dtype}:\n```\n{entry}\n```" for dtype, entry in entries.items() if entry)
+    tiles = "\n\n".join(f"{dtype}:\n```\n{entry}\n```" for dtype, entry in entries.items() if entry)
     return (
-        f"Fastest on {name}, {(file.content.get('commit') or 'no commit')[:9]}.\n\n{found}".strip()
+        f"Fastest on {name}, {(file.content.get('commit') or 'no commit')[:9]}.\n\n{tiles}".strip()
     )
 
 

@@ -61,10 +61,10 @@ def _draw_rest(rows: list[Row], path: Path) -> None:
 
 def _active(panel: Any, rows: list[Row]) -> None:
     """Time of tail "mean" against what routing leaves, "exact" beside it, and where they meet."""
-    found = [row for row in rows if row["curve"] == "active" and "total_ms" in row]
+    timed = [row for row in rows if row["curve"] == "active" and "total_ms" in row]
     for kind in ("mean", "exact"):
         mine = sorted(
-            (row for row in found if row["provider"].endswith(kind)),
+            (row for row in timed if row["provider"].endswith(kind)),
             key=lambda row: row["active_fraction"],
         )
         if not mine:
@@ -78,9 +78,9 @@ def _active(panel: Any, rows: list[Row]) -> None:
         median = sorted(times)[len(times) // 2]
         panel.axhspan(min(times), max(times), color=colour(name), alpha=0.25)
         panel.axhline(median, color=colour(name), label="tail exact (band: all cases)")
-    product = found[0]["product_ms"]["median"]
+    product = timed[0]["product_ms"]["median"]
     panel.axhline(product, color="black", linewidth=1, linestyle="--", label="one product")
-    if (at := crossover(found)) is not None:
+    if (at := crossover(timed)) is not None:
         panel.axvline(at, color="crimson", linewidth=1, linestyle=":")
         panel.text(at, 0.04, f" meet at {at:.2f}", transform=panel.get_xaxis_transform(),
                    color="crimson", fontsize=8, ha="right" if at > 0.6 else "left")  # fmt: skip
@@ -114,10 +114,10 @@ def _against_length(panel: Any, rows: list[Row], value: Any) -> str:
 
 
 def _ranks(panel: Any, rows: list[Row]) -> None:
-    found = [row for row in rows if row["curve"] == "ranks" and "pairs_per_s" in row]
-    for index, case in enumerate(dict.fromkeys(row["case"] for row in found)):
+    rated = [row for row in rows if row["curve"] == "ranks" and "pairs_per_s" in row]
+    for index, case in enumerate(dict.fromkeys(row["case"] for row in rated)):
         for kind, style in (("plan", "o--"), ("measured", "D")):
-            mine = [r for r in found if r["case"] == case and r["provider"] == kind]
+            mine = [r for r in rated if r["case"] == case and r["provider"] == kind]
             if not mine:
                 continue
             rates = [row["pairs_per_s"] for row in mine]
@@ -126,7 +126,7 @@ def _ranks(panel: Any, rows: list[Row]) -> None:
             panel.plot(
                 [row["ranks"] for row in mine], rates, style, color=tint, label=text, markersize=5
             )
-    _log_log(panel, sorted({row["ranks"] for row in found}))
+    _log_log(panel, sorted({row["ranks"] for row in rated}))
     panel.set(xlabel="ranks", ylabel="pairs per second")
     panel.set_title("Pairs/s against ranks", loc="left")
     panel.legend(loc="upper left")

@@ -99,8 +99,10 @@ def sequence_rows(lengths: Iterable[int] = LENGTHS, repeats: int = 2) -> Iterato
 
 def gradient_errors(steps: dict[str, Step]) -> dict[str, float]:
     """By name, of all gradients together against those of full logits."""
-    found = {n: torch.cat([each.flatten() for each in step.run()]) for n, step in steps.items()}
-    return {name: relative_error(every, found["full-logits"]) for name, every in found.items()}
+    gradients = {n: torch.cat([each.flatten() for each in step.run()]) for n, step in steps.items()}
+    return {
+        name: relative_error(every, gradients["full-logits"]) for name, every in gradients.items()
+    }
 
 
 def pairs_of(stream: list[int], length: int) -> Rows:

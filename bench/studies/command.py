@@ -104,5 +104,5 @@ def carry_out_all(runs: list[Run], options: argparse.Namespace, commit: Commit) 
     for factor in {run.sharpen for run in runs}:  # here, not by two runs at once
         prepare_model(options.model, factor, WORK)
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(lambda run: carry_out(run, options, shared), runs)
-    return [problem for problem in found if problem]
+        problems = pool.map(lambda run: carry_out(run, options, shared), runs)
+    return [problem for problem in problems if problem]

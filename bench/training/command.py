@@ -132,7 +132,7 @@ def run_contenders(
 ) -> dict[str, Row]:
     """Facts by name. Together and in turns on a CPU; one after the other on a GPU."""
     groups = [[name] for name in names] if options.device == "cuda" else [names]
-    found: dict[str, Row] = {}
+    outcomes: dict[str, Row] = {}
     for group in groups:
         workers: list[Worker] = []
         try:
@@ -140,12 +140,12 @@ def run_contenders(
                 spec = specification(name, options, folder, order)
                 workers.append(start(name, spec, folder))
             # They start at the same time: a start is mostly imports, on one core each.
-            found |= {worker.name: _ready(worker) for worker in workers}
-            _take_steps([w for w in workers if "reason" not in found[w.name]], found, options)
+            outcomes |= {worker.name: _ready(worker) for worker in workers}
+            _take_steps([w for w in workers if "reason" not in outcomes[w.name]], outcomes, options)
         finally:
             for worker in workers:
                 worker.stop()
-    return found
+    return outcomes
 
 
 def _ready(worker: Worker) -> Row:
@@ -155,33 +155,35 @@ def _ready(worker: Worker) -> Row:
         return {"reason": str(error)}
 
 
-def _take_steps(workers: list[Worker], found: dict[str, Row], options: argparse.Namespace) -> None:
+def _take_steps(
+    workers: list[Worker], outcomes: dict[str, Row], options: argparse.Namespace
+) -> None:
     times: dict[str, list[float]] = {worker.name: [] for worker in workers}
     begin = time.monotonic()
     for turn in range(options.warmup + options.steps):
         if turn >= options.warmup + 2 and time.monotonic() - begin > options.budget_s:
             for worker in workers:
-                if "reason" not in found[worker.name]:
+                if "reason" not in outcomes[worker.name]:
                     worker.tell("stop")
             break
         shift = turn % max(1, len(workers))
         for worker in workers[shift:] + workers[:shift]:
-            if "reason" in found[worker.name]:
+            if "reason" in outcomes[worker.name]:
                 continue
             try:
                 worker.tell("step")
                 elapsed = worker.answer()["ms"]
             except WorkerError as error:
-                found[worker.name]["reason"] = str(error)
+                outcomes[worker.name]["reason"] = str(error)
                 continue
             if turn >= options.warmup:
                 times[worker.name].append(elapsed)
     for worker in workers:
-        if "reason" in found[worker.name]:
+        if "reason" in outcomes[worker.name]:
             continue
         last = worker.answer()
         seconds = sum(times[worker.name]) / 1000
-        found[worker.name] |= {
+        outcomes[worker.name] |= {
             "steps": len(times[worker.name]),
             "step_ms": spread(times[worker.name]),
             "pairs_per_s": round(options.batch * len(times[worker.name]) / seconds, 4),
@@ -241,9 +243,9 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
     rows = find_rows(options)
     names = options.contenders or [n for n in CONTENDERS if n not in SKIPPED[options.objective]]
     (folder / "rows.json").write_text(json.dumps(rows))
-    found = run_contenders(names, options, folder, batch_order(rows, options.batch))
+    outcomes = run_contenders(names, options, folder, batch_order(rows, options.batch))
     facts = shared_facts(options, rows, commit)
-    new = [{**facts, "provider": name, **found[name]} for name in names]
+    new = [{**facts, "provider": name, **outcomes[name]} for name in names]
     gap = loss_gap(new)
     for row in new:
         row["largest_loss_gap"] = gap
