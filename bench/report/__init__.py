@@ -1,4 +1,5 @@
 """Pages and pictures made from `bench/results`: `python -m bench.report`.
 
-Imports every room that has tables or pictures of its rows; only `all` imports it. Start in `pages`.
+Imports `lib`, and `head`, `training`, `planning` and `scaling` for their tables and pictures; only
+`all` imports it. Start in `pages`.
 """
