@@ -1,1 +1,5 @@
-"""The head against its peers: `python -m bench.head`. Start in `harness`."""
+"""The head against its peers: `python -m bench.head`.
+
+Imports `lib`. Start in `harness`; `providers` lists the heads, `active` (a command too) counts what
+routing leaves on a model's own hidden states.
+"""

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from widemargin.kernels.linear_logprob import TAIL_EPS
 from widemargin.kernels.linear_logprob.routing import BLOCK, route, routing_stats
 from widemargin.kernels.linear_logprob.torch_backward import FULL_FRACTION, Backward
 from widemargin.kernels.linear_logprob.torch_forward import forward
 from widemargin.kernels.linear_logprob.types import GradRequest, HeadCall
 
 from bench.head.cells import choose_cells
-from bench.lib.colours import new_figure, save
+from bench.head.plot import draw_active
 from bench.lib.exact import Exact, exact, relative_error
 from bench.lib.peaked import PeakedCase, fp32_logps, mean_entropy, peaked_case
 from bench.lib.record import Row, add_output_options, destination, environment, writer
@@ -131,36 +130,6 @@ def line(row: Row) -> str:
     )
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Error of dH against the backward's passes, a curve per case and form."""
-    figure, ((axes,),) = new_figure(1, 1, 4.6)
-    for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
-        for form, style in (("pairs", "o-"), ("cells", "s--")):
-            curve = [row for row in rows if row["case"] == case and row["form"] == form]
-            axes.plot(
-                [row["backward_passes"] for row in curve],
-                [row["errors"]["dhidden"] for row in curve],
-                style,
-                color=f"C{index}",
-                label=f"{case} ({curve[0]['entropy']:.1f} nats), {form}",
-            )
-            default = next(row for row in curve if row["tail_eps"] == TAIL_EPS)
-            axes.plot(default["backward_passes"], default["errors"]["dhidden"], "k*", markersize=11)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="backward: passes of [N, H] x [H, V] (full logits: 2, chunked heads: 3)",
-        ylabel="relative error of dH against fp64",
-    )
-    axes.set_title(
-        "Work against gradient error, tail_eps from 2^-14 to 2^-8 (stars: the default)",
-        loc="left",
-    )
-    axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    save(figure, path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     out, commit = destination(options, "active.json")
@@ -173,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows += measured("standard peaked case", peaked_case(1024, 512, 131072))
     shared = {"op": "active", **environment("cpu", commit)}
     writer(out)([shared | row for row in rows])
-    plot(rows, out.with_suffix(".png"))
+    draw_active(rows, out.with_suffix(".png"))
     return 0
 
 

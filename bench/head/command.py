@@ -13,9 +13,9 @@ import torch
 
 from bench.head.harness import Settings, measure
 from bench.head.providers import PROVIDERS
+from bench.head.table import table
 from bench.lib.cases import CASES
 from bench.lib.record import add_output_options, destination, writer
-from bench.lib.table import table
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from widemargin.kernels.linear_logprob.routing import BLOCK
 
+from bench.head.memory import cpu_usage, cuda_usage, usage_here
 from bench.head.providers import BASELINE, Provider
 from bench.lib.cases import Case
 from bench.lib.exact import Exact, exact, relative_error
-from bench.lib.memory import cpu_usage, cuda_usage, usage_here
 from bench.lib.peaked import PeakedCase, fp32_logps
 from bench.lib.record import Commit, Row, environment
 from bench.lib.timing import ColdTimer, spread
@@ -43,19 +43,19 @@ def measure(
 ) -> list[Row]:
     """One row per provider, those that cannot run or fail the gate included, with the reason."""
     inputs = case.build(settings.device)
-    wanted = exact(inputs)
+    reference = exact(inputs)
     shared = _shared_fields(case, inputs, settings, commit)
     # What rounding alone costs.
     rounded = fp32_logps(inputs.hidden, inputs.weight, inputs.targets)
-    shared["fp32_logits_logp_error"] = relative_error(rounded, wanted.logp)
+    shared["fp32_logits_logp_error"] = relative_error(rounded, reference.logp)
     rows: dict[str, Row] = {}
     admitted: list[Provider] = []
     for provider in providers:
         row = rows[provider.name] = {**shared, "provider": provider.name}
-        row |= gate(provider, case, inputs, wanted, settings.device)
+        row |= gate(provider, case, inputs, reference, settings.device)
         if row["gate"] == "passed":
             admitted.append(provider)
-    del wanted
+    del reference
     product, timed = _timings(admitted, inputs, settings)
     for name, times in timed.items():
         rows[name] |= times
@@ -70,20 +70,20 @@ def measure(
 
 
 def gate(
-    provider: Provider, case: Case, inputs: PeakedCase, wanted: Exact, device: str
+    provider: Provider, case: Case, inputs: PeakedCase, reference: Exact, device: str
 ) -> dict[str, Any]:
     """Errors against fp64 and whether they are within the provider's bounds."""
     if reason := provider.unavailable(case, device):
         return {"gate": "not available", "reason": reason}
     try:
-        found = provider.run(inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients)
+        answer = provider.run(inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients)
         if provider.reference is not None:
-            wanted = provider.reference(inputs, wanted)
+            reference = provider.reference(inputs, reference)
     except Exception as error:  # a peer's failure of any kind is a result to list
         return {"gate": "failed to run", "reason": f"{type(error).__name__}: {error}"[:300]}
     names = ("logp", "dhidden", "dweight")
-    references = (wanted.logp, wanted.dhidden, wanted.dweight)
-    pairs = zip(names, found, references, strict=True)
+    references = (reference.logp, reference.dhidden, reference.dweight)
+    pairs = zip(names, answer, references, strict=True)
     errors = {name: relative_error(a, b) for name, a, b in pairs}
     bounds = dict(zip(names, provider.bounds(case), strict=True))
     over = [f"{n} {errors[n]:.1e} > {bounds[n]:.0e}" for n in names if not errors[n] <= bounds[n]]
@@ -118,7 +118,7 @@ def _timings(
         shift = turn % max(1, len(providers))
         for provider in providers[shift:] + providers[:shift]:
             timer.evict()
-            (logp, found), forward_ms = timer.time(
+            (logp, head_stats), forward_ms = timer.time(
                 lambda provider=provider: provider.forward(hidden, weight, inputs.targets)
             )
             timer.evict()
@@ -127,7 +127,7 @@ def _timings(
                     logp, hidden, weight, inputs.coefficients
                 )
             )
-            stats[provider.name] = _head_stats(found)
+            stats[provider.name] = _head_stats(head_stats)
             del logp
             if turn >= settings.warmup:
                 times[provider.name].append((forward_ms, backward_ms))
@@ -155,15 +155,15 @@ def _memory(
     def fields(provider: Provider) -> dict[str, Any]:
         try:
             if settings.device == "cuda":
-                found = cuda_usage(provider, inputs)
+                usage = cuda_usage(provider, inputs)
             elif settings.memory == "here":
-                found = usage_here(provider, inputs)
+                usage = usage_here(provider, inputs)
             else:
-                found = cpu_usage(provider.name, path)
+                usage = cpu_usage(provider.name, path)
         except (RuntimeError, subprocess.SubprocessError) as error:
             return {"memory_reason": f"{type(error).__name__}: {error}"[:300]}
-        percent = round(100 * found["peak_extra_mib"]["allocator"] / logits_mib, 2)
-        return found | {"peak_extra_percent_of_logits": percent}
+        percent = round(100 * usage["peak_extra_mib"]["allocator"] / logits_mib, 2)
+        return usage | {"peak_extra_percent_of_logits": percent}
 
     if settings.device == "cuda" or settings.memory == "here":
         return {provider.name: fields(provider) for provider in providers}

@@ -79,10 +79,10 @@ def _liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str)
     )[0]
 
 
-def mean_cross_entropy_reference(case: PeakedCase, wanted: Exact) -> Exact:
-    each = torch.full_like(wanted.logp, -1 / len(wanted.logp))
-    found = exact(replace(case, coefficients=each))
-    return replace(found, logp=-found.logp.mean().view(1))
+def mean_cross_entropy_reference(case: PeakedCase, answer: Exact) -> Exact:
+    each = torch.full_like(answer.logp, -1 / len(answer.logp))
+    of_mean = exact(replace(case, coefficients=each))
+    return replace(of_mean, logp=-of_mean.logp.mean().view(1))
 
 
 def liger_unavailable(case: Case, device: str) -> str | None:
@@ -103,8 +103,8 @@ def liger_simpo(hidden: Tensor, weight: Tensor, targets: Tensor):
     return head(weight, inputs, targets.view(sequences, -1))[0].view(1), None
 
 
-def liger_simpo_reference(case: PeakedCase, wanted: Exact) -> Exact:
-    logp = wanted.logp.detach().clone().requires_grad_()
+def liger_simpo_reference(case: PeakedCase, answer: Exact) -> Exact:
+    logp = answer.logp.detach().clone().requires_grad_()
     chosen, rejected = logp.view(2 * _pairs(len(logp)), -1).mean(1).chunk(2)
     gap = SIMPO["beta"] * (chosen - rejected) - SIMPO["gamma"]
     loss = -torch.nn.functional.logsigmoid(gap).mean()

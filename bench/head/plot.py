@@ -4,8 +4,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from widemargin.kernels.linear_logprob import TAIL_EPS
+
 from bench.head.providers import BASELINE
-from bench.lib.colours import colour, label, new_figure, save
+from bench.lib.plots import bars, colour, label, new_figure, save
 from bench.lib.record import Row
 
 
@@ -20,9 +22,8 @@ def draw(rows: list[Row], path: Path) -> None:
     ratios = (1.25, 1, 1.15) if any("passes" in row for row in timed) else (1.25, 1)
     height = 1.2 + 0.27 * max(len(timed), 6)
     figure, axes = new_figure(1, len(ratios), height, width_ratios=ratios)
-    names = [label(row["provider"]) for row in timed]
-    _times(axes[0][0], timed, names)
-    _memory(axes[0][1], timed, names)
+    _times(axes[0][0], timed)
+    _memory(axes[0][1], timed)
     if len(ratios) == 3:
         _errors(axes[0][2], timed)
     figure.suptitle(title(rows[0]), fontsize=9, x=0.01, ha="left")
@@ -36,8 +37,9 @@ def title(row: Row) -> str:
     )
 
 
-def _times(panel: Any, rows: list[Row], names: list[str]) -> None:
+def _times(panel: Any, rows: list[Row]) -> None:
     """Stacked bars, the baseline's ratio behind each, and the time of one bare product."""
+    names = [label(row["provider"]) for row in rows]
     colours = [colour(row["provider"]) for row in rows]
     forward = [row["forward_ms"]["median"] for row in rows]
     backward = [row["backward_ms"]["median"] for row in rows]
@@ -59,12 +61,10 @@ def _times(panel: Any, rows: list[Row], names: list[str]) -> None:
     panel.set_title(f"Time (× {BASELINE})", loc="left", pad=14)
 
 
-def _memory(panel: Any, rows: list[Row], names: list[str]) -> None:
+def _memory(panel: Any, rows: list[Row]) -> None:
     peaks = [row.get("peak_extra_mib", {}).get("allocator", 0) for row in rows]
-    bars = panel.barh(names, peaks, color=[colour(row["provider"]) for row in rows])
-    panel.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+    bars(panel, rows, peaks)
     panel.margins(x=0.16)
-    panel.invert_yaxis()
     panel.set_yticklabels([])
     panel.set_xlabel("MiB beyond inputs and gradients")
     panel.set_title("Peak memory", loc="left", pad=14)
@@ -85,3 +85,33 @@ def _errors(panel: Any, rows: list[Row]) -> None:
     panel.set_ylabel("relative error of dH")
     panel.set_title("Error of dH against fp64", loc="left", pad=14)
     panel.legend(loc="upper right", fontsize=7)
+
+
+def draw_active(rows: list[Row], path: Path) -> None:
+    """Error of dH against the backward's passes, a curve per case and form."""
+    figure, ((axes,),) = new_figure(1, 1, 4.6)
+    for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
+        for form, style in (("pairs", "o-"), ("cells", "s--")):
+            curve = [row for row in rows if row["case"] == case and row["form"] == form]
+            axes.plot(
+                [row["backward_passes"] for row in curve],
+                [row["errors"]["dhidden"] for row in curve],
+                style,
+                color=f"C{index}",
+                label=f"{case} ({curve[0]['entropy']:.1f} nats), {form}",
+            )
+            default = next(row for row in curve if row["tail_eps"] == TAIL_EPS)
+            axes.plot(default["backward_passes"], default["errors"]["dhidden"], "k*", markersize=11)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="backward: passes of [N, H] x [H, V] (full logits: 2, chunked heads: 3)",
+        ylabel="relative error of dH against fp64",
+    )
+    axes.set_title(
+        "Work against gradient error, tail_eps from 2^-14 to 2^-8 (stars: the default)",
+        loc="left",
+    )
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    save(figure, path)

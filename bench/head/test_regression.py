@@ -82,13 +82,13 @@ def test_head_forward(benchmark: Any, inputs: PeakedCase, head: str) -> None:
 @pytest.mark.benchmark(group="head backward")
 @pytest.mark.parametrize("head", HEADS)
 def test_head_backward(benchmark: Any, inputs: PeakedCase, head: str) -> None:
-    wanted = (inputs.hidden, inputs.weight)
+    leaves = (inputs.hidden, inputs.weight)
 
     def setup() -> tuple[tuple[Tensor], dict[str, Any]]:
-        return (finished(HEADS[head](*wanted, inputs.targets)),), {}
+        return (finished(HEADS[head](*leaves, inputs.targets)),), {}
 
     def run(logps: Tensor) -> tuple[Tensor, ...]:
-        return finished(torch.autograd.grad(logps, wanted, inputs.coefficients.to(logps.dtype)))
+        return finished(torch.autograd.grad(logps, leaves, inputs.coefficients.to(logps.dtype)))
 
     gradients = benchmark.pedantic(run, setup=setup, **ROUNDS)
     assert all(torch.isfinite(gradient).all() for gradient in gradients)

@@ -1,4 +1,5 @@
-"""What all benchmarks share: cases, exact results, timing, memory, records, tables.
+"""What all benchmarks share; imports no other room.
 
-Imports nothing of the other rooms.
+Inputs and the fp64 answer (`cases`, `peaked`, `exact`, `subject`), measuring (`timing`, `profile`,
+`workers`), and what becomes of it (`record`, `table`, `plots`). Start in `record`.
 """

@@ -47,14 +47,14 @@ def exact(case: PeakedCase) -> Exact:
     return Exact(target_logits - lse, dhidden, dweight)
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖ in fp64, chunk by chunk; inf where anything is not finite."""
-    if found.shape != wanted.shape:
-        raise ValueError(f"shape {tuple(found.shape)} found, {tuple(wanted.shape)} expected")
-    rows = max(1, CHUNK_BYTES // (8 * max(1, wanted[:1].numel())))
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """‖value − reference‖ / ‖reference‖ in fp64, by chunks; inf where anything is not finite."""
+    if value.shape != reference.shape:
+        raise ValueError(f"shape {tuple(value.shape)} found, {tuple(reference.shape)} expected")
+    rows = max(1, CHUNK_BYTES // (8 * max(1, reference[:1].numel())))
     squares = [
         torch.stack([(a.double() - b).square().sum(), b.square().sum()])
-        for a, b in zip(found.split(rows), wanted.split(rows), strict=True)
+        for a, b in zip(value.split(rows), reference.split(rows), strict=True)
     ]
     difference, size = torch.stack(squares).sum(0).sqrt().tolist()
     error = difference / size if size else difference

@@ -134,10 +134,10 @@ def _bisect(base_logits: Tensor, pull_logits: Tensor, aim: float) -> float:
     for _ in range(30):
         middle = (low + high) / 2 if low else high / 4
         logits = torch.add(base_logits, pull_logits, alpha=middle)
-        found = float(_entropies(logits).mean())
-        if abs(found - aim) < 0.01:
+        entropy = float(_entropies(logits).mean())
+        if abs(entropy - aim) < 0.01:
             break
-        low, high = (middle, high) if found > aim else (low, middle)
+        low, high = (middle, high) if entropy > aim else (low, middle)
     return middle
 
 
@@ -154,11 +154,11 @@ def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def fp32_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """logps [N] as torch makes them from logits that are fp32, a chunk of tokens at a time."""
     rows = max(1, CHUNK_BYTES // (4 * len(weight)))
-    found = []
-    for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+    pieces = []
+    for part, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
         logps = fp32_logits(part, weight).log_softmax(-1)
-        found.append(logps.gather(1, wanted[:, None])[:, 0])
-    return torch.cat(found)
+        pieces.append(logps.gather(1, ids[:, None])[:, 0])
+    return torch.cat(pieces)
 
 
 def _entropies(logits: Tensor) -> Tensor:

@@ -108,13 +108,13 @@ def environment(device: str, commit: Commit) -> Row:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found | {"torch": str(torch.__version__)}
+    return installed | {"torch": str(torch.__version__)}
 
 
 def writer(out: Path) -> Callable[[Iterable[Row]], None]:

@@ -1,35 +1,12 @@
-"""Markdown: the head's table from rows of JSON, and tables' places in pages."""
+"""Markdown: tables, the line that says where a row was measured, and places in pages."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.lib.record import Row
+
 CLOSE = "<!-- /table -->"
-
-COLUMNS = (
-    "provider",
-    "forward ms",
-    "backward ms",
-    "total ms (min–max)",
-    "× full logits",
-    "products",
-    "passes",
-    "extra memory, % of logits",
-    "error logp / dH / dW",
-    "active",
-)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """A heading per case and device, a line per row; what is not available, with the reason."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(_heading(row), []).append(row)
-    parts = []
-    for title, group in groups.items():
-        lines = [_cells(row) for row in group if row["gate"] != "not available"]
-        parts.append("\n".join([title, "", markdown(COLUMNS, lines), *_not_available(group)]))
-    return "\n\n".join(parts)
 
 
 def markdown(columns: Iterable[str], lines: Iterable[Iterable[Any]], text: int = 1) -> str:
@@ -39,48 +16,13 @@ def markdown(columns: Iterable[str], lines: Iterable[Iterable[Any]], text: int =
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (columns, aligns, *lines))
 
 
-def _not_available(rows: list[dict[str, Any]]) -> list[str]:
-    """One line that names the providers this machine cannot run, by reason."""
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["gate"] == "not available":
-            reasons.setdefault(row.get("reason", "no reason given"), []).append(row["provider"])
-    found = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
-    return ["", f"Not available here: {'; '.join(found)}."] if found else []
-
-
-def _heading(row: dict[str, Any]) -> str:
-    commit = (row["commit"] or "no commit")[:9] + (", dirty" if row["dirty"] else "")
-    # What else ran on the machine: the rows of a busy one are not worth much.
-    busy = f", load {row['load_average']:.1f}" if row["device"] == "cpu" else ""
-    return (
-        f"{row['case']}: N {row['tokens']}, H {row['hidden_size']}, V {row['vocab']}, "
-        f"{row['dtype']}, {row['distribution']}, entropy {row['entropy']:.2f}; "
-        f"{row['device_name']}, {row['threads']} threads{busy}; "
-        f"torch {row['versions']['torch']}; {commit}"
-    )
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    errors = row.get("errors")
-    shown = " / ".join(f"{error:.0e}" for error in errors.values()) if errors else "–"
-    if "total_ms" not in row:
-        reason = f"{row['gate']}: {row.get('reason', '')}".replace("|", "/")
-        return [row["provider"], "–", "–", reason, "–", "–", "–", "–", shown, "–"]
-    total = row["total_ms"]
-    active = row.get("active_fraction")
-    return [
-        row["provider"],
-        f"{row['forward_ms']['median']:.1f}",
-        f"{row['backward_ms']['median']:.1f}",
-        f"{total['median']:.1f} ({total['min']:.1f}–{total['max']:.1f})",
-        f"{row['speedup']['total']:.2f}" if "speedup" in row else "–",
-        f"{row['products']:.2f}" if "products" in row else "–",
-        f"{row['passes']:.2f}" if "passes" in row else "–",
-        f"{row['peak_extra_percent_of_logits']:.1f}" if "peak_extra_mib" in row else "–",
-        shown,
-        "–" if active is None else f"{active:.3f}",
-    ]
+def machine(row: Row) -> str:
+    """Where and with what a row was measured."""
+    load = row.get("load_average")
+    busy = f", load {load:.1f} when it began" if load is not None and row["device"] == "cpu" else ""
+    commit = (row["commit"] or "no commit")[:9] + (", uncommitted changes" if row["dirty"] else "")
+    threads = f", {row['threads']} threads" if row["device"] == "cpu" else ""
+    return f"{row['device_name']}{threads}{busy}; torch {row['versions']['torch']}; {commit}."
 
 
 def write_into(path: Path, text: str, name: str) -> None:

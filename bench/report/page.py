@@ -11,11 +11,13 @@ from typing import Any
 
 from widemargin.kernels.linear_logprob import TAIL_EPS
 
-from bench.lib import table
+from bench.head import table as head
 from bench.lib.record import Row
-from bench.report import tables as page_tables
+from bench.lib.table import machine, markdown
+from bench.planning import table as planning
+from bench.scaling import table as scaling
 from bench.scaling.curves import SIZES
-from bench.training import table as training_table
+from bench.training import table as training
 
 KINDS = {"linear_logprob": "head", "training": "training", "scaling": "scaling"}
 KINDS |= {"planning": "planning", "active": "active"}
@@ -115,10 +117,9 @@ def page(files: list[File], link: str) -> str:
         ("resources", "Compiled kernels", _resources),
     )
     for kind, title, text in sections:
-        found = [file for file in files if file.kind == kind]
-        if found:
+        if sources := [file for file in files if file.kind == kind]:
             parts.append(f"## {title}")
-            parts += [f"{text(file)}\n\n{_source(file, link)}" for file in found]
+            parts += [f"{text(file)}\n\n{_source(file, link)}" for file in sources]
     return "\n\n".join(parts) + "\n"
 
 
@@ -154,7 +155,7 @@ def _missing(files: list[File]) -> str:
 
 def _head(file: File) -> str:
     return (
-        table.table(file.rows)
+        head.table(file.rows)
         + "\n\n*products*: the time over that of one bare product of hidden states and weight, "
         "which no head can do without; *passes*: the operations of all its products over that "
         "one's; *active*: what routing left for backward. Errors are relative to fp64."
@@ -169,16 +170,16 @@ def _training(file: File) -> str:
             gaps[f"{row['objective']}, {prompts} prompts"] = row["largest_loss_gap"]
     said = "; ".join(f"{case}: {gap:.0e}" for case, gap in gaps.items())
     text = f"\n\nLargest relative difference between the trainers' losses of a step: {said}."
-    return training_table.table(file.rows) + (text if gaps else "")
+    return training.table(file.rows) + (text if gaps else "")
 
 
 def _scaling(file: File) -> str:
-    return f"{page_tables.machine(file.rows[0])}\n\n{page_tables.scaling(file.rows)}"
+    return f"{machine(file.rows[0])}\n\n{scaling.table(file.rows)}"
 
 
 def _planning(file: File) -> str:
     row = {"device": "cpu", **file.rows[0]}
-    return f"{page_tables.machine(row)}\n\n{page_tables.planning(file.rows)}"
+    return f"{machine(row)}\n\n{planning.table(file.rows)}"
 
 
 def _active(file: File) -> str:
@@ -189,7 +190,7 @@ def _active(file: File) -> str:
         "logits were sharpened. `python -m bench.head.active --model DIR --pairs FILE` does this "
         "for "
         "your own model."
-        f"\n\n{page_tables.active(file.rows)}"
+        f"\n\n{head.active_table(file.rows)}"
     )
 
 
@@ -198,16 +199,16 @@ def _tune(file: File) -> str:
     entries = file.content.get("entries") or {}
     if name is None:
         return "Candidates that compile, without a GPU."
-    found = "\n\n".join(f"{dtype}:\n```\n{entry}\n```" for dtype, entry in entries.items() if entry)
+    tiles = "\n\n".join(f"{dtype}:\n```\n{entry}\n```" for dtype, entry in entries.items() if entry)
     return (
-        f"Fastest on {name}, {(file.content.get('commit') or 'no commit')[:9]}.\n\n{found}".strip()
+        f"Fastest on {name}, {(file.content.get('commit') or 'no commit')[:9]}.\n\n{tiles}".strip()
     )
 
 
 def _resources(file: File) -> str:
     return (
         f"Every Triton kernel compiled without a GPU, triton {file.content['triton']} "
-        f"(`python -m bench.compile.resources`).\n\n{page_tables.resources(file.content)}"
+        f"(`python -m bench.compile.resources`).\n\n{resources_table(file.rows)}"
     )
 
 
@@ -215,15 +216,32 @@ def head_table(files: Iterable[File]) -> str:
     """README's table of heads: the standard case on each device that was measured."""
     names = ("head_cpu", "head_cuda", "head")
     rows = [row for f in files if f.kind == "head" and f.path.stem in names for row in f.rows]
-    return table.table([row for row in rows if row["case"] in ("cpu", "llama3-8b")])
+    return head.table([row for row in rows if row["case"] in ("cpu", "llama3-8b")])
 
 
 def training_rows(files: Iterable[File]) -> str:
     """README's table of trainers: SimPO's steps."""
     rows = [row for file in files if file.kind == "training" for row in file.rows]
-    return training_table.table([row for row in rows if row["objective"] == "simpo"])
+    return training.table([row for row in rows if row["objective"] == "simpo"])
 
 
 def active_table(files: Iterable[File]) -> str:
     """The table of how-the-head-works.md."""
-    return page_tables.active([row for f in files if f.kind == "active" for row in f.rows])
+    return head.active_table([row for f in files if f.kind == "active" for row in f.rows])
+
+
+def resources_table(rows: list[Row]) -> str:
+    """The compiled kernels in one line per architecture."""
+    lines = []
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        here = [r for r in rows if r["arch"] == arch]
+        good = [r for r in here if "error" not in r]
+        lines.append(
+            [
+                arch, len(here), max(r["registers"] for r in good),
+                sum(r["spill_bytes"] > 0 for r in good),
+                f"{max(r['shared_bytes'] for r in good) / 1024:.0f}", len(here) - len(good),
+            ]
+        )  # fmt: skip
+    columns = ("chip", "kernels", "most registers", "that spill", "most shared KiB", "failed")
+    return markdown(columns, lines)

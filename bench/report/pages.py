@@ -10,11 +10,20 @@ import os
 import sys
 from pathlib import Path
 
+from bench.head import plot as head_plot
 from bench.lib.record import RESULTS, ROOT
 from bench.lib.table import write_into
 from bench.report import page
+from bench.scaling import plot as scaling_plot
+from bench.training import plot as training_plot
 
 HEAD_PAGE = ROOT / "docs" / "how-the-head-works.md"
+DRAW = {
+    "head": head_plot.draw,
+    "active": head_plot.draw_active,
+    "training": training_plot.draw,
+    "scaling": scaling_plot.draw,
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,26 +37,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def draw(files: list[page.File]) -> list[Path]:
     """Draw every file's pictures beside it."""
-    from bench.head import active
-    from bench.head import plot as head_plot
-    from bench.scaling import plot as scaling_plot
-    from bench.training import plot as training_plot
-
-    found = []
+    drawn = []
     for file in files:
         for name, rows in file.pictures().items():
-            path = file.path.parent / name
-            if file.kind == "head":
-                head_plot.draw(rows, path)
-            elif file.kind == "training":
-                training_plot.draw(rows, path)
-            elif file.kind == "scaling":
-                sizes = name.endswith("-sizes.png")
-                (scaling_plot.draw_sizes if sizes else scaling_plot.draw_rest)(rows, path)
-            else:
-                active.plot(rows, path)
-            found.append(path)
-    return found
+            drawn.append(file.path.parent / name)
+            DRAW[file.kind](rows, drawn[-1])
+    return drawn
 
 
 def main(arguments: list[str] | None = None) -> int:

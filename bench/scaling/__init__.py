@@ -1,1 +1,4 @@
-"""How head and steps scale: `python -m bench.scaling`. Start in `curves`."""
+"""How the head and whole steps scale: `python -m bench.scaling`.
+
+Imports `lib`, the providers of `head` and the workers of `training`. Start in `curves`.
+"""

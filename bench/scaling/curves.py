@@ -2,8 +2,8 @@
 
 Curves: the head against *tokens*, *vocab* and *hidden_size*, each alone; against the *active*
 fraction that routing leaves, with the crossing to the dense path; a whole model's forward and
-backward against *sequence* length (`scaling_steps.py`); pairs/s against *ranks*
-(`scaling_ranks.py`). The point that the curves of sizes have in common is measured once. Three
+backward against *sequence* length (`steps`); pairs/s against *ranks*
+(`ranks`). The point that the curves of sizes have in common is measured once. Three
 minutes on an idle pair of cores. On CUDA the head's curves only, at larger sizes, and with TRL's
 head, which costs a CPU about as much as all others together (`bench.head` has it there).
 """

@@ -3,30 +3,30 @@
 from pathlib import Path
 from typing import Any
 
-from bench.lib.colours import colour, label, new_figure, save
+from bench.lib.plots import colour, lines, new_figure, save
 from bench.lib.record import Row
 from bench.scaling.curves import SIZES, crossover
 
 
-def draw_sizes(rows: list[Row], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
+    """The curves of sizes, or all others, as the first row is one or the other."""
+    (_draw_sizes if rows[0]["curve"] in SIZES else _draw_rest)(rows, path)
+
+
+def _draw_sizes(rows: list[Row], path: Path) -> None:
     """Time and memory of each head against N, V and H, two lines of three panels."""
     timed = [row for row in rows if row["curve"] in SIZES and "total_ms" in row]
     figure, axes = new_figure(2, len(SIZES), 5.2, sharey="row")
     for column, curve in enumerate(SIZES):
-        found = [row for row in timed if row["curve"] == curve]
-        for name in dict.fromkeys(row["provider"] for row in found):
-            mine = [row for row in found if row["provider"] == name]
-            at = [row[curve] for row in mine]
-            style: dict[str, Any] = {"color": colour(name), "label": label(name), "markersize": 4}
-            axes[0][column].plot(at, [r["total_ms"]["median"] for r in mine], "o-", **style)
-            peaks = [r.get("peak_extra_mib", {}).get("allocator") for r in mine]
-            axes[1][column].plot(at, peaks, "o-", **style)
-        ticks = sorted({row[curve] for row in found})
+        here = [row for row in timed if row["curve"] == curve]
+        lines(axes[0][column], here, curve, _milliseconds)
+        lines(axes[1][column], here, curve, _peak_mib)
+        ticks = sorted({row[curve] for row in here})
         for panel in (axes[0][column], axes[1][column]):
             _log_log(panel, ticks)
             panel.set_xlabel(SIZES[curve])
         fixed = ", ".join(
-            f"{SIZES[other][-1]} {found[0][other]:,}" for other in SIZES if other != curve and found
+            f"{SIZES[other][-1]} {here[0][other]:,}" for other in SIZES if other != curve and here
         )
         axes[0][column].set_title(f"{SIZES[curve]} varied ({fixed})", loc="left")
     axes[0][0].set_ylabel("forward + backward, ms")
@@ -36,12 +36,20 @@ def draw_sizes(rows: list[Row], path: Path) -> None:
     save(figure, path)
 
 
-def draw_rest(rows: list[Row], path: Path) -> None:
+def _milliseconds(row: Row) -> float:
+    return row["total_ms"]["median"]
+
+
+def _peak_mib(row: Row) -> float | None:
+    return row.get("peak_extra_mib", {}).get("allocator")
+
+
+def _draw_rest(rows: list[Row], path: Path) -> None:
     """The head against the active fraction, whole steps against length, pairs/s against ranks;
     curves that were not measured are left out."""
     curves = {row["curve"] for row in rows if "reason" not in row}
-    wanted = [("active", _active), ("sequence", _steps), ("sequence", _memory), ("ranks", _ranks)]
-    panels = [draw for curve, draw in wanted if curve in curves]
+    known = [("active", _active), ("sequence", _steps), ("sequence", _memory), ("ranks", _ranks)]
+    panels = [draw for curve, draw in known if curve in curves]
     figure, axes = new_figure((len(panels) + 1) // 2, 2, 3.1 * ((len(panels) + 1) // 2))
     flat = list(axes.flat)
     for panel, draw in zip(flat, panels, strict=False):
@@ -53,10 +61,10 @@ def draw_rest(rows: list[Row], path: Path) -> None:
 
 def _active(panel: Any, rows: list[Row]) -> None:
     """Time of tail "mean" against what routing leaves, "exact" beside it, and where they meet."""
-    found = [row for row in rows if row["curve"] == "active" and "total_ms" in row]
+    timed = [row for row in rows if row["curve"] == "active" and "total_ms" in row]
     for kind in ("mean", "exact"):
         mine = sorted(
-            (row for row in found if row["provider"].endswith(kind)),
+            (row for row in timed if row["provider"].endswith(kind)),
             key=lambda row: row["active_fraction"],
         )
         if not mine:
@@ -70,9 +78,9 @@ def _active(panel: Any, rows: list[Row]) -> None:
         median = sorted(times)[len(times) // 2]
         panel.axhspan(min(times), max(times), color=colour(name), alpha=0.25)
         panel.axhline(median, color=colour(name), label="tail exact (band: all cases)")
-    product = found[0]["product_ms"]["median"]
+    product = timed[0]["product_ms"]["median"]
     panel.axhline(product, color="black", linewidth=1, linestyle="--", label="one product")
-    if (at := crossover(found)) is not None:
+    if (at := crossover(timed)) is not None:
         panel.axvline(at, color="crimson", linewidth=1, linestyle=":")
         panel.text(at, 0.04, f" meet at {at:.2f}", transform=panel.get_xaxis_transform(),
                    color="crimson", fontsize=8, ha="right" if at > 0.6 else "left")  # fmt: skip
@@ -84,41 +92,32 @@ def _active(panel: Any, rows: list[Row]) -> None:
 
 
 def _steps(panel: Any, rows: list[Row]) -> None:
-    _against_length(panel, rows, lambda row: row["total_ms"]["median"] / 1000)
+    case = _against_length(panel, rows, lambda row: _milliseconds(row) / 1000)
     panel.set_ylabel("forward + backward, s")
-    panel.set_title(f"Decoder and head against length ({_case(rows)})", loc="left")
+    panel.set_title(f"Decoder and head against length ({case})", loc="left")
 
 
 def _memory(panel: Any, rows: list[Row]) -> None:
-    _against_length(panel, rows, lambda row: row["peak_extra_mib"]["allocator"])
+    case = _against_length(panel, rows, _peak_mib)
     panel.set_ylabel("peak memory beyond gradients, MiB")
-    panel.set_title(f"Memory against length ({_case(rows)})", loc="left")
+    panel.set_title(f"Memory against length ({case})", loc="left")
 
 
-def _case(rows: list[Row]) -> str:
-    row = next(row for row in rows if row["curve"] == "sequence")
-    return f"{row['case']}, {row['pairs']} pairs"
-
-
-def _against_length(panel: Any, rows: list[Row], value: Any) -> None:
-    found = [row for row in rows if row["curve"] == "sequence" and "total_ms" in row]
-    for name in dict.fromkeys(row["provider"] for row in found):
-        mine = [row for row in found if row["provider"] == name]
-        text = "full logits, padded" if name == "full-logits" else label(name)
-        at = [row["length"] for row in mine]
-        panel.plot(
-            at, [value(row) for row in mine], "o-", color=colour(name), label=text, markersize=4
-        )
+def _against_length(panel: Any, rows: list[Row], value: Any) -> str:
+    """Draw the curves; the case they are of."""
+    timed = [row for row in rows if row["curve"] == "sequence" and "total_ms" in row]
+    lines(panel, timed, "length", value, {"full-logits": "full logits, padded"})
     panel.set(ylim=(0, None), xlabel="tokens of a chosen sequence, prompt included")
     panel.grid(alpha=0.3)
     panel.legend(loc="upper left")
+    return f"{timed[0]['case']}, {timed[0]['pairs']} pairs"
 
 
 def _ranks(panel: Any, rows: list[Row]) -> None:
-    found = [row for row in rows if row["curve"] == "ranks" and "pairs_per_s" in row]
-    for index, case in enumerate(dict.fromkeys(row["case"] for row in found)):
+    rated = [row for row in rows if row["curve"] == "ranks" and "pairs_per_s" in row]
+    for index, case in enumerate(dict.fromkeys(row["case"] for row in rated)):
         for kind, style in (("plan", "o--"), ("measured", "D")):
-            mine = [r for r in found if r["case"] == case and r["provider"] == kind]
+            mine = [r for r in rated if r["case"] == case and r["provider"] == kind]
             if not mine:
                 continue
             rates = [row["pairs_per_s"] for row in mine]
@@ -127,7 +126,7 @@ def _ranks(panel: Any, rows: list[Row]) -> None:
             panel.plot(
                 [row["ranks"] for row in mine], rates, style, color=tint, label=text, markersize=5
             )
-    _log_log(panel, sorted({row["ranks"] for row in found}))
+    _log_log(panel, sorted({row["ranks"] for row in rated}))
     panel.set(xlabel="ranks", ylabel="pairs per second")
     panel.set_title("Pairs/s against ranks", loc="left")
     panel.legend(loc="upper left")

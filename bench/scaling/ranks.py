@@ -18,10 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from widemargin.trainer import PreferenceConfig
+from widemargin.trainer.data.lengths import PairLengths
+from widemargin.trainer.plan.chips import Chip
+from widemargin.trainer.plan.engines import shipped_engine
+from widemargin.trainer.plan.estimate import read_settings
+from widemargin.trainer.plan.lengths import Lengths, assumed
+from widemargin.trainer.plan.scenario import Scenario
+from widemargin.trainer.plan.shapes import find_config
+from widemargin.trainer.plan.speed import speed_of
 
 from bench.lib.record import ROOT, Row
 from bench.lib.subject import Subject, find_subject
-from bench.training.command import Worker, find_rows, parse, specification
+from bench.lib.workers import WorkerError
+from bench.training.command import find_rows, parse, specification, start
 from bench.training.data import Rows, lengths_of
 
 PAIRS_PER_STEP = 8
@@ -47,9 +57,9 @@ def rank_rows(steps: int = STEPS, pairs_per_step: int = PAIRS_PER_STEP) -> Itera
         shared |= {"threads_per_rank": 1}
         alone = None
         for ranks in (1, 2):
-            found = measure(ranks, options, folder)
-            yield shared | {"provider": "measured", "ranks": ranks, **found}
-            alone = alone or found.get("pairs_per_s")
+            speed = measure(ranks, options, folder)
+            yield shared | {"provider": "measured", "ranks": ranks, **speed}
+            alone = alone or speed.get("pairs_per_s")
         if alone:
             for ranks, rate in predicted(subject, pairs, options, alone).items():
                 yield shared | {"provider": "plan", "ranks": ranks, "pairs_per_s": round(rate, 3)}
@@ -83,16 +93,16 @@ def measure(ranks: int, options: argparse.Namespace, folder: Path) -> Row:
     times = []
     try:
         for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-            own = own if ranks > 1 else {}
-            workers.append(Worker(f"{ranks}-rank-{rank}", spec, folder, **variables, **own))
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+            place = place if ranks > 1 else {}
+            workers.append(start(f"{ranks}-rank-{rank}", spec, folder, **variables, **place))
         for worker in workers:
             worker.answer()  # it is ready
         for _ in range(options.warmup + options.steps):
             for worker in workers:
-                worker.begin_step()
+                worker.tell("step")
             times.append(max(worker.answer()["ms"] for worker in workers))
-    except RuntimeError as error:
+    except WorkerError as error:
         return {"reason": str(error)}
     finally:
         for worker in workers:
@@ -112,14 +122,6 @@ def predicted(
     subject: Subject, pairs: Rows, options: argparse.Namespace, alone: float
 ) -> dict[int, float]:
     """`plan`'s pairs/s of the same steps on more ranks, given that of one."""
-    from widemargin.trainer import PreferenceConfig
-    from widemargin.trainer.data.lengths import PairLengths
-    from widemargin.trainer.plan.chips import Chip
-    from widemargin.trainer.plan.engines import shipped_engine
-    from widemargin.trainer.plan.lengths import Lengths
-    from widemargin.trainer.plan.scenario import Scenario
-    from widemargin.trainer.plan.shapes import find_config
-    from widemargin.trainer.plan.speed import speed_of
 
     settings = PreferenceConfig(
         objective="simpo", output_dir="outputs", use_cpu=True, report_to="none",
@@ -133,8 +135,8 @@ def predicted(
         1, lengths,
     )  # fmt: skip
     chip = Chip(tflops=1.0, mfu=1.0, node_gb_s=LOOPBACK_GB_S)
-    assumed = speed_of(now, chip)
-    chip = Chip(assumed.compute_s * alone / assumed.pairs_per_step, 1.0, node_gb_s=LOOPBACK_GB_S)
+    guess = speed_of(now, chip)
+    chip = Chip(guess.compute_s * alone / guess.pairs_per_step, 1.0, node_gb_s=LOOPBACK_GB_S)
     counts = [ranks for ranks in RANKS if ranks <= options.batch]
     return {
         ranks: speed_of(
@@ -146,13 +148,6 @@ def predicted(
 
 def llama_on_gpus() -> dict[int, float]:
     """What `plan` says of LMPO's published run of Llama-3-8B, on more and more GPUs."""
-    from widemargin.trainer.plan.chips import Chip
-    from widemargin.trainer.plan.engines import shipped_engine
-    from widemargin.trainer.plan.estimate import read_settings
-    from widemargin.trainer.plan.lengths import Lengths, assumed
-    from widemargin.trainer.plan.scenario import Scenario
-    from widemargin.trainer.plan.shapes import find_config
-    from widemargin.trainer.plan.speed import speed_of
 
     settings: Any = read_settings(str(LLAMA))
     config, _ = find_config(settings, None)

@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.objectives import build_objective
+from widemargin.trainer.packing.collator import PairCollator, model_inputs
 
 from bench.lib.exact import relative_error
-from bench.lib.memory import profiled_run
+from bench.lib.profile import profiled_run
 from bench.lib.record import Row
 from bench.lib.subject import find_subject
 from bench.lib.timing import ColdTimer, spread
@@ -44,9 +48,6 @@ class Step:
 
     def run(self) -> Iterable[Tensor]:
         """The gradients of SimPO's loss."""
-        from widemargin.trainer.data import model_inputs
-        from widemargin.trainer.objectives import build_objective
-
         if self.full_logits:
             inputs = {name: self.batch[name] for name in ("input_ids", "attention_mask")}
             logits = self.model(**inputs, use_cache=False).logits.float()
@@ -98,8 +99,10 @@ def sequence_rows(lengths: Iterable[int] = LENGTHS, repeats: int = 2) -> Iterato
 
 def gradient_errors(steps: dict[str, Step]) -> dict[str, float]:
     """By name, of all gradients together against those of full logits."""
-    found = {n: torch.cat([each.flatten() for each in step.run()]) for n, step in steps.items()}
-    return {name: relative_error(every, found["full-logits"]) for name, every in found.items()}
+    gradients = {n: torch.cat([each.flatten() for each in step.run()]) for n, step in steps.items()}
+    return {
+        name: relative_error(every, gradients["full-logits"]) for name, every in gradients.items()
+    }
 
 
 def pairs_of(stream: list[int], length: int) -> Rows:
@@ -122,10 +125,6 @@ def pairs_of(stream: list[int], length: int) -> Rows:
 
 def model_builder(folder: Path) -> Callable[[str, Rows], Step]:
     """A function from a way to compute and pairs to a step; each way has a model of its own."""
-    from transformers import AutoModelForCausalLM
-    from widemargin.trainer.data import PairCollator
-    from widemargin.trainer.model.head import patch_head
-
     models: dict[bool, Any] = {}
     for full in (True, False):
         model: Any = AutoModelForCausalLM.from_pretrained(

@@ -8,7 +8,6 @@ of what there is, at the end or by `--report`. All studies take about two hours 
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.record import RESULTS, ROOT, Commit, find_commit, refused
+from bench.lib.workers import WorkerError, answer_of
 from bench.studies.preparing import MAX_LENGTH, prepare_model, prepare_pairs
 from bench.studies.questions import STUDIES, Run
 from bench.studies.records import append, is_done, read
@@ -62,14 +62,14 @@ def carry_out(run: Run, options: argparse.Namespace, shared: dict[str, Any]) -> 
     model = prepare_model(options.model, run.sharpen, WORK)
     content = shared | {"run": dataclasses.asdict(run), "model_dir": str(model)}
     spec.write_text(json.dumps(content))
-    command = [sys.executable, "-m", "bench.studies.worker", str(spec)]
     begin = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    minutes = (time.monotonic() - begin) / 60
-    if done.returncode:
+    try:
+        record = answer_of("bench.studies.worker", str(spec))
+    except WorkerError as error:
         print(f"{run.study}: {run.name}: failed", flush=True)
-        return done.stderr
-    append(options.out, json.loads(done.stdout.splitlines()[-1]))
+        return error.log
+    append(options.out, record)
+    minutes = (time.monotonic() - begin) / 60
     print(f"{run.study}: {run.name}: {minutes:.1f} min", flush=True)
     return None
 
@@ -104,5 +104,5 @@ def carry_out_all(runs: list[Run], options: argparse.Namespace, commit: Commit) 
     for factor in {run.sharpen for run in runs}:  # here, not by two runs at once
         prepare_model(options.model, factor, WORK)
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(lambda run: carry_out(run, options, shared), runs)
-    return [problem for problem in found if problem]
+        problems = pool.map(lambda run: carry_out(run, options, shared), runs)
+    return [problem for problem in problems if problem]

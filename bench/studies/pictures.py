@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.lib.colours import new_figure, save
+from bench.lib.plots import new_figure, save
 from bench.studies.records import Record, by_arm, last, mean_and_error
 from bench.studies.tables import SMOOTHED, smooth_gaps, smoothed, tail_pairs
 
@@ -18,17 +18,17 @@ def tail(records: list[Record], path: Path) -> None:
     """Losses of the exact runs under those of one bound, and how far apart every bound's are."""
     models = tail_pairs(records)
     figure, axes = new_figure(2, len(models), 5.5, sharex=True)
-    ways = dict.fromkeys(way for found in models.values() for way in found)
+    ways = dict.fromkeys(way for pairs_by_way in models.values() for way in pairs_by_way)
     colours = dict(zip(ways, (DARK, MIDDLE, LIGHT, GREY), strict=False))
     steps = range(1, records[0]["steps"] + 1)
-    for column, (name, found) in enumerate(models.items()):
+    for column, (name, pairs_by_way) in enumerate(models.items()):
         top, bottom = axes[0][column], axes[1][column]
-        for i, pair in enumerate(found[next(iter(ways))]):
+        for i, pair in enumerate(pairs_by_way[next(iter(ways))]):
             for run, width, colour in zip(pair, (3.5, 0.8), (LIGHT, DARK), strict=True):
                 label = None if i else run["arm"].partition(", ")[0]
                 losses = smoothed(run["curves"]["loss"])
                 top.plot(steps, losses, linewidth=width, color=colour, label=label)
-        for way, pairs in found.items():
+        for way, pairs in pairs_by_way.items():
             seeds = zip(*(smooth_gaps(*pair) for pair in pairs), strict=True)
             largest = [max(SMALLEST, *each) for each in seeds]
             bottom.plot(steps, largest, linewidth=1.2, color=colours[way], label=way)
@@ -88,18 +88,18 @@ def flips(records: list[Record], path: Path) -> None:
     figure, axes = new_figure(1, 2, 3.6)
     arms = by_arm(records)
     for objective, colour, aside in (("simpo", OTHER, -0.004), ("gamma-simpo", DARK, 0.004)):
-        shares, found = [], []
+        shares, runs_by_share = [], []
         for arm, runs in arms.items():
             if arm.startswith(f"{objective}, "):
                 shares.append(float(runs[0]["settings"]["flip"]) + aside)
-                found.append(runs)
+                runs_by_share.append(runs)
         for panel, key in zip(axes[0], ("accuracy", "margin"), strict=True):
-            stats = [mean_and_error([last(run)[key] for run in runs]) for runs in found]
+            stats = [mean_and_error([last(run)[key] for run in runs]) for runs in runs_by_share]
             panel.errorbar(
                 shares, [mean for mean, _ in stats], yerr=[error or 0 for _, error in stats],
                 color=colour, marker="o", capsize=3, label=objective,
             )  # fmt: skip
-            for share, runs in zip(shares, found, strict=True):
+            for share, runs in zip(shares, runs_by_share, strict=True):
                 each = [last(run)[key] for run in runs]
                 panel.scatter([share] * len(each), each, color=colour, s=8, alpha=0.6)
     for panel, text in zip(axes[0], ("test accuracy", "test margin, nats a token"), strict=True):

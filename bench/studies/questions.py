@@ -23,9 +23,9 @@ class Run:
     steps: int
     pairs_per_step: int
     measure_every: int  # steps between measurements on the test pairs
-    answers: int  # sampled per test instruction at each measurement
-    sharpen: float  # factor on the logits of the model that training starts from
     settings: dict[str, Any]
+    answers: int = 0  # sampled per test instruction at each measurement
+    sharpen: float = 1.0  # factor on the logits of the model that training starts from
 
     @property
     def name(self) -> str:
@@ -51,19 +51,12 @@ def tail(seed: int) -> list[Run]:
         ("logits x 1, learning rate 5e-5", 1.0, slow, ways),
         ("logits x 2, learning rate 5e-5", 2.0, slow, ways),
     ]
+    size = {"steps": 150, "pairs_per_step": 4, "measure_every": 150}
     return [
         Run(
-            study="tail",
-            arm=f"{way}, {name}",
-            seed=seed,
-            steps=150,
-            pairs_per_step=4,
-            measure_every=150,
-            answers=0,
-            sharpen=sharpen,
-            settings=SIMPO | head | settings,
+            "tail", f"{way}, {name}", seed, **size, settings=SIMPO | head | changes, sharpen=sharpen
         )
-        for name, sharpen, settings, compared in models
+        for name, sharpen, changes, compared in models
         for way, head in compared.items()
     ]
 
@@ -72,34 +65,17 @@ def length(seed: int) -> list[Run]:
     """Does LMPO keep answers shorter than SimPO at equal accuracy, on length-biased pairs?"""
     lmpo = {"objective": "lmpo", "objective_args": {"margin_weight": 0.2}}
     arms = {"simpo": SIMPO, "lmpo, weight 0.2": SIMPO | lmpo}
-    return [
-        Run(
-            study="length",
-            arm=arm,
-            seed=seed,
-            steps=60,
-            pairs_per_step=8,
-            measure_every=20,
-            answers=4,
-            sharpen=1.0,
-            settings=settings,
-        )
-        for arm, settings in arms.items()
-    ]
+    size = {"steps": 60, "pairs_per_step": 8, "measure_every": 20, "answers": 4}
+    return [Run("length", arm, seed, **size, settings=settings) for arm, settings in arms.items()]
 
 
 def flips(seed: int) -> list[Run]:
     """Is γ-SimPO more robust than SimPO when labels are wrong?"""
+    size = {"steps": 100, "pairs_per_step": 8, "measure_every": 50}
     return [
         Run(
-            study="flips",
-            arm=f"{objective}, {flip:.0%} flipped",
-            seed=seed,
-            steps=100,
-            pairs_per_step=8,
-            measure_every=50,
-            answers=0,
-            sharpen=1.0,
+            *("flips", f"{objective}, {flip:.0%} flipped", seed),
+            **size,
             settings=GAMMA_SIMPO | {"objective": objective, "flip": flip},
         )
         for flip in (0.0, 0.2, 0.4)

@@ -18,13 +18,13 @@ _LOCK = threading.Lock()
 def read(out: Path, study: str) -> list[Record]:
     """What a study has so far; a line that was cut by a crash is left out."""
     path = out / f"{study}.jsonl"
-    found = []
+    records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return records
 
 
 def append(out: Path, record: Record) -> None:
@@ -40,16 +40,16 @@ def append(out: Path, record: Record) -> None:
 
 def is_done(run: Run, records: Iterable[Record]) -> bool:
     """Whether one of ``records`` is this very run, its settings included."""
-    wanted = json.loads(json.dumps(vars(run)))
-    return any(wanted == {key: record.get(key) for key in wanted} for record in records)
+    fields = json.loads(json.dumps(vars(run)))
+    return any(fields == {key: record.get(key) for key in fields} for record in records)
 
 
 def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Records of each arm, in the study's order of arms, by seed."""
     records = list(records)
     order = [run.arm for run in STUDIES[records[0]["study"]](0)] if records else []
-    found = {arm: [r for r in records if r["arm"] == arm] for arm in order}
-    return {arm: sorted(rs, key=lambda r: r["seed"]) for arm, rs in found.items() if rs}
+    arms = {arm: [r for r in records if r["arm"] == arm] for arm in order}
+    return {arm: sorted(rs, key=lambda r: r["seed"]) for arm, rs in arms.items() if rs}
 
 
 def at_step(record: Record, step: int) -> Record:

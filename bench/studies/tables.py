@@ -27,12 +27,12 @@ def gaps(exact: Record, other: Record) -> list[float]:
 def tail_pairs(records: list[Record]) -> dict[str, dict[str, list[tuple[Record, Record]]]]:
     """By model ("logits x 2") and way ("mean"), the exact run and that way's of every seed."""
     arms = by_arm(records)
-    found: dict[str, dict[str, list[tuple[Record, Record]]]] = {}
+    models: dict[str, dict[str, list[tuple[Record, Record]]]] = {}
     for arm, runs in arms.items():
         way, _, model = arm.partition(", ")
         if way != "exact" and (pairs := paired(arms.get(f"exact, {model}", []), runs)):
-            found.setdefault(model, {})[way] = pairs
-    return found
+            models.setdefault(model, {})[way] = pairs
+    return models
 
 
 def tail(records: list[Record]) -> str:
@@ -77,17 +77,17 @@ def length(records: list[Record]) -> str:
     rows = []
     for arm, runs in arms.items():
         for step in measured_steps(runs):
-            found = [at_step(run, step) for run in runs if has_step(run, step)]
+            measured = [at_step(run, step) for run in runs if has_step(run, step)]
             groups = ("chosen_longer", "rejected_longer")
             rows.append(
                 [
                     arm,
                     step,
-                    shown([m["accuracy"] for m in found]),
-                    *(shown([m["by_length"][g]["accuracy"] for m in found]) for g in groups),
-                    shown([m["correlation_with_length"] for m in found], 2),
-                    shown([m["answers"]["mean_tokens"] for m in found], 0),
-                    shown([m["answers"]["cut"] / m["answers"]["answers"] for m in found], 2),
+                    shown([m["accuracy"] for m in measured]),
+                    *(shown([m["by_length"][g]["accuracy"] for m in measured]) for g in groups),
+                    shown([m["correlation_with_length"] for m in measured], 2),
+                    shown([m["answers"]["mean_tokens"] for m in measured], 0),
+                    shown([m["answers"]["cut"] / m["answers"]["answers"] for m in measured], 2),
                 ]
             )
     head = (

@@ -36,7 +36,7 @@ class Measurements(TrainerCallback):
 
     def __init__(self, trainer: Any, run: Run, test: Any) -> None:
         self.trainer, self.run, self.test = trainer, run, test
-        self.found: list[dict[str, Any]] = []
+        self.taken: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run.seed == 0:  # no other starts anywhere else
@@ -51,11 +51,11 @@ class Measurements(TrainerCallback):
         model = self.trainer.model
         training = model.training
         model.eval()
-        found = {"step": step, **self.accuracies(model)}
+        facts = {"step": step, **self.accuracies(model)}
         if self.run.answers:
-            found["answers"] = self.answers(model)
+            facts["answers"] = self.answers(model)
         model.train(training)
-        self.found.append(found)
+        self.taken.append(facts)
 
     def accuracies(self, model: Any) -> dict[str, Any]:
         from widemargin.trainer.evaluation.pair_metrics import measure
@@ -161,7 +161,7 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
             name: [round(float(entry[key]), 6) if key in entry else None for entry in log]
             for name, key in CURVES.items()
         },
-        "measurements": measurements.found,
+        "measurements": measurements.taken,
     }
 
 

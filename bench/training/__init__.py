@@ -1,1 +1,4 @@
-"""Whole training steps against other trainers: `python -m bench.training`. Start in `command`."""
+"""Whole training steps against other trainers: `python -m bench.training`.
+
+Imports `lib`. Start in `command`, which has a `worker` take each contender's steps.
+"""

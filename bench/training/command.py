@@ -12,9 +12,6 @@ GPU) and the loss of each step.
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from bench.lib.record import (
-    ROOT,
     Commit,
     Row,
     add_output_options,
@@ -34,54 +30,10 @@ from bench.lib.record import (
 )
 from bench.lib.subject import fill_in
 from bench.lib.timing import spread
+from bench.lib.workers import Worker, WorkerError
 from bench.training.contenders import CONTENDERS, SHAPES, SKIPPED
 from bench.training.data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
 from bench.training.table import CASE, table
-
-
-class Worker:
-    """A contender's process, with some environment variables of its own."""
-
-    def __init__(self, name: str, spec: dict[str, Any], folder: Path, **variables: str) -> None:
-        self.name = name
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(spec))
-        self.log = folder / f"{name}.log"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.training.worker", str(path)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-            env={**os.environ, **variables},
-        )
-
-    def answer(self) -> dict[str, Any]:
-        """The next line of JSON; RuntimeError with the process's last words if there is none."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            last = self.log.read_text().strip().splitlines()[-1:] or ["no output"]
-            raise RuntimeError(f"exit status {self.process.wait()}: {last[0]}"[:300])
-        return json.loads(line)
-
-    def step(self) -> float:
-        """Milliseconds of one optimizer step."""
-        self.begin_step()
-        return self.answer()["ms"]
-
-    def begin_step(self) -> None:
-        self.tell("step")
-
-    def tell(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -170,60 +122,68 @@ def specification(
     }
 
 
+def start(name: str, spec: dict[str, Any], folder: Path, **variables: str) -> Worker:
+    """A contender's process, which takes one step for every "step" it is told."""
+    return Worker("bench.training.worker", name, spec, folder, **variables)
+
+
 def run_contenders(
     names: list[str], options: argparse.Namespace, folder: Path, order: list[int]
 ) -> dict[str, Row]:
     """Facts by name. Together and in turns on a CPU; one after the other on a GPU."""
     groups = [[name] for name in names] if options.device == "cuda" else [names]
-    found: dict[str, Row] = {}
+    outcomes: dict[str, Row] = {}
     for group in groups:
         workers: list[Worker] = []
         try:
             for name in group:
                 spec = specification(name, options, folder, order)
-                workers.append(Worker(name, spec, folder))
+                workers.append(start(name, spec, folder))
             # They start at the same time: a start is mostly imports, on one core each.
-            found |= {worker.name: _ready(worker) for worker in workers}
-            _take_steps([w for w in workers if "reason" not in found[w.name]], found, options)
+            outcomes |= {worker.name: _ready(worker) for worker in workers}
+            _take_steps([w for w in workers if "reason" not in outcomes[w.name]], outcomes, options)
         finally:
             for worker in workers:
                 worker.stop()
-    return found
+    return outcomes
 
 
 def _ready(worker: Worker) -> Row:
     try:
         return {"start_mib": round(worker.answer()["peak_mib"], 1)}
-    except RuntimeError as error:
+    except WorkerError as error:
         return {"reason": str(error)}
 
 
-def _take_steps(workers: list[Worker], found: dict[str, Row], options: argparse.Namespace) -> None:
+def _take_steps(
+    workers: list[Worker], outcomes: dict[str, Row], options: argparse.Namespace
+) -> None:
     times: dict[str, list[float]] = {worker.name: [] for worker in workers}
     begin = time.monotonic()
     for turn in range(options.warmup + options.steps):
         if turn >= options.warmup + 2 and time.monotonic() - begin > options.budget_s:
             for worker in workers:
-                if "reason" not in found[worker.name]:
+                if "reason" not in outcomes[worker.name]:
                     worker.tell("stop")
             break
         shift = turn % max(1, len(workers))
         for worker in workers[shift:] + workers[:shift]:
-            if "reason" in found[worker.name]:
+            if "reason" in outcomes[worker.name]:
                 continue
             try:
-                elapsed = worker.step()
-            except RuntimeError as error:
-                found[worker.name]["reason"] = str(error)
+                worker.tell("step")
+                elapsed = worker.answer()["ms"]
+            except WorkerError as error:
+                outcomes[worker.name]["reason"] = str(error)
                 continue
             if turn >= options.warmup:
                 times[worker.name].append(elapsed)
     for worker in workers:
-        if "reason" in found[worker.name]:
+        if "reason" in outcomes[worker.name]:
             continue
         last = worker.answer()
         seconds = sum(times[worker.name]) / 1000
-        found[worker.name] |= {
+        outcomes[worker.name] |= {
             "steps": len(times[worker.name]),
             "step_ms": spread(times[worker.name]),
             "pairs_per_s": round(options.batch * len(times[worker.name]) / seconds, 4),
@@ -283,9 +243,9 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
     rows = find_rows(options)
     names = options.contenders or [n for n in CONTENDERS if n not in SKIPPED[options.objective]]
     (folder / "rows.json").write_text(json.dumps(rows))
-    found = run_contenders(names, options, folder, batch_order(rows, options.batch))
+    outcomes = run_contenders(names, options, folder, batch_order(rows, options.batch))
     facts = shared_facts(options, rows, commit)
-    new = [{**facts, "provider": name, **found[name]} for name in names]
+    new = [{**facts, "provider": name, **outcomes[name]} for name in names]
     gap = loss_gap(new)
     for row in new:
         row["largest_loss_gap"] = gap

@@ -8,35 +8,22 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "trl-cpo": {"trainer": "trl-cpo"},
     "trl-dpo": {"trainer": "trl-dpo"},
 }
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+
+
+def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int):
+    """A config of Llama's family, in the order in which model cards give the sizes."""
+    return {
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    }  # fmt: skip
+
+
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": LLAMA
-    | {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "llama-1b": LLAMA
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "llama-8b": LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
+    "tiny": _llama(64, 32, 48, 2, 4, 2),
+    "llama-1b": _llama(128256, 2048, 8192, 16, 32, 8) | {"tie_word_embeddings": True},
+    "llama-8b": _llama(128256, 4096, 14336, 32, 32, 8) | {"tie_word_embeddings": False},
 }
 SKIPPED = {"simpo": {"trl-dpo"}, "lmpo": {"trl-cpo", "trl-dpo"}, "dpo": {"trl-cpo"}}
 """Contenders that lack the objective."""

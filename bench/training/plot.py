@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench.lib.colours import colour, label, new_figure, save
+from bench.lib.plots import bars, colour, new_figure, save
 from bench.lib.record import Row
 
 PANELS = (
@@ -17,12 +17,12 @@ def draw(rows: list[Row], path: Path) -> None:
     """One line of panels per case; trainers that could not run are left out."""
     cases = _cases([row for row in rows if "pairs_per_s" in row])
     figure, axes = new_figure(len(cases), 4, 2.3 * len(cases))
-    for line, (title, found) in zip(axes, cases.items(), strict=True):
+    for line, (title, case) in zip(axes, cases.items(), strict=True):
         for index, (panel, (key, text, scale)) in enumerate(zip(line, PANELS, strict=False)):
-            _bars(panel, found, key, text, scale)
+            _bars(panel, case, key, text, scale)
             if index:
                 panel.set_yticklabels([])
-        _losses(line[3], found)
+        _losses(line[3], case)
         line[0].set_title(title, loc="left")
     save(figure, path)
 
@@ -37,12 +37,9 @@ def _cases(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _bars(panel: Any, rows: list[Row], key: str, text: str, scale: float) -> None:
-    names = [label(row["provider"]) for row in rows]
     values = [row[key] * scale for row in rows]
-    bars = panel.barh(names, values, color=[colour(row["provider"]) for row in rows])
-    panel.bar_label(bars, fmt="%.2f" if max(values) < 100 else "%.0f", padding=3, fontsize=8)
+    bars(panel, rows, values, "%.2f" if max(values) < 100 else "%.0f")
     panel.margins(x=0.25)
-    panel.invert_yaxis()
     panel.set_xlabel(text)
 
 

@@ -10,12 +10,12 @@ from widemargin.kernels.linear_logprob import TAIL_EPS
 
 from bench.lib.record import read_rows
 from bench.lib.subject import STAND_IN, Subject, stand_in
-from bench.report import tables as page_tables
 from bench.scaling import curves as scaling
 from bench.scaling import plot as scaling_plot
 from bench.scaling import ranks as scaling_ranks
 from bench.scaling import steps as scaling_steps
 from bench.scaling.curves import crossover
+from bench.scaling.table import table
 from bench.training.data import PairSource, token_rows
 
 
@@ -67,9 +67,10 @@ def test_curves_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     fractions = [row["active_fraction"] for row in active]
     assert fractions == sorted(fractions)
     assert fractions[-1] > 0.9
-    text = page_tables.scaling(rows)
+    text = table(rows)
     assert "Against tokens N; vocabulary V 1,024, hidden size H 32." in text
-    scaling_plot.draw_rest(rows, tmp_path / "rest.png")
+    rest = [row for row in rows if row["curve"] == "active"]
+    scaling_plot.draw(rest, tmp_path / "rest.png")
     assert (tmp_path / "rest.png").stat().st_size > 10_000
 
 

@@ -107,8 +107,8 @@ def fork(
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-        own = moment if moment is not None and moment.rank == rank else None
-        train_here(place, folder, ranks, Events(folder, own, writing))
+        mine = moment if moment is not None and moment.rank == rank else None
+        train_here(place, folder, ranks, Events(folder, mine, writing))
         status = 0
     except BaseException:
         import traceback

@@ -43,19 +43,14 @@ SETTINGS = """\
 """
 
 
-def test_helpers() -> None:
-    """Let the tests' modules be imported."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-
 def prepare(place: Path) -> None:
     """A tiny model and pairs for it."""
-    test_helpers()
-    tiny = importlib.import_module("tests.support.tiny_models")
-    tiny.tiny_model().save_pretrained(place / "model")
-    tiny.TOKENIZER.save_pretrained(place / "model")
-    tiny.tiny_pairs(13).to_json(place / "train.jsonl")
-    tiny.tiny_pairs(5, seed=1).to_json(place / "test.jsonl")
+    from tests.support.tiny_models import TOKENIZER, tiny_model, tiny_pairs
+
+    tiny_model().save_pretrained(place / "model")
+    TOKENIZER.save_pretrained(place / "model")
+    tiny_pairs(13).to_json(place / "train.jsonl")
+    tiny_pairs(5, seed=1).to_json(place / "test.jsonl")
     for ranks in BOUNDS:
         backend = "null" if ranks == 1 else "gloo"
         (place / f"config-{ranks}.yaml").write_text(SETTINGS % (4 // ranks, backend))
@@ -80,8 +75,8 @@ def torture(place: Path, kills: int, ranks: int, seed: int) -> Row:
 
     started = time.monotonic()
     generator = random.Random(seed)
-    whole, folder = place / "whole", place / "run-0"
-    assert run(place, whole, ranks, None)
+    uninterrupted, folder = place / "uninterrupted", place / "run-0"
+    assert run(place, uninterrupted, ranks, None)
     done, finished, resumed, worst = 0, 0, 0, 0.0
     seen: Counter[str] = Counter()
     while True:
@@ -101,9 +96,9 @@ def torture(place: Path, kills: int, ranks: int, seed: int) -> Row:
                 raise SystemExit(f"after {moment}: {broken}")
             continue
         finished += 1
-        worst = max(worst, apart(folder, whole))
+        worst = max(worst, apart(folder, uninterrupted))
         if worst > BOUNDS[ranks]:
-            raise SystemExit(f"{folder}: weights differ by {worst:.3g} from {whole}")
+            raise SystemExit(f"{folder}: weights differ by {worst:.3g} from {uninterrupted}")
         if done >= kills:
             break
         folder = place / f"run-{finished}"
@@ -137,11 +132,10 @@ def try_cases(count: int, seed: int) -> Counter[str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
-        test_helpers()
         try:
-            return importlib.import_module("tests.support.fuzzing").search(
-                count, seed, Path(folder)
-            )
+            from tests.support.fuzzing import search  # datasets reads the variable at its import
+
+            return search(count, seed, Path(folder))
         except BaseException:
             raise RuntimeError(traceback.format_exc()) from None
 
@@ -154,8 +148,8 @@ def fuzz(cases: int, seed: int, processes: int) -> Row:
     context = multiprocessing.get_context("spawn")
     outcomes: Counter[str] = Counter()
     with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        for found in pool.map(try_cases, sizes, seeds, timeout=PIECE_TIMEOUT_S * len(sizes)):
-            outcomes += found
+        for counts in pool.map(try_cases, sizes, seeds, timeout=PIECE_TIMEOUT_S * len(sizes)):
+            outcomes += counts
     return {
         "case": "fuzz", "seeds": [seeds[0], seeds[-1]], "cases": outcomes.total(),
         "outcomes": dict(outcomes), "seconds": round(time.monotonic() - started, 1),

@@ -21,7 +21,7 @@ from widemargin.trainer.packing.collator import PairCollator, model_inputs
 from widemargin.trainer.plan.batches import micro_batch
 from widemargin.trainer.plan.simulation import Recipe, simulate
 
-from bench.lib.memory import allocations, recorded_events
+from bench.lib.profile import allocations, recorded_events
 
 SMALL_LM = {
     "model_type": "llama",

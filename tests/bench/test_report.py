@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from bench import all as everything
-from bench.lib import record
-from bench.lib.record import RESULTS, ROOT, Commit
+from bench.lib.record import RESULTS, ROOT
 from bench.lib.table import CLOSE
 from bench.report import page
 from bench.report import pages as results
@@ -104,74 +99,3 @@ def test_results_of_another_folder_leave_readme_alone(
     capsys.readouterr()
     assert results.main([str(folder / "empty")]) == 2
     assert "has no JSON of results" in capsys.readouterr().err
-
-
-def test_rows_of_the_same_case_are_replaced_and_others_kept(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    assert record.keep_others(path, [{"case": "a"}], ("case",)) == []
-    record.writer(path)([{"case": "a", "value": 1}, {"case": "b", "value": 2}])
-    kept = record.keep_others(path, [{"case": "a", "value": 3}], ("case",))
-    assert kept == [{"case": "b", "value": 2}]
-
-
-def test_only_committed_code_writes_into_results(capsys: pytest.CaptureFixture[str]) -> None:
-    dirty = Commit("0" * 40, dirty=True)
-    assert record.refused(RESULTS / "head_cpu.json", dirty)
-    assert "commit first" in capsys.readouterr().err
-    assert not record.refused(RESULTS / "head_cpu.json", dirty, allow_dirty=True)
-    assert not record.refused(ROOT / "outputs" / "head.json", dirty)
-    assert not record.refused(RESULTS / "head_cpu.json", Commit("0" * 40, dirty=False))
-
-
-def test_make_bench_refuses_to_publish_from_a_dirty_tree(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(everything, "find_commit", lambda: Commit("0" * 40, dirty=True))
-    monkeypatch.setattr(everything, "run", lambda *_: pytest.fail("must refuse before it runs"))
-    assert everything.main(["--out", str(RESULTS)]) == 2
-    assert "uncommitted changes" in capsys.readouterr().err
-
-
-def test_a_part_that_is_cut_leaves_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = ("--case", "tiny", "--providers", "full-logits", "--repeats", "1", "--no-memory")
-    parts = (
-        everything.Part("head", small, "head_cpu.json", 120),
-        everything.Part("scaling", ("--base", "tiny"), "scaling_cpu.json", 0.2),
-    )
-    monkeypatch.setattr(everything, "PARTS", parts)
-    monkeypatch.setattr(everything, "TOTAL_S", 200)
-    out = tmp_path / "bench"
-    assert everything.main(["--out", str(out), "--parts", "head", "scaling"]) == 1
-    assert "scaling          skipped: no time is left" in capsys.readouterr().out
-    text = (out / "results.md").read_text()
-    assert "tiny: N 96" in text
-    assert (out / "head_cpu.png").is_file()
-    monkeypatch.setattr(everything, "run", lambda *_: "cut after 9 s")
-    assert everything.main(["--out", str(out), "--parts", "head"]) == 1
-    monkeypatch.setattr(everything, "run", lambda *_: "done in 9 s")
-    assert everything.main(["--out", str(out), "--parts", "head"]) == 0
-
-
-def test_parts_name_benchmarks_and_fit_the_time() -> None:
-    for part in everything.PARTS:
-        assert find_spec(part.module) is not None
-    assert everything.TOTAL_S < 600
-
-
-def test_baselines_are_collected_only_when_asked_for() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench",
-        "--benchmark-disable",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "7 passed" in done.stdout
-    settings = (ROOT / "pyproject.toml").read_text()
-    assert 'testpaths = ["tests"]' in settings

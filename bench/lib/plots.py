@@ -1,7 +1,10 @@
 """One look for all plots: a provider has the same colour in every picture."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bench.lib.record import Row
 
 OURS = {"exact": "#9ecae1", "drop": "#4292c6", "mean": "#084594"}
 COLOURS = {
@@ -63,6 +66,32 @@ def new_figure(rows: int, columns: int, height_in: float, **kwargs: Any) -> tupl
     return pyplot.subplots(
         rows, columns, figsize=size, squeeze=False, layout="constrained", **kwargs
     )
+
+
+def bars(panel: Any, rows: list[Row], values: list[float], number: str = "%.0f") -> None:
+    """A bar with its number for each row's provider, the first on top."""
+    names = [label(row["provider"]) for row in rows]
+    drawn = panel.barh(names, values, color=[colour(row["provider"]) for row in rows])
+    panel.bar_label(drawn, fmt=number, padding=3, fontsize=8)
+    panel.invert_yaxis()
+
+
+def lines(
+    panel: Any,
+    rows: list[Row],
+    key: str,
+    value: Callable[[Row], float | None],
+    names: dict[str, str] | None = None,
+) -> None:
+    """A curve of ``value`` against ``key`` for each provider; ``names`` where labels differ."""
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        mine = [row for row in rows if row["provider"] == provider]
+        panel.plot(
+            *([row[key] for row in mine], [value(row) for row in mine], "o-"),
+            color=colour(provider),
+            label=(names or {}).get(provider) or label(provider),
+            markersize=4,
+        )
 
 
 def save(figure: Any, path: Path) -> None:

@@ -1,0 +1,48 @@
+"""`make bench`: its parts, what a part that is cut leaves, and who may publish."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from bench import all as everything
+from bench.lib.record import RESULTS, Commit
+
+
+def test_make_bench_refuses_to_publish_from_a_dirty_tree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(everything, "find_commit", lambda: Commit("0" * 40, dirty=True))
+    monkeypatch.setattr(everything, "run", lambda *_: pytest.fail("must refuse before it runs"))
+    assert everything.main(["--out", str(RESULTS)]) == 2
+    assert "uncommitted changes" in capsys.readouterr().err
+
+
+def test_a_part_that_is_cut_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--case", "tiny", "--providers", "full-logits", "--repeats", "1", "--no-memory")
+    parts = (
+        everything.Part("head", small, "head_cpu.json", 120),
+        everything.Part("scaling", ("--base", "tiny"), "scaling_cpu.json", 0.2),
+    )
+    monkeypatch.setattr(everything, "PARTS", parts)
+    monkeypatch.setattr(everything, "TOTAL_S", 200)
+    out = tmp_path / "bench"
+    assert everything.main(["--out", str(out), "--parts", "head", "scaling"]) == 1
+    assert "scaling          skipped: no time is left" in capsys.readouterr().out
+    text = (out / "results.md").read_text()
+    assert "tiny: N 96" in text
+    assert (out / "head_cpu.png").is_file()
+    monkeypatch.setattr(everything, "run", lambda *_: "cut after 9 s")
+    assert everything.main(["--out", str(out), "--parts", "head"]) == 1
+    monkeypatch.setattr(everything, "run", lambda *_: "done in 9 s")
+    assert everything.main(["--out", str(out), "--parts", "head"]) == 0
+
+
+def test_parts_name_benchmarks_and_fit_the_time() -> None:
+    for part in everything.PARTS:
+        assert find_spec(part.module) is not None
+    assert everything.TOTAL_S < 600
