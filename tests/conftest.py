@@ -1,10 +1,15 @@
-"""Where there is no CUDA device, tests marked `gpu` are skipped and Triton kernels interpreted."""
+"""One thread in a parallel run; without a CUDA device, `gpu` is skipped and Triton interpreted."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# One worker a core, so one thread a worker and in what it starts. torch reads this when imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton reads this when it is imported, which torch and transformers put off: so before any test
