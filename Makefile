@@ -16,8 +16,8 @@ BASELINE := outputs/bench-baseline
 EVAL := $(VENV)/.installed-eval
 # An editable install maps the folders by an import hook, which pyright cannot run: it reads these.
 LINKS := $(VENV)/links/widemargin
-# A worker for every core; tests that share an expensive fixture go to the same one.
-PYTEST = $(BIN)/python -m pytest -n auto --dist loadgroup
+# A worker for every core. A file's tests go to one worker, so that it makes their fixtures once.
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help

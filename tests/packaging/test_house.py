@@ -11,8 +11,10 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+TOPS = ("kernels", "trainer", "bench")
 MODULES_IN_A_FOLDER, LINES_OF_A_MODULE, LINES_OF_A_FUNCTION = 14, 300, 60
-CODE = [path for top in ("kernels", "trainer", "bench") for path in (ROOT / top).rglob("*.py")]
+CODE = [path for top in TOPS for path in sorted((ROOT / top).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 PACKAGED = [path for path in CODE if path.relative_to(ROOT).parts[0] != "bench"]
 
 
@@ -110,3 +112,11 @@ def test_a_module_has_its_tests_where_one_looks(path, graph):
         reached.add(module)
         waiting += graph.find_modules_directly_imported_by(module) & room - reached
     assert module_of(path) in reached, f"no test in {named(tests)} reaches {named(path)}"
+
+
+@pytest.mark.parametrize("folder", sorted({it.parent for it in TESTS}), ids=named)
+def test_make_test_quick_covers_every_room(folder, quick_files):
+    files = set(folder.glob("test_*.py"))
+    if not files <= quick_files.keys():
+        pytest.skip("this session collects a part of the folder")
+    assert any(quick_files[file] for file in files)
