@@ -83,6 +83,7 @@ def test_losses_and_coefficients_of_heads_that_give_one_loss() -> None:
         torch.testing.assert_close((found.dhidden, found.dweight), expected)
 
 
+@pytest.mark.costly
 def test_gate_compares_a_whole_loss_with_its_own_reference() -> None:
     def mean_loss(hidden, weight, targets):
         logp = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])
@@ -141,6 +142,7 @@ def test_gate_refuses_to_time_a_wrong_provider() -> None:
     assert "not installed" in printed
 
 
+@pytest.mark.costly
 def test_head_writes_rows_and_prints_their_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

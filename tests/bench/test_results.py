@@ -79,6 +79,7 @@ def test_files_of_a_gpu_appear_without_further_work(folder: Path) -> None:
         assert shown in text
 
 
+@pytest.mark.costly
 def test_results_of_another_folder_leave_readme_alone(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_make_bench_refuses_to_publish_from_a_dirty_tree(
     assert "uncommitted changes" in capsys.readouterr().err
 
 
+@pytest.mark.costly
 def test_a_part_that_is_cut_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +162,7 @@ def test_parts_name_benchmarks_and_fit_the_time() -> None:
     assert everything.TOTAL_S < 600
 
 
+@pytest.mark.costly
 def test_baselines_are_collected_only_when_asked_for() -> None:
     command = [
         sys.executable,

@@ -222,6 +222,7 @@ def test_fillers_weigh_nothing(tmp_path):
     torch.testing.assert_close(losses[0], losses[1])
 
 
+@pytest.mark.costly
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     """Ten steps of LMPO on two processes, ragged at the end of each epoch, and evaluation too."""
     tiny_model().save_pretrained(tmp_path / "model")

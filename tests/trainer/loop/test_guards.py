@@ -132,6 +132,7 @@ def test_one_read_per_step_and_none_per_micro_batch(tmp_path, monkeypatch):
     assert reads.count("guards.py") == 4
 
 
+@pytest.mark.costly
 def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
     """Stopped twice: during a step, and during an evaluation."""
     settings = SETTINGS | {"eval_pairs": 4, "eval_strategy": "steps", "eval_steps": 3}
@@ -219,6 +220,7 @@ def terminating(place: str, step: int, times: int = 1) -> TrainerCallback:
     return Terminating()
 
 
+@pytest.mark.costly
 def test_the_command_line_ends_with_143(tmp_path, monkeypatch, capsys):
     from widemargin.trainer.cli import main
     from widemargin.trainer.trainer import PreferenceTrainer
@@ -298,6 +300,7 @@ def two_ranks(folder: Path, what: str, *runs: str) -> subprocess.CompletedProces
     return launch(folder, "mishap.py", *runs, what)
 
 
+@pytest.mark.costly
 def test_two_ranks_agree(tmp_path):
     """SIGTERM to one rank saves on both, and the resumed run ends as the uninterrupted one."""
     write_run(tmp_path)
@@ -317,12 +320,14 @@ def test_two_ranks_agree(tmp_path):
     assert (one - two).abs().max() < 1e-6
 
 
+@pytest.mark.costly
 def test_two_ranks_stop_at_one_rank_s_nan(tmp_path):
     write_run(tmp_path)
     done = two_ranks(tmp_path, "nan", "--output_dir=run")
     assert done.stderr.count("error: Step 3: ") == 2, done.stderr[-3000:]
 
 
+@pytest.mark.costly
 def test_a_rank_that_hangs_is_named(tmp_path):
     write_run(tmp_path)
     done = two_ranks(tmp_path, "hang", "--output_dir=run --ddp_timeout=10")

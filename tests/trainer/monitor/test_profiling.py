@@ -14,6 +14,7 @@ from widemargin.trainer.monitor.profiling import FILE
 from tests.support.tiny_models import parameters_of, tiny_trainer
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("steps", "traced"), [(7, 3), (4, 3), (2, 2), (1, 1)])
 def test_a_trace_of_a_few_steps(tmp_path, capsys, steps, traced):
     trainer = tiny_trainer(tmp_path, profile=True, max_steps=steps)

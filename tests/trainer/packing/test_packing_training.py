@@ -50,6 +50,7 @@ def test_ten_steps_are_the_same_in_every_packing(tmp_path, attention, objective)
         assert (after[packing] - after["padded"]).abs().max() < 1e-5
 
 
+@pytest.mark.costly
 def test_two_processes_give_the_same_in_every_packing(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")

@@ -205,6 +205,7 @@ SPLIT = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("how", SPLIT)
 def test_two_ranks_equal_one(tmp_path, cache, monkeypatch, how):
     tiny_model().save_pretrained(tmp_path / "model")
