@@ -62,7 +62,7 @@ quickstart: $(BASE) ## Train a small model on this machine and write a report
 test: $(DEV) ## Run the tests, without the slow ones
 	$(PYTEST) -m "not slow and not distributed" $(PYTEST_ARGS)
 
-test-quick: $(DEV) ## Run the tests of every room that take less than a second or two
+test-quick: $(DEV) ## Run the tests that take less than about a second, in every room
 	$(PYTEST) -m "not slow and not distributed and not costly" $(PYTEST_ARGS)
 
 test-slow: $(DEV) ## Run the slow tests

@@ -105,6 +105,7 @@ def test_a_workspace_of_a_few_cells_changes_nothing(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.costly
 def test_same_bits_every_time():
     *inputs, grad = inputs_of(150, 16, 700, sharp=2.0)
     first = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
@@ -195,6 +196,7 @@ def test_explicit_triton_on_inputs_it_cannot_take():
         linear_logprob(hidden, weight, targets, backend="triton")
 
 
+@pytest.mark.costly
 def test_a_bias_alone_allocates_no_weight_gradient(monkeypatch):
     hidden, weight, targets, bias, grad = inputs_of(150, 8, 900, bias=True, sharp=2.0)
     full = gradients(linear_logprob, hidden, weight, targets, bias, grad, backend="triton")[1]

@@ -119,6 +119,7 @@ def test_half_gradients_keep_their_dtype(dtype):
     torch.testing.assert_close(grad.double(), expected_grad, rtol=rounding, atol=tiny)
 
 
+@pytest.mark.costly
 def test_gradient_agrees_with_finite_differences():
     tokens, cu_seqlens, margins = batch([(3, 2), (1, 4), (0, 2)])
     step = 1e-2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ TOPS = ("kernels", "trainer", "bench")
 MODULES_IN_A_FOLDER, LINES_OF_A_MODULE, LINES_OF_A_FUNCTION = 14, 300, 60
 CODE = [path for top in TOPS for path in sorted((ROOT / top).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
-PACKAGED = [path for path in CODE if path.relative_to(ROOT).parts[0] != "bench"]
+PACKAGED = [it for it in CODE if ROOT / "bench" not in it.parents and it.stem != "__init__"]
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +79,14 @@ def test_a_room_says_what_it_is(path):
 
 
 def folder_of_tests(path: Path) -> Path:
-    """``tests/kernels/NAME`` for a module of ``kernels/NAME``, or the nearest above with tests."""
-    folder = ROOT / "tests" / path.relative_to(ROOT).parent
-    while not any(folder.glob("test_*.py")):
-        folder = folder.parent
-    return folder
+    """``tests/trainer/ROOM`` for a module of ``trainer/ROOM``; the kernels' rooms share one."""
+    parts = path.relative_to(ROOT).parts[:-1]
+    return ROOT / "tests" / Path(*parts[: 1 if parts[0] == "kernels" else 2])
 
 
+@cache
 def mentioned(path: Path) -> set[str]:
-    """The modules of ours that a test imports, starts or patches by name."""
+    """The modules that a test, or a helper that it imports, imports or starts by name."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -95,23 +95,22 @@ def mentioned(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= set(re.findall(r"widemargin(?:\.\w+)+", node.value))
-    return names
+    helpers = [ROOT / f"{name.replace('.', '/')}.py" for name in names if name[:6] == "tests."]
+    return names.union(*(mentioned(helper) for helper in helpers if helper.is_file()))
 
 
 @pytest.mark.parametrize("path", PACKAGED, ids=named)
 def test_a_module_has_its_tests_where_one_looks(path, graph):
-    """In the file of its name, or in its room's, through the room's other modules at most."""
+    """A test of its room imports it, starts it, or imports what leads to it."""
     tests = folder_of_tests(path)
-    if (tests / f"test_{path.stem}.py").is_file() or path.stem == "__init__":
-        return
-    room = {module_of(other) for other in path.parent.glob("*.py")}
     mentions = set().union(*(mentioned(test) for test in tests.glob("test_*.py")))
-    reached, waiting = set(), [*(mentions & room)]
-    while waiting:
-        module = waiting.pop()
-        reached.add(module)
-        waiting += graph.find_modules_directly_imported_by(module) & room - reached
-    assert module_of(path) in reached, f"no test in {named(tests)} reaches {named(path)}"
+    module = module_of(path)
+    entries = mentions & graph.modules
+    assert (
+        module in mentions
+        or module.removesuffix(".__main__") in mentions
+        or any(graph.chain_exists(importer=entry, imported=module) for entry in entries)
+    ), f"no test in {named(tests)} reaches {named(path)}"
 
 
 @pytest.mark.parametrize("folder", sorted({it.parent for it in TESTS}), ids=named)

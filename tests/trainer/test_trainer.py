@@ -67,6 +67,7 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path):
     assert (whole - parameters_of(tiny_model())).abs().max() > 1e-2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("objective", ["lmpo", "gamma-simpo", "simpo"])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, objective):
     """Stopped in the middle of the second epoch, with the last step of each epoch ragged."""

@@ -33,6 +33,7 @@ def model_with(attention: str) -> Any:
     return model
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("objective", ["simpo", "lmpo"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_ten_steps_are_the_same_in_every_packing(tmp_path, attention, objective):
