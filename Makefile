@@ -16,10 +16,12 @@ BASELINE := outputs/bench-baseline
 EVAL := $(VENV)/.installed-eval
 # An editable install maps the folders by an import hook, which pyright cannot run: it reads these.
 LINKS := $(VENV)/links/widemargin
+# A worker for every core. A file's tests go to one worker, so that it makes their fixtures once.
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-distributed test-eval torture study lint format bench bench-baseline bench-compare bench-gpu wheels clean distclean
+.PHONY: help setup quickstart test test-quick test-slow test-distributed test-eval torture study lint format bench bench-baseline bench-compare bench-gpu wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,7 +60,10 @@ quickstart: $(BASE) ## Train a small model on this machine and write a report
 	$(BIN)/widemargin quickstart
 
 test: $(DEV) ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not distributed" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not distributed" $(PYTEST_ARGS)
+
+test-quick: $(DEV) ## Run the tests that take less than about a second, in every room
+	$(PYTEST) -m "not slow and not distributed and not costly" $(PYTEST_ARGS)
 
 test-slow: $(DEV) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
@@ -75,9 +80,10 @@ torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 str
 study: $(DEV) ## Carry out the studies of docs/studies.md, about two hours on two idle cores
 	$(BIN)/python -m bench.studies
 
-lint: $(DEV) ## ruff check, ruff format --check, pyright
+lint: $(DEV) ## ruff check, ruff format --check, import-linter, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=$(VENV)/links $(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright
 
 format: $(DEV) ## Format and apply safe fixes

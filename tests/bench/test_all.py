@@ -20,6 +20,7 @@ def test_make_bench_refuses_to_publish_from_a_dirty_tree(
     assert "uncommitted changes" in capsys.readouterr().err
 
 
+@pytest.mark.costly
 def test_a_part_that_is_cut_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

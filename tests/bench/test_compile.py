@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from widemargin.kernels.linear_logprob import tiles as table
 from widemargin.kernels.linear_logprob.tiles import Tile, Tiles
 
@@ -47,6 +48,7 @@ def test_the_best_is_the_smallest_mean_ratio_among_the_complete() -> None:
     assert tune.best(rows[:2], "bf16") is None
 
 
+@pytest.mark.costly
 def test_compile_only_writes_what_fits(tmp_path) -> None:
     out = tmp_path / "tune.json"
     options = ["--arch", "80", "--dtype", "bf16", "--field", "recompute", "--limit", "2"]

@@ -51,6 +51,7 @@ def test_losses_and_coefficients_of_heads_that_give_one_loss() -> None:
         torch.testing.assert_close((found.dhidden, found.dweight), expected)
 
 
+@pytest.mark.costly
 def test_gate_compares_a_whole_loss_with_its_own_reference() -> None:
     def mean_loss(hidden, weight, targets):
         logp = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])
@@ -102,6 +103,7 @@ def test_gate_refuses_to_time_a_wrong_provider() -> None:
     assert "not installed" in printed
 
 
+@pytest.mark.costly
 def test_head_writes_rows_and_prints_their_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +147,7 @@ def test_results_folder_takes_nothing_from_a_dirty_tree(
     assert "uncommitted changes" in capsys.readouterr().err
 
 
+@pytest.mark.costly
 def test_baselines_are_collected_only_when_asked_for() -> None:
     command = [
         sys.executable,

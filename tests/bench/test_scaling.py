@@ -49,6 +49,7 @@ def test_where_the_tails_take_the_same_time(times, expected) -> None:
     assert found == (expected if expected is None else pytest.approx(expected))
 
 
+@pytest.mark.costly
 def test_curves_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "FACTORS", {"tokens": (0.5, 1), "vocab": (1, 2)})
     monkeypatch.setattr(scaling, "ENTROPIES", (0.5,))

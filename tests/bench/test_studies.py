@@ -24,6 +24,7 @@ def small(run: Run) -> Run:
     return dataclasses.replace(run, steps=2, pairs_per_step=2, measure_every=1)
 
 
+@pytest.mark.costly
 def test_a_run_of_every_kind(tmp_path):
     model = Path(save_model(tmp_path / "model"))
     pairs = prepare_pairs(

@@ -32,6 +32,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.costly
 def test_layouts_do_the_same_work(folder, capsys):
     out = folder / "out.json"
     status = training.main(
@@ -60,6 +61,7 @@ def test_layouts_do_the_same_work(folder, capsys):
     assert (folder / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.costly
 def test_random_weights_on_lengths_alone(tmp_path, capsys):
     lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
     lengths.write_text(json.dumps([[3, 5, 4], [6, 2, 9]]))
@@ -77,6 +79,7 @@ def test_random_weights_on_lengths_alone(tmp_path, capsys):
     assert [row["tokens_per_step"] for row in rows] == [3 + 5 + 3 + 4 + 6 + 2 + 6 + 9] * 2
 
 
+@pytest.mark.costly
 def test_turns_end_early_where_time_is_short(tmp_path, capsys):
     lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
     lengths.write_text(json.dumps([[3, 5, 4]] * 20))
@@ -91,6 +94,7 @@ def test_turns_end_early_where_time_is_short(tmp_path, capsys):
         assert len(row["losses"]) == 3  # with the one that does not count
 
 
+@pytest.mark.costly
 def test_a_contender_that_cannot_run_is_listed_with_the_reason(folder, capsys):
     out = folder / "out.json"
     status = training.main(

@@ -78,6 +78,7 @@ def test_index_has_every_page_once():
         assert index.count(f"]({name})") == 1, name
 
 
+@pytest.mark.costly
 def test_every_quoted_message_is_printed():
     messages = quoted_messages(DOCS / "troubleshooting.md")
     assert len(messages) > 40

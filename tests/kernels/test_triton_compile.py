@@ -45,6 +45,7 @@ def measured(tmp_path_factory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("kernel", "arch"), TARGETS)
 def test_compiles_fits_and_does_not_spill(kernel: Kernel, arch: int, measured) -> None:
     (row,) = (
@@ -66,6 +67,7 @@ def test_names_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.costly
 def test_results_are_current(measured) -> None:
     kept = json.loads(RESULTS.read_text())
     if kept["triton"] != measured["triton"]:
@@ -112,6 +114,7 @@ for signature in ({}, signature | {"nothing": "i32"}):
 """
 
 
+@pytest.mark.costly
 def test_reading_the_binary_finds_spills_tensor_cores_and_copies(tmp_path) -> None:
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
@@ -138,5 +141,6 @@ print(measure(KERNELS[:1])["rows"][0]["error"])
 """
 
 
+@pytest.mark.costly
 def test_compiling_in_the_interpreter_is_an_error_that_says_so() -> None:
     assert "unset TRITON_INTERPRET" in python_without_interpreter("-c", INTERPRETED)

@@ -27,6 +27,7 @@ def in_fp64(inputs):
     return [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in wide]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("n", "h", "v"), SHAPES)
 def test_exact_within_twice_torchs_error(n, h, v, variant):
@@ -45,6 +46,7 @@ def test_exact_within_twice_torchs_error(n, h, v, variant):
         assert relative(got, expected_grad) <= 2 * relative(peer, expected_grad) + 2e-6
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tail", ["mean", "drop"])
 def test_tails_by_definition(tail, variant, monkeypatch):
@@ -92,6 +94,7 @@ def test_tails_by_definition(tail, variant, monkeypatch):
         assert relative(got, expected_grad) < 2e-5
 
 
+@pytest.mark.costly
 def test_a_workspace_of_a_few_cells_changes_nothing(monkeypatch):
     *inputs, grad = inputs_of(300, 16, 1100, bias=True, sharp=2.0)
     settings = {"backend": "triton", "tail_eps": 2**-4}
@@ -102,6 +105,7 @@ def test_a_workspace_of_a_few_cells_changes_nothing(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.costly
 def test_same_bits_every_time():
     *inputs, grad = inputs_of(150, 16, 700, sharp=2.0)
     first = gradients(linear_logprob, *inputs, grad, backend="triton")[1]
@@ -109,6 +113,7 @@ def test_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("tail", ["exact", "mean", "drop"])
 def test_no_tokens_and_frozen_sides(tail):
     *inputs, grad = inputs_of(0, 8, 300, bias=True)
@@ -129,6 +134,7 @@ def test_no_tokens_and_frozen_sides(tail):
         torch.testing.assert_close(leaves[kept].grad, full["hwb".index(kept)])
 
 
+@pytest.mark.costly
 def test_poisoned_memory_and_one_bad_token(monkeypatch):
     new_empty = torch.Tensor.new_empty
 
@@ -190,6 +196,7 @@ def test_explicit_triton_on_inputs_it_cannot_take():
         linear_logprob(hidden, weight, targets, backend="triton")
 
 
+@pytest.mark.costly
 def test_a_bias_alone_allocates_no_weight_gradient(monkeypatch):
     hidden, weight, targets, bias, grad = inputs_of(150, 8, 900, bias=True, sharp=2.0)
     full = gradients(linear_logprob, hidden, weight, targets, bias, grad, backend="triton")[1]
@@ -208,6 +215,7 @@ def test_a_bias_alone_allocates_no_weight_gradient(monkeypatch):
     assert weight.shape not in shapes
 
 
+@pytest.mark.costly
 def test_flat_distribution_computes_each_cell_once_and_says_dense():
     """Where every block matters to every token the mean tail does what "exact" does, no more."""
     hidden, weight, targets, _, grad = inputs_of(300, 16, 1100, sharp=0.01)

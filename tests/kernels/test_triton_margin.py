@@ -59,6 +59,7 @@ def loss_and_grad(op, tokens, cu_seqlens, margins, **options):
     return losses.detach(), grad
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.parametrize(
     ("kind", "index"), [("sigmoid", torch.int32), ("hinge", torch.int64)], ids=str
@@ -78,6 +79,7 @@ def test_awkward_shapes(name, kind, index):
     assert (grad[int(cu_seqlens[-1]) :] == 0).all()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", LENGTHS)
 def test_awkward_shapes_of_sums(name):
     tokens, cu_seqlens, _ = batch(LENGTHS[name], padding=3)
@@ -117,6 +119,7 @@ def test_half_gradients_keep_their_dtype(dtype):
     torch.testing.assert_close(grad.double(), expected_grad, rtol=rounding, atol=tiny)
 
 
+@pytest.mark.costly
 def test_gradient_agrees_with_finite_differences():
     tokens, cu_seqlens, margins = batch([(3, 2), (1, 4), (0, 2)])
     step = 1e-2
@@ -169,6 +172,7 @@ def test_only_the_logps_get_a_gradient():
     assert not frozen.requires_grad
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 def test_compiles_to_one_graph_for_any_length(backend):
     torch.compiler.reset()
@@ -219,6 +223,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.costly
 def test_a_cpu_without_the_interpreter_is_an_error_that_says_so():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

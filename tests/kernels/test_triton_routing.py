@@ -71,6 +71,7 @@ def test_routing_is_that_of_choose_cells(unscored):
     )
 
 
+@pytest.mark.costly
 def test_every_tile_comes_once_in_any_order():
     """`together` changes the order alone, also where it does not divide the tiles."""
     hidden, weight, targets, _, _ = inputs_of(700, 8, 600)

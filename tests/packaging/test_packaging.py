@@ -63,6 +63,7 @@ def test_every_direct_dependency_is_pinned(pyproject: dict[str, Any]) -> None:
     assert names <= {pin.name for pin in pins}
 
 
+@pytest.mark.costly
 def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     content = {name for name in names if ".dist-info/" not in name}
@@ -76,6 +77,7 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
+@pytest.mark.costly
 def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     options = ("--no-deps", "--no-index", "--quiet")
@@ -102,6 +104,7 @@ def test_kernels_folder_is_no_regular_package() -> None:
     )
 
 
+@pytest.mark.costly
 def test_coexists_with_hugging_face_kernels_from_the_root() -> None:
     """`python -c` puts the working directory first on the path, as `python -m` does."""
     pytest.importorskip("huggingface_hub")

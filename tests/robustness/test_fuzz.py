@@ -16,6 +16,7 @@ from tests.support.fuzzing import run_case, search
 COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
 
 
+@pytest.mark.costly
 def test_every_case_runs_or_ends_in_our_error(tmp_path_factory, monkeypatch):
     folder = Path(tmp_path_factory.mktemp("fuzz"))
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", folder / "cache")

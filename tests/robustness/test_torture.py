@@ -15,6 +15,7 @@ from tests.robustness.torture import apart, try_cases
 from tests.support import fuzzing
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("ranks", "kills", "cases"),
     [

@@ -242,6 +242,7 @@ def test_report_where_it_cannot_be_written(tmp_path, capsys):
     assert_one_line_error(["report", str(tmp_path), "--out", str(tmp_path)], "cannot be", capsys)
 
 
+@pytest.mark.costly
 def test_as_a_module(place, tmp_path):
     """The launchers' form; a mistake ends in exit code 2, without a traceback."""
     command = [sys.executable, "-m", "widemargin.trainer", str(place / "config.yaml"), "--beta=-1"]

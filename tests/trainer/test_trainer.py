@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from widemargin.kernels import reference
 from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.cli import main
 from widemargin.trainer.data.columns import FILLER_ID
 from widemargin.trainer.data.table import PairRows
 from widemargin.trainer.errors import UserError
@@ -26,6 +24,7 @@ from tests.support.tiny_models import (
     tiny_pairs,
     tiny_trainer,
 )
+from tests.support.two_ranks import launch
 
 
 def trained(folder, **settings) -> torch.Tensor:
@@ -68,6 +67,7 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tmp_path):
     assert (whole - parameters_of(tiny_model())).abs().max() > 1e-2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("objective", ["lmpo", "gamma-simpo", "simpo"])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, objective):
     """Stopped in the middle of the second epoch, with the last step of each epoch ragged."""
@@ -223,7 +223,8 @@ def test_fillers_weigh_nothing(tmp_path):
     torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_two_ranks_equal_one(tmp_path):
+@pytest.mark.costly
+def test_two_ranks_equal_one(tmp_path, monkeypatch):
     """Ten steps of LMPO on two processes, ragged at the end of each epoch, and evaluation too."""
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
@@ -236,20 +237,12 @@ def test_two_ranks_equal_one(tmp_path):
         "gradient_accumulation_steps: 2, eval_strategy: steps, eval_steps: 5, "
         "save_strategy: 'no', use_cpu: true, write_report: false}"
     )
-    module = ["-m", "widemargin.trainer", "config.yaml"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launcher, batch in (("one", [], 4), ("two", torchrun, 2)):
-        extra = ["--ddp_backend=gloo"] if launcher else []
-        settings = [f"--per_device_train_batch_size={batch}", f"--output_dir={name}", *extra]
-        done = subprocess.run(
-            [sys.executable, *launcher, *module, *settings],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.chdir(tmp_path)
+    one = ["config.yaml", "--per_device_train_batch_size=4", "--output_dir=one"]
+    assert main(["train", *one]) == 0
+    two = ["config.yaml", "--per_device_train_batch_size=2", "--output_dir=two"]
+    done = launch(tmp_path, "-m", "widemargin.trainer", *two, "--ddp_backend=gloo")
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = (
         parameters_of(AutoModelForCausalLM.from_pretrained(tmp_path / name))
         for name in ("one", "two")

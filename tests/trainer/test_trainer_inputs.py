@@ -62,6 +62,7 @@ def test_predict_takes_raw_pairs(tmp_path):
     assert found == pytest.approx(trainer.evaluate(pairs)["eval_loss"])
 
 
+@pytest.mark.costly
 def test_several_evaluation_sets(tmp_path):
     """Each as if it were alone, by name, also while training and with a reference."""
     sets = {"near": tiny_pairs(4, seed=1), "far": tiny_pairs(7, seed=7)}

@@ -75,6 +75,7 @@ def test_every_objective_has_its_paper():
     assert set(PAPERS) == set(OBJECTIVES)
 
 
+@pytest.mark.costly
 def test_a_run_ends_with_its_card(run_config, tmp_path, monkeypatch):
     assert main(["train", str(run_config)]) == 0
     card: Any = ModelCard.load(tmp_path / "run" / "README.md")

@@ -123,6 +123,7 @@ def test_workers_by_default(tmp_path, monkeypatch):
     assert not none.dataloader_persistent_workers
 
 
+@pytest.mark.costly
 def test_workers_load_the_same_batches(tmp_path):
     models = []
     for settings in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
@@ -132,6 +133,7 @@ def test_workers_load_the_same_batches(tmp_path):
     assert torch.equal(*models)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("packing", ["padded", "packed", "prefix_shared"])
 def test_torch_compile_trains(tmp_path, packing):
     """Two steps through torch.compile, of different shapes, give what they give without."""

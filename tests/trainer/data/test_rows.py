@@ -157,6 +157,7 @@ def test_cache_key_is_content() -> None:
     assert key() not in others
 
 
+@pytest.mark.costly
 def test_cache_key_is_the_same_in_another_process(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     Dataset.from_list(make_rows(5)).save_to_disk(tmp_path / "raw")
@@ -271,6 +272,7 @@ TABLES = st.tuples(st.sampled_from(COLUMNS), st.sampled_from(COLUMNS)).flatmap(
 )
 
 
+@pytest.mark.costly
 @settings(max_examples=40, deadline=None)
 @given(
     table=TABLES,

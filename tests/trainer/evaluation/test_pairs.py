@@ -162,6 +162,7 @@ def test_a_reference_equal_to_the_model_gives_no_margin(place, tmp_path):
     assert reward["calibration"]["log_loss"] == pytest.approx(math.log(2))
 
 
+@pytest.mark.costly
 def test_same_numbers_again_and_in_other_batches(place, tmp_path):
     first = run(place, tmp_path / "a")
     again = run(place, tmp_path / "b", "--max_tokens_per_batch=60", "--packing=padded")

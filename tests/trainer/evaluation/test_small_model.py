@@ -51,6 +51,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.costly
 def test_a_run_that_is_killed_goes_on_with_nothing_lost_or_doubled(tmp_path):
     """Sampled, so that another batch or seed would show."""
     sampled = ("--limit=6", "--batch_size=1", "--temperature=1")

@@ -26,6 +26,7 @@ from tests.support.tiny_models import (
     tiny_pairs,
     tiny_trainer,
 )
+from tests.support.two_ranks import launch
 
 SETTINGS: dict[str, Any] = {
     "objective": "lmpo", "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4,
@@ -131,6 +132,7 @@ def test_one_read_per_step_and_none_per_micro_batch(tmp_path, monkeypatch):
     assert reads.count("guards.py") == 4
 
 
+@pytest.mark.costly
 def test_sigterm_saves_and_a_resumed_run_ends_the_same(tmp_path):
     """Stopped twice: during a step, and during an evaluation."""
     settings = SETTINGS | {"eval_pairs": 4, "eval_strategy": "steps", "eval_steps": 3}
@@ -218,6 +220,7 @@ def terminating(place: str, step: int, times: int = 1) -> TrainerCallback:
     return Terminating()
 
 
+@pytest.mark.costly
 def test_the_command_line_ends_with_143(tmp_path, monkeypatch, capsys):
     from widemargin.trainer.cli import main
     from widemargin.trainer.trainer import PreferenceTrainer
@@ -256,7 +259,7 @@ def write_run(folder: Path) -> None:
 
 
 SCRIPT = '''
-"""A run that meets with something in step 3 of one rank: what, is the last argument."""
+"""Runs that meet with something in step 3 of one rank; what that is, the last argument says."""
 
 import os, signal, sys, time
 from transformers import TrainerCallback
@@ -272,6 +275,7 @@ class Mishap(TrainerCallback):
         if what == "sigterm":
             os.kill(os.getpid(), signal.SIGTERM)
         if what == "hang":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends at the end
             time.sleep(60)
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if what == "nan" and rank == 1 and state.global_step == 2:
@@ -285,37 +289,30 @@ def train(self, *args, **kwargs):
 
 original = PreferenceTrainer.train
 PreferenceTrainer.train = train
-sys.exit(cli.main(["train", *sys.argv[1:]]))
+runs = [["train", "config.yaml", "--ddp_backend=gloo", *run.split()] for run in sys.argv[1:]]
+sys.exit(max(map(cli.main, runs)))
 '''
 
 
-def two_ranks(folder: Path, what: str, *settings: str) -> subprocess.CompletedProcess:
+def two_ranks(folder: Path, what: str, *runs: str) -> subprocess.CompletedProcess[str]:
+    """Each run is a string of settings; all share a launch, since starting takes longest."""
     (folder / "mishap.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["mishap.py", "config.yaml", "--ddp_backend=gloo", *settings, what]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return launch(folder, "mishap.py", *runs, what)
 
 
+@pytest.mark.costly
 def test_two_ranks_agree(tmp_path):
     """SIGTERM to one rank saves on both, and the resumed run ends as the uninterrupted one."""
     write_run(tmp_path)
-    assert two_ranks(tmp_path, "none", "--output_dir=whole").returncode == 0
     stopped = two_ranks(tmp_path, "sigterm", "--output_dir=run")
     assert "stopped by SIGTERM after step 3" in stopped.stderr, stopped.stderr[-3000:]
     assert stopped.stderr.count("stopped by SIGTERM") == 1
     saved = newest_complete(tmp_path / "run")[0]
     assert saved == tmp_path / "run" / "checkpoint-3"
     assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {p.name for p in saved.iterdir()}
-    resumed = two_ranks(tmp_path, "none", "--output_dir=run", "--resume_from_checkpoint=auto")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    resume = "--output_dir=run --resume_from_checkpoint=auto"
+    done = two_ranks(tmp_path, "none", "--output_dir=whole", resume)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (
         parameters_of(AutoModelForCausalLM.from_pretrained(tmp_path / name))
         for name in ("whole", "run")
@@ -323,15 +320,17 @@ def test_two_ranks_agree(tmp_path):
     assert (one - two).abs().max() < 1e-6
 
 
+@pytest.mark.costly
 def test_two_ranks_stop_at_one_rank_s_nan(tmp_path):
     write_run(tmp_path)
     done = two_ranks(tmp_path, "nan", "--output_dir=run")
     assert done.stderr.count("error: Step 3: ") == 2, done.stderr[-3000:]
 
 
+@pytest.mark.costly
 def test_a_rank_that_hangs_is_named(tmp_path):
     write_run(tmp_path)
-    done = two_ranks(tmp_path, "hang", "--output_dir=run", "--ddp_timeout=10")
+    done = two_ranks(tmp_path, "hang", "--output_dir=run --ddp_timeout=10")
     assert "rank 0, step 3: a collective failed: rank 1 is still in step 3" in done.stderr, (
         done.stderr[-3000:]
     )

@@ -14,6 +14,7 @@ from widemargin.trainer.monitor.profiling import FILE
 from tests.support.tiny_models import parameters_of, tiny_trainer
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("steps", "traced"), [(7, 3), (4, 3), (2, 2), (1, 1)])
 def test_a_trace_of_a_few_steps(tmp_path, capsys, steps, traced):
     trainer = tiny_trainer(tmp_path, profile=True, max_steps=steps)
@@ -27,6 +28,7 @@ def test_a_trace_of_a_few_steps(tmp_path, capsys, steps, traced):
     assert len(updates) == traced
 
 
+@pytest.mark.costly
 def test_a_run_that_stops_early_still_writes_its_trace(tmp_path, monkeypatch):
     monkeypatch.setattr(profiling, "TRACED", 100)
     trainer = tiny_trainer(tmp_path, profile=True, max_steps=50)
@@ -40,6 +42,7 @@ def test_a_run_that_stops_early_still_writes_its_trace(tmp_path, monkeypatch):
     assert (tmp_path / FILE).is_file()
 
 
+@pytest.mark.costly
 def test_a_trace_changes_nothing(tmp_path):
     models = []
     for profile in (False, True):

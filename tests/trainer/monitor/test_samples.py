@@ -36,6 +36,7 @@ def read(folder):
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_training_is_the_same_to_the_bit_with_and_without(tmp_path, temperature):
     """With dropout, whose draws would differ if answers had moved the random numbers."""

@@ -113,6 +113,7 @@ def test_every_completion_token_is_the_target_of_the_position_before_it(
     assert first.tolist() == [len(row["prompt_ids"]) - 1 for row in rows] * 2
 
 
+@pytest.mark.costly
 @settings(deadline=None)
 @given(rows=PAIRS, area_cost=st.sampled_from([1e-9, 0.1, 10.0]))
 def test_every_layout_scores_the_same_targets_after_the_same_tokens(

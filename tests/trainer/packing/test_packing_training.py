@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -23,6 +20,7 @@ from tests.support.tiny_models import (
     tiny_pairs,
     tiny_trainer,
 )
+from tests.support.two_ranks import launch
 
 PACKINGS = ("padded", "packed", "prefix_shared")
 RUN: dict[str, Any] = {"max_steps": 10, "pairs": 22, "gradient_accumulation_steps": 2}
@@ -35,6 +33,7 @@ def model_with(attention: str) -> Any:
     return model
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("objective", ["simpo", "lmpo"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_ten_steps_are_the_same_in_every_packing(tmp_path, attention, objective):
@@ -52,6 +51,7 @@ def test_ten_steps_are_the_same_in_every_packing(tmp_path, attention, objective)
         assert (after[packing] - after["padded"]).abs().max() < 1e-5
 
 
+@pytest.mark.costly
 def test_two_processes_give_the_same_in_every_packing(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
@@ -62,20 +62,19 @@ def test_two_processes_give_the_same_in_every_packing(tmp_path):
         "max_steps: 10, gradient_accumulation_steps: 2, save_strategy: 'no', use_cpu: true, "
         "ddp_backend: gloo, per_device_train_batch_size: 2, write_report: false}"
     )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    module = ["-m", "widemargin.trainer", "config.yaml"]
-    after = {}
-    for packing in PACKINGS:
-        done = subprocess.run(
-            [sys.executable, *torchrun, *module, f"--packing={packing}", f"--output_dir={packing}"],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        after[packing] = parameters_of(AutoModelForCausalLM.from_pretrained(tmp_path / packing))
+    (tmp_path / "runs.py").write_text(
+        "import sys\n"
+        "from widemargin.trainer.cli import main\n"
+        "for packing in sys.argv[1:]:\n"
+        "    settings = [f'--packing={packing}', f'--output_dir={packing}']\n"
+        "    assert main(['train', 'config.yaml', *settings]) == 0\n"
+    )
+    done = launch(tmp_path, "runs.py", *PACKINGS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = {
+        packing: parameters_of(AutoModelForCausalLM.from_pretrained(tmp_path / packing))
+        for packing in PACKINGS
+    }
     assert (after["padded"] - parameters_of(tiny_model())).abs().max() > 1e-2
     for packing in PACKINGS[1:]:
         assert (after[packing] - after["padded"]).abs().max() < 1e-5

@@ -26,6 +26,7 @@ def plan(*arguments: str, folder: Path | None = None) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+@pytest.mark.costly
 def test_the_published_run_fits_on_four_gpus(tmp_path, capsys):
     file = tmp_path / "plan.json"
     arguments = [LMPO, "--gpus", "4", "--gpu-memory", "80", "--json", str(file)]
@@ -55,6 +56,7 @@ def test_the_published_run_fits_on_four_gpus(tmp_path, capsys):
     assert {row["ranks"] for row in estimate["scaling"]} == {4, 8, 16, 64, 256}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("quantized", ["false", "true"])
 def test_an_adapter_learns_in_fp32(tmp_path, quantized):
     small = tmp_path / "config.json"
@@ -73,6 +75,7 @@ def test_an_adapter_learns_in_fp32(tmp_path, quantized):
     assert parts["optimizer states"] == 2 * parts["gradients"]
 
 
+@pytest.mark.costly
 def test_what_to_change_where_it_does_not_fit(tmp_path, capsys):
     small = tmp_path / "config.json"
     small.write_text(json.dumps(TINY | {"num_hidden_layers": 4, "vocab_size": 100_000}))
@@ -94,6 +97,7 @@ def test_what_to_change_where_it_does_not_fit(tmp_path, capsys):
     assert "1. gradient_checkpointing: true: saves" in text
 
 
+@pytest.mark.costly
 def test_micro_batches_are_the_planners(tmp_path):
     means = ("--mean-lengths", "150,600,600", "--pairs", "2000", "--gpus", "4", "--max_length=1024")
     free = plan(LMPO, *means, folder=tmp_path)
@@ -105,6 +109,7 @@ def test_micro_batches_are_the_planners(tmp_path):
     assert limited["memory"]["peak_bytes"] <= free["memory"]["peak_bytes"]
 
 
+@pytest.mark.costly
 def test_measured_speed_takes_the_place_of_the_assumed(tmp_path, capsys):
     some = (LMPO, "--gpus", "4", "--pairs", "12800", "--mean-lengths", "150,300,300")
     estimate = plan(*some, "--pairs-per-s", "64", folder=tmp_path)
@@ -120,6 +125,7 @@ def test_measured_speed_takes_the_place_of_the_assumed(tmp_path, capsys):
     assert again["speed"]["step_s"] == pytest.approx(2.0)
 
 
+@pytest.mark.costly
 def test_lengths_of_data_that_is_here(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps(TINY | {"vocab_size": 500}))

@@ -32,6 +32,7 @@ def recipe(config: Any, **changes: Any) -> Recipe:
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize("layout", list(PACKINGS))
 def test_activations_are_those_measured(layout, checkpointing):

@@ -37,6 +37,7 @@ from tests.support.tiny_models import (
 pytestmark = pytest.mark.usefixtures("cache")
 
 
+@pytest.mark.costly
 def test_precomputed_once_and_read_after(tmp_path, cache, monkeypatch):
     settings = {**ONCE, "eval_pairs": 5, "per_device_eval_batch_size": 3}
     plain = trained(tmp_path, eval_pairs=5)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -32,6 +29,7 @@ from tests.support.reference_runs import (
 )
 from tests.support.tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_pairs
 from tests.support.tiny_tokenizers import tiny_tokenizer
+from tests.support.two_ranks import launch
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -207,6 +205,7 @@ SPLIT = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("how", SPLIT)
 def test_two_ranks_equal_one(tmp_path, cache, monkeypatch, how):
     tiny_model().save_pretrained(tmp_path / "model")
@@ -221,16 +220,9 @@ def test_two_ranks_equal_one(tmp_path, cache, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     alone = ["config.yaml", "--per_device_train_batch_size=4", "--output_dir=one"]
     assert main(["train", *alone]) == 0
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     ranks = ["config.yaml", "--per_device_train_batch_size=2", "--output_dir=two"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "widemargin.trainer", *ranks, "--ddp_backend=gloo"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    module = ["-m", "widemargin.trainer", *ranks, "--ddp_backend=gloo"]
+    done = launch(tmp_path, *module, HF_DATASETS_CACHE=str(tmp_path / "datasets"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "its own reference" not in done.stdout + done.stderr
     weights, logs = [], []
