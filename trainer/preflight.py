@@ -12,7 +12,8 @@ from datasets import Dataset
 from .batching.limits import fitted, training_planner
 from .batching.summary import summarise
 from .checkpoint.files import choose_checkpoint
-from .data import PairData, load_pairs, preflight_lines
+from .data import PairData, load_pairs
+from .data.first_pair import preflight_lines
 from .data.table import PairRows
 from .errors import UserError
 from .model.loading import load_model_config, load_tokenizer

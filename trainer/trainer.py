@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from .checkpoint.card import write_model_card
 from .checkpoint.hub import hub_refusals
-from .data import model_inputs
 from .errors import UserError, refusals
 from .loop.planned import PlannedTrainer
 from .model.adapters import bare_model, learnable_line, lora_config, with_adapter
@@ -26,6 +25,7 @@ from .monitor.profiling import ProfileCallback
 from .monitor.recorder import MarginRecorder
 from .monitor.samples import SampleWriter
 from .monitor.throughput import Throughput, peak_memory_mib
+from .packing import model_inputs
 from .reference.model import reference_for
 from .settings.adapter import check_adapted
 from .settings.config import PreferenceConfig

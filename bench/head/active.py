@@ -47,9 +47,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def real_states(model_dir: Path, pairs: Path, rows: int, max_length: int) -> PeakedCase:
     """Hidden states [N, H] of the pairs' completions, and SimPO's gradient for their log-probs."""
-    from widemargin.trainer.data import DataSettings, PairCollator, load_pairs
+    from widemargin.trainer.data import DataSettings, load_pairs
     from widemargin.trainer.model.loading import ModelSettings, load_model, load_tokenizer
     from widemargin.trainer.objectives import build_objective
+    from widemargin.trainer.packing import PairCollator
 
     settings = ModelSettings(model_name_or_path=str(model_dir), dtype="float32")
     tokenizer, model = load_tokenizer(settings), load_model(settings).eval()

@@ -85,7 +85,7 @@ def prepare(spec: Spec) -> Row:
 def million(spec: Spec) -> Row:
     """One epoch of many pairs, for objectives that couple pairs and for those that do not."""
     from widemargin.trainer.batching.planner import Planner
-    from widemargin.trainer.data.lengths import PairLengths
+    from widemargin.trainer.data.table import PairLengths
 
     real = np.load(spec["lengths_file"])
     picked = np.random.default_rng(0).integers(0, real.shape[1], spec["lengths"])
@@ -108,7 +108,7 @@ def balance(lengths_file: str) -> list[Row]:
     """The largest rank over the mean: of steps (mean and worst) and of micro-batches."""
     from widemargin.trainer.batching.planner import Planner
     from widemargin.trainer.batching.summary import busiest
-    from widemargin.trainer.data.lengths import PairLengths
+    from widemargin.trainer.data.table import PairLengths
 
     lengths = PairLengths(*np.load(lengths_file))
     rows = []

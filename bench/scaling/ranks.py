@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from widemargin.trainer import PreferenceConfig
-from widemargin.trainer.data.lengths import PairLengths
+from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.plan.chips import Chip
 from widemargin.trainer.plan.engines import shipped_engine
 from widemargin.trainer.plan.estimate import read_settings

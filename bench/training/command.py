@@ -85,7 +85,7 @@ def batch_order(rows: Rows, batch: int) -> list[int]:
     """Pairs in the order of our trainer's batches, for trainers that go through rows in order."""
     from widemargin.trainer.batching.planner import Planner
     from widemargin.trainer.batching.sampler import PairBatches
-    from widemargin.trainer.data.lengths import PairLengths
+    from widemargin.trainer.data.table import PairLengths
 
     lengths = PairLengths(*np.array(lengths_of(rows)).T)
     batches = PairBatches(Planner(lengths, pairs_per_step=batch, micro_batches=1, seed=0))

@@ -93,7 +93,8 @@ def test_limits_are_no_secrets(tmp_path):
 
 def test_escape_codes_of_data_do_not_reach_the_terminal(tmp_path):
     from datasets import Dataset
-    from widemargin.trainer.data import preflight_lines, tokenize_pairs
+    from widemargin.trainer.data import tokenize_pairs
+    from widemargin.trainer.data.first_pair import preflight_lines
 
     row = {"prompt": "\x1b[2Jhi\u202e", "chosen": "yes\x07", "rejected": "no\x00\r"}
     pairs, report = tokenize_pairs(

@@ -20,7 +20,8 @@ from datasets import Dataset, disable_progress_bars
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from widemargin.trainer import PreferenceConfig
-from widemargin.trainer.data import preflight_lines, tokenize_pairs
+from widemargin.trainer.data import tokenize_pairs
+from widemargin.trainer.data.first_pair import preflight_lines
 from widemargin.trainer.data.table import PairRows
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.objectives import OBJECTIVES

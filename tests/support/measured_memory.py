@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from widemargin.trainer import PreferenceConfig
-from widemargin.trainer.data.lengths import PairLengths
+from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.packing.choose import Packing
 from widemargin.trainer.packing.collator import PairCollator, model_inputs

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from widemargin.trainer.data import model_inputs
 from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.packing import model_inputs
 
 from tests.support.tiny_models import VOCABULARY, tiny_model
 

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 from widemargin.kernels import reference
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.cli import main
-from widemargin.trainer.data.columns import FILLER_ID
-from widemargin.trainer.data.table import PairRows
+from widemargin.trainer.data.table import FILLER_ID, PairRows
 from widemargin.trainer.errors import UserError
 
 from tests.support.tiny_models import (

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..data.lengths import PairLengths
+from ..data.table import PairLengths
 from ..errors import UserError
 from .planner import Planner
 

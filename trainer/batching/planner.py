@@ -29,7 +29,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..data.lengths import PairLengths
+from ..data.table import PairLengths
 from ..errors import UserError
 
 FULL = np.iinfo(np.int64).max

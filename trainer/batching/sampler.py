@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from ..data.columns import FILLER_ID
+from ..data.table import FILLER_ID
 from .planner import Plan, Planner
 
 

@@ -1,21 +1,21 @@
-"""Preference data: sources, rendering, tokenization and collation."""
+"""Preference data: from the names of data sets to a table of tokens.
 
-from ..packing.collator import PairCollator, model_inputs
+May import settings. Start in `pairs`, whose `load_pairs` calls the rest. A row passes through, in
+this order: `sources` (names -> raw rows), `rows` (a raw row -> a pair of texts or messages), `chat`
+(a pair -> text, through the chat template; `separate` has the published scripts' way), `encoding`
+(text -> token ids), `limits` (ids -> those that fit), `table` (ids -> the columns that batches
+read). `caching` keeps the result on disk, `report` counts the rows.
+"""
+
 from ..settings.data import DataSettings
-from .columns import is_tokenized
-from .first_pair import preflight_lines
 from .pairs import PairData, load_pairs, tokenize_pairs
 from .report import DataReport, SplitReport
 
 __all__ = [
     "DataReport",
     "DataSettings",
-    "PairCollator",
     "PairData",
     "SplitReport",
-    "is_tokenized",
     "load_pairs",
-    "model_inputs",
-    "preflight_lines",
     "tokenize_pairs",
 ]

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .chat import Rendering, only_id
-from .columns import TOKEN_COLUMNS
+from .encoding import PairTokenizer, TokenizedReader
 from .limits import Limits
-from .tokenizing import PairTokenizer, TokenizedReader, features
+from .table import features, is_tokenized
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,11 +39,10 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
     folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"pairs-{key}.arrow")
-    tokenized = set(TOKEN_COLUMNS) <= set(raw.column_names)
     with FileLock(path + ".lock"):
         return raw.map(
             TokenizedReader(limits, only_id(tokenizer.bos_token_id))
-            if tokenized
+            if is_tokenized(raw)
             else PairTokenizer(tokenizer, limits, rendering),
             batched=True,
             remove_columns=raw.column_names,
@@ -78,7 +77,7 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if backend is None:
         content = {"vocabulary": tokenizer.get_vocab(), "init": tokenizer.init_kwargs}
     else:
-        backend.no_truncation()  # left from its last call, and set anew by the next one
+        backend.no_truncation()  # left from its last call; the next call sets it again
         backend.no_padding()
         content = backend.to_str()
     return {

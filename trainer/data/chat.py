@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..settings.data import DataSettings
 
 TEMPLATE_REFUSED = "refused by the chat template"
+Rendered = tuple[str, str, str]
+"""A pair as text: its prompt, the prompt with chosen, the prompt with rejected."""
+
 _PROBE = "PROBE"
 _SHIPPED = Path(__file__).parent / "templates"
 
@@ -108,7 +111,7 @@ def mentions_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def answer_preamble(tokenizer: PreTrainedTokenizerBase) -> str | RowProblem:
-    """What the template writes before an answer rendered alone, and not before one in its place.
+    """The text a template writes before an answer rendered alone, and not after its question.
 
     "" for most, a default system prompt for some; ``RowProblem`` where it refuses such an answer.
     BOS is left out.
@@ -173,3 +176,53 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if token_id is None:
         raise UserError("processing_class: the tokenizer has no padding token; set pad_token")
     return token_id
+
+
+def render_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Messages, Messages, Messages]]
+) -> list[Rendered | RowProblem]:
+    """Each pair as one conversation a side, the prompt with the generation prompt."""
+    prompts = render(tokenizer, [prompt for prompt, _, _ in pairs], generation=True)
+    chosen, rejected = (
+        render(tokenizer, [pair[0] + pair[part] for pair in pairs], generation=False)
+        for part in (1, 2)
+    )
+    rendered: list[Rendered | RowProblem] = []
+    for texts in zip(prompts, chosen, rejected, strict=True):
+        refused = next((text for text in texts if isinstance(text, RowProblem)), None)
+        rendered.append(refused or (str(texts[0]), str(texts[1]), str(texts[2])))
+    return rendered
+
+
+def template_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[str]:
+    """Notes for the report where the tokenizer's template is unusual."""
+    if not tokenizer.chat_template:
+        return []
+    notes = []
+    if plain_text_prefix(tokenizer) and not template_writes_bos(tokenizer):
+        notes.append(
+            "the tokenizer puts BOS before plain text but the chat template writes none, so "
+            "conversations have none; put {{ bos_token }} at the start of chat_template: to have it"
+        )
+    if end_of_turn_id(tokenizer) is None:
+        notes.append(
+            "the chat template writes no special token after an answer, so answers are learnt "
+            "without an end; give chat_template: one that does"
+        )
+    return notes + _rendering_notes(tokenizer, settings)
+
+
+def _rendering_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[str]:
+    """Notes on the effects of rendering settings that their names do not show."""
+    notes = []
+    if settings.auto_insert_empty_system_msg and not takes_empty_system(tokenizer):
+        why = "refuses system messages" if mentions_system(tokenizer) else "mentions none"
+        notes.append(f"auto_insert_empty_system_msg does nothing: the chat template {why}")
+    if settings.chat_rendering == "separate":
+        preamble = answer_preamble(tokenizer)
+        if isinstance(preamble, str) and preamble:
+            notes.append(
+                f"chat_rendering: separate puts {preamble!r} at the start of each answer, which is "
+                "scored on it, as in the published runs; chat_rendering: joint does not"
+            )
+    return notes

@@ -1,4 +1,7 @@
-"""The first pair, token by token: what the model will read and what it will be scored on."""
+"""The first pair, token by token: the text the model reads and the tokens it is scored on.
+
+Only `preflight` uses it.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ def preflight_lines(
     lines = [f"first pair: {counts}"]
     bos_id = only_id(tokenizer.bos_token_id)
     if bos_id is not None:
-        found = list(ids["prompt"]).count(bos_id)
-        lines.append(f"BOS {_shown(tokenizer, bos_id)} in the prompt: {found}")
+        count = list(ids["prompt"]).count(bos_id)
+        lines.append(f"BOS {_shown(tokenizer, bos_id)} in the prompt: {count}")
     before = _text(tokenizer, ids["prompt"][-_AROUND:])
     after = (_text(tokenizer, ids[side][:_AROUND]) for side in ("chosen", "rejected"))
     lines.append(

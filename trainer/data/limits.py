@@ -1,4 +1,4 @@
-"""Which tokens of a pair stay, and what can be said of it afterwards."""
+"""The tokens of a pair: how many stay within the limits, and the flags that describe them."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ class Limits:
                 return prompt, self.max_completion_length
         return prompt, self._room(self.max_length, len(prompt) if limit is None else limit)
 
-    def _room(self, whole: int | None, prompt: int) -> int | None:
+    def _room(self, longest: int | None, prompt: int) -> int | None:
         """Most tokens of a completion after ``prompt`` tokens; None for no limit."""
         rooms = [] if self.max_completion_length is None else [self.max_completion_length]
-        return min(rooms if whole is None else [*rooms, whole - prompt], default=None)
+        return min(rooms if longest is None else [*rooms, longest - prompt], default=None)
 
 
 def fit(

@@ -1,19 +1,24 @@
-"""From settings, or a raw data set, to tokenized pairs and the report of what became of them."""
+"""Settings, or a raw data set -> tokenized pairs in their final order, and the report of rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..errors import UserError
 from ..settings.data import DataSettings
-from . import chat
-from .assembling import assemble
-from .mixing import Part, checked_columns, gather
-from .report import DataReport, SplitReport
-from .sources import WHOLE
+from .caching import cached_map
+from .chat import read_chat_template, template_notes
+from .limits import OK
+from .report import DataReport, SourceCount, SplitReport, count_rows
+from .sources import ONE_TABLE, Part, checked_columns, gather
+from .table import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +52,7 @@ def load_pairs(
             "and dataset_splits: to the splits to use"
         )
     _use_chat_template(settings, tokenizer)
-    report.notes += _tokenizer_notes(tokenizer, settings)
+    report.notes += template_notes(tokenizer, settings)
 
     def build(parts: list[Part], training: bool) -> tuple[Dataset | None, SplitReport | None]:
         if not parts:
@@ -83,7 +88,7 @@ def tokenize_pairs(
     settings = settings or DataSettings()
     settings.check()
     _use_chat_template(settings, tokenizer)
-    part = Part(name, WHOLE, checked_columns(name, dataset), len(dataset))
+    part = Part(name, ONE_TABLE, checked_columns(name, dataset), len(dataset))
     return assemble(
         [part], tokenizer, settings, training=training, shuffle=False, vocab_size=vocab_size
     )
@@ -91,38 +96,93 @@ def tokenize_pairs(
 
 def _use_chat_template(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
     if settings.chat_template is not None:
-        tokenizer.chat_template = chat.read_chat_template(settings.chat_template)
+        tokenizer.chat_template = read_chat_template(settings.chat_template)
 
 
-def _tokenizer_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[str]:
-    """What is unusual about the tokenizer's template and worth a look."""
-    if not tokenizer.chat_template:
-        return []
-    notes = []
-    if chat.plain_text_prefix(tokenizer) and not chat.template_writes_bos(tokenizer):
-        notes.append(
-            "the tokenizer puts BOS before plain text but the chat template writes none, so "
-            "conversations have none; put {{ bos_token }} at the start of chat_template: to have it"
+def assemble(
+    parts: Sequence[Part],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    *,
+    training: bool,
+    shuffle: bool,
+    vocab_size: int | None,
+) -> tuple[Dataset, SplitReport]:
+    """The pairs of ``parts`` that can train, and the report of all their rows."""
+    from datasets import concatenate_datasets
+
+    starts = np.cumsum([0, *(len(part.rows) for part in parts)])
+    order = np.arange(starts[-1])
+    if shuffle:  # the permutation that Dataset.shuffle(seed) makes
+        order = np.random.default_rng(settings.mix_seed).permutation(len(order))
+    order = order[: settings.max_train_samples if training else settings.max_eval_samples]
+    if not len(order):
+        raise UserError(f"{_names(parts)}: no rows; check the fractions and the files")
+    used = np.sort(order)
+    tables, sources, origins = [], [], []
+    for part, low, high in zip(parts, starts[:-1], starts[1:], strict=True):
+        rows = used[(used >= low) & (used < high)] - low
+        sources.append(SourceCount(part.name, part.split, part.available, len(rows)))
+        origins += [(part, int(row)) for row in rows]
+        if len(rows):
+            raw = part.rows if len(rows) == len(part.rows) else part.rows.select(rows)
+            tables.append(cached_map(raw, tokenizer, settings))
+    table = concatenate_datasets(tables)
+    arrow: pyarrow.Table = table.with_format("arrow")[:]
+    trains = np.array([status == OK for status in arrow["status"].to_pylist()], dtype=bool)
+    report = count_rows("train" if training else "evaluation", sources, origins, arrow, trains)
+    _check_rows(report, settings)
+    _check_vocabulary(int(arrow["max_id"].to_numpy().max()), vocab_size)
+    positions = np.searchsorted(used, order)
+    table = table.select_columns(list(TOKEN_COLUMNS))
+    return _arrange(table, positions[trains[positions]], settings, training, report), report
+
+
+def _arrange(
+    table: Dataset,
+    positions: np.ndarray,
+    settings: DataSettings,
+    training: bool,
+    report: SplitReport,
+) -> Dataset:
+    """The rows at ``positions``, in that order, numbered, and some of them with sides swapped."""
+    from datasets import concatenate_datasets
+
+    if training and settings.flip:
+        swaps = np.random.default_rng([settings.mix_seed, 1]).random(len(positions)) < settings.flip
+        swapped = table.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
+        # Both orders one after the other, without copying: a swapped pair is a row of the second.
+        positions = positions + len(table) * swaps
+        table = concatenate_datasets([table, swapped.select_columns(table.column_names)])
+        report.flipped = int(swaps.sum())
+    pair_ids = np.full(len(table), -1)
+    pair_ids[positions] = np.arange(len(positions))
+    return table.add_column("pair_id", pair_ids).select(positions)
+
+
+def _names(sources: Sequence[Part] | Sequence[SourceCount]) -> str:
+    return ", ".join(dict.fromkeys(source.name for source in sources))
+
+
+def _check_rows(report: SplitReport, settings: DataSettings) -> None:
+    counts = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+    if not report.pairs:
+        first = f"; {report.examples[0]}" if report.examples else ""
+        raise UserError(
+            f"{report.split} data from {_names(report.sources)}: none of {report.rows} rows can "
+            f"train ({counts}){first}; mend the rows, or raise the length limits"
         )
-    if chat.end_of_turn_id(tokenizer) is None:
-        notes.append(
-            "the chat template writes no special token after an answer, so answers are learnt "
-            "without an end; give chat_template: one that does"
+    if settings.strict_data and report.skipped:
+        raise UserError(
+            f"strict_data: {report.examples[0]}; of {report.rows} rows, {counts}; "
+            "mend the rows, or unset strict_data to skip them"
         )
-    return notes + _rendering_notes(tokenizer, settings)
 
 
-def _rendering_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[str]:
-    """What the settings of rendering do that their names do not tell."""
-    notes = []
-    if settings.auto_insert_empty_system_msg and not chat.takes_empty_system(tokenizer):
-        why = "refuses system messages" if chat.mentions_system(tokenizer) else "mentions none"
-        notes.append(f"auto_insert_empty_system_msg does nothing: the chat template {why}")
-    if settings.chat_rendering == "separate":
-        preamble = chat.answer_preamble(tokenizer)
-        if isinstance(preamble, str) and preamble:
-            notes.append(
-                f"chat_rendering: separate puts {preamble!r} at the start of each answer, which is "
-                "scored on it, as in the published runs; chat_rendering: joint does not"
-            )
-    return notes
+def _check_vocabulary(largest: int, vocab_size: int | None) -> None:
+    if vocab_size is not None and largest >= vocab_size:
+        raise UserError(
+            f"tokenizer ids exceed the model's vocabulary: the data has token id {largest}, the "
+            f"model {vocab_size} embedding rows; use the model's own tokenizer, or resize its "
+            "embeddings"
+        )

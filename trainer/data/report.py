@@ -1,13 +1,22 @@
-"""What became of the data: rows skipped and why, what was cut, how long pairs are."""
+"""Counts of the data: rows skipped and why, tokens cut, lengths of pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..text import printable
-from .limits import CHOSEN_CUT, MISMATCH, REJECTED_CUT
+from .limits import CHOSEN_CUT, FLAGS, MISMATCH, OK, REJECTED_CUT
+from .table import TOKEN_COLUMNS
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from .sources import Part
 
 EXAMPLES_SHOWN = 3
 END_LOST = (CHOSEN_CUT, REJECTED_CUT)
@@ -15,7 +24,7 @@ END_LOST = (CHOSEN_CUT, REJECTED_CUT)
 
 @dataclass
 class SourceCount:
-    """How much of one split of one source was taken."""
+    """Rows used of one split of one source."""
 
     name: str
     split: str
@@ -56,7 +65,7 @@ class SplitReport:
     skipped: dict[str, int]
     #: The first few of them, each with its row and what was seen.
     examples: list[str]
-    #: Name (see ``tokenizing.FLAGS``) -> pairs kept of which it is true, those that occur.
+    #: Name (see ``limits.FLAGS``) -> pairs kept of which it is true, those that occur.
     flags: dict[str, int]
     #: The first few prompt mismatches, each with its row.
     mismatches: list[str]
@@ -101,3 +110,66 @@ class DataReport:
     def as_dict(self) -> dict[str, Any]:
         """The report for ``run.json``."""
         return asdict(self)
+
+
+def count_rows(
+    split: str,
+    sources: list[SourceCount],
+    origins: list[tuple[Part, int]],
+    arrow: pyarrow.Table,
+    trains: np.ndarray,
+) -> SplitReport:
+    """The report of a split.
+
+    Args:
+        split: "train" or "evaluation".
+        sources: what was taken of each.
+        origins: of every row, its part and its number there.
+        arrow: all rows as `token_columns` made them.
+        trains: [rows] whether a row can train.
+    """
+    skipped = Counter(status for status in arrow["status"].to_pylist() if status != OK)
+    mismatches = trains & (arrow["flags"].to_numpy() >> FLAGS.index(MISMATCH) & 1 > 0)
+
+    def first(rows: np.ndarray, why: Callable[[int], str]) -> list[str]:
+        shown = [int(i) for i in np.flatnonzero(rows)[:EXAMPLES_SHOWN]]
+        named = ((part.row_name(row), i) for i in shown for part, row in [origins[i]])
+        return [f"{name}: {why(i)}" for name, i in named]
+
+    return SplitReport(
+        split,
+        sources,
+        rows=len(trains),
+        pairs=int(trains.sum()),
+        skipped=dict(skipped.most_common()),
+        examples=first(~trains, lambda i: _why(arrow, i)),
+        flags=_flag_counts(arrow, trains),
+        mismatches=first(mismatches, lambda i: arrow["detail"][i].as_py()),
+        lengths=_lengths(arrow, trains),
+    )
+
+
+def _why(arrow: pyarrow.Table, position: int) -> str:
+    reason, detail = (arrow[column][position].as_py() for column in ("status", "detail"))
+    return printable(f"{reason} ({detail})" if detail else reason, 300)
+
+
+def _flag_counts(arrow: pyarrow.Table, trains: np.ndarray) -> dict[str, int]:
+    flags = arrow["flags"].to_numpy()[trains]
+    counts = {name: int((flags >> i & 1).sum()) for i, name in enumerate(FLAGS)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _lengths(arrow: pyarrow.Table, trains: np.ndarray) -> dict[str, LengthStats]:
+    stats = {}
+    for column in TOKEN_COLUMNS:
+        chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in arrow[column].chunks]
+        stats[column.removesuffix("_ids")] = _length_stats(np.concatenate(chunks)[trains])
+    return stats
+
+
+def _length_stats(lengths: np.ndarray) -> LengthStats:
+    if not len(lengths):
+        return LengthStats(0.0, 0.0, 0.0, 0, 0)
+    mean, (median, p95) = round(float(lengths.mean()), 1), np.percentile(lengths, [50, 95])
+    return LengthStats(mean, float(median), float(p95), int(lengths.max()), int(lengths.sum()))

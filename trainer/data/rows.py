@@ -1,6 +1,6 @@
 """One raw row -> a pair to tokenize, whatever format it came in.
 
-Formats, told apart row by row:
+Each row shows its format, so a data set may mix them:
 
 ==================  =======================================  ====================================
 ``prompt``          ``chosen``, ``rejected``                 becomes

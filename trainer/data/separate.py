@@ -19,14 +19,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .chat import render, without_bos
+from .chat import Rendered, render, without_bos
 from .limits import MISMATCH, SEVERAL_TURNS, Tokens
 from .rows import Messages, Pair, RowProblem, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from .encoding import Triple
 
 
 def last_turns(pair: Pair, row: dict[str, Any]) -> Pair:
@@ -37,14 +35,14 @@ def last_turns(pair: Pair, row: dict[str, Any]) -> Pair:
     return Pair(prompt, pair.chosen[-1:], pair.rejected[-1:], conversation=True)
 
 
-def render_pairs(
+def render_separately(
     tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Messages, Messages, Messages]]
-) -> list[Triple | RowProblem]:
+) -> list[Rendered | RowProblem]:
     """Prompt, prompt with chosen and prompt with rejected of each pair, as text."""
     prompts, chosen, rejected = (
         render(tokenizer, [pair[part] for pair in pairs], generation=False) for part in range(3)
     )
-    texts: list[Triple | RowProblem] = []
+    texts: list[Rendered | RowProblem] = []
     for prompt, *sides in zip(prompts, chosen, rejected, strict=True):
         if isinstance(prompt, RowProblem):
             texts.append(prompt)
@@ -63,7 +61,7 @@ def render_pairs(
     return texts
 
 
-def split(
+def split_separate(
     pair: Pair,
     prompt: list[int],
     chosen: list[int],
@@ -71,7 +69,7 @@ def split(
     bos_id: int | None,
     eos_id: int | None,
 ) -> Tokens:
-    """Prompt and answers from the ids of the three texts `render_pairs` gives."""
+    """Prompt and answers from the ids of the three texts `render_separately` gives."""
     size = len(prompt)
     starts = [size if ids[:size] == prompt else max(size - 1, 0) for ids in (chosen, rejected)]
     shared = min(*starts, common_prefix(chosen, rejected))

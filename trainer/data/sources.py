@@ -1,17 +1,22 @@
-"""Names of data sets -> raw ``datasets.Dataset`` tables, one per split.
+"""Names of data sets -> the raw rows that a run trains and evaluates on.
 
-A name is a file, a folder or a hub name. A folder is, in this order: something ``save_to_disk``
-wrote; folders it wrote, named as splits; files named as splits (``train.jsonl``,
-``pairs_test.parquet``, ``train-00000-of-00004.parquet``); or whatever ``load_dataset`` makes of it.
+`gather` divides the settings' data sets into parts: the first rows of one split of one source.
+`open_source` reads one name as a ``datasets.Dataset`` for each split. A name is a file, a folder or
+a hub name. A folder is, in this order: something ``save_to_disk`` wrote; folders it wrote, named as
+splits; files named as splits (``train.jsonl``, ``pairs_test.parquet``,
+``train-00000-of-00004.parquet``); or whatever ``load_dataset`` makes of it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..settings.data import DEFAULT_SPLITS, DataSettings, is_training_split
+from .table import RAW_COLUMNS, TOKEN_COLUMNS, is_tokenized
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,17 +25,104 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _ENDINGS = (*_BUILDERS, ".jsonl.gz", ".json.gz")
 
 #: The split name of a source that is one table, such as a file.
-WHOLE = ""
+ONE_TABLE = ""
+
+_ADVICE = {
+    "DatasetDict": "give one of its splits, such as data['train']",
+    "IterableDataset": "lengths are planned before training: make one with "
+    "Dataset.from_list(list(rows))",
+    "DataFrame": "make one with Dataset.from_pandas(rows)",
+    "str": "load_dataset makes one, and PreferenceConfig(dataset=...) with `widemargin train`",
+    "dict": "make one with Dataset.from_dict(columns)",
+}
+"""How to get a data set from other things that hold one."""
+
+
+@dataclass
+class Part:
+    """The first ``len(rows)`` of the ``available`` rows of one split of one source."""
+
+    name: str
+    split: str
+    rows: Dataset
+    available: int
+
+    def row_name(self, row: int) -> str:
+        split = f" [{self.split}]" if self.split else ""
+        return f"row {row} of {self.name}{split}"
+
+
+def gather(settings: DataSettings, notes: list[str]) -> tuple[list[Part], list[Part]]:
+    """The parts to train on and the parts to evaluate on; what is missing goes to ``notes``."""
+    training: list[Part] = []
+    evaluation: list[Part] = []
+    train_splits = [split for split in settings.dataset_splits if is_training_split(split)]
+    eval_splits = [split for split in settings.dataset_splits if not is_training_split(split)]
+    for name, fraction in settings.mixture().items():
+        tables = open_source(name, settings.dataset_splits)
+        training += _parts(tables, name, train_splits, fraction)
+        if settings.eval_dataset:
+            continue
+        if ONE_TABLE in tables:
+            notes += [f"{name} is one table, all for training"] if eval_splits else []
+            continue
+        present = [split for split in eval_splits if split in tables]
+        if present != eval_splits and settings.dataset_splits == DEFAULT_SPLITS:
+            notes.append(f"{name} has no split to evaluate on ({_splits_present(tables)})")
+            continue
+        evaluation += _parts(tables, name, eval_splits, 1.0)
+    if settings.eval_dataset:
+        splits = eval_splits or [DEFAULT_SPLITS[1]]
+        tables = open_source(settings.eval_dataset, splits)
+        evaluation += _parts(tables, settings.eval_dataset, splits, 1.0)
+    return training, evaluation
+
+
+def _parts(tables: dict[str, Dataset], name: str, splits: list[str], fraction: float) -> list[Part]:
+    parts = []
+    for split in splits[:1] if ONE_TABLE in tables else splits:
+        table = tables.get(ONE_TABLE, tables.get(split))
+        if table is None:
+            raise UserError(
+                f"data set {name!r} has no split {split!r} ({_splits_present(tables)}); "
+                "set dataset_splits: to those to use"
+            )
+        rows = checked_columns(name, table)
+        head = rows.select(range(int(fraction * len(rows))))
+        parts.append(Part(name, ONE_TABLE if ONE_TABLE in tables else split, head, len(rows)))
+    return parts
+
+
+def _splits_present(tables: dict[str, Dataset]) -> str:
+    return f"found: {', '.join(tables) or 'none'}"
+
+
+def checked_columns(name: str, dataset: Any) -> Dataset:
+    """``dataset`` with only the columns that matter; an error where they are missing."""
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or not hasattr(dataset, "select"):
+        kind = type(dataset).__name__
+        advice = _ADVICE.get(kind, "make one with Dataset.from_list(rows)")
+        raise UserError(f"{name}: expected a datasets.Dataset, got {kind}; {advice}")
+    if is_tokenized(dataset):
+        return dataset.select_columns(list(TOKEN_COLUMNS))
+    if not {"chosen", "rejected"} <= set(columns):
+        raise UserError(
+            f"data set {name!r} has the columns {', '.join(columns) or '(none)'}; expected prompt, "
+            "chosen and rejected (or chosen and rejected that share their beginning); rename its "
+            "columns"
+        )
+    return dataset.select_columns([column for column in RAW_COLUMNS if column in columns])
 
 
 def open_source(name: str, splits: list[str]) -> dict[str, Dataset]:
     """The tables of ``name`` by split, at least those of ``splits`` that it has.
 
-    A source of one table gives it under the name ``WHOLE``.
+    A source of one table gives it under the name ``ONE_TABLE``.
     """
     path = os.path.expanduser(name)
     if os.path.isfile(path):
-        return {WHOLE: _load_files(name, [path])}
+        return {ONE_TABLE: _load_files(name, [path])}
     if os.path.isdir(path):
         return _open_folder(name, path, splits)
     if _looks_like_path(name):
@@ -59,7 +151,7 @@ def _open_folder(name: str, path: str, splits: list[str]) -> dict[str, Dataset]:
 
     if _is_saved(path):
         saved = _load_saved(name, path)
-        return {WHOLE: saved} if isinstance(saved, Dataset) else dict(saved)
+        return {ONE_TABLE: saved} if isinstance(saved, Dataset) else dict(saved)
     subfolders = {s: os.path.join(path, s) for s in splits if _is_saved(os.path.join(path, s))}
     if subfolders:
         return {split: _load_saved(name, folder) for split, folder in subfolders.items()}

@@ -1,8 +1,12 @@
-"""A tokenized data set by rows, as the planner and the loader read it."""
+"""The table of tokens: its columns, how pairs become rows of it, and how batches read it.
+
+Every name of a column stands here, of raw rows and of tokenized ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +16,74 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from ..errors import UserError
-from .columns import FILLER_ID, REFERENCE_COLUMNS, THEIR_REFERENCE_COLUMNS, TOKEN_COLUMNS
-from .lengths import PairLengths
+from .limits import FLAGS, OK, Tokens
+from .rows import RowProblem
+
+PARTS = ("prompt", "chosen", "rejected")
+RAW_COLUMNS = PARTS
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_OUTCOME_COLUMNS = ("status", "detail", "flags", "max_id")
+REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
+THEIR_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # in TRL
+
+FILLER_ID = -1
+"""The ``pair_id`` of a pair that only fills a batch; smaller ones name the row it repeats."""
+
+
+def is_tokenized(dataset: Any) -> bool:
+    """Whether a data set holds token ids already, by its columns."""
+    return set(TOKEN_COLUMNS) <= set(getattr(dataset, "column_names", None) or ())
+
+
+def features() -> Any:
+    """The ``datasets.Features`` of what `token_columns` makes."""
+    from datasets import Features, List, Value
+
+    types = dict.fromkeys(TOKEN_COLUMNS, List(Value("int32")))
+    numbers = {"flags": Value("int32"), "max_id": Value("int64")}
+    return Features({**types, "status": Value("string"), "detail": Value("string"), **numbers})
+
+
+def token_columns(outcomes: Iterable[Tokens | RowProblem]) -> dict[str, list[Any]]:
+    """A batch of tokenized rows by column: those of `features`, empty where a row cannot train."""
+    columns: dict[str, list[Any]] = {name: [] for name in (*TOKEN_COLUMNS, *_OUTCOME_COLUMNS)}
+    for outcome in outcomes:
+        if isinstance(outcome, RowProblem):
+            values = ([], [], [], outcome.reason, outcome.detail, 0, -1)
+        else:
+            sides = (outcome.prompt, outcome.chosen, outcome.rejected)
+            flags = sum(1 << i for i, flag in enumerate(FLAGS) if flag in outcome.flags)
+            values = (*sides, OK, outcome.detail, flags, max(map(max, sides)))
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    return columns
+
+
+@dataclass(frozen=True)
+class PairLengths:
+    """Tokens of every pair's parts, [pairs] int64 each."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """[pairs] prompt, chosen and rejected tokens."""
+        return self.prompt + self.chosen + self.rejected
+
+    def alone(self, layout: str) -> np.ndarray:
+        """[pairs] tokens the decoder computes for each pair when it is by itself.
+
+        Args:
+            layout: "padded", "packed" (two sequences) or "prefix_shared" (one prompt for both).
+        """
+        if layout == "padded":
+            return 2 * (self.prompt + np.maximum(self.chosen, self.rejected))
+        return self.shared + self.prompt if layout == "packed" else self.shared
 
 
 class PairRows(Dataset):
@@ -59,10 +129,9 @@ class PairRows(Dataset):
 
     def check(self, name: str, vocab_size: int) -> None:
         """Raise ``UserError`` for tokens that cannot train; ``name`` is what messages call them."""
-        parts = ("prompt", "chosen", "rejected")
-        whole = self.dataset._indices is None
-        table: Any = self.dataset.data if whole else self.dataset[:]
-        for column, part in zip(TOKEN_COLUMNS, parts, strict=True):
+        in_stored_order = self.dataset._indices is None
+        table: Any = self.dataset.data if in_stored_order else self.dataset[:]
+        for column, part in zip(TOKEN_COLUMNS, PARTS, strict=True):
             empty = np.flatnonzero(getattr(self.lengths, part) == 0)
             if len(empty):
                 raise UserError(
@@ -79,10 +148,10 @@ class PairRows(Dataset):
                 )
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        wanted = [index if index >= 0 else FILLER_ID - index for index in indices]
-        table: pa.Table = self.dataset[wanted]
+        row_numbers = [index if index >= 0 else FILLER_ID - index for index in indices]
+        table: pa.Table = self.dataset[row_numbers]
         columns = {name: _values(table.column(name)) for name in table.column_names}
-        columns |= {name: logps[wanted] for name, logps in self._reference.items()}
+        columns |= {name: logps[row_numbers] for name, logps in self._reference.items()}
         return [
             {
                 **{name: column[i] for name, column in columns.items()},

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.lengths import PairLengths
+from ..data.table import PairLengths
 from .results import table
 
 BINS = 10

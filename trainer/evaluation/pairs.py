@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from ...kernels.margin_loss.function import sequence_logps
-from ..data import PairData, chat, model_inputs
-from ..data.assembling import assemble
+from ..data import PairData, chat
 from ..data.chat import pad_token
-from ..data.mixing import gather
+from ..data.pairs import assemble
 from ..data.report import DataReport
+from ..data.sources import gather
 from ..data.table import PairRows
 from ..errors import UserError
 from ..model.head import check_head, patch_head
 from ..model.loading import load_model_config
+from ..packing import model_inputs
 from ..packing.verify import settle_packing
 from ..versions import versions
 from .models import dtype_of, model_settings, read_model, read_tokenizer
@@ -30,7 +31,7 @@ from .settings import PairSettings, count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..data.lengths import PairLengths
+    from ..data.table import PairLengths
 
 
 def evaluate_pairs(

@@ -13,10 +13,10 @@ from ..batching.limits import fitted, training_planner
 from ..batching.planner import Planner
 from ..batching.sampler import PairBatches
 from ..batching.summary import PlanSummary, summarise
-from ..data import is_tokenized, tokenize_pairs
+from ..data import tokenize_pairs
 from ..data.chat import pad_token
 from ..data.report import SplitReport
-from ..data.table import PairRows
+from ..data.table import PairRows, is_tokenized
 from ..packing.verify import packing_for
 from .resumable import ResumableTrainer
 

@@ -1,7 +1,7 @@
-"""Which layouts are worth trying for a model, the fastest first, and why.
+"""Layouts worth trying for a model, the fastest first, each with its reason.
 
-What is known of an attention implementation, a family and the lengths decides; `packing_check`
-then compares with padded batches on the model itself.
+The attention implementation, the family and the lengths decide. `verify` then compares a candidate
+with padded batches on the model itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .collator import Layout, PairCollator, Rows
-from .layout import BLOCK, dense_cost, row_length
+from ..settings.names import Layout
+from .collator import PairCollator
+from .layout import BLOCK, Rows, dense_cost, row_length
 from .varlen import knows_windows
 
 if TYPE_CHECKING:
-    from ..data.lengths import PairLengths
+    from ..data.table import PairLengths
 
 FAMILIES = frozenset(
     (
@@ -62,7 +63,7 @@ class Packing:
 
 
 def packings(
-    wanted: str,
+    setting: str,
     config: Any,
     *,
     attention: str | None = None,
@@ -76,7 +77,7 @@ def packings(
     """Layouts that should be exact for a model, the fastest first; never empty.
 
     Args:
-        wanted: one of `PACKINGS`.
+        setting: of ``packing``, one of `PACKINGS`.
         config: the model's.
         attention: implementation; the config's own if None.
         device, dtype: where and in what dtype the model computes.
@@ -86,39 +87,39 @@ def packings(
         checked: whether `settle_packing` will compare; "auto" otherwise takes tested families only.
 
     Raises:
-        UserError: ``wanted`` is named and cannot be exact, or cannot run.
+        UserError: ``setting`` names a layout that cannot be exact, or cannot run.
     """
     text = config.get_text_config()
     attention = str(attention or text._attn_implementation or "sdpa")
-    if wanted == "padded":
+    if setting == "padded":
         return [Packing("padded", "dense", "as configured")]
     kinds, why = _rows(text, attention, torch.device(device), dtype)
-    obstacle = _obstacle(text, lengths, checked or wanted != "auto") or (None if kinds else why)
+    obstacle = _obstacle(text, lengths, checked or setting != "auto") or (None if kinds else why)
     if obstacle is not None:
-        if wanted == "auto":
+        if setting == "auto":
             return [Packing("padded", "dense", obstacle)]
         raise UserError(
-            f"packing: {wanted} is not to be had here: {obstacle}; set packing: padded, or auto"
+            f"packing: {setting} is not to be had here: {obstacle}; set packing: padded, or auto"
         )
     cost = area_cost(text)
     shortest = _shortest(lengths, pairs_per_batch, max_tokens)
-    layouts: tuple[Any, ...] = ("prefix_shared", "packed") if wanted == "auto" else (wanted,)
-    found = [
+    layouts: tuple[Any, ...] = ("prefix_shared", "packed") if setting == "auto" else (setting,)
+    candidates = [
         Packing(layout, rows, why, area_cost=cost, shortest_row=shortest)
         for rows in kinds
         for layout in layouts
     ]
-    if wanted == "auto":
-        found.append(Packing("padded", "dense", "the fewest operations for these lengths"))
+    if setting == "auto":
+        candidates.append(Packing("padded", "dense", "the fewest operations for these lengths"))
         if kinds[0] == "dense" and lengths is not None and len(lengths):
             costs = dense_costs(lengths, pairs_per_batch, cost)
-            found.sort(key=lambda packing: costs[packing.layout])
-    return found
+            candidates.sort(key=lambda packing: costs[packing.layout])
+    return candidates
 
 
-def choose_packing(wanted: str, config: Any, **circumstances: Any) -> Packing:
+def choose_packing(setting: str, config: Any, **circumstances: Any) -> Packing:
     """The first of `packings`, with the same arguments and errors."""
-    return packings(wanted, config, **circumstances)[0]
+    return packings(setting, config, **circumstances)[0]
 
 
 def area_cost(config: Any) -> float:
@@ -157,7 +158,7 @@ def dense_costs(lengths: PairLengths, pairs: int, area: float) -> dict[str, floa
 def _rows(
     config: Any, attention: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Rows], str]:
-    """How rows may be made for this attention, the fastest first; none and the reason why not."""
+    """Kinds of rows that this attention reads, the fastest first, and why these (or none)."""
     if "flash" in attention:
         return ["varlen"], f"{attention}: rows without padding"
     if attention == "flex_attention":

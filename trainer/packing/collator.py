@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
 
-from .layout import alternate, place_dense, row_length, runs, token_ids, varlen_lengths
-
-Layout = Literal["padded", "packed", "prefix_shared"]
-Rows = Literal["dense", "blocks", "varlen"]
+from ..data.table import REFERENCE_COLUMNS
+from ..settings.names import Layout
+from .layout import (
+    BLOCK,
+    Rows,
+    alternate,
+    place_dense,
+    row_length,
+    runs,
+    token_ids,
+    varlen_lengths,
+)
 
 MODEL_INPUTS = (
     "input_ids",
@@ -26,12 +35,11 @@ MODEL_INPUTS = (
     "select",
     "targets",
 )
-REFERENCES = ("reference_chosen_logps", "reference_rejected_logps")
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a collated batch a patched model's forward takes."""
+    """The arguments of a patched model's forward, out of a collated batch."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
@@ -57,10 +65,10 @@ class PairCollator:
     =====================  ==========  ==========================================================
 
     ``layout`` says what a row holds. "padded" stacks P chosen and P rejected sequences, B = 2P,
-    padded on the right to the longest (``padded_to_multiple_of`` rounds T up), with
-    ``attention_mask`` [2P, T] int64. The others lay *segments* one after another in a row:
-    "packed" a sequence each (prompt and completion), "prefix_shared" a pair each (prompt, chosen,
-    rejected; rejected restarts its positions after the prompt and must not see chosen):
+    padded on the right to the longest, with ``attention_mask`` [2P, T] int64. The others lay
+    *segments* one after another in a row: "packed" a sequence each (prompt and completion),
+    "prefix_shared" a pair each (prompt, chosen, rejected; rejected restarts its positions after the
+    prompt and must not see chosen):
 
     =====================  ==========  ==========================================================
     ``position_ids``       [B, T]      int64, in the token's own sequence
@@ -85,23 +93,19 @@ class PairCollator:
     def __init__(
         self,
         pad_token_id: int,
-        padded_to_multiple_of: int | None = None,
         *,
         layout: Layout = "padded",
         rows: Rows = "dense",
         area_cost: float = 1e-3,
-        shortest_row: int = 128,
+        shortest_row: int = BLOCK,
     ):
         self.pad_token_id = pad_token_id
-        self.padded_to_multiple_of = padded_to_multiple_of
         self.layout: Layout = layout
         self.rows: Rows = rows
         self.area_cost = area_cost
         self.shortest_row = shortest_row
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        import torch
-
         prompts = [row["prompt_ids"] for row in rows]
         sides = [[row[f"{side}_ids"] for row in rows] for side in ("chosen", "rejected")]
         lengths = np.array([[len(part) for part in p] for p in (prompts, *sides)], np.int64)
@@ -119,11 +123,11 @@ class PairCollator:
         batch["pair_ids"] = np.array(
             [row.get("pair_id", i) for i, row in enumerate(rows)], np.int64
         )
-        padded = 2 * len(rows) * self._width(int((lengths[0] + lengths[1:]).max()))
+        padded = 2 * len(rows) * int((lengths[0] + lengths[1:]).max())
         real = lengths.sum() + (0 if self.layout == "prefix_shared" else lengths[0].sum())
         batch["decoder_tokens"] = np.array([batch["input_ids"].size, real, padded], np.int64)
-        if all(name in rows[0] for name in REFERENCES):
-            logps = [row[name] for name in REFERENCES for row in rows]
+        if all(name in rows[0] for name in REFERENCE_COLUMNS):
+            logps = [row[name] for name in REFERENCE_COLUMNS for row in rows]
             batch["reference_logps"] = np.array(logps, np.float32)
         return {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -132,7 +136,7 @@ class PairCollator:
 
     def _padded(self, prompts: list, completions: list, lengths: np.ndarray) -> dict[str, Any]:
         starts, counts = np.tile(lengths[0], 2), lengths[1:].ravel()
-        width = self._width(int((starts + counts).max()))
+        width = int((starts + counts).max())
         begins = np.arange(len(starts)) * width
         pieces = [*prompts, *prompts, *completions]
         flat = self._filled(len(starts) * width, pieces, np.concatenate([begins, begins + starts]))
@@ -187,17 +191,18 @@ class PairCollator:
             "select": select,
         }
         if self.rows == "varlen":
-            whole = starts + chosen
-            queries, keys = alternate(whole, rejected), alternate(whole, starts + rejected)
+            first_branch = starts + chosen
+            queries = alternate(first_branch, rejected)
+            keys = alternate(first_branch, starts + rejected)
             batch |= varlen_lengths(queries, keys)
-            spans = [(begins, whole), (begins, starts), (ends + chosen, rejected)]
+            spans = [(begins, first_branch), (begins, starts), (ends + chosen, rejected)]
             batch["kv_index"] = runs(*(alternate(*part) for part in zip(*spans, strict=True)))
         return batch
 
     def _place(self, totals: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """Flat beginning of every segment, and the shape [B, T] of the rows."""
         if self.rows == "dense":
-            return place_dense(totals, self.area_cost, self.padded_to_multiple_of or 1)
+            return place_dense(totals, self.area_cost)
         length = int(totals.sum())
         if self.rows == "blocks":
             length = row_length(length, self.shortest_row)
@@ -209,7 +214,3 @@ class PairCollator:
         for piece, begin in zip(pieces, begins.tolist(), strict=True):
             flat[begin : begin + len(piece)] = piece
         return flat
-
-    def _width(self, longest: int) -> int:
-        multiple = self.padded_to_multiple_of or 1
-        return -(-longest // multiple) * multiple

@@ -1,27 +1,29 @@
-"""Where the tokens of a packed batch go, in numpy: rows, runs, and what each token belongs to."""
+"""Places of the tokens of a packed batch, in numpy: rows, runs, and each token's segment."""
 
 from __future__ import annotations
 
 import heapq
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+Rows = Literal["dense", "blocks", "varlen"]
+"""How many rows a packed batch has, by the attention that reads it; `PairCollator` has the details.
+"""
 
 BLOCK = 128
 """Tokens of one block of flex attention's masks."""
 
 
-def place_dense(
-    lengths: np.ndarray, area_cost: float, multiple: int = 1
-) -> tuple[np.ndarray, tuple[int, int]]:
+def place_dense(lengths: np.ndarray, area_cost: float) -> tuple[np.ndarray, tuple[int, int]]:
     """Segments into B rows of T tokens, where attention computes all T² entries of a row's mask.
 
     Few long rows waste attention, many short ones padding: of every B the cheapest is taken, by
     B·T + area_cost·B·T² with segments dealt longest first to the emptiest row.
 
     Args:
-        lengths: [S] tokens of each segment. area_cost: of one entry, in tokens through the decoder.
-        multiple: T is rounded up to one.
+        lengths: [S] tokens of each segment.
+        area_cost: of one entry, in tokens through the decoder.
 
     Returns:
         The flat beginning in [B·T] of every segment [S], and (B, T).
@@ -31,7 +33,6 @@ def place_dense(
     best: tuple[float, list[tuple[int, int]], tuple[int, int]] | None = None
     for count in range(1, len(sizes) + 1):
         places, width = _deal(order, sizes, count)
-        width = -(-width // multiple) * multiple
         cost = count * width * (1 + area_cost * width)
         if best is None or cost < best[0]:
             best = cost, places, (count, width)
@@ -106,7 +107,7 @@ def token_ids(
 
 
 def varlen_lengths(queries: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
-    """What varlen attention wants to know of S sequences of so many queries and keys each."""
+    """The arguments of varlen attention for S sequences of so many queries and keys each."""
     batch: dict[str, Any] = {}
     for name, lengths in (("q", queries), ("k", keys)):
         batch[f"cu_seq_lens_{name}"] = np.zeros(len(lengths) + 1, np.int32)

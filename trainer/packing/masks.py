@@ -66,7 +66,7 @@ def packed_arguments(
 def pair_masks(
     config: Any, segments: Tensor, branches: Tensor, positions: Tensor, dtype: torch.dtype
 ) -> Any:
-    """What the config's attention implementation takes as mask of packed rows.
+    """The masks of packed rows, as the config's attention implementation takes them.
 
     Args:
         config: a text model's.
@@ -108,7 +108,7 @@ def pair_masks(
 
 
 def _no_mask(config: Any, device: torch.device) -> Any:
-    """What keeps a model from making a mask of its own; see `packed_attention.is_no_mask`."""
+    """A stand-in that keeps a model from making its own mask; see `varlen.is_no_mask`."""
     stub = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
     kinds = getattr(config, "layer_types", None)
     return stub if kinds is None else dict.fromkeys(kinds, stub)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..data.table import TOKEN_COLUMNS
 from ..errors import UserError
 from ..settings.engine import is_split
 from .choose import FAMILIES, Packing, packings
@@ -19,7 +20,7 @@ from .varlen import takes_varlen
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..data.lengths import PairLengths
+    from ..data.table import PairLengths
     from ..settings.config import PreferenceConfig
 
 PAIR_LENGTHS = ((5, 4, 7), (11, 9, 3))
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 def packing_for(
     model: PreTrainedModel, args: PreferenceConfig, lengths: PairLengths | None
 ) -> Packing:
-    """What ``args.packing`` comes to for a patched model and data of these lengths; logged.
+    """The packing that ``args.packing`` means for a patched model and these lengths; logged.
 
     The model moves to the device that training will use, unless it will be split.
     """
@@ -63,7 +64,7 @@ def packing_for(
 
 
 def settle_packing(
-    wanted: str,
+    setting: str,
     model: PreTrainedModel,
     *,
     sharded: bool = False,
@@ -78,20 +79,20 @@ def settle_packing(
         circumstances: as in `packings`.
 
     Raises:
-        UserError: ``wanted`` is named and not exact; the message says by how much.
+        UserError: ``setting`` names a layout that is not exact; the message says by how much.
     """
-    found = packings(wanted, model.config, checked=not sharded, **circumstances)
-    for packing in found:
+    candidates = packings(setting, model.config, checked=not sharded, **circumstances)
+    for packing in candidates:
         if packing.rows == "varlen":  # now, and not in a forward that torch.compile traces
             takes_varlen(circumstances.get("attention") or _attention(model))
     if sharded:
         kind = model.config.get_text_config().model_type
-        if found[0].layout != "padded" and kind not in FAMILIES:
-            logger.warning("packing: %s was not tested with %s models", wanted, kind)
-        return found[0]
+        if candidates[0].layout != "padded" and kind not in FAMILIES:
+            logger.warning("packing: %s was not tested with %s models", setting, kind)
+        return candidates[0]
     problem = None
-    packing = found[0]
-    for packing in found:
+    packing = candidates[0]
+    for packing in candidates:
         if packing.layout == "padded":
             break
         with autocast or nullcontext():
@@ -101,7 +102,7 @@ def settle_packing(
         problem = problem or failure
         logger.info("packing: not %s in %s rows: %s", packing.layout, packing.rows, failure)
     else:
-        raise UserError(f"packing: {wanted} does not work with this model: {problem}; set auto")
+        raise UserError(f"packing: {setting} does not work with this model: {problem}; set auto")
     return packing if problem is None else Packing("padded", "dense", problem)
 
 
@@ -116,25 +117,24 @@ def compare_with_padded(model: PreTrainedModel, packing: Packing) -> str | None:
     """
     vocabulary = model.config.get_text_config().vocab_size
     tokens = iter(range(3, 1000, 7))
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [
         {name: [next(tokens) % vocabulary for _ in range(count)] for name, count in part}
-        for part in (list(zip(names, counts, strict=True)) for counts in PAIR_LENGTHS)
+        for part in (list(zip(TOKEN_COLUMNS, counts, strict=True)) for counts in PAIR_LENGTHS)
     ]
     parameters = _first_layer(model)
     was_training = model.training
     model.eval()
     try:
         expected, expected_gradient = _scored(model, PairCollator(0)(rows), parameters)
-        found, gradient = _scored(model, packing.collator(0)(rows), parameters)
+        logps, gradient = _scored(model, packing.collator(0)(rows), parameters)
     except Exception as error:  # whatever a family raises, the answer is that it cannot
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:
         model.train(was_training)
     weight: Any = model.get_input_embeddings().weight
-    full = weight.dtype == torch.float32 and not torch.is_autocast_enabled(found.device.type)
+    full = weight.dtype == torch.float32 and not torch.is_autocast_enabled(logps.device.type)
     logps_bound, gradient_bound = BOUNDS[full]
-    apart = (found - expected).abs().mean().item()
+    apart = (logps - expected).abs().mean().item()
     if not apart <= logps_bound:
         return f"log-probs differ from padded ones by {apart:.2g} on average"
     norm = expected_gradient.norm().clamp_min(1e-30)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..batching.planner import Plan
-from ..data.lengths import PairLengths
+from ..data.table import PairLengths
 from ..packing.choose import Packing
 from ..packing.layout import alternate, place_dense, row_length
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import load_pairs
-from ..data.lengths import PairLengths
-from ..data.table import PairRows
+from ..data.table import PairLengths, PairRows
 from ..errors import UserError
 from ..model.loading import load_tokenizer
 from ..settings.config import PreferenceConfig

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..batching.workers import sheltered
-from ..data.columns import REFERENCE_COLUMNS as COLUMNS
-from ..data.columns import TOKEN_COLUMNS
-from ..data.table import PairRows
+from ..data.table import REFERENCE_COLUMNS as COLUMNS
+from ..data.table import TOKEN_COLUMNS, PairRows
 from ..errors import UserError
 from ..model.adapters import bare_model
 from ..settings.engine import is_split

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.margin_loss.function import sequence_logps
-from ..data import model_inputs
 from ..errors import UserError
 from ..model.adapters import bare_model, starts_as_its_base
 from ..model.frozen import place_frozen
 from ..model.head import patch_head
 from ..model.loading import load_model, vocabulary_size
+from ..packing import model_inputs
 from ..packing.verify import compare_with_padded
 from ..settings.engine import is_split
 from .cache import model_digest, precomputed

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from ...kernels.checks import BACKENDS as BACKENDS
 from ...kernels.linear_logprob.types import TAILS as TAILS
 
-PACKINGS = ("padded", "packed", "prefix_shared", "auto")
+Layout = Literal["padded", "packed", "prefix_shared"]
+"""How pairs lie in the rows of a batch: two padded sequences, two sequences one after another, or
+one prompt followed by both answers. `packing.collator.PairCollator` has the details."""
+
+PACKINGS: tuple[str, ...] = (*get_args(Layout), "auto")
+"""A layout, or "auto" for the fastest that is exact for the model."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Of a model's weights, by torch's names."""
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from widemargin.trainer.batching.planner import Plan, Planner, deal, even_shares
-from widemargin.trainer.data.lengths import PairLengths
+from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.errors import UserError
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "judged_pairs_train.jsonl.gz"

@@ -9,9 +9,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 from widemargin.trainer.batching.planner import Planner
 from widemargin.trainer.batching.sampler import PairBatches
-from widemargin.trainer.data.columns import FILLER_ID
-from widemargin.trainer.data.lengths import PairLengths
-from widemargin.trainer.data.table import PairRows
+from widemargin.trainer.data.table import FILLER_ID, PairLengths, PairRows
 
 PARTS = ("prompt", "chosen", "rejected")
 

@@ -6,20 +6,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken
+from datasets import Dataset
+from widemargin.trainer.data import DataSettings, load_pairs, tokenize_pairs
 from widemargin.trainer.data.chat import Rendering, read_chat_template
-from widemargin.trainer.data.encoding import TripleEncoder, cut_mark, encode
-from widemargin.trainer.data.limits import FLAGS, OK, Limits
-from widemargin.trainer.data.tokenizing import PairTokenizer
+from widemargin.trainer.data.encoding import PairTokenizer
+from widemargin.trainer.data.limits import FLAGS, MISMATCH, OK, Limits
 from widemargin.trainer.errors import UserError
 
+from tests.support import tokenized_rows
 from tests.support.chat_tokenizers import FAMILIES, MISTRAL, family_tokenizer
-from tests.support.pair_rows import Row, bot, user
-from tests.support.tiny_tokenizers import TEMPLATES, tiny_tokenizer
+from tests.support.pair_rows import Row, bot, make_rows, user, write
+from tests.support.tiny_tokenizers import (
+    MERGING,
+    NO_SYSTEM,
+    TEMPLATES,
+    WITH_BOS,
+    WITHOUT_BOS,
+    WITHOUT_END,
+    tiny_tokenizer,
+)
+from tests.support.tokenized_rows import SAME_PAIR
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 LOOSE = Limits(None, None, None, "keep_end")
+
+
+ASK = [user("Is water wet?")]
+
+
+TURNS = [user("What is the capital of France?"), bot("Paris."), *ASK]
+
+
+YES, NO = [bot("Yes, it is.")], [bot("No\n\nmaybe")]
 
 
 def system(text: str) -> Row:
@@ -30,11 +50,6 @@ def tokenize(tokenizer: Any, row: Row, **rendering: bool) -> Row:
     columns = PairTokenizer(tokenizer, LOOSE, Rendering(**rendering))({k: [row[k]] for k in row})
     done = {name: values[0] for name, values in columns.items()}
     return done | {"flags": {flag for i, flag in enumerate(FLAGS) if done["flags"] >> i & 1}}
-
-
-ASK = [user("Is water wet?")]
-TURNS = [user("What is the capital of France?"), bot("Paris."), *ASK]
-YES, NO = [bot("Yes, it is.")], [bot("No\n\nmaybe")]
 
 
 @pytest.mark.parametrize("prompt", [ASK, TURNS, [system("Answer briefly."), *TURNS]],
@@ -112,101 +127,52 @@ def test_chat_template_by_name_path_or_text(tmp_path: Path) -> None:
         read_chat_template(str(tmp_path / "own.jinja"))
 
 
-TEXT = st.text(st.sampled_from("ab ?\n.▁é"), max_size=6)
-PIECES = st.lists(
-    st.one_of(
-        TEXT,
-        st.sampled_from(["<|im_start|>", "<|im_end|>", "<|", "|>", "<bos>", "<start_of_turn>",
-                         "<s>", "</s>", "[INST]", "<|end|>", "<|user|>", "<|eot_id|>", "yes "]),
-    ),
-    max_size=6,
-).map("".join)  # fmt: skip
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "tiny", "shipped mistral", "shipped zephyr"])
-def test_a_mark_is_found_where_there_is_one(family: str) -> None:
-    marks = {"qwen2.5": "<|im_start|>", "llama3": "<|end_header_id|>", "tiny": "<|assistant|>",
-             "gemma2": "<start_of_turn>", "shipped zephyr": "</s>"}  # fmt: skip
-    assert encoder(family).mark == marks.get(family, "<s>")
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    texts=st.tuples(PIECES, PIECES, PIECES, PIECES),
-    family=st.sampled_from([*FAMILIES, "tiny", "shipped zephyr"]),
-    shared=st.booleans(),
-)
-def test_shared_text_tokenized_once_gives_the_same_ids(
-    texts: tuple[str, str, str, str], family: str, shared: bool
-) -> None:
-    encoded = encoder(family)
-    prompt, tail, *sides = texts
-    if shared:
-        prompt += (encoded.mark or "") + tail
-        sides = [prompt + side for side in sides]
-    triple = (prompt, sides[0], sides[1])
-    plain: Any = encoded.tokenizer(list(triple), add_special_tokens=False)["input_ids"]
-    assert encoded([triple, triple]) == [tuple(plain)] * 2
-
-
-def encoder(family: str) -> TripleEncoder:
-    if family == "tiny":
-        tokenizer = tiny_tokenizer(TEMPLATES["with_bos"])
-    elif family.startswith("shipped"):
-        tokenizer = family_tokenizer("mistral", read_chat_template(family.split()[1]))
-    else:
-        tokenizer = family_tokenizer(family)
-    probe: Any = tokenizer.apply_chat_template(
-        [user("x")], tokenize=False, add_generation_prompt=True
-    )
-    return TripleEncoder(tokenizer, probe)
-
-
-@pytest.mark.parametrize(
-    "token",
-    [
-        AddedToken("<m>", special=True, lstrip=True),
-        AddedToken("<m>", special=True, normalized=True),
-        AddedToken("<m>", special=True, single_word=True),
-        AddedToken("m>", special=True),
-    ],
-    ids=["takes blanks", "normalized", "single word", "begins like a word"],
-)
-def test_no_cut_before_a_token_that_depends_on_what_precedes_it(token: AddedToken) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
-    assert cut_mark(tokenizer, f"x {token.content} ?") is None
-
-
-def test_no_cut_where_another_token_can_reach_over_the_mark() -> None:
-    for other in ("<a><", "x<m>y"):
-        tokenizer = tiny_tokenizer()
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<m>"]})
-        assert cut_mark(tokenizer, "x <m> ?") == "<m>"
-        tokenizer.add_tokens([other])
-        assert cut_mark(tokenizer, "x <m> ?") is None
-
-
-def test_split_special_tokens_and_a_tokenizer_of_its_own_making_are_left_to_themselves() -> None:
-    class Own(type(tiny_tokenizer())):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().__call__(*args, **kwargs)
-            found["input_ids"] = [[*ids, 7] for ids in found["input_ids"]]
-            return found
-
-    tokenizer = tiny_tokenizer()
-    own = Own(tokenizer_object=tokenizer.backend_tokenizer)
-    assert cut_mark(own, "<|user|>") is None
-    assert encode(own, ["yes"]) == [[*encode(tokenizer, ["yes"])[0], 7]]
-    split = tiny_tokenizer()
-    split.split_special_tokens = True
-    assert cut_mark(split, "<|user|>") is None
-    assert len(encode(split, ["<|end|>"])[0]) > 1
-
-
 def test_what_a_tokenizer_remembers_of_its_last_call_changes_nothing() -> None:
     used = family_tokenizer("llama3")
     used.backend_tokenizer.enable_truncation(3)
     used.backend_tokenizer.enable_padding(length=500)
     pair = {"prompt": TURNS, "chosen": YES, "rejected": NO}
     assert tokenize(used, pair) == tokenize(family_tokenizer("llama3"), pair)
+
+
+def test_a_row_the_template_refuses_leaves_the_others() -> None:
+    refused = SAME_PAIR["messages"] | {"prompt": [system("Be brief."), *ASK]}
+    good, bad = tokenized_rows.tokenize(
+        SAME_PAIR["messages"], refused, template=TEMPLATES["no_system"]
+    )
+    assert good["status"] == OK
+    assert bad["status"] == "refused by the chat template"
+    assert "System role not supported" in bad["detail"]
+
+
+def test_messages_without_a_template_are_an_error_with_advice() -> None:
+    with pytest.raises(UserError, match="set chat_template:"):
+        tokenized_rows.tokenize(SAME_PAIR["messages"], template=None)
+
+
+def test_chat_template_setting(tmp_path: Path) -> None:
+    ask = [{"role": "user", "content": "?"}]
+    row = {"prompt": ask, "chosen": "yes", "rejected": "no"}
+    raw = Dataset.from_list([row])
+    (tmp_path / "chat.jinja").write_text(MERGING)
+    for value in (MERGING, str(tmp_path / "chat.jinja")):
+        tokenizer = tiny_tokenizer(None)
+        _, report = tokenize_pairs(raw, tokenizer, DataSettings(chat_template=value))
+        assert tokenizer.chat_template == MERGING
+        assert report.flags == {MISMATCH: 1}
+        assert report.mismatches[0].startswith("row 0 of train_dataset: the last 1 of")
+    with pytest.raises(UserError, match="neither a Jinja template"):
+        tokenize_pairs(raw, tiny_tokenizer(), DataSettings(chat_template="chatml"))
+    with pytest.raises(UserError, match="has no chat template; set chat_template:"):
+        tokenize_pairs(raw, tiny_tokenizer(None))
+
+
+def test_notes_tell_what_is_unusual_about_a_template(tmp_path: Path) -> None:
+    setting = DataSettings(write(tmp_path / "a.jsonl", make_rows(2)), dataset_splits=["train"])
+
+    def notes(template: str, adds_bos: bool = True) -> str:
+        return " ".join(load_pairs(setting, tiny_tokenizer(template, adds_bos)).report.notes)
+
+    assert notes(WITH_BOS) == notes(NO_SYSTEM) == notes(WITHOUT_BOS, adds_bos=False) == ""
+    assert "the chat template writes none" in notes(WITHOUT_BOS)
+    assert "learnt without an end" in notes(WITHOUT_END)

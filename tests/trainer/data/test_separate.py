@@ -8,16 +8,10 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from widemargin.trainer.data import (
-    DataSettings,
-    caching,
-    load_pairs,
-    preflight_lines,
-    tokenize_pairs,
-)
+from widemargin.trainer.data import DataSettings, load_pairs, tokenize_pairs
 from widemargin.trainer.data.chat import Rendering, read_chat_template
+from widemargin.trainer.data.encoding import PairTokenizer
 from widemargin.trainer.data.limits import FLAGS, MISMATCH, NOTHING_LEFT, OK, Limits
-from widemargin.trainer.data.tokenizing import PairTokenizer
 
 from tests.support.chat_tokenizers import GEMMA2_OPEN, family_tokenizer
 from tests.support.pair_rows import Row, bot, user, write
@@ -209,15 +203,6 @@ def test_plain_text_is_not_rendered_and_stays_as_it_is() -> None:
     ]
 
 
-def test_rendering_settings_are_part_of_the_cache_key() -> None:
-    raw = Dataset.from_list([PAIR])
-    keys = {
-        caching.fingerprint(raw, make("qwen2.5"), LOOSE, rendering)
-        for rendering in (None, Rendering(), Rendering(True), Rendering(empty_system=True))
-    }
-    assert len(keys) == 3
-
-
 def test_settings_reach_the_tokens(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     raw, tokenizer = Dataset.from_list([PAIR]), make("qwen2.5")
@@ -256,20 +241,3 @@ def test_notes_tell_what_a_rendering_adds(tmp_path: Any, monkeypatch: pytest.Mon
     assert "refuses" in notes(family_tokenizer("gemma2"), **empty)
     assert "refuses" not in notes(make("gemma2"), **empty)
     assert notes(make("qwen2.5"), **empty) == ""
-
-
-def test_preflight_shows_where_completions_start_and_what_is_special() -> None:
-    tokenizer = make("qwen2.5")
-    starts = []
-    for separate in (False, True):
-        columns: Any = PairTokenizer(tokenizer, LOOSE, Rendering(separate))(
-            {key: [PAIR[key]] for key in PAIR}
-        )
-        row = {name: values[0] for name, values in columns.items()}
-        lines = preflight_lines(row, tokenizer)
-        starts.append(next(line for line in lines if line.startswith("completions start")))
-        ends = [line.split() for line in lines if line.endswith("'<|im_end|>'")]
-        assert all(line[-2] == "special" for line in ends)
-        assert len(row["prompt_ids"]) == int(starts[-1].split()[4].strip(","))
-    assert "assistant\\n': chosen with 'Yes" in starts[0]
-    assert "<|im_end|>\\n': chosen with '<|im_start|>system" in starts[1]

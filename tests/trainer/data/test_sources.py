@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
-from widemargin.trainer.data import DataSettings, caching, load_pairs, tokenize_pairs
+from widemargin.trainer import data
+from widemargin.trainer.data import DataSettings, load_pairs, tokenize_pairs
 from widemargin.trainer.errors import UserError
 
 from tests.support.pair_rows import Row, make_rows, names, write
@@ -173,7 +174,7 @@ def test_settings_out_of_range(values: Row, named: str) -> None:
 
 
 def test_every_setting_is_read() -> None:
-    trainer = Path(str(caching.__file__)).parents[1]
+    trainer = Path(str(data.__file__)).parents[1]
     files = [*sorted((trainer / "data").glob("*.py")), trainer / "settings" / "data.py"]
     source = "".join(file.read_text() for file in files)
     for field in dataclasses.fields(DataSettings):

@@ -14,8 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 from widemargin.trainer.cli import main
 from widemargin.trainer.data import tokenize_pairs
-from widemargin.trainer.data.lengths import PairLengths
-from widemargin.trainer.data.table import PairRows
+from widemargin.trainer.data.table import PairLengths, PairRows
 from widemargin.trainer.evaluation.pair_metrics import (
     PairLogps,
     calibration,

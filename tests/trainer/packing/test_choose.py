@@ -1,4 +1,4 @@
-"""Which packing is chosen or refused, and the comparison that decides for unknown families."""
+"""Which packing is chosen or refused."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from widemargin.trainer.data.lengths import PairLengths
+from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation.pairs import usual_pairs
-from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.packing import choose as packing_choice
 from widemargin.trainer.packing.choose import FAMILIES as TESTED
-from widemargin.trainer.packing.choose import Packing, area_cost, choose_packing, packings
-from widemargin.trainer.packing.verify import compare_with_padded, settle_packing
+from widemargin.trainer.packing.choose import area_cost, choose_packing
 
 from tests.support.packed_rows import FAMILIES, RELATIVES, family_model
 from tests.support.tiny_models import tiny_model
@@ -126,65 +124,3 @@ def test_a_window_of_an_unknown_family_matters_where_data_is_longer():
 def test_tested_families_are_tested():
     names = {name for name, _ in (FAMILIES | RELATIVES).values()}
     assert names == TESTED
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
-def test_exact_ones_pass_the_comparison(family):
-    model = family_model(family, "eager" if family == "gemma2" else "sdpa")
-    patch_head(model)
-    for packing in packings("auto", model.config):
-        if packing.layout != "padded":
-            assert compare_with_padded(model, packing) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("leak", ["branch_ids", "segment_ids"])
-def test_a_leak_fails_the_comparison(leak, dtype, monkeypatch):
-    model = family_model("llama").to(dtype)
-    patch_head(model)
-    right = Packing("prefix_shared", "dense", "")
-    assert compare_with_padded(model, right) is None
-    from widemargin.trainer.packing import verify as packing_check
-
-    model_inputs = packing_check.model_inputs
-
-    def leaking(batch: Any) -> dict[str, Any]:
-        if leak in batch:
-            batch[leak].clamp_(max=1 if leak == "branch_ids" else 0)
-        return model_inputs(batch)
-
-    monkeypatch.setattr(packing_check, "model_inputs", leaking)
-    failure = compare_with_padded(model, Packing("prefix_shared", "dense", "", area_cost=1e-9))
-    assert failure is not None
-    assert "differ" in failure
-
-
-def test_a_family_that_takes_no_lengths_gets_masks():
-    """stablelm's attention never hears of them; a dense mask is exact."""
-    model = tiny_model("stablelm")
-    model.config._attn_implementation = "sdpa"
-    patch_head(model)
-    packing = settle_packing("auto", model)
-    assert (packing.layout, packing.rows) == ("prefix_shared", "dense")
-
-
-def test_families_with_positions_of_their_own_get_what_is_exact():
-    """bloom takes no masks; mpt counts distances in the row, so that sequences may stand in it but
-    rejected not behind chosen."""
-    bloom = tiny_model("bloom", n_layer=2, n_head=4)
-    mpt = tiny_model("mpt", d_model=32, n_heads=4, n_layers=2)
-    for model, layout in ((bloom, "padded"), (mpt, "packed")):
-        patch_head(model)
-        assert settle_packing("auto", model).layout == layout
-        with pytest.raises(UserError, match="does not work with this model"):
-            settle_packing("prefix_shared", model)
-
-
-def test_split_weights_are_not_compared(caplog):
-    model: Any = tiny_model("stablelm")
-    patch_head(model)
-    assert settle_packing("auto", model, sharded=True).layout == "padded"
-    packing = settle_packing("packed", model, sharded=True)
-    assert packing.layout == "packed"
-    assert "not tested" in caplog.text
-    assert settle_packing("auto", tiny_model(), sharded=True).layout == "prefix_shared"

@@ -1,19 +1,14 @@
-"""Batches of pairs, and the preflight that shows one."""
+"""Batches of pairs in every layout."""
 
 from __future__ import annotations
 
 from itertools import pairwise, product
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from widemargin.trainer.data import PairCollator, preflight_lines
-from widemargin.trainer.packing.layout import dense_cost, place_dense, row_length
-
-from tests.support.tiny_tokenizers import tiny_tokenizer
+from widemargin.trainer.packing import PairCollator
 
 LAYOUTS: list[tuple[Any, Any]] = [
     ("padded", "dense"),
@@ -70,9 +65,10 @@ def test_packed_layout() -> None:
     assert batch["position_ids"].tolist() == [[*range(6), *range(2)], [*range(5), *range(3)]]
     assert batch["select"].tolist() == [10, 11, 6, 2, 3, 4, 13, 14]
     assert batch["decoder_tokens"].tolist() == [16, 16, 24]
-    rounded = PairCollator(2, 16, layout="packed", area_cost=10.0)(ROWS)
-    assert rounded["input_ids"].shape == (1, 16)
-    assert rounded["decoder_tokens"].tolist() == [16, 16, 64]
+    short = PairCollator(2, layout="packed", area_cost=10.0)(ROWS)
+    assert short["input_ids"].shape == (3, 6)
+    assert (short["segment_ids"] == -1).sum() == 2
+    assert short["decoder_tokens"].tolist() == [18, 16, 24]
 
 
 def test_reference_log_probs_of_rows_become_a_tensor() -> None:
@@ -96,12 +92,11 @@ PAIRS = st.lists(
 
 
 @settings(deadline=None)
-@given(rows=PAIRS, multiple=st.sampled_from([None, 1, 8]))
+@given(rows=PAIRS)
 def test_every_completion_token_is_the_target_of_the_position_before_it(
-    rows: list[dict[str, list[int]]], multiple: int | None
+    rows: list[dict[str, list[int]]],
 ) -> None:
-    batch = PairCollator(0, padded_to_multiple_of=multiple)(rows)
-    assert batch["input_ids"].shape[1] % (multiple or 1) == 0
+    batch = PairCollator(0)(rows)
     following = batch["input_ids"].flatten().roll(-1)
     assert torch.equal(following[batch["select"]], batch["targets"])
     bounds = batch["cu_seqlens"].tolist()
@@ -145,61 +140,3 @@ def test_every_layout_scores_the_same_targets_after_the_same_tokens(
             own &= positions <= positions[at]
             assert sorted(positions[own].tolist()) == list(range(len(context)))
             assert tokens[own][positions[own].argsort()].tolist() == context
-
-
-@settings(deadline=None)
-@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=9), cost=st.floats(1e-6, 1.0))
-def test_dense_rows_hold_every_segment_once_and_cost_least(lengths: list[int], cost: float) -> None:
-    sizes = np.array(lengths)
-    begins, (count, width) = place_dense(sizes, cost)
-    filled = np.zeros(count * width, int)
-    for begin, size in zip(begins, sizes, strict=True):
-        assert begin // width == (begin + size - 1) // width
-        filled[begin : begin + size] += 1
-    assert filled.max() == 1
-    price = count * width * (1 + cost * width)
-    assert price == dense_cost(sizes, cost)
-    one, all_alone = sizes.sum(), len(sizes) * sizes.max()
-    assert price <= min(one * (1 + cost * one), all_alone * (1 + cost * sizes.max())) + 1e-9
-
-
-def test_lengths_of_single_rows_are_few() -> None:
-    lengths = sorted({row_length(tokens) for tokens in range(1, 40_000, 7)})
-    assert all(length % 128 == 0 for length in lengths)
-    assert all(b <= max(1.25 * a, a + 128) for a, b in pairwise(lengths))
-    assert len({row_length(tokens, 4096) for tokens in range(1, 16_384)}) <= 8
-
-
-def test_preflight_shows_roles_and_counts() -> None:
-    tokenizer = tiny_tokenizer()
-    prompt = tokenizer("Is water wet?")["input_ids"]
-    row = {"prompt_ids": prompt, "chosen_ids": [3], "rejected_ids": [5, 3]}
-    lines = preflight_lines(row, tokenizer)
-    assert lines[0] == (
-        f"first pair: prompt {len(prompt)} tokens (read, not scored), chosen 1 tokens (scored), "
-        "rejected 2 tokens (scored)"
-    )
-    assert lines[1] == "BOS '<s>' in the prompt: 1"
-    assert lines[2].startswith(f"completions start at position {len(prompt)}, after")
-    assert lines[4].split() == ["prompt", "0", "0", "-", "special", "'<s>'"]
-    last = ["rejected", str(len(prompt) + 1), "3", "yes", "special", "'<|end|>'"]
-    assert lines[-1].split() == last
-    assert len(lines) == 4 + len(prompt) + 3
-
-
-def test_preflight_leaves_out_the_middle_of_long_parts() -> None:
-    row = {"prompt_ids": [0] * 50, "chosen_ids": [3] * 4, "rejected_ids": [3] * 5}
-    lines = preflight_lines(row, tiny_tokenizer(), most_tokens=4)
-    assert [line.split()[1] for line in lines[4:9]] == ["0", "1", "...", "48", "49"]
-    assert "46 more tokens" in lines[6]
-    assert len(lines) == 4 + 5 + 4 + 5
-
-
-@pytest.mark.parametrize("text", ["\x1b[31mred\r\n", "‮tfel", "\x00\x07", "é€"])
-def test_preflight_cannot_steer_a_terminal(text: str) -> None:
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer(text)["input_ids"]
-    for line in preflight_lines(
-        {"prompt_ids": ids, "chosen_ids": [3], "rejected_ids": [5]}, tokenizer
-    ):
-        assert line.isprintable()

@@ -12,9 +12,9 @@ import transformers.integrations.flash_attention as their_flash
 import transformers.integrations.flex_attention as their_flex
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from widemargin.trainer.data import PairCollator, model_inputs
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.packing import PairCollator, model_inputs
 
 from tests.support.packed_rows import (
     FAMILIES,
@@ -169,15 +169,15 @@ def test_padding_changes_nothing(layout, family):
     model = family_model(family)
     patch_head(model, tail="exact")
     scored = []
-    for token, multiple, area_cost in ((0, None, 1e-9), (7, 64, 1e-9), (9, 32, 1.0)):
-        collator = PairCollator(token, multiple, layout=layout, area_cost=area_cost)
+    for token, rows, area_cost in ((0, "dense", 1e-9), (7, "blocks", 0), (9, "dense", 1.0)):
+        collator = PairCollator(token, layout=layout, rows=rows, area_cost=area_cost)
         batch = collator(pairs)
         logps = model(**model_inputs(batch)).token_logps
         logps.sum().backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(torch.isfinite(grad).all() for grad in grads)
         scored.append(logps)
-        assert (batch["segment_ids"] < 0).any() == (multiple is not None)
+        assert (batch["segment_ids"] < 0).any() == (token > 0)
     assert len(batch["input_ids"]) > 1
     torch.testing.assert_close(scored[1], scored[0], rtol=0, atol=BOUND)
     torch.testing.assert_close(scored[2], scored[0], rtol=0, atol=BOUND)

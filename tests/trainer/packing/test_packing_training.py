@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from widemargin.trainer import PreferenceTrainer
-from widemargin.trainer.data import PairCollator
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.packing import PairCollator
 
 from tests.support.tiny_models import (
     TOKENIZER,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
-from widemargin.trainer.data.lengths import PairLengths
+from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.plan import simulation
 from widemargin.trainer.plan.batches import micro_batch

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from widemargin.trainer import PreferenceTrainer
-from widemargin.trainer.data.columns import REFERENCE_COLUMNS
+from widemargin.trainer.data.table import REFERENCE_COLUMNS
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.reference import cache as reference_cache
 from widemargin.trainer.reference import model as reference

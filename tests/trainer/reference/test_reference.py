@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.cli import main
-from widemargin.trainer.data.columns import REFERENCE_COLUMNS
+from widemargin.trainer.data.table import REFERENCE_COLUMNS
 from widemargin.trainer.errors import UserError
 
 from tests.support.reference_runs import (

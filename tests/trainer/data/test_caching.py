@@ -1,0 +1,123 @@
+"""The cache of tokens: what its key depends on, and who tokenizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from widemargin.trainer.data import DataSettings, load_pairs, tokenize_pairs
+from widemargin.trainer.data.caching import fingerprint
+from widemargin.trainer.data.chat import Rendering
+from widemargin.trainer.data.encoding import PairTokenizer
+from widemargin.trainer.data.limits import Limits
+
+from tests.support.chat_tokenizers import family_tokenizer
+from tests.support.pair_rows import make_rows, names, write
+from tests.support.tiny_tokenizers import WITHOUT_BOS, tiny_tokenizer
+from tests.support.tokenized_rows import LOOSE, SAME_PAIR
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_cache_key_is_content() -> None:
+    raw = Dataset.from_list(make_rows(5))
+    limits = Limits(9, 5, None, "keep_end")
+
+    def key(tokenizer: Any = None, data: Dataset = raw, at: Limits = limits) -> str:
+        return fingerprint(data, tokenizer or tiny_tokenizer(), at)
+
+    used = tiny_tokenizer()
+    used(["a b", "c"], padding=True, truncation=True, max_length=1)
+    assert key() == key() == key(used) == key(data=Dataset.from_list(make_rows(5)))
+    grown = tiny_tokenizer()
+    grown.add_tokens(["<new>"])
+    others = {
+        key(tiny_tokenizer(WITHOUT_BOS)),
+        key(tiny_tokenizer(adds_bos=False)),
+        key(grown),
+        key(data=Dataset.from_list(make_rows(6))),
+        key(at=dataclasses.replace(limits, max_length=8)),
+        key(at=dataclasses.replace(limits, truncation_mode="keep_start")),
+    }
+    assert len(others) == 6
+    assert key() not in others
+
+
+@pytest.mark.costly
+def test_cache_key_is_the_same_in_another_process(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    Dataset.from_list(make_rows(5)).save_to_disk(tmp_path / "raw")
+    program = (
+        "import sys; from datasets import load_from_disk; from transformers import AutoTokenizer\n"
+        "from widemargin.trainer.data import caching, limits as sizes\n"
+        "limits = sizes.Limits(9, 5, None, 'keep_end')\n"
+        "raw = load_from_disk(sys.argv[1] + '/raw')\n"
+        "key = caching.fingerprint(raw, AutoTokenizer.from_pretrained(sys.argv[1]), limits)\n"
+        "print('key', key)\n"
+    )
+
+    def key(hash_seed: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    first, second = (process.communicate()[0] for process in (key("1"), key("2")))
+    assert first == second
+    assert first.startswith("key ")
+
+
+def test_rendering_settings_are_part_of_the_cache_key() -> None:
+    raw = Dataset.from_list([SAME_PAIR["messages"]])
+    keys = {
+        fingerprint(raw, family_tokenizer("qwen2.5"), LOOSE, rendering)
+        for rendering in (None, Rendering(), Rendering(True), Rendering(empty_system=True))
+    }
+    assert len(keys) == 3
+
+
+def test_processes_that_arrive_together_tokenize_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    tokenize = PairTokenizer.__call__
+
+    def slow(self: Any, batch: Any) -> Any:
+        calls.append(1)
+        time.sleep(0.3)
+        return tokenize(self, batch)
+
+    monkeypatch.setattr(PairTokenizer, "__call__", slow)
+    raw = Dataset.from_list(make_rows(9, 1000))
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda _: tokenize_pairs(raw, tiny_tokenizer())[0][:], range(3)))
+    assert done[0] == done[1] == done[2]
+    assert len(calls) == 1
+
+
+def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    tokenize = PairTokenizer.__call__
+
+    def counted(self: Any, batch: Any) -> Any:
+        calls.append(1)
+        return tokenize(self, batch)
+
+    monkeypatch.setattr(PairTokenizer, "__call__", counted)
+    setting = DataSettings(write(tmp_path / "a.jsonl", make_rows(7)))
+    first = load_pairs(setting, tiny_tokenizer())
+    second = load_pairs(setting, tiny_tokenizer(), vocab_size=400)
+    assert len(calls) == 1
+    assert first.train is not None
+    assert second.train is not None
+    assert (first.train[:], first.report) == (second.train[:], second.report)
+    load_pairs(dataclasses.replace(setting, max_length=7), tiny_tokenizer())
+    load_pairs(setting, tiny_tokenizer(WITHOUT_BOS))
+    write(tmp_path / "a.jsonl", make_rows(8))
+    assert names(load_pairs(setting, tiny_tokenizer()).train) != names(first.train)
+    assert len(calls) == 4
