@@ -1,26 +1,39 @@
-"""Settings, or a raw data set -> tokenized pairs in their final order, and the report of rows."""
+"""Settings, or a raw data set -> tokenized pairs in their final order, and the report of rows.
+
+Rows are tokenized once: `cached_map` keeps the result on disk under a hash of everything the tokens
+depend on. The hash covers the raw rows (the data set's own fingerprint), the tokenizer's content
+and template, the rendering and the limits; never the identity of an object, nor the truncation and
+padding that a tokenizer remembers from its last call. So the next run finds the result, and so do
+the other processes of this one: they wait for the first on a lock file, not in a collective that
+times out.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UserError
 from ..settings.data import DataSettings
-from .caching import cached_map
-from .chat import read_chat_template, template_notes
-from .limits import OK
+from .chat import Rendering, only_id, read_chat_template, template_notes
+from .encoding import PairTokenizer, TokenizedReader
+from .limits import OK, Limits
 from .report import DataReport, SourceCount, SplitReport, count_rows
 from .sources import ONE_TABLE, Part, checked_columns, gather
-from .table import TOKEN_COLUMNS
+from .table import TOKEN_COLUMNS, features, is_tokenized
 
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+# Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
+_VERSION = 2
 
 
 @dataclass
@@ -186,3 +199,63 @@ def _check_vocabulary(largest: int, vocab_size: int | None) -> None:
             f"model {vocab_size} embedding rows; use the model's own tokenizer, or resize its "
             "embeddings"
         )
+
+
+def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Dataset:
+    """The rows of ``raw`` tokenized (or, if they hold ids already, checked and cut)."""
+    from datasets import config
+    from filelock import FileLock
+
+    limits, rendering = Limits.of(settings), Rendering.of(settings)
+    key = fingerprint(raw, tokenizer, limits, rendering)
+    folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"pairs-{key}.arrow")
+    with FileLock(path + ".lock"):
+        return raw.map(
+            TokenizedReader(limits, only_id(tokenizer.bos_token_id))
+            if is_tokenized(raw)
+            else PairTokenizer(tokenizer, limits, rendering),
+            batched=True,
+            remove_columns=raw.column_names,
+            features=features(),
+            num_proc=settings.preprocessing_num_workers,
+            new_fingerprint=key,
+            cache_file_name=path,
+            desc="Tokenizing pairs",
+        )
+
+
+def fingerprint(
+    raw: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    rendering: Rendering | None = None,
+) -> str:
+    """The hash of all that decides the tokens of ``raw``."""
+    import tokenizers
+    import transformers
+    from datasets.fingerprint import Hasher
+
+    versions = [_VERSION, transformers.__version__, tokenizers.__version__]
+    settings = [asdict(limits), asdict(rendering or Rendering())]
+    facts = [versions, raw._fingerprint, _tokenizer_content(tokenizer), settings]
+    return Hasher.hash(json.dumps(facts, sort_keys=True, default=str))
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    content: Any
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = {"vocabulary": tokenizer.get_vocab(), "init": tokenizer.init_kwargs}
+    else:
+        backend.no_truncation()  # left from its last call; the next call sets it again
+        backend.no_padding()
+        content = backend.to_str()
+    return {
+        "class": type(tokenizer).__name__,
+        "content": content,
+        "special": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        "split_special": getattr(tokenizer, "split_special_tokens", None),
+    }
