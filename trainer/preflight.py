@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from .batching.limits import fitted, training_planner
-from .batching.summary import summarise
+from .batching.run_plan import fit_micro_batches, planner_for, summarise
 from .checkpoint.files import choose_checkpoint
 from .data import PairData, load_pairs
 from .data.first_pair import preflight_lines
@@ -22,6 +20,7 @@ from .objectives import Objective
 from .packing.choose import choose_packing
 from .settings.checks import check_output
 from .settings.config import PreferenceConfig
+from .settings.engine import uses_deepspeed
 from .settings.evaluation_data import check_evaluation
 
 
@@ -29,13 +28,15 @@ def preflight(config: PreferenceConfig) -> None:
     """Print the settings in effect, what becomes of the data and the first pair; train nothing."""
     objective = config.build_objective()
     check_output(config)
-    checkpoint = find_checkpoint(config, quiet=False)
+    checkpoint = choose_checkpoint(  # by the sizes of its files; training hashes them
+        config.resume_from_checkpoint, config.output_dir, hashes=False
+    )
     tokenizer = load_tokenizer(config)
     model_config = load_model_config(config).get_text_config()
     data = load_pairs(config, tokenizer, model_config.vocab_size)
     saved_dtype = str(model_config.dtype).removeprefix("torch.")
-    if not config.use_peft:  # whose own weights are kept in float32
-        data.report.notes += weight_notes(saved_dtype if config.dtype == "auto" else config.dtype)
+    dtype = saved_dtype if config.dtype == "auto" else config.dtype
+    data.report.notes += weight_notes(config, dtype)
     print("Settings that differ from their defaults")
     for name, value in changed_settings(config).items():
         print(f"  {name}: {value}")
@@ -51,7 +52,8 @@ def preflight(config: PreferenceConfig) -> None:
     if data.train is not None:
         print("\nFirst pair")
         print("\n".join(preflight_lines(data.train[0], tokenizer)))
-    check_data(config, data)
+    check_training_data(data)
+    check_evaluation(config, data.evaluation)
 
 
 def _plan_lines(
@@ -68,36 +70,25 @@ def _plan_lines(
         lengths=lengths,
         pairs_per_batch=config.per_device_train_batch_size,
     )
-    planner = training_planner(config, objective, lengths, packing.layout)
-    return [str(packing), *summarise(fitted(config, objective, planner)).lines()]
+    planner = planner_for(config, lengths, packing.layout, coupled=objective.couples_pairs)
+    return [str(packing), *summarise(fit_micro_batches(config, objective, planner)).lines()]
 
 
-def check_data(config: PreferenceConfig, data: PairData) -> None:
-    """Raise ``UserError`` where the splits lack what the settings want."""
+def check_training_data(data: PairData) -> None:
+    """Raise ``UserError`` where no split is for training."""
     if data.train is None:
         raise UserError("dataset_splits: none of them is for training; name a train split")
-    check_evaluation(config, data.evaluation)
 
 
-def weight_notes(dtype: str) -> list[str]:
+def weight_notes(config: PreferenceConfig, dtype: str) -> list[str]:
     """A remark where the optimizer's small steps would vanish in the weights' rounding.
 
     DeepSpeed keeps weights in fp32 beside those that compute, whatever their dtype, and peft keeps
     an adapter's.
     """
-    if dtype not in ("bfloat16", "float16"):
+    if config.use_peft or uses_deepspeed(config) or dtype not in ("bfloat16", "float16"):
         return []
     return [
         f"the weights are updated in {dtype}, where steps of the usual learning rates (1e-6) are "
         "mostly rounded away; set dtype: float32, and bf16: true to compute in bfloat16"
     ]
-
-
-def find_checkpoint(config: PreferenceConfig, *, quiet: bool = True) -> Path | None:
-    """The checkpoint that ``resume_from_checkpoint`` means, by the sizes of its files.
-
-    Training reads and hashes them all, and so may pass over one more.
-    """
-    return choose_checkpoint(
-        config.resume_from_checkpoint, config.output_dir, hashes=False, quiet=quiet
-    )

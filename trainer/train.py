@@ -2,62 +2,62 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 
 from .checkpoint.files import could_not_write
 from .checkpoint.hub import push
+from .checkpoint.resume import checkpoint_to_resume
 from .data import load_pairs
+from .data.table import PairRows
 from .errors import UserError
 from .model.loading import load_model, load_tokenizer, vocabulary_size
 from .monitor.console import ConsoleLines, ConsoleProgress
 from .monitor.run_record import RunRecord
-from .preflight import check_data, find_checkpoint, weight_notes
+from .preflight import check_training_data, weight_notes
 from .report.write import summary_lines, write_report
 from .settings.checks import check_output
 from .settings.config import PreferenceConfig
 from .trainer import PreferenceTrainer
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(config: PreferenceConfig) -> None:
     """Load, train (resuming if told to), evaluate, save, and write ``run.json`` and the report."""
     objective = config.build_objective()
     check_output(config)
-    find_checkpoint(config)
+    checkpoint = checkpoint_to_resume(config, config.resume_from_checkpoint)
     tokenizer = load_tokenizer(config)
     model = load_model(config)
     data = load_pairs(config, tokenizer, vocabulary_size(model))
-    by_deepspeed = config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if not (config.use_peft or by_deepspeed):
-        data.report.notes += weight_notes(str(model.dtype).removeprefix("torch."))
+    data.report.notes += weight_notes(config, str(model.dtype).removeprefix("torch."))
     main = config.process_index == 0
     if main:
         print("\n".join(data.report.lines()), flush=True)
-    check_data(config, data)
-    record = RunRecord(config, objective, data)
+    check_training_data(data)
+    rows = PairRows(data.train)
+    record = RunRecord(config, objective, data.report.as_dict())
     if objective.needs_reference and config.ref_model_name_or_path == config.model_name_or_path:
         config.ref_model_name_or_path = None  # the model as just loaded, not a second one
     trainer = PreferenceTrainer(
         model,
         config,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
+        train_dataset=rows,
+        eval_dataset=None if data.evaluation is None else PairRows(data.evaluation),
         processing_class=tokenizer,
+        objective=objective,
     )
     _use_console(trainer)
-    plan = trainer.plan_summary()
+    plan = trainer.pipeline.summary(rows)
     record.content["plan"] = plan.as_dict()
-    trainer.run_notes = record.content
+    trainer.run_record = record.content
     if main:
-        print("\n".join([str(trainer.packing), *plan.lines(), *trainer.notes()]), flush=True)
+        print(
+            "\n".join([str(trainer.pipeline.packing), *plan.lines(), *trainer.notes()]), flush=True
+        )
         record.write()
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     try:
         trainer.save_model(_internal_call=True)  # without a push, which comes last
         trainer.save_state()

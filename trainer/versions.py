@@ -10,10 +10,10 @@ PACKAGES = ("widemargin", "torch", "triton", "transformers", "accelerate", "data
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a run depends on."""
-    found = {"python": platform.python_version()}
+    present = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            present[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return present

@@ -107,7 +107,7 @@ def million(spec: Spec) -> Row:
 def balance(lengths_file: str) -> list[Row]:
     """The largest rank over the mean: of steps (mean and worst) and of micro-batches."""
     from widemargin.trainer.batching.planner import Planner
-    from widemargin.trainer.batching.summary import busiest
+    from widemargin.trainer.batching.run_plan import busiest
     from widemargin.trainer.data.table import PairLengths
 
     lengths = PairLengths(*np.load(lengths_file))

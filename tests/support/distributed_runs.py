@@ -94,7 +94,9 @@ class Spoilt(Noting):
         if last and self.state.global_step + 1 == SPOILT_STEP:
             if self.what == "loss":
                 ids = inputs["pair_ids"]
-                self.guards.saw(ids, torch.full(ids.shape, torch.nan), torch.tensor(torch.nan))
+                self.nonfinite_guard.saw(
+                    ids, torch.full(ids.shape, torch.nan), torch.tensor(torch.nan)
+                )
             else:
                 loss.register_hook(lambda gradient: gradient * torch.nan)
         return loss

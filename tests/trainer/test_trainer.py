@@ -268,13 +268,13 @@ def test_evaluation_of_another_data_set(tmp_path, workers):
         tmp_path, eval_pairs=4, dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
     )  # fmt: skip
-    reports = dict(trainer.data_reports)
+    reports = dict(trainer.pipeline.reports)
     own = trainer.evaluate()["eval_loss"]
     other = trainer.evaluate(tiny_pairs(9, seed=7))["eval_loss"]
     assert trainer.evaluate()["eval_loss"] == own
     assert trainer.evaluate({"a": tiny_pairs(9, seed=7)})["eval_a_loss"] == other
-    assert trainer.data_reports == reports
+    assert trainer.pipeline.reports == reports
     fresh = tiny_trainer(tmp_path, eval_pairs=4)
-    fresh.eval_dataset = fresh._pairs(tiny_pairs(9, seed=7), "eval_dataset")
+    fresh.eval_dataset = fresh.pipeline.evaluation_rows(tiny_pairs(9, seed=7))
     assert fresh.evaluate()["eval_loss"] == pytest.approx(other)
     assert own != other

@@ -73,7 +73,7 @@ def test_several_evaluation_sets(tmp_path):
     trainer = PreferenceTrainer(
         tiny_model(), args, tiny_pairs(), eval_dataset=sets, processing_class=TOKENIZER
     )
-    assert {"eval_dataset['near']", "eval_dataset['far']"} < set(trainer.data_reports)
+    assert {"eval_dataset['near']", "eval_dataset['far']"} < set(trainer.pipeline.reports)
     trainer.train()
     logged = {name for entry in trainer.state.log_history for name in entry}
     assert {"eval_near_loss", "eval_far_rewards/accuracies"} < logged

@@ -141,22 +141,22 @@ class Planner:
         """The epoch's micro-batches, every pair in exactly one (but for ``drop_last``)."""
         order = self._order(epoch)
         computed = self.lengths.alone(self.layout)
-        whole = self.whole_steps * self.pairs_per_step
+        in_whole_steps = self.whole_steps * self.pairs_per_step
         rest, tail = self.tail
         parts = [
-            (order[:whole].reshape(-1, self.pairs_per_step), self.micro_batches),
-            (order[whole : whole + rest][None], tail),
+            (order[:in_whole_steps].reshape(-1, self.pairs_per_step), self.micro_batches),
+            (order[in_whole_steps : in_whole_steps + rest][None], tail),
         ]
         pairs, bins, first = [], [], 0
         for steps, micro_batches in parts:
             if not steps.size:
                 continue
             lengths = (self.lengths.shared[steps] if self.coupled else None, computed[steps])
-            found = assign(*lengths, micro_batches, self.ranks)
-            found += first + np.arange(len(steps))[:, None] * micro_batches * self.ranks
+            places = assign(*lengths, micro_batches, self.ranks)
+            places += first + np.arange(len(steps))[:, None] * micro_batches * self.ranks
             first += len(steps) * micro_batches * self.ranks
             pairs.append(steps.ravel())
-            bins.append(found.ravel())
+            bins.append(places.ravel())
         placed = np.concatenate(bins) if bins else np.zeros(0, np.int64)
         counts = np.bincount(placed, minlength=self.micro_batches_per_epoch * self.ranks)
         starts = np.arange(self.whole_steps + 1) * self.micro_batches

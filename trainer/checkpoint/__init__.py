@@ -1,4 +1,5 @@
-"""Checkpoints that are complete or absent, and which run they belong to.
+"""Checkpoints that are complete or absent, which run they belong to, and the model's card.
 
-May import settings, model and reference. Start in `files`.
+May import settings, objectives, data, model, reference and monitor. Start in `files`; `resume`
+chooses the checkpoint to go on from.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,9 @@ from ..places import is_place, unplaced
 from ..text import duration, figure
 
 if TYPE_CHECKING:
-    from ..trainer import PreferenceTrainer
+    from transformers import Trainer
+
+    from ..objectives import Objective
 
 PAPERS = {
     "simpo": ("SimPO: Simple Preference Optimization with a Reference-Free Reward", "2405.14734"),
@@ -56,85 +57,69 @@ ASIDE = {
 
 
 def write_model_card(
-    trainer: PreferenceTrainer, notes: dict[str, Any] | None, **given: Any
+    trainer: Trainer, objective: Objective, record: dict[str, Any], **given: Any
 ) -> Path:
     """Write README.md to the trainer's ``output_dir``.
 
     Args:
-        notes: as in ``run.json``: settings, objective, data, versions; None for the trainer's own.
+        record: as in ``run.json``: settings, objective, data, versions and device.
         given: what `transformers.Trainer.create_model_card` takes, such as ``license``.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    notes = own_notes(trainer) if notes is None else notes
-    settings = notes["settings"]
+    settings = record["settings"]
     base = given.get("finetuned_from") or settings.get("model_name_or_path")
     data_sets = given.get("dataset") or settings.get("dataset") or settings.get("dataset_mixer")
     tags = given.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)
-    own = ["widemargin", "generated_from_trainer", "preference-optimization"]
-    adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    standard = ["widemargin", "generated_from_trainer", "preference-optimization"]
+    model: Any = trainer.model
+    adapter = hasattr(trainer.accelerator.unwrap_model(model), "peft_config")
     front = ModelCardData(
         language=given.get("language"),
         license=given.get("license"),
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*dict.fromkeys([*tags, *own, trainer.objective.name])],
+        tags=[*dict.fromkeys([*tags, *standard, objective.name])],
         base_model=_on_hub(base),
         datasets=[name for name in map(_on_hub, _listed(data_sets)) if name] or None,
     )
     name = given.get("model_name") or Path(str(trainer.args.output_dir)).absolute().name
-    body = card_body(trainer, name, base, notes)
+    body = card_body(trainer, objective, name, base, record)
     path = Path(str(trainer.args.output_dir)) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     ModelCard(f"---\n{front.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=True).save(path)
     return path
 
 
-def own_notes(trainer: PreferenceTrainer) -> dict[str, Any]:
-    """What a trainer that was not started from the command line knows of its run."""
-    from ..monitor.run_record import changed_settings
-    from ..versions import versions  # which imports the trainer, and so this module
-
-    settings: Any = trainer.args
-    objective = trainer.objective
-    return {
-        "settings": changed_settings(settings),
-        "objective": {"name": objective.name, **asdict(objective.hyperparameters)},
-        "data": {name: asdict(report) for name, report in trainer.data_reports.items()},
-        "versions": versions(),
-    }
-
-
 def card_body(
-    trainer: PreferenceTrainer, name: str, base: str | None, notes: dict[str, Any]
+    trainer: Trainer, objective: Objective, name: str, base: str | None, record: dict[str, Any]
 ) -> str:
     """The card below its front matter, in Markdown."""
-    objective = trainer.objective
     run = Run(Path(str(trainer.args.output_dir)), trainer.state.log_history)
     start = f" from {_code(unplaced(base))}" if base else ""
     if base and unplaced(base) != base:
         start += " (a local folder)"
-    settings = {k: v for k, v in notes["settings"].items() if k not in ASIDE and v not in ([], {})}
+    settings = {k: v for k, v in record["settings"].items() if k not in ASIDE and v not in ([], {})}
     parts = [
         f"# {_plain(name)}",
         f"Trained{start} on preference pairs with {objective.name}, by widemargin.",
         "## Objective",
         f"```\n{objective.name}: {objective.spec.formula}\n```",
-        _hyperparameters_table(notes.get("objective") or {}),
+        _hyperparameters_table(record.get("objective") or {}),
         _citation(objective.name),
         "## Results",
         _results_table(run),
-        _effort(run, notes.get("device")),
+        _effort(run, record.get("device")),
         "## Data",
-        _data_table(notes.get("data") or {}),
+        _data_table(record.get("data") or {}),
         "## Settings",
         "All that differ from their defaults. With these lines as `config.yaml`, `widemargin train "
         "config.yaml` does it again.",
         _local_places(settings),
         f"```yaml\n{_yaml(unplaced(settings))}```",
         "## Versions",
-        ", ".join(f"{key} {value}" for key, value in notes.get("versions", {}).items()),
+        ", ".join(f"{key} {value}" for key, value in record.get("versions", {}).items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,70 +1,83 @@
 """Checkpoints that are complete or absent, and the choice of one to go on from.
 
-A checkpoint is written aside, in ``tmp-checkpoint-N`` of the same folder, gets its manifest, is
-brought to the disk, and only then renamed to ``checkpoint-N``. A process killed anywhere on that
-way leaves the checkpoints before it as they were; what lies aside is removed, or, where its
-manifest holds, put in its place when training starts again. Removal renames first, too.
+A checkpoint is written in ``tmp-checkpoint-N`` of the run's folder, gets its manifest, is brought
+to the disk, and only then becomes ``checkpoint-N``. A process killed anywhere on that way leaves
+the earlier checkpoints as they were. What it left is removed when training starts again, or, where
+its manifest holds, renamed. Removal renames first, too.
+
+The manifest names the files with sizes and hashes, and the run. It is written last, so a folder
+whose manifest holds was written to its end; a later change shows in a size or a hash. The hashes
+tell of accidents, not of forgery.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from .manifest import BrokenCheckpoint, check_files, sync_folder
+from ..files import digest, sync_path, write_text
 
-ASIDE = "tmp-checkpoint-"
+STAGING = "tmp-checkpoint-"
 REMOVED = "tmp-removed-"
 NAME = re.compile(r"checkpoint-(\d+)")
+MANIFEST = "manifest.json"
+FORMAT = 1
+_CHUNK = 2**22
 
 logger = logging.getLogger(__name__)
 
 
+class BrokenCheckpoint(Exception):
+    """A checkpoint that cannot be trusted; the message names the file and what is wrong with it."""
+
+
 def choose_checkpoint(
-    wanted: str | bool | None, output_dir: str | Path, *, hashes: bool = True, quiet: bool = False
+    setting: str | bool | None, output_dir: str | Path, *, hashes: bool = True
 ) -> Path | None:
     """The checkpoint that ``resume_from_checkpoint`` means; None to start from the beginning.
 
     Args:
-        wanted: a folder; True for the newest complete one in ``output_dir``; "auto" for that if
+        setting: a folder; True for the newest complete one in ``output_dir``; "auto" for that if
             there is one; None or False for none.
         output_dir: where the run saves.
         hashes: read and hash every file, instead of comparing sizes alone.
-        quiet: do not warn of what was passed over.
 
     Raises:
         UserError: the named one is broken, or none can be used.
     """
-    if wanted is None or wanted is False:
+    if setting is None or setting is False:
         return None
-    if wanted is True or wanted == "auto":
-        found, skipped = newest_complete(Path(output_dir), hashes=hashes)
-        for line in () if quiet else skipped:
+    if setting is True or setting == "auto":
+        newest, skipped = newest_complete(Path(output_dir), hashes=hashes)
+        for line in skipped:
             logger.warning("Passed over %s", line)
-        if found is not None or (wanted == "auto" and not skipped):
-            return found
+        if newest is not None or (setting == "auto" and not skipped):
+            return newest
         raise UserError(
             f"resume_from_checkpoint: {output_dir} holds no complete checkpoint"
             + (f" ({'; '.join(skipped)})" if skipped else "")
             + "; name one by its folder, or leave the setting out to start anew"
         )
-    folder = Path(wanted)
+    folder = Path(setting)
     if not folder.is_dir():
-        raise UserError(f"resume_from_checkpoint: {wanted} is not a folder")
-    if not (folder / "manifest.json").is_file():
-        if not quiet:
-            logger.warning(
-                "%s has no manifest.json, as checkpoints from elsewhere: going on from it "
-                "unchecked, trusting that it is complete and of this run",
-                folder,
-            )
+        raise UserError(f"resume_from_checkpoint: {setting} is not a folder")
+    if not (folder / MANIFEST).is_file():
+        logger.warning(
+            "%s has no manifest.json, as checkpoints from elsewhere: going on from it "
+            "unchecked, trusting that it is complete and of this run",
+            folder,
+        )
         return folder
     try:
         check_files(folder, hashes=hashes)
@@ -96,39 +109,39 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    found = NAME.fullmatch(folder.name)
-    assert found is not None
-    return int(found[1])
+    match = NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
 
 
-def publish(aside: Path, folder: Path) -> None:
-    """Give a checkpoint written aside, with its manifest, its name.
+def publish(staging: Path, folder: Path) -> None:
+    """Rename a complete checkpoint from its staging folder to its own name.
 
     One of that name, of an earlier run or broken, is put where the new one was; if the process
     dies between the two renames, `settle_leftovers` completes the second.
     """
-    written = aside / folder.name
+    written = staging / folder.name
     if folder.exists():
-        folder.rename(aside / "replaced")
+        folder.rename(staging / "replaced")
     written.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    sync_path(folder.parent)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def settle_leftovers(output_dir: Path) -> None:
-    """Finish or remove what a process that died left aside."""
+    """Rename or remove what a process that died left behind."""
     if not output_dir.is_dir():
         return
-    for aside in output_dir.glob(f"{ASIDE}*"):
-        folder = output_dir / aside.name.removeprefix("tmp-")
-        if not folder.exists() and (aside / folder.name).is_dir():
+    for staging in output_dir.glob(f"{STAGING}*"):
+        folder = output_dir / staging.name.removeprefix("tmp-")
+        if not folder.exists() and (staging / folder.name).is_dir():
             try:
-                check_files(aside / folder.name)
+                check_files(staging / folder.name)
             except BrokenCheckpoint:
                 pass
             else:
-                (aside / folder.name).rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+                (staging / folder.name).rename(folder)
+        shutil.rmtree(staging, ignore_errors=True)
     for removed in output_dir.glob(f"{REMOVED}*"):
         shutil.rmtree(removed, ignore_errors=True)
 
@@ -138,10 +151,10 @@ def rotate(output_dir: Path, limit: int | None, keep: list[Path]) -> None:
     if limit is None or limit <= 0:
         return
     kept = {folder.resolve() for folder in keep}
-    found = checkpoints_in(output_dir)
-    others = [folder for folder in found if folder.resolve() not in kept]
+    checkpoints = checkpoints_in(output_dir)
+    others = [folder for folder in checkpoints if folder.resolve() not in kept]
     others.sort(key=lambda folder: (folder.stat().st_mtime_ns, step_of(folder)))
-    for folder in others[: max(0, len(found) - limit)]:
+    for folder in others[: max(0, len(checkpoints) - limit)]:
         gone = output_dir / f"{REMOVED}{step_of(folder)}"
         shutil.rmtree(gone, ignore_errors=True)
         folder.rename(gone)
@@ -154,3 +167,94 @@ def could_not_write(error: BaseException) -> bool:
         return True
     words = ("PytorchStreamWriter", "inline_container", "iostream error", os.strerror(errno.ENOSPC))
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def write_manifest(folder: Path, step: int, run: dict[str, Any]) -> None:
+    """Hash every file of ``folder`` and bring all of it to the disk, the manifest last.
+
+    Args:
+        folder: of a checkpoint that lacks nothing else.
+        step: of the run, in optimizer steps.
+        run: facts about the run, of plain JSON types, that a resumed one is compared with.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths if path.name != MANIFEST]
+    entries = _in_threads(lambda name: _synced_entry(folder / name), names)
+    content = {"format": FORMAT, "step": step, "run": run}
+    content["files"] = dict(zip(names, entries, strict=True))
+    write_text(folder / MANIFEST, _text(content), sync=True)
+    for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync_path(inner)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest's content.
+
+    Raises:
+        BrokenCheckpoint: there is none, or it is not as it was written.
+    """
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        content = json.loads(text)
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"it has no {MANIFEST}") from error
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpoint(f"{MANIFEST} cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BrokenCheckpoint(f"{MANIFEST} is not one of this version")
+    if content.get("digest") != _digest(content) or text != _text(content):
+        raise BrokenCheckpoint(f"{MANIFEST} is not as it was written")
+    return content
+
+
+def check_files(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """The manifest's content, once every file is there in its size and (``hashes``) with its hash.
+
+    Raises:
+        BrokenCheckpoint: naming the first file that is not as it was saved.
+    """
+    content = read_manifest(folder)
+    for name, entry in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise BrokenCheckpoint(f"{name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise BrokenCheckpoint(
+                f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+            )
+    if hashes:
+        names = list(content["files"])
+        hashed = _in_threads(lambda name: _hash(folder / name), names)
+        for name, value in zip(names, hashed, strict=True):
+            if value != content["files"][name]["blake2b"]:
+                raise BrokenCheckpoint(f"{name} does not have the hash it was saved with")
+    return content
+
+
+def _synced_entry(path: Path) -> dict[str, Any]:
+    sync_path(path)
+    return {"bytes": path.stat().st_size, "blake2b": _hash(path)}
+
+
+def _hash(path: Path) -> str:
+    def chunks() -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    return digest(chunks(), size=32)
+
+
+def _in_threads(work: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
+    """Hashing and reading release the interpreter's lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(work, names))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    return digest([json.dumps(rest, sort_keys=True)], size=32)
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content | {"digest": _digest(content)}, indent=1, sort_keys=True) + "\n"

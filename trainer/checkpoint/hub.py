@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import refusals
 
 if TYPE_CHECKING:
-    from ..trainer import PreferenceTrainer
+    from transformers import Trainer
 
 
-def push(trainer: PreferenceTrainer) -> None:
+def push(trainer: Trainer) -> None:
     """Upload ``output_dir``, card and report and all, as ``push_to_hub`` asks; on every rank.
 
     Raises:

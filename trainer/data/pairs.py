@@ -38,7 +38,7 @@ _VERSION = 2
 
 @dataclass
 class PairData:
-    """Pairs with ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``pair_id``, the row number.
+    """Pairs with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; `PairRows` numbers them.
 
     A split that the settings do not name is None.
     """
@@ -158,7 +158,7 @@ def _arrange(
     training: bool,
     report: SplitReport,
 ) -> Dataset:
-    """The rows at ``positions``, in that order, numbered, and some of them with sides swapped."""
+    """The rows at ``positions``, in that order, and some of them with sides swapped."""
     from datasets import concatenate_datasets
 
     if training and settings.flip:
@@ -168,9 +168,7 @@ def _arrange(
         positions = positions + len(table) * swaps
         table = concatenate_datasets([table, swapped.select_columns(table.column_names)])
         report.flipped = int(swaps.sum())
-    pair_ids = np.full(len(table), -1)
-    pair_ids[positions] = np.arange(len(positions))
-    return table.add_column("pair_id", pair_ids).select(positions)
+    return table.select(positions)
 
 
 def _names(sources: Sequence[Part] | Sequence[SourceCount]) -> str:

@@ -1,4 +1,7 @@
-"""transformers' loop made safe: planned batches, whole checkpoints, guards, a watchdog.
+"""What `PreferenceTrainer` adds to transformers' loop besides the step.
 
-May import every room of the core. Start in `planned`.
+`batches` deals pairs, `checkpoints` saves and resumes, `nonfinite` guards updates, `preemption`
+handles SIGTERM, `watchdog` names the rank that others wait for, `outputs` writes what a run leaves.
+
+May import every room of the core. Start in `trainer.trainer`, then `batches` and `checkpoints`.
 """

@@ -1,4 +1,4 @@
 """What a run measures and shows while it trains: metrics, speed, samples, its record.
 
-May import settings, objectives, data and model. Start in `metrics`.
+May import settings, objectives, data, model and reference. Start in `observer`.
 """

@@ -50,9 +50,9 @@ class Histogram:
 
     def quantile(self, share: float) -> float:
         """The value that this share of pairs lies below, as exactly as the bins tell."""
-        wanted, totals = share * self.pairs, list(accumulate(self.counts))
-        k = next((i for i, total in enumerate(totals) if total >= wanted and total), BINS - 1)
-        inside = (wanted - (totals[k] - self.counts[k])) / (self.counts[k] or 1)
+        rank, totals = share * self.pairs, list(accumulate(self.counts))
+        k = next((i for i, total in enumerate(totals) if total >= rank and total), BINS - 1)
+        inside = (rank - (totals[k] - self.counts[k])) / (self.counts[k] or 1)
         return EDGES[k] + (EDGES[k + 1] - EDGES[k]) * min(max(inside, 0.0), 1.0)
 
     def __add__(self, other: Histogram) -> Histogram:
@@ -71,7 +71,7 @@ def line_of(step: int, histograms: dict[str, list[int]]) -> str:
 
 def read_margins(run_dir: Path) -> dict[str, dict[float, Histogram]]:
     """Histograms by kind and step; a step's last line counts, broken ones are passed over."""
-    found: dict[str, dict[float, Histogram]] = {kind: {} for kind in KINDS}
+    histograms: dict[str, dict[float, Histogram]] = {kind: {} for kind in KINDS}
     path = run_dir / MARGINS_FILE
     for entry in json_lines(path):
         step = entry.get("step")
@@ -81,12 +81,12 @@ def read_margins(run_dir: Path) -> dict[str, dict[float, Histogram]]:
         for kind in KINDS:
             histogram = _histogram(entry.get(kind))
             if histogram is not None:
-                found[kind][step] = histogram
-    return {kind: dict(sorted(by_step.items())) for kind, by_step in found.items()}
+                histograms[kind][step] = histogram
+    return {kind: dict(sorted(by_step.items())) for kind, by_step in histograms.items()}
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none where it is not there, and no line that is not whole."""
+    """The objects of a JSONL file; none where it is not there, and no line that is cut off."""
     if not path.is_file():
         return []
     entries = []

@@ -71,7 +71,7 @@ class PreferenceMetrics:
         self._sums = dict(state)
 
     def report(self, prefix: str = "") -> tuple[dict[str, float], dict[str, float]]:
-        """Means over all ranks under ``prefix``, totals of pairs and tokens; then anew."""
+        """Means over all ranks under ``prefix`` and totals of pairs and tokens, since the last."""
         sums, self._sums = self._sums, {}
         if not sums:
             return {}, {}

@@ -21,7 +21,7 @@ _unwritten: set[Path] = set()
 class MarginRecorder(TrainerCallback):
     """Counts of an evaluation's pairs by bin, kept on the device until its end.
 
-    As a callback it lets a run that starts anew begin with empty files.
+    As a callback it empties the files where a run starts from the beginning.
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..data import PairData
+from ..files import write_text
 from ..objectives import Objective
 from ..settings.coercion import is_secret
 from ..settings.config import PreferenceConfig, defaults_of
@@ -19,18 +19,20 @@ from ..versions import versions
 
 
 class RunRecord:
-    """``run.json``: what the report and a reader need to know of a run."""
+    """The content of ``run.json``, and its file.
 
-    def __init__(self, config: PreferenceConfig, objective: Objective, data: PairData) -> None:
+    Args:
+        config: the settings as given, before a trainer adjusts any.
+        objective: the run's.
+        data: what became of its data sets, as plain values.
+    """
+
+    def __init__(
+        self, config: PreferenceConfig, objective: Objective, data: dict[str, Any]
+    ) -> None:
         self.path = Path(config.output_dir) / "run.json"
         self.content: dict[str, Any] = {
-            "settings": changed_settings(config),
-            "objective": {
-                "name": objective.name,
-                **dataclasses.asdict(objective.hyperparameters),
-            },
-            "data": data.report.as_dict(),
-            "versions": versions(),
+            **describe_run(config, objective, data),
             "device": str(config.device),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "summary": {},
@@ -38,10 +40,24 @@ class RunRecord:
 
     def write(self, **summary: float) -> None:
         self.content["summary"].update(summary)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-        aside.replace(self.path)
+        write_text(self.path, json.dumps(self.content, indent=2) + "\n")
+
+
+def describe_run(
+    config: PreferenceConfig, objective: Objective, data: dict[str, Any]
+) -> dict[str, Any]:
+    """What makes the run what it is: settings, objective, data and versions."""
+    return {
+        "settings": changed_settings(config),
+        "objective": objective_facts(objective),
+        "data": data,
+        "versions": versions(),
+    }
+
+
+def objective_facts(objective: Objective) -> dict[str, Any]:
+    """The objective's name and hyperparameters."""
+    return {"name": objective.name, **dataclasses.asdict(objective.hyperparameters)}
 
 
 def changed_settings(config: PreferenceConfig) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class SampleWriter(TrainerCallback):
         trainer = self.trainer
         if not (self.writes and trainer.is_in_train and args.process_index == 0):
             return
-        with trainer._throughput.paused():
+        with trainer.observer.throughput.paused():
             rows = self.answers(state.global_step)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             append(Path(args.output_dir) / SAMPLES_FILE, "".join(lines))

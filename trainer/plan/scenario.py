@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..batching.limits import with_limit
 from ..batching.planner import Plan, Planner
+from ..batching.run_plan import planner_for, with_limit
 from ..objectives import Objective
 from ..packing.choose import Packing, choose_packing
 from ..settings.config import PreferenceConfig
@@ -84,15 +84,12 @@ class Scenario:
     @cached_property
     def planner(self) -> Planner:
         settings = self.settings
-        planner = Planner(
+        planner = planner_for(
+            settings,
             self.lengths.pairs,
-            self.pairs_per_step,
-            settings.gradient_accumulation_steps,
-            ranks=self.ranks,
-            seed=settings.seed if settings.data_seed is None else settings.data_seed,
+            self.packing.layout,
             coupled=self.objective.couples_pairs,
-            layout=self.packing.layout,
-            drop_last=settings.dataloader_drop_last,
+            ranks=self.ranks,
         )
         limit = settings.max_tokens_per_micro_batch
         return planner if limit is None else with_limit(planner, limit, epochs=1)

@@ -1,4 +1,4 @@
 """The frozen reference model, and its log-probs kept on disk.
 
-May import the rooms below: settings to batching, and model. Start in `model`.
+May import the rooms below: objectives to model. Start in `model`.
 """

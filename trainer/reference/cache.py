@@ -9,11 +9,9 @@ its key and a checksum; one that does not match is computed again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,10 +26,11 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..batching.workers import sheltered
+from ..batching.loader import sheltered
 from ..data.table import REFERENCE_COLUMNS as COLUMNS
 from ..data.table import TOKEN_COLUMNS, PairRows
 from ..errors import UserError
+from ..files import digest, replacing
 from ..model.adapters import bare_model
 from ..settings.engine import is_split
 
@@ -65,11 +64,11 @@ def precomputed(
     """
     main = trainer.args.process_index == 0
     path = Path(cache_folder()) / f"reference-{cache_key(model, rows, trainer)}.safetensors"
-    found = [read(path, len(rows)) if main else None]
+    cached = [read(path, len(rows)) if main else None]
     if trainer.args.world_size > 1:
-        broadcast_object_list(found)
-    if found[0] is not None:
-        return found[0], f"reference log-probs: read for {len(rows):,} pairs from {path}"
+        broadcast_object_list(cached)
+    if cached[0] is not None:
+        return cached[0], f"reference log-probs: read for {len(rows):,} pairs from {path}"
     values = _computed(rows, score, trainer)
     unusable = int(sum((~np.isfinite(column)).sum() for column in values.values()))
     if unusable:
@@ -111,7 +110,7 @@ def _computed(rows: PairRows, score: Callable[[Any], Tensor], trainer: Trainer) 
 
 
 def _batches(rows: PairRows, size: int) -> Iterator[np.ndarray]:
-    """Row numbers, longest pairs first, ``size`` at a time; the last is filled up with its own."""
+    """Row numbers, longest pairs first, ``size`` at a time; the last repeats some to be full."""
     order = np.argsort(-rows.lengths.shared, kind="stable")
     for start in range(0, len(order), size):
         yield np.resize(order[start : start + size], size)
@@ -137,18 +136,20 @@ def cache_key(model: str, rows: PairRows, trainer: Trainer) -> str:
         bool(args.tf32),
         bare_model(policy).config.get_text_config()._attn_implementation,
     ]
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    return digest([json.dumps(facts)])
 
 
 def tokens_digest(rows: PairRows) -> str:
     """The hash of every pair's token ids, in order."""
-    content = hashlib.blake2b(digest_size=16)
-    for table in rows.dataset.with_format("arrow").iter(batch_size=4096):
-        for name in TOKEN_COLUMNS:
-            column = table.column(name)
-            for numbers in (pc.list_value_length(column), pc.list_flatten(column)):  # pyright: ignore
-                content.update(numbers.to_numpy().astype(np.int64).tobytes())
-    return content.hexdigest()
+
+    def chunks() -> Iterator[bytes]:
+        for table in rows.dataset.with_format("arrow").iter(batch_size=4096):
+            for name in TOKEN_COLUMNS:
+                column = table.column(name)
+                for numbers in (pc.list_value_length(column), pc.list_flatten(column)):  # pyright: ignore
+                    yield numbers.to_numpy().astype(np.int64).tobytes()
+
+    return digest(chunks())
 
 
 def model_digest(model: nn.Module, main: bool = True) -> str:
@@ -161,27 +162,24 @@ def model_digest(model: nn.Module, main: bool = True) -> str:
     if not main and not split:
         return ""
     if split:
-        weights = {name: _digest(tensor) for name, tensor in _brought_together(model)}
+        weights = {name: _tensor_digest(tensor) for name, tensor in _gathered(model)}
     else:
         state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            weights = dict(zip(state, threads.map(_digest, state.values()), strict=True))
+            weights = dict(zip(state, threads.map(_tensor_digest, state.values()), strict=True))
     config = bare_model(model).config.to_dict()
     config = {name: value for name, value in config.items() if name not in _IRRELEVANT}
     content = [type(bare_model(model)).__name__, config, weights]
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest([json.dumps(content, sort_keys=True, default=str)])
 
 
-def _digest(tensor: Tensor) -> str:
+def _tensor_digest(tensor: Tensor) -> str:
     plain = tensor.detach().cpu().contiguous().reshape(-1)
-    content = hashlib.blake2b(f"{plain.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
-    if plain.numel():
-        content.update(plain.view(torch.uint8).numpy().data)
-    return content.hexdigest()
+    values = [plain.view(torch.uint8).numpy().data] if plain.numel() else []
+    return digest([f"{plain.dtype} {tuple(tensor.shape)} ", *values])
 
 
-def _brought_together(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     import deepspeed  # pyright: ignore[reportMissingImports] (an extra)
 
     for name, parameter in model.named_parameters():
@@ -190,15 +188,10 @@ def _brought_together(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def write(path: Path, values: Values) -> None:
-    """Write a whole file aside, then put it in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """Write the columns with their key and checksum, completely or not at all."""
     notes = {"key": path.stem, "rows": str(len(values[COLUMNS[0]])), "checksum": _checksum(values)}
-    try:
-        save_file(values, aside, metadata=notes)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(values, temporary, metadata=notes)
 
 
 def read(path: Path, rows: int) -> Values | None:
@@ -228,7 +221,6 @@ def _problem(values: Values, notes: Mapping[str, str], key: str, rows: int) -> s
 
 
 def _checksum(values: Values) -> str:
-    content = hashlib.blake2b(digest_size=16)
-    for name in COLUMNS:
-        content.update(f"{name} {values[name].dtype} ".encode() + values[name].tobytes())
-    return content.hexdigest()
+    return digest(
+        f"{name} {values[name].dtype} ".encode() + values[name].tobytes() for name in COLUMNS
+    )

@@ -3,7 +3,7 @@
 Its summed log-probs of a batch come from the cheapest place that has them:
 
 1. the rows, in columns ``reference_chosen_logps`` and ``reference_rejected_logps``: the user's, or
-   computed once before training (``precompute_ref_log_probs``, `reference_cache`);
+   computed once before training (``precompute_ref_log_probs``, see `cache`);
 2. another model, if one is given or named;
 3. the policy's own base under its disabled adapter;
 4. a frozen copy of the policy as it is before training, whatever checkpoint is loaded later.
@@ -256,10 +256,10 @@ def _check_tokenizer(args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase)
 
     name: Any = args.ref_model_name_or_path
     try:
-        own = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError):
         return  # a folder with a model alone; its vocabulary's size still counts
-    if own.get_vocab() != tokenizer.get_vocab():
+    if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"ref_model_name_or_path: {name} has another tokenizer than the model, so its tokens "
             "mean other text; give a reference with the model's own tokenizer"
@@ -273,17 +273,17 @@ def _checked(model: PreTrainedModel, policy: Any) -> PreTrainedModel:
             "ref_model: it is the model that trains; leave it out to compare with that model as "
             "it is now, or give another"
         )
-    own, wanted = vocabulary_size(model), vocabulary_size(policy)
-    if own != wanted:
+    size, policy_size = vocabulary_size(model), vocabulary_size(policy)
+    if size != policy_size:
         raise UserError(
-            f"ref_model: its vocabulary has {own} tokens, the model's {wanted}; give a reference "
-            "with the model's own tokenizer"
+            f"ref_model: its vocabulary has {size} tokens, the model's {policy_size}; give a "
+            "reference with the model's own tokenizer"
         )
     return model
 
 
 def _copy_of(policy: Any, args: PreferenceConfig) -> Any:
-    """The policy as it is now, in memory of its own."""
+    """A copy of the policy as it is now."""
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         name = bare_model(policy).config._name_or_path  # ZeRO-3 took the weights apart: load again
         return load_model(args, args.model_name_or_path or name)

@@ -6,10 +6,16 @@ import os
 
 from transformers import TrainingArguments
 
-LAUNCHED_WITH = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-
 
 def is_split(args: TrainingArguments) -> bool:
     """Whether DeepSpeed or FSDP takes the model in hand: weights, gradients, precision."""
-    by_launcher = any(os.environ.get(name, "false").lower() == "true" for name in LAUNCHED_WITH)
-    return bool(args.deepspeed or args.fsdp) or by_launcher
+    return uses_deepspeed(args) or bool(args.fsdp) or _launched_with("ACCELERATE_USE_FSDP")
+
+
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed runs the training, by settings or launcher."""
+    return bool(args.deepspeed) or _launched_with("ACCELERATE_USE_DEEPSPEED")
+
+
+def _launched_with(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"

@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 from widemargin.trainer.checkpoint.files import (
+    BrokenCheckpoint,
+    check_files,
     choose_checkpoint,
     newest_complete,
     settle_leftovers,
 )
-from widemargin.trainer.checkpoint.manifest import BrokenCheckpoint, check_files
-from widemargin.trainer.checkpoint.same_run import compare
+from widemargin.trainer.checkpoint.resume import compare
 from widemargin.trainer.errors import UserError
 
 from tests.support.tiny_models import parameters_of, tiny_model, tiny_trainer

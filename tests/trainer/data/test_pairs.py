@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from widemargin.trainer.data import DataSettings, SplitReport, load_pairs, tokenize_pairs
-from widemargin.trainer.data.table import TOKEN_COLUMNS
+from widemargin.trainer.data.table import TOKEN_COLUMNS, PairRows
 from widemargin.trainer.errors import UserError
 
 from tests.support.pair_rows import Row, make_rows
@@ -31,7 +31,7 @@ def test_flip_swaps_a_seeded_share_of_training_pairs_only() -> None:
     kept, _ = tokenize_pairs(raw, tokenizer, DataSettings(flip=0.25), training=False)
     assert kept[:] == plain[:]
     assert noisy[:] == again[:] != other[:]
-    assert noisy["pair_id"][:] == list(range(400))
+    assert [row["pair_id"] for row in PairRows(noisy).__getitems__(range(400))] == list(range(400))
     swapped = [a["chosen_ids"] == b["rejected_ids"] for a, b in zip(noisy, plain, strict=True)]
     assert sum(swapped) == report.flipped
     assert 60 < report.flipped < 140

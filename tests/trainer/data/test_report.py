@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from widemargin.trainer.data import DataReport, tokenize_pairs
 from widemargin.trainer.data.encoding import PairTokenizer
+from widemargin.trainer.data.table import PairRows
 
 from tests.support.pair_rows import make_rows, names
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -21,7 +22,7 @@ def test_bad_rows_are_counted_shown_and_survive_the_cache(monkeypatch: pytest.Mo
     raw = Dataset.from_list(rows)
     pairs, report = tokenize_pairs(raw, tiny_tokenizer(), name="mine")
     assert names(pairs) == [0, 1, 2, 3]
-    assert pairs["pair_id"][:] == [0, 1, 2, 3]
+    assert [row["pair_id"] for row in PairRows(pairs).__getitems__(range(4))] == [0, 1, 2, 3]
     assert report.skipped == {"identical sides": 4, "empty completion": 1}
     assert report.examples[0] == "row 3 of mine: empty completion (chosen is empty)"
     lines = DataReport(train=report).lines()

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from widemargin.trainer import data
 from widemargin.trainer.data import DataSettings, load_pairs, tokenize_pairs
+from widemargin.trainer.data.table import PairRows
 from widemargin.trainer.errors import UserError
 
 from tests.support.pair_rows import Row, make_rows, names, write
@@ -82,7 +83,7 @@ def test_mixture_takes_heads_and_shuffles_as_datasets_does(tmp_path: Path) -> No
     assert names(fewer.train) == names(data.train)[:4]
     assert names(fewer.evaluation) == names(data.evaluation)[:3]
     assert fewer.train is not None
-    assert fewer.train["pair_id"][:] == [0, 1, 2, 3]
+    assert [row["pair_id"] for row in PairRows(fewer.train).__getitems__(range(4))] == [0, 1, 2, 3]
     assert data.report.train is not None
     assert str(data.report.train.sources[1]) == f"{b} [train_prefs]: 5 of 20 rows"
 
@@ -99,7 +100,7 @@ def test_sources_of_different_formats_mix(tmp_path: Path) -> None:
     data = load_pairs(none, tiny_tokenizer())
     assert data.train is not None
     assert len(data.train) == 3
-    assert data.train.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "pair_id"]
+    assert data.train.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
 def test_missing_evaluation_split_is_noted_by_default_and_an_error_when_asked_for(

@@ -42,8 +42,8 @@ def test_ten_steps_are_the_same_in_every_packing(tmp_path, attention, objective)
     for packing in PACKINGS:
         model = model_with(attention)
         trainer = tiny_trainer(tmp_path, model, packing=packing, objective=objective, **RUN)
-        assert trainer.packing is not None
-        assert trainer.packing.layout == packing
+        assert trainer.pipeline.packing is not None
+        assert trainer.pipeline.packing.layout == packing
         trainer.train()
         after[packing] = parameters_of(model)
     assert (after["padded"] - before).abs().max() > 1e-2
@@ -108,7 +108,7 @@ def test_a_collator_of_ones_own_keeps_its_layout(tmp_path):
         processing_class=TOKENIZER,
         data_collator=PairCollator(TOKENIZER.pad_token_id),
     )
-    assert trainer.packing is None
+    assert trainer.pipeline.packing is None
     trainer.train()
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from widemargin.trainer.batching.limits import raise_accumulation, with_limit
 from widemargin.trainer.batching.planner import Planner
-from widemargin.trainer.batching.summary import summarise
+from widemargin.trainer.batching.run_plan import raise_accumulation, summarise, with_limit
 from widemargin.trainer.errors import UserError
 
 from tests.support.tiny_models import parameters_of, tiny_config, tiny_model, tiny_trainer

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what must be as it was, and what need not.
+"""The checkpoint that a run goes on from, and whether it may: what must be as it was.
 
 A resumed run sees the same pairs in the same steps as one that was never stopped. The planner
 follows from seed, data, pairs per step and (where the objective couples pairs) micro-batches per
@@ -7,39 +7,110 @@ step; ranks and packing only deal the work out.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch.distributed as dist
+
+from ..errors import UserError
 from ..model.adapters import bare_model
+from ..monitor.run_record import objective_facts
 from ..reference.cache import tokens_digest
+from .files import MANIFEST, check_files, choose_checkpoint, settle_leftovers
 
 if TYPE_CHECKING:
-    from ..trainer import PreferenceTrainer
+    from transformers import Trainer, TrainingArguments
+
+    from ..data.table import PairRows
+    from ..objectives import Objective
+    from ..settings.config import PreferenceConfig
 
 Facts = dict[str, Any]
 
 _OPTIMIZER = ("optim", "learning_rate", "weight_decay", "lr_scheduler_type")
 
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
-def run_facts(trainer: PreferenceTrainer) -> Facts:
-    """What a checkpoint's manifest says of its run, of plain JSON types."""
-    args, objective = trainer.args, trainer.objective
-    settings: Any = args
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+
+@dataclass(frozen=True)
+class ChosenCheckpoint:
+    """A checkpoint whose files have been checked against its manifest, if it has one."""
+
+    folder: Path
+
+
+def checkpoint_to_resume(
+    args: TrainingArguments, setting: str | bool | None
+) -> ChosenCheckpoint | None:
+    """The checkpoint that ``resume_from_checkpoint`` means, read and hashed by the first rank.
+
+    What a process that died left in ``output_dir`` is settled first. A collective with several
+    ranks; see `choose_checkpoint`.
+    """
+    folder = str(args.output_dir)
+
+    def choose() -> ChosenCheckpoint | None:
+        settle_leftovers(Path(folder))
+        checkpoint = choose_checkpoint(setting, folder)
+        return None if checkpoint is None else ChosenCheckpoint(checkpoint)
+
+    return on_first_rank(args, choose)
+
+
+def on_first_rank(args: TrainingArguments, work: Callable[[], T]) -> T:
+    """What ``work`` returns on the first rank, or its ``UserError``, on every rank."""
+    outcome: list[Any] = [None, None]
+    if args.process_index == 0:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    if args.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def check_same_run(checkpoint: Path, now: Facts) -> None:
+    """Raise ``UserError`` for a checkpoint of another run; warn of what differs and may."""
+    if not (checkpoint / MANIFEST).is_file():
+        return
+    forbidden, notes = compare(check_files(checkpoint, hashes=False)["run"], now)
+    if forbidden:
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} is of another run: {'; '.join(forbidden)}. "
+            "Set what it was, or start a new run from its weights: model_name_or_path: "
+            f"{checkpoint}, without resume_from_checkpoint"
+        )
+    for note in notes:
+        logger.warning("Going on from %s: %s", checkpoint, note)
+
+
+def run_facts(trainer: Trainer, objective: Objective, rows: PairRows, layout: str) -> Facts:
+    """What a checkpoint's manifest says of its run, of plain JSON types.
+
+    Args:
+        rows: of training.
+        layout: of their batches.
+    """
+    args: PreferenceConfig = trainer.args  # pyright: ignore[reportAssignmentType]
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)  # pyright: ignore[reportArgumentType]
     config = bare_model(model).config.get_text_config()
     facts = {
-        "objective": {
-            "name": objective.name,
-            **dataclasses.asdict(objective.hyperparameters),
-        },
+        "objective": objective_facts(objective),
         "couples_pairs": objective.couples_pairs,
-        "pairs_per_step": settings.pairs_per_step,
+        "pairs_per_step": args.pairs_per_step,
         "micro_batches": args.gradient_accumulation_steps,
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "drop_last": args.dataloader_drop_last,
-        "pairs": len(trainer.train_dataset),  # pyright: ignore[reportArgumentType]
-        "tokens": tokens_digest(trainer.train_dataset),  # pyright: ignore[reportArgumentType]
+        "pairs": len(rows),
+        "tokens": tokens_digest(rows),
         "model": {
             "type": config.model_type,
             "hidden_size": config.hidden_size,
@@ -50,13 +121,13 @@ def run_facts(trainer: PreferenceTrainer) -> Facts:
         **{name: getattr(args, name) for name in _OPTIMIZER},
         "ranks": args.world_size,
         "engine": _engine(trainer),
-        "packing": getattr(trainer.data_collator, "layout", "padded"),
+        "packing": layout,
         "weights_only": args.save_only_model,
     }
     return json.loads(json.dumps(facts, default=lambda value: getattr(value, "value", str(value))))
 
 
-def _engine(trainer: PreferenceTrainer) -> str:
+def _engine(trainer: Trainer) -> str:
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     return "FSDP" if trainer.is_fsdp_enabled else "none or DDP"

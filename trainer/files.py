@@ -1,0 +1,50 @@
+"""Files that are written completely or not at all, and digests of contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file in ``path``'s folder, for the caller to write; then it becomes ``path``.
+
+    If writing fails, ``path`` stays as it was and the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, sync: bool = False) -> None:
+    """Replace ``path`` by a file with this text; ``sync`` waits until the disk has it."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        if sync:
+            sync_path(temporary)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's entries, such as one just renamed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(chunks: Iterable[str | bytes | memoryview], size: int = 16) -> str:
+    """The BLAKE2b digest of the chunks joined together, ``size`` bytes as hexadecimal digits."""
+    content = hashlib.blake2b(digest_size=size)
+    for chunk in chunks:
+        content.update(chunk.encode() if isinstance(chunk, str) else chunk)
+    return content.hexdigest()

@@ -1,0 +1,85 @@
+"""`BatchedTrainer`: which pairs transformers' loop gets, in which micro-batch, on which rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from ..batching.loader import PairBatches, sheltered
+
+if TYPE_CHECKING:
+    from ..batching.pipeline import PairPipeline
+
+
+class BatchedTrainer(Trainer):
+    """Deals pairs over steps, micro-batches and ranks as its pipeline plans them."""
+
+    pipeline: PairPipeline
+    _train_batches: PairBatches | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_EveryEpochsOrder(self))
+
+    def get_train_dataloader(self) -> Any:
+        return sheltered(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As transformers', of another data set too, raw or tokenized."""
+        of_run: Any = self.eval_dataset
+        by_name = isinstance(eval_dataset, str) and isinstance(of_run, dict)
+        if eval_dataset is None or eval_dataset is of_run or (by_name and eval_dataset in of_run):
+            return sheltered(super().get_eval_dataloader(eval_dataset))
+        workers_stay = self.args.dataloader_persistent_workers
+        rows = self.pipeline.later_rows(eval_dataset)
+        try:  # workers that stay would be found again for every other data set
+            self.args.dataloader_persistent_workers = False
+            return sheltered(super().get_eval_dataloader(rows))
+        finally:
+            self.args.dataloader_persistent_workers = workers_stay
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As transformers', for `predict`: of pairs raw or tokenized."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairBatches:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        self._train_batches = self.pipeline.training_batches(rows)
+        return self._train_batches
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> PairBatches:
+        return self.pipeline.evaluation_batches(eval_dataset)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Pairs per step, also where ``max_tokens_per_micro_batch`` raised the accumulation."""
+        return args.pairs_per_step
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Pairs of this optimizer step over all ranks, as a device scalar."""
+        pairs = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            pairs += (batch["pair_ids"] >= 0).sum().to(device)
+        if self.args.world_size > 1:
+            dist.all_reduce(pairs)
+        return pairs
+
+    def _max_pairs_per_rank(self, training: bool) -> int | None:
+        """A bound that all ranks know without asking each other; None where there is no plan."""
+        if not training:  # one rank may get all of a micro-batch
+            return self.args.eval_batch_size * self.args.world_size
+        return None if self._train_batches is None else self._train_batches.max_pairs_per_rank
+
+
+class _EveryEpochsOrder(TrainerCallback):
+    """transformers' own `set_epoch` misses the sampler after a resume on several ranks."""
+
+    def __init__(self, trainer: BatchedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._train_batches is not None:
+            self.trainer._train_batches.set_epoch(int(state.epoch or 0))
