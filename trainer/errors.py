@@ -1,9 +1,11 @@
-"""Errors that speak to the user."""
+"""Errors that speak to the user, and checks of single values that raise them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -22,3 +24,25 @@ def refusals(what: str, *kinds: type[Exception]) -> Iterator[None]:
         raise
     except kinds as error:
         raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from error
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether a value is a whole number from ``least`` on; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def expect_whole(name: str, value: object, least: int) -> None:
+    """Raise ``UserError`` unless ``value`` is a whole number from ``least`` on."""
+    if not is_whole(value, least):
+        raise UserError(f"{name}: expected a whole number from {least} on, got {value!r}")
+
+
+def expect_one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Raise ``UserError`` unless ``value`` is one of the ``known`` names."""
+    if value not in known:
+        raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

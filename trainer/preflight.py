@@ -18,10 +18,8 @@ from .model.loading import load_model_config, load_tokenizer
 from .monitor.run_record import changed_settings
 from .objectives import Objective
 from .packing.choose import choose_packing
-from .settings.checks import check_output
-from .settings.config import PreferenceConfig
-from .settings.engine import uses_deepspeed
-from .settings.evaluation_data import check_evaluation
+from .settings.checks import check_output, uses_deepspeed
+from .settings.config import PreferenceConfig, check_evaluation
 
 
 def preflight(config: PreferenceConfig) -> None:

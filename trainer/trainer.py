@@ -25,9 +25,8 @@ from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
 from .packing import model_inputs
 from .reference.model import reference_for
-from .settings.adapter import check_adapted
-from .settings.config import PreferenceConfig
-from .settings.evaluation_data import check_evaluation
+from .settings.config import PreferenceConfig, check_evaluation
+from .settings.model import check_adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
+from ..monitor.run_record import versions
 from ..text import printable
-from ..versions import versions
 from . import judging, tools
 from .answering import answer, length_lines, length_report
 from .questions import (

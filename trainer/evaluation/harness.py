@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, refusals
-from ..versions import versions
+from ..monitor.run_record import versions
 from .models import dtype_of, fingerprint, read_model, read_tokenizer
 from .results import Records, output_folder, table, write_json
 from .settings import HarnessSettings, count
@@ -60,22 +60,10 @@ def lm_eval(
         limit: questions of each task, for a trial; None for all.
         include_path: a folder with tasks of your own.
     """
-    if find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed; pip install 'widemargin[eval]'")
-    if limit is not None:
-        count("--limit", limit)
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include-path {include_path}: no such folder")
-    chosen = LEADERBOARDS.get(tasks) or tuple(Task(t) for t in tasks.split(",") if t.strip())
-    if not chosen:
-        raise UserError(f"--tasks: expected {' or '.join(LEADERBOARDS)}, or names of tasks")
+    chosen = _chosen_tasks(tasks, limit, include_path)
     manager = _task_manager(chosen, include_path)
     tokenizer = read_tokenizer(settings, model)
-    chats = settings.apply_chat_template
-    if chats is None:
-        chats = tasks == "leaderboard-v2" and bool(tokenizer.chat_template)
-    if chats and not tokenizer.chat_template:
-        raise UserError("apply_chat_template: the tokenizer has no chat template; set it to false")
+    chats = _uses_chat_template(settings, tasks, tokenizer)
     identity = asdict(settings) | {
         "tasks": tasks,
         "limit": limit,
@@ -106,6 +94,30 @@ def lm_eval(
     path = write_json(folder / "lm_eval.json", result)
     print("\n".join([*_lines(chosen, result), f"Written: {path}"]))
     return result
+
+
+def _chosen_tasks(tasks: str, limit: int | None, include_path: Path | None) -> tuple[Task, ...]:
+    """The tasks that a leaderboard's name or a list of names stands for."""
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-eval is not installed; pip install 'widemargin[eval]'")
+    if limit is not None:
+        count("--limit", limit)
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path {include_path}: no such folder")
+    chosen = LEADERBOARDS.get(tasks) or tuple(Task(t) for t in tasks.split(",") if t.strip())
+    if not chosen:
+        raise UserError(f"--tasks: expected {' or '.join(LEADERBOARDS)}, or names of tasks")
+    return chosen
+
+
+def _uses_chat_template(settings: HarnessSettings, tasks: str, tokenizer: Any) -> bool:
+    """Whether questions are rendered as chats: as set, else for leaderboard v2 alone."""
+    chats = settings.apply_chat_template
+    if chats is None:
+        chats = tasks == "leaderboard-v2" and bool(tokenizer.chat_template)
+    if chats and not tokenizer.chat_template:
+        raise UserError("apply_chat_template: the tokenizer has no chat template; set it to false")
+    return chats
 
 
 def _task_manager(tasks: tuple[Task, ...], include_path: Path | None) -> Any:

@@ -20,9 +20,9 @@ from ..data.table import PairRows
 from ..errors import UserError
 from ..model.head import check_head, patch_head
 from ..model.loading import load_model_config
+from ..monitor.run_record import versions
 from ..packing import model_inputs
 from ..packing.verify import settle_packing
-from ..versions import versions
 from .models import dtype_of, model_settings, read_model, read_tokenizer
 from .pair_metrics import PairLogps, measure, pair_margins, result_lines
 from .results import output_folder, write_json, write_jsonl

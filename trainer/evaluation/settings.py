@@ -17,8 +17,7 @@ from ..settings.config import PreferenceConfig
 from ..settings.files import parse_overrides, read_yaml
 from ..settings.names import DTYPES, PACKINGS
 from ..settings.published.keys import TABLE
-from ..settings.published.objective import name_objective
-from ..settings.published.translation import merge, translate
+from ..settings.published.translation import merge, name_objective, translate
 
 ENGINES = ("auto", "transformers", "vllm")
 SECTIONS = ("alpaca_eval", "arena_hard")

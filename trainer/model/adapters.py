@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..settings.adapter import AdapterSettings
+from ..settings.model import AdapterSettings
 
 if TYPE_CHECKING:
     from torch import nn

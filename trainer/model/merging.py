@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, refusals
-from ..settings.adapter import AdapterSettings
-from ..settings.engine import is_split
-from ..settings.model import ModelSettings
+from ..settings.checks import is_split
+from ..settings.model import AdapterSettings, ModelSettings
 from .adapters import without_peft_warnings
 from .loading import load_model, load_tokenizer
 

@@ -1,11 +1,13 @@
-"""``run.json``: what the report and a reader need to know of a run."""
+"""``run.json``: what the report and a reader need to know of a run, package versions included."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from datetime import datetime, timezone
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from ..files import write_text
 from ..objectives import Objective
 from ..settings.coercion import is_secret
 from ..settings.config import PreferenceConfig, defaults_of
-from ..versions import versions
 
 
 class RunRecord:
@@ -86,3 +87,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set):
         return [_plain(part) for part in value]
     return value if isinstance(value, int | float | str | None) else str(value)
+
+
+PACKAGES = ("widemargin", "torch", "triton", "transformers", "accelerate", "datasets", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a run depends on."""
+    present = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            present[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return present

@@ -13,7 +13,7 @@ from ..data.chat import pad_token
 from ..model.adapters import bare_model
 from ..model.generation import Completion, Decoding, complete, stop_ids
 from .margins import SAMPLES_FILE
-from .recorder import append
+from .observer import append
 
 PROMPTS_AT_ONCE = 16
 logger = logging.getLogger(__name__)

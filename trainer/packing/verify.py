@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.table import TOKEN_COLUMNS
 from ..errors import UserError
-from ..settings.engine import is_split
+from ..settings.checks import is_split
 from .choose import FAMILIES, Packing, packings
 from .collator import PairCollator, model_inputs
 from .varlen import takes_varlen

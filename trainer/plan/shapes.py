@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UserError, refusals
 from ..model.adapters import lora_config, with_adapter
-from ..monitor.throughput import flops_per_token
+from ..monitor.metrics import flops_per_token
 from ..settings.config import PreferenceConfig
 
 LLAMA_3_8B = {

@@ -32,7 +32,7 @@ from ..data.table import TOKEN_COLUMNS, PairRows
 from ..errors import UserError
 from ..files import digest, replacing
 from ..model.adapters import bare_model
-from ..settings.engine import is_split
+from ..settings.checks import is_split
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -30,7 +30,7 @@ from ..model.head import patch_head
 from ..model.loading import load_model, vocabulary_size
 from ..packing import model_inputs
 from ..packing.verify import compare_with_padded
-from ..settings.engine import is_split
+from ..settings.checks import is_split
 from .cache import model_digest, precomputed
 
 if TYPE_CHECKING:

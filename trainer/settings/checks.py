@@ -11,10 +11,9 @@ from importlib.util import find_spec
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 
-from ..errors import UserError
+from ..errors import UserError, expect_whole, is_number
 from .model import ModelSettings
 from .names import METRICS
-from .values import expect_whole, is_number
 
 WHOLE_NUMBERS = {
     "per_device_train_batch_size": 1,
@@ -186,3 +185,17 @@ def check_metric(name: str, known: Sequence[str]) -> None:
         raise UserError(
             f"metric_for_best_model: {name!r} is not known; expected one of {', '.join(known)}"
         )
+
+
+def is_split(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed or FSDP takes the model in hand: weights, gradients, precision."""
+    return uses_deepspeed(args) or bool(args.fsdp) or _launched_with("ACCELERATE_USE_FSDP")
+
+
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed runs the training, by settings or launcher."""
+    return bool(args.deepspeed) or _launched_with("ACCELERATE_USE_DEEPSPEED")
+
+
+def _launched_with(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"

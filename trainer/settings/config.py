@@ -9,22 +9,21 @@ import torch
 from transformers import TrainingArguments
 
 from ...kernels.linear_logprob import TAIL_EPS, Backend, Tail
-from ..errors import UserError
+from ..errors import UserError, expect_one_of, is_whole
 from ..objectives import OBJECTIVES, Objective, build_objective, hyperparameters_of
 from .checks import (
     check_attention,
     check_checkpointing,
     check_environment,
     check_machine,
+    check_metric,
     check_training,
     unread_file,
     with_setting,
 )
 from .data import DataSettings
-from .model import ModelSettings
-from .names import BACKENDS, PACKINGS, TAILS
-from .samples import SampleSettings
-from .values import expect_one_of, is_whole
+from .model import ModelSettings, SampleSettings
+from .names import BACKENDS, METRICS, PACKINGS, TAILS
 
 FIELDS_OF_OBJECTIVES = ("beta", "gamma_beta_ratio")
 """Hyperparameters of objectives that are fields of `PreferenceConfig`."""
@@ -242,3 +241,28 @@ def defaults_of(kind: type[PreferenceConfig]) -> dict[str, Any]:
 def objective_keys(objective: str) -> set[str]:
     """Hyperparameters that belong in ``objective_args``: those that are no fields here."""
     return set(hyperparameters_of(objective)) - set(FIELDS_OF_OBJECTIVES)
+
+
+def check_evaluation(config: PreferenceConfig, evaluation: object) -> None:
+    """Raise ``UserError`` where the settings ask for evaluations that the data do not allow.
+
+    Args:
+        evaluation: the evaluation data set, several by name, or None.
+    """
+    several = isinstance(evaluation, dict)
+    missing = evaluation is None or (several and not evaluation)
+    for name in ("eval_strategy", "eval_on_start"):
+        if missing and getattr(config, name) not in ("no", False):
+            raise UserError(
+                f"{name}: there is no evaluation data; give some (a test split, eval_dataset) or "
+                f"set {name}: {'no' if name == 'eval_strategy' else 'false'}"
+            )
+    if several and config.eval_samples:
+        raise UserError(
+            "eval_samples: answers are to the prompts of one evaluation set, and eval_dataset has "
+            "several; give one, or set eval_samples: 0"
+        )
+    best = config.metric_for_best_model
+    if best is not None:
+        sets = [f"{name}_" for name in evaluation] if several else [""]
+        check_metric(best, [f"{prefix}{metric}" for prefix in sets for metric in METRICS])

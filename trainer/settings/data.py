@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..errors import UserError
-from .values import expect_one_of, expect_whole, is_number, is_whole
+from ..errors import UserError, expect_one_of, expect_whole, is_number, is_whole
 
 DEFAULT_SPLITS = ["train", "test"]
 TRUNCATION_MODES = ("keep_end", "keep_start")

@@ -13,12 +13,18 @@ import yaml
 
 from ..errors import UserError
 from ..objectives import OBJECTIVES, hyperparameters_of
-from .adapter import check_adapted
 from .coercion import as_number, coerced
 from .config import PreferenceConfig, objective_keys
+from .model import check_adapted
 from .published.keys import TABLE
-from .published.objective import SCRIPTS, as_published_script, fit_objective, name_objective
-from .published.translation import merge, translate
+from .published.translation import (
+    SCRIPTS,
+    as_published_script,
+    fit_objective,
+    merge,
+    name_objective,
+    translate,
+)
 
 
 def load_config(

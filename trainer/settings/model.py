@@ -1,12 +1,78 @@
-"""Settings of the model: which one to load, and how."""
+"""Settings of the model: which one to load and how, its adapter, its sample answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-from .adapter import AdapterSettings
+from ..errors import UserError, expect_one_of, expect_whole, is_number, is_whole
 from .names import DTYPES
-from .values import expect_one_of
+
+QUANT_TYPES = ("nf4", "fp4")
+
+
+@dataclass
+class AdapterSettings:
+    """Whether an adapter trains in place of the model's weights, and which adapter."""
+
+    #: Train a LoRA adapter (peft); the model itself stays frozen.
+    use_peft: bool = False
+    #: Rank of the adapter's matrices.
+    lora_r: int = 16
+    #: Scale of the adapter: what it adds is multiplied by lora_alpha / lora_r.
+    lora_alpha: float = 32
+    #: Dropout on the adapter's input, a probability in [0, 1). ``disable_dropout`` leaves it alone.
+    lora_dropout: float = 0.05
+    #: Names of the modules to adapt, or one regular expression; None for every linear layer but
+    #: the head.
+    lora_target_modules: list[str] | str | None = None
+    #: Names of modules to train in full, with the adapter; neither the head nor a module that
+    #: shares its weight.
+    lora_modules_to_save: list[str] | None = None
+    #: Keep the frozen model in 8 bits (bitsandbytes).
+    load_in_8bit: bool = False
+    #: Keep the frozen model in 4 bits (bitsandbytes): QLoRA.
+    load_in_4bit: bool = False
+    #: Data type of the 4 bits: "nf4" or "fp4".
+    bnb_4bit_quant_type: str = "nf4"
+    #: Quantize the quantization's own constants too.
+    use_bnb_nested_quant: bool = False
+    #: After training, write the model with the adapter merged into it to ``output_dir``/merged.
+    merge_adapter: bool = False
+
+    def check_adapter(self) -> None:
+        """Raise ``UserError`` for the first value out of range, or that would do nothing."""
+        if not is_whole(self.lora_r, 1):
+            raise UserError(f"lora_r: expected a rank from 1 on, got {self.lora_r!r}")
+        if not self.lora_alpha > 0:
+            raise UserError(f"lora_alpha: expected a number above 0, got {self.lora_alpha!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(
+                f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}"
+            )
+        expect_one_of("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES)
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("load_in_4bit and load_in_8bit are both given; keep one")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and find_spec("bitsandbytes") is None:
+                raise UserError(
+                    f"{name}: bitsandbytes is not installed; pip install 'widemargin[qlora]'"
+                )
+
+
+def check_adapted(settings: AdapterSettings, adapted: bool) -> None:
+    """Raise ``UserError`` for a setting that needs an adapter where none trains."""
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(settings, name) and not adapted:
+            raise UserError(
+                f"{name}: quantized weights cannot be trained themselves; set use_peft: true (or, "
+                "in Python, give peft_config) to train an adapter, or leave it out"
+            )
+    if settings.merge_adapter and not adapted:
+        raise UserError(
+            "merge_adapter: there is no adapter to merge; set use_peft: true (or, in Python, give "
+            "peft_config)"
+        )
 
 
 @dataclass
@@ -32,3 +98,31 @@ class ModelSettings(AdapterSettings):
         """Raise ``UserError`` for the first value out of range."""
         expect_one_of("dtype", self.dtype, ("auto", *DTYPES))
         self.check_adapter()
+
+
+@dataclass
+class SampleSettings:
+    """Whether evaluations write answers, and how long and how."""
+
+    #: Answer the first so many prompts of the evaluation set at every evaluation, into
+    #: samples.jsonl in ``output_dir``; the report shows them side by side.
+    eval_samples: int = 0
+    #: Most tokens of such an answer.
+    eval_samples_max_new_tokens: int = 128
+    #: 0: the likeliest token each time. Above: drawn at this temperature, by ``seed``.
+    eval_samples_temperature: float = 0.0
+
+    def check_samples(self) -> None:
+        """Raise ``UserError`` for the first value out of range, or that would do nothing."""
+        for name, least in (("eval_samples", 0), ("eval_samples_max_new_tokens", 1)):
+            expect_whole(name, getattr(self, name), least)
+        value = self.eval_samples_temperature
+        if not is_number(value) or not 0 <= value < 100:
+            raise UserError(f"eval_samples_temperature: expected a number from 0 on, got {value!r}")
+        strategy = getattr(self, "eval_strategy", "no")
+        evaluates = getattr(strategy, "value", strategy) not in ("no", False, None)
+        if self.eval_samples and not (evaluates or getattr(self, "eval_on_start", False)):
+            raise UserError(
+                "eval_samples: answers are written at evaluations, and there are none; set "
+                "eval_strategy: steps and eval_steps"
+            )

@@ -21,7 +21,8 @@ from widemargin.trainer.model.adapters import (
 )
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.model.loading import load_model
-from widemargin.trainer.settings import adapter, checks
+from widemargin.trainer.settings import checks
+from widemargin.trainer.settings import model as adapter
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config
 

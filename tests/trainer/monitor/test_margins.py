@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 from widemargin.trainer.monitor.margins import BINS, MARGINS_FILE, SAMPLES_FILE, read_margins
-from widemargin.trainer.monitor.recorder import MarginRecorder, append
+from widemargin.trainer.monitor.observer import MarginRecorder, append
 
 from tests.support.tiny_models import tiny_trainer
 

@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 import torch
 from widemargin.trainer.data.table import PairRows
-from widemargin.trainer.monitor import throughput
+from widemargin.trainer.monitor import metrics as throughput
 from widemargin.trainer.monitor.console import log_line
-from widemargin.trainer.monitor.throughput import Throughput, flops_per_token
+from widemargin.trainer.monitor.metrics import Throughput, flops_per_token
 
 from tests.support.tiny_models import tiny_model, tiny_trainer
 

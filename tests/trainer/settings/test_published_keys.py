@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.settings.adapter import AdapterSettings
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config, load_config
+from widemargin.trainer.settings.model import AdapterSettings
 from widemargin.trainer.settings.published.keys import TABLE
 from widemargin.trainer.settings.published.translation import merge
 

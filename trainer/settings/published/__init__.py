@@ -1,6 +1,6 @@
 """What the published LMPO, SimPO and gamma-PO files mean here: keys, values, objectives.
 
-`keys` is the table of published keys, by which `translation` gives settings our names; `objective`
-then names the objective and its hyperparameters. May import `errors` and `objectives`; knows
+`keys` is the table of published keys, by which `translation` gives settings our names and then
+names the objective and its hyperparameters. May import `errors` and `objectives`; knows
 nothing of `PreferenceConfig`. Start in `translation`.
 """

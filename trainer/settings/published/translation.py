@@ -1,7 +1,6 @@
-"""Published setting names -> ours, by the table in `keys`.
+"""Published settings in ours: names by the table in `keys`, then the objective they mean.
 
-What a key became is reported, once, in ``notes``. `objective` decides which objective the settings
-name, and what follows from it.
+What a key became is reported, once, in ``notes``.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import UserError
-from ...objectives import ALIASES, OBJECTIVES, hyperparameters_of
-from .keys import TABLE, Key, Settings, note
+from ...objectives import ALIASES, OBJECTIVES, canonical_name, hyperparameters_of
+from .keys import TABLE, Key, Settings, note, number, yaml_value
 
 DATA = ("dataset", "dataset_name", "dataset_mixer")
 """What names the data, of which there is one."""
@@ -75,3 +74,155 @@ def _matter(name: str, has_alpha: bool) -> str:
     if matter == "gamma_beta_ratio" and has_alpha:
         return "alpha"
     return "sft_weight" if name == "cpo_alpha" and not has_alpha else matter
+
+
+SCRIPTS = {"run_lmpo": "lmpo", "run_simpo": "simpo", "run_xpo": None}
+"""Published scripts and the objective each trains where its file names none."""
+
+TRAINER_TYPES = ("simpo", "dpo")
+ALWAYS_MEANS = ("simpo", "hinge", "lmpo", "gamma-simpo", "beta-simpo", "orpo")
+"""Objectives that know no sums, whatever ``length_norm`` says."""
+
+TRL_ONLY = ("cpo_alpha", "rpo_alpha", "precompute_ref_log_probs", "ref_model_name_or_path")
+"""Keys with which ``loss_type: sigmoid`` is likely to be meant as TRL's DPO or CPO."""
+
+TWINS = {"auto_insert_empty_system_msg": True}
+"""What the published scripts did where their files say nothing; see `as_published_script`."""
+
+
+def as_published_script(settings: Settings, notes: list[str]) -> Settings:
+    """What the published scripts added to the files they read, for their twins here."""
+    added: Settings = {name: value for name, value in TWINS.items() if settings.get(name) is None}
+    name = str(settings.get("model_name_or_path", "")).rstrip("/").rpartition("/")[2]
+    if "mistral" in name.lower() and settings.get("chat_template") is None:
+        added["chat_template"] = "mistral"
+    notes += [f"{n}: {yaml_value(v)}, as the published script had it" for n, v in added.items()]
+    return settings | added
+
+
+def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) -> Settings:
+    """``settings`` with ``objective`` instead of ``loss_type`` and ``trainer_type``.
+
+    Args:
+        sigmoid: the objective of the launched script: what ``loss_type: sigmoid`` means, and what
+            is trained where nothing is named.
+    """
+    settings = dict(settings)
+    loss_type, trainer_type = settings.pop("loss_type", None), settings.pop("trainer_type", None)
+    if trainer_type not in (None, *TRAINER_TYPES):
+        expected = ", ".join(TRAINER_TYPES)
+        raise UserError(f"trainer_type: expected one of {expected}, got {trainer_type!r}")
+    if settings.get("objective") is not None:
+        if loss_type is not None:
+            raise UserError(
+                "loss_type and objective are both given and mean the same; keep objective"
+            )
+        if trainer_type is not None:
+            notes.append(note("trainer_type", trainer_type, {}, "the objective is named"))
+        return settings
+    objective = _objective(loss_type, trainer_type, sigmoid, settings)
+    if objective is None:
+        raise UserError(
+            f"objective: none is named; add objective: with one of {', '.join(OBJECTIVES)}"
+        )
+    settings["objective"] = objective
+    published = loss_type is not None or trainer_type is not None
+    given = {"loss_type": loss_type, "trainer_type": trainer_type}
+    said = ", ".join(f"{n}: {yaml_value(v)}" for n, v in given.items() if v is not None)
+    notes.append(f"{said or 'no objective named'} -> objective: {objective}")
+    return _hyperparameters(settings, objective, trainer_type, notes) if published else settings
+
+
+def _objective(
+    loss_type: Any, trainer_type: str | None, sigmoid: str | None, settings: Settings
+) -> str | None:
+    if isinstance(loss_type, list):
+        if len(loss_type) != 1:
+            raise UserError(f"loss_type: expected one objective, got {loss_type}; name one")
+        (loss_type,) = loss_type
+    if loss_type is None:
+        return "dpo" if trainer_type == "dpo" else sigmoid
+    if loss_type == "sigmoid":
+        if trainer_type == "dpo":
+            return "dpo"
+        doubtful = [name for name in TRL_ONLY if settings.get(name)]
+        if doubtful and trainer_type is None:
+            raise UserError(
+                f"loss_type: sigmoid means {sigmoid or 'simpo'} here, but {doubtful[0]} goes with "
+                "another loss; write objective: dpo, cpo or simpo instead"
+            )
+        return sigmoid or "simpo"
+    objective = canonical_name(str(loss_type))
+    if sigmoid == "lmpo" and objective == "hinge":
+        raise UserError("loss_type: hinge has no form with LMPO's margin; use run_simpo")
+    if trainer_type and OBJECTIVES[objective].needs_reference != (trainer_type == "dpo"):
+        other = "dpo" if trainer_type == "simpo" else "simpo"
+        raise UserError(
+            f"loss_type: {loss_type} does not go with trainer_type: {trainer_type}; set "
+            f"trainer_type: {other}"
+        )
+    return objective
+
+
+def _hyperparameters(
+    settings: Settings, objective: str, trainer_type: str | None, notes: list[str]
+) -> Settings:
+    """What one published name means for this objective in particular."""
+    known = hyperparameters_of(objective)
+    if objective == "cpo" and "length_norm" in known and settings.get("length_norm") is None:
+        settings["length_norm"] = True
+        notes.append("length_norm: true, as the published trainer has cpo")
+    if objective == "ipo" and trainer_type and settings.get("gamma_beta_ratio") is not None:
+        ratio, beta = settings.pop("gamma_beta_ratio"), settings.pop("beta", None)
+        settings["beta"] = ratio
+        why = f"which had ipo's strength there; beta: {yaml_value(beta)} scaled logged rewards only"
+        notes.append(note("gamma_beta_ratio", ratio, {"beta": ratio}, why))
+    for name in ("beta", "tau", "gamma_beta_ratio"):
+        becomes_alpha = name == "gamma_beta_ratio" and "alpha" in known
+        if settings.get(name) is not None and name not in known and not becomes_alpha:
+            notes.append(note(name, settings.pop(name), {}, f"{objective} does not use it"))
+    return settings
+
+
+def fit_objective(settings: Settings, notes: list[str]) -> Settings:
+    """Shared keys under the name, or with the only value, that the objective has for them."""
+    settings = dict(settings)
+    objective = canonical_name(str(settings["objective"]))
+    known = hyperparameters_of(objective)
+    if settings.get("cpo_alpha") is not None:
+        weight = settings.pop("cpo_alpha")
+        _rename(settings, "cpo_alpha", weight, "alpha" if "alpha" in known else "sft_weight", notes)
+    if settings.get("gamma_beta_ratio") is not None and "alpha" in known:
+        ratio = settings.pop("gamma_beta_ratio")
+        _rename(settings, "gamma_beta_ratio", ratio, "alpha", notes)
+    if "length_norm" in settings and "length_norm" not in known:
+        _drop_length_norm(settings, objective, notes)
+    if "label_smoothing" in settings and "label_smoothing" not in known:
+        value = settings.pop("label_smoothing")
+        if number("label_smoothing", value):
+            raise UserError(
+                f"label_smoothing: {objective} has none, here as in the published trainers, which "
+                f"left {value!r} without effect; leave it out"
+            )
+        notes.append(note("label_smoothing", value, {}, f"{objective} has none"))
+    return settings
+
+
+def _drop_length_norm(settings: Settings, objective: str, notes: list[str]) -> None:
+    value = settings.pop("length_norm")
+    if objective not in ALWAYS_MEANS:
+        why = f"{objective} uses sums only"
+        accepted = (None, False)
+    else:
+        why = f"{objective} always uses means"
+        accepted = (None, True)
+    if value not in accepted:
+        raise UserError(f"length_norm: {why}, got {value!r}; leave it out")
+    notes.append(note("length_norm", value, {}, why))
+
+
+def _rename(settings: Settings, old: str, value: Any, new: str, notes: list[str]) -> None:
+    if settings.get(new) is not None:
+        raise UserError(f"{old} and {new} are both given and mean the same; keep {new}")
+    settings[new] = value
+    notes.append(note(old, value, {new: value}))
