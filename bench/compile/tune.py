@@ -51,7 +51,7 @@ class Bench:
         inputs = case.build("cuda")
         self.case, self.targets = case, inputs.targets
         self.call = HeadCall(inputs.hidden, inputs.weight, None, 1.0, None, inputs.hidden.dtype)
-        saved = forward(self.call, self.targets, keep=True, profile=True)
+        saved = forward(self.call, self.targets, keep=True, profile=True, tops=True)
         grad = inputs.coefficients
         scored = torch.ones_like(inputs.targets, dtype=torch.bool)
         routing = choose(self.call, saved, grad, scored, TAIL_EPS, weighted=True)
@@ -84,7 +84,7 @@ class Bench:
         from widemargin.kernels.linear_logprob.triton_forward import forward_by
 
         return forward_by(
-            launch, tile, self.call, self.targets, keep=True, profile=True
+            launch, tile, self.call, self.targets, keep=True, profile=True, tops=True
         ).partial_lse
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:

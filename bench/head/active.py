@@ -87,7 +87,7 @@ def sharpened(case: PeakedCase, factor: float) -> PeakedCase:
 def routings(case: PeakedCase) -> Iterator[Row]:
     """One row per routing and `tail_eps`: active fraction, passes, errors."""
     call = HeadCall(case.hidden, case.weight, None, 1.0, None, torch.float32)
-    saved = forward(call, case.targets, keep=True, profile=True)
+    saved = forward(call, case.targets, keep=True, profile=True, tops=True)
     scored = torch.ones_like(case.targets, dtype=torch.bool)
     statistics = (saved.partial_lse, saved.lse, saved.logps)
     inputs = (*statistics, case.targets, case.coefficients, scored)

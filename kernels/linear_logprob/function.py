@@ -15,7 +15,8 @@ exact probability of block b for token i, and real models put nearly all of it o
                     the batch's average distribution inside the block (``tail="mean"``)
 
 Shapes: N tokens, H hidden, V vocabulary, B = ceil(V / 128) blocks. Saved for backward: the inputs
-(the original weight, never a cast copy), logp, lse [N], partial_lse [B, N], profile [V].
+(the original weight, never a cast copy), logp, lse [N], partial_lse [B, N], profile [V], and tops
+[B, N]: each block's largest element and the share of the block's mass that it has.
 Source: Cut Cross-Entropy (arXiv 2411.09009) for the idea of skipping negligible blocks; the
 routing, the exact target and the averaged tail are this project's (bench/ measures them).
 """

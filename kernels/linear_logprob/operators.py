@@ -35,20 +35,22 @@ def forward_op(
     compute_dtype: torch.dtype,
     backend: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps [N], lse [N], partial_lse [B, N], profile [V]; without ``keep`` the last two empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, lse, partial_lse, profile, tops of `Saved`; without ``keep`` the last three empty."""
     call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
     _check_targets(targets, len(weight))
     ignored = targets == IGNORE_INDEX
     targets = targets.masked_fill(ignored, 0)
+    kept = {"keep": keep, "profile": keep and tail == "mean", "tops": keep and tail != "exact"}
     with plain_arithmetic(hidden):
         if backend == "triton":
             from .triton_forward import forward as triton_forward
 
-            saved = triton_forward(call, targets, keep=keep, profile=keep and tail == "mean")
+            saved = triton_forward(call, targets, **kept)
         else:
-            saved = torch_forward(call, targets, keep=keep, profile=keep and tail == "mean")
-    return saved.logps.masked_fill_(ignored, 0.0), saved.lse, saved.partial_lse, saved.profile
+            saved = torch_forward(call, targets, **kept)
+    logps = saved.logps.masked_fill_(ignored, 0.0)
+    return logps, saved.lse, saved.partial_lse, saved.profile, saved.tops
 
 
 @forward_op.register_fake
@@ -66,6 +68,7 @@ def _(hidden, weight, *rest):
         new(rows),
         new(blocks, rows),
         new(vocabulary if keep and tail == "mean" else 0),
+        hidden.new_empty((blocks if tail != "exact" else 0, rows), dtype=torch.int32),
     )
 
 
@@ -81,6 +84,7 @@ def backward_op(
     lse: Tensor,
     partial_lse: Tensor,
     profile: Tensor,
+    tops: Tensor,
     logit_scale: float,
     softcap: float | None,
     tail: str,
@@ -92,7 +96,7 @@ def backward_op(
     """dH, dW and db; empty where ``needs`` (hidden, weight, bias) says so. Fills ``stats``."""
     call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
     scored = targets != IGNORE_INDEX
-    saved = Saved(targets.masked_fill(~scored, 0), logps, lse, partial_lse, profile)
+    saved = Saved(targets.masked_fill(~scored, 0), logps, lse, partial_lse, profile, tops)
     grad = torch.where(scored, grad.to(lse.dtype), 0.0)
     request = GradRequest(grad, scored, 0.0 if tail == "exact" else tail_eps, *needs)
     with plain_arithmetic(hidden):

@@ -20,18 +20,20 @@ COLUMNS = 16 * BLOCK
 """Vocabulary rows per product."""
 
 
-def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool) -> Saved:
+def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool, tops: bool) -> Saved:
     """Log-probs of ``targets`` [N] (in [0, V)) and what backward needs.
 
     Args:
         keep: whether backward will follow; without it ``partial_lse`` has no rows.
         profile: whether to average each block's distribution inside itself over the tokens.
+        tops: whether to keep each block's largest element apart.
     """
     rows, vocabulary = len(call.hidden), len(call.weight)
     dtype = torch.promote_types(call.compute_dtype, torch.float32)
     new = call.hidden.new_empty
     partial_lse = new(num_blocks(vocabulary), rows, dtype=dtype)
     target_logits = new(rows, dtype=dtype)
+    largest = new(num_blocks(vocabulary) if tops else 0, rows, dtype=torch.int32)
     column_sums = new(num_blocks(vocabulary), BLOCK if profile else 0, dtype=dtype).zero_()
     counts = column_sums.new_zeros(num_blocks(vocabulary), 1)
     buffer = new(min(rows, ROWS) * COLUMNS, dtype=dtype)
@@ -46,6 +48,8 @@ def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool) -> Sa
             slope = softcap_slope(z, call.softcap) if profile and call.softcap else None
             blocks = slice(start // BLOCK, num_blocks(start + len(weight)))
             z, sums = _reduce(z, partial_lse[blocks, tokens])
+            if tops:
+                largest[blocks, tokens] = _pack_tops(_blocked(z), sums).T
             if profile:
                 inside = z if slope is None else z[:, : len(weight)].mul_(slope)
                 _add_profile(_blocked(inside), sums, column_sums[blocks], counts[blocks])
@@ -53,7 +57,7 @@ def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool) -> Sa
     column_sums /= counts.clamp_min_(1)
     profiles = column_sums.view(-1)[:vocabulary] if profile else column_sums.view(-1)
     partial_lse = partial_lse if keep else partial_lse[:0]
-    return Saved(targets, target_logits - lse, lse, partial_lse, profiles)
+    return Saved(targets, target_logits - lse, lse, partial_lse, profiles, largest)
 
 
 def operand(call: HeadCall, tensor: Tensor) -> Tensor:
@@ -130,6 +134,24 @@ def _reduce(z: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
     sums = blocks.sum(-1)
     partial_lse.copy_(top.add_(sums.log()).T)
     return blocks.view(len(z), -1), sums
+
+
+def _pack_tops(inside: Tensor, sums: Tensor) -> Tensor:
+    """`Saved.tops` [n, b] of exponentials [n, b, BLOCK] whose largest is 1, and their sums [n, b].
+
+    Bits of numbers in [0, 1] are in the numbers' order, and those of 1 end in zeros: with the
+    column put in, the last of a block's largest elements is the largest integer.
+    """
+    whole = torch.int64 if inside.dtype == torch.float64 else torch.int32
+    columns = torch.arange(BLOCK, dtype=whole, device=inside.device)
+    found = torch.bitwise_or(inside.view(whole), columns).amax(-1).bitwise_and_(BLOCK - 1)
+    shares = sums.reciprocal().to(torch.float32).view(torch.int32)
+    return shares.bitwise_and_(-BLOCK).bitwise_or_(found.to(torch.int32))
+
+
+def unpack_tops(tops: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares in fp32, and columns in int64, of `Saved.tops`."""
+    return (tops & -BLOCK).view(torch.float32), (tops & BLOCK - 1).to(torch.int64)
 
 
 def _add_profile(inside: Tensor, sums: Tensor, column_sums: Tensor, counts: Tensor) -> None:

@@ -67,14 +67,21 @@ Launch = Callable[[HeadCall, Tensor, Statistics, Tile], None]
 """Computes the logits of a call whose targets are [N], and writes their statistics."""
 
 
-def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool) -> Saved:
+def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool, tops: bool) -> Saved:
     """As `torch_forward.forward`, with the tile that `tiles.py` has for the chip."""
     tile = tiles_for(call.compute_dtype, call.hidden.device).forward
-    return forward_by(launch, tile, call, targets, keep=keep, profile=profile)
+    return forward_by(launch, tile, call, targets, keep=keep, profile=profile, tops=tops)
 
 
 def forward_by(
-    launch: Launch, tile: Tile, call: HeadCall, targets: Tensor, *, keep: bool, profile: bool
+    launch: Launch,
+    tile: Tile,
+    call: HeadCall,
+    targets: Tensor,
+    *,
+    keep: bool,
+    profile: bool,
+    tops: bool,
 ) -> Saved:
     """As `forward`, with another tile or another way to the logits: benchmarks compare them."""
     if call.softcap is not None:
@@ -101,7 +108,8 @@ def forward_by(
         total = total.repeat_interleave(BLOCK, output_size=blocks * BLOCK)
         profiles /= total[:vocabulary]
     partial_lse = statistics.partial_lse if keep else statistics.partial_lse[:0]
-    return Saved(targets, statistics.target_logits - lse, lse, partial_lse, profiles)
+    none = partial_lse.new_zeros(blocks if tops else 0, rows, dtype=torch.int32)
+    return Saved(targets, statistics.target_logits - lse, lse, partial_lse, profiles, none)
 
 
 def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) -> None:

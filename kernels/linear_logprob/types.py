@@ -35,7 +35,10 @@ class HeadCall(NamedTuple):
 class Saved(NamedTuple):
     """What forward keeps. targets, logps, lse: [N]. partial_lse: [B, N]. profile: [V] or empty.
 
-    ``targets`` are in [0, V), the others in fp32 (fp64 for fp64 inputs).
+    ``targets`` are in [0, V), the others in fp32 (fp64 for fp64 inputs). tops: [B, N] int32, or [0,
+    N] where nothing reads them: of each block's mass the share that its largest element has, as the
+    bits of an fp32 number whose low 7 bits hold the element's column in the block instead. Not
+    finite where partial_lse is not.
     """
 
     targets: Tensor
@@ -43,6 +46,7 @@ class Saved(NamedTuple):
     lse: Tensor
     partial_lse: Tensor
     profile: Tensor
+    tops: Tensor
 
 
 class GradRequest(NamedTuple):

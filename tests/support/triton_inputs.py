@@ -24,4 +24,4 @@ def saved_forward(hidden, weight, targets, bias=None, **options):
     scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
     call = HeadCall(hidden, weight, bias, scale, cap, hidden.dtype)
     with torch.no_grad():
-        return call, forward(call, targets, keep=True, profile=True)
+        return call, forward(call, targets, keep=True, profile=True, tops=True)

@@ -27,7 +27,7 @@ class _Head(torch.autograd.Function):
     ) -> Tensor:
         call = HeadCall(hidden, weight, None, 1.0, None, hidden.dtype)
         with plain_arithmetic(hidden):
-            saved = forward_by(launch, tile, call, targets, keep=True, profile=True)
+            saved = forward_by(launch, tile, call, targets, keep=True, profile=True, tops=True)
         ctx.save_for_backward(hidden, weight, *saved)
         ctx.stats = stats
         return saved.logps
