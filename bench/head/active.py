@@ -89,20 +89,18 @@ def routings(case: PeakedCase) -> Iterator[Row]:
     call = HeadCall(case.hidden, case.weight, None, 1.0, None, torch.float32)
     saved = forward(call, case.targets, keep=True, profile=True, tops=True)
     scored = torch.ones_like(case.targets, dtype=torch.bool)
-    statistics = (saved.partial_lse, saved.lse, saved.logps)
-    inputs = (*statistics, case.targets, case.coefficients, scored)
     expected: Exact = exact(case)
     for exponent in EXPONENTS:
         eps = 2.0**exponent
         for form in ("pairs", "cells"):
-            if form == "pairs":
-                routed = route(*inputs, eps, FULL_FRACTION)
-            else:
-                routed = choose_cells(*inputs, eps)[0]
-            fraction, mean, top, _ = routing_stats(routed, scored).tolist()
             request = GradRequest(
                 case.coefficients, scored, eps, hidden=True, weight=True, bias=False
             )
+            if form == "pairs":
+                routed = route(saved, request, FULL_FRACTION)
+            else:
+                routed = choose_cells(saved, request)[0]
+            fraction, mean, top, _ = routing_stats(routed, scored).tolist()
             got = Backward(call, saved, request).run(routed)
             assert got.hidden is not None
             assert got.weight is not None
@@ -110,6 +108,7 @@ def routings(case: PeakedCase) -> Iterator[Row]:
                 "form": form,
                 "tail_eps": eps,
                 "active_fraction": fraction,
+                "tops_per_token": int(routed.tops.sum()) / len(case.targets),
                 # Recompute, dH and dW over the active part, and the tail's two thin products.
                 "backward_passes": 3 * fraction + 2 / BLOCK,
                 "forward_passes": 1.0,

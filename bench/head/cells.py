@@ -8,32 +8,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from widemargin.kernels.linear_logprob.cells import ENOUGH, TILE
-from widemargin.kernels.linear_logprob.routing import Routed, active_pairs, block_masses
+from widemargin.kernels.linear_logprob.routing import Routed, split_masses, thresholds
+from widemargin.kernels.linear_logprob.types import GradRequest, Saved
 
 
-def choose_cells(
-    partial_lse: Tensor,
-    lse: Tensor,
-    logps: Tensor,
-    targets: Tensor,
-    grad: Tensor,
-    scored: Tensor,
-    tail_eps: float,
-) -> tuple[Routed, Tensor, Tensor]:
+def choose_cells(saved: Saved, request: GradRequest) -> tuple[Routed, Tensor, Tensor]:
     """What is computed, per pair (`Routed`, tokens in their own order), order [N], flags [B, T].
 
     With ``tail_eps`` 0 (``tail="exact"``) every cell is.
     """
-    blocks, tokens = partial_lse.shape
+    blocks, tokens = saved.partial_lse.shape
     tiles = -(-tokens // TILE)
-    if tail_eps == 0:
-        order = torch.arange(tokens, device=lse.device)
-        flags = torch.ones(blocks, tiles, dtype=torch.bool, device=lse.device)
-        everything = torch.ones_like(partial_lse, dtype=torch.bool)
-        return Routed(everything, torch.zeros_like(partial_lse)), order, flags
-    masses = block_masses(partial_lse, lse, logps, targets)
-    active = active_pairs(masses, grad, scored, tail_eps)
-    alone = active_pairs(masses, grad, scored, ENOUGH * tail_eps)
+    if request.tail_eps == 0:
+        order = torch.arange(tokens, device=saved.lse.device)
+        flags = torch.ones(blocks, tiles, dtype=torch.bool, device=saved.lse.device)
+        everything = torch.ones_like(saved.partial_lse, dtype=torch.bool)
+        nothing = torch.zeros_like(saved.partial_lse)
+        return Routed(everything, nothing, ~everything), order, flags
+    bounds = thresholds(request.grad, request.scored, request.tail_eps)
+    masses, tops = split_masses(saved, bounds)
+    active, alone = masses >= bounds, masses >= ENOUGH * bounds
     order = torch.argsort(active.sum(0), descending=True, stable=True)
     missing = tiles * TILE - tokens
 
@@ -45,4 +39,5 @@ def choose_cells(
     flags = (tiled(active).sum(2) >= enough) | tiled(alone).any(2)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=order.device))
     computed = flags[:, place // TILE]
-    return Routed(computed, masses.masked_fill_(computed, 0.0)), order, flags
+    routed = Routed(computed, masses.masked_fill_(computed, 0.0), tops & ~computed)
+    return routed, order, flags

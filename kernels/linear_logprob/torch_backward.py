@@ -11,8 +11,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from .routing import BLOCK, Routed, num_blocks, route, routing_stats, target_grads
+from .routing import (
+    BLOCK,
+    Routed,
+    route,
+    routing_stats,
+    target_grads,
+    top_columns,
+    top_shares,
+)
 from .torch_forward import (
     COLUMNS,
     ROWS,
@@ -20,6 +29,7 @@ from .torch_forward import (
     logits,
     operand,
     product,
+    profile_means,
     softcap_slope,
 )
 from .types import Gradients, GradRequest, HeadCall, Saved
@@ -30,8 +40,7 @@ FULL_FRACTION = 0.75
 
 def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradients, Tensor]:
     """The gradients, and the routing's statistics [4]."""
-    pairs = (saved.partial_lse, saved.lse, saved.logps, saved.targets)
-    routed = route(*pairs, request.grad, request.scored, request.tail_eps, FULL_FRACTION)
+    routed = route(saved, request, FULL_FRACTION)
     return Backward(call, saved, request).run(routed), routing_stats(routed, request.scored)
 
 
@@ -79,6 +88,47 @@ def pieces(active: Tensor) -> Iterator[Piece]:
         yield Piece(tokens[start:stop], blocks[start:stop], [s for s in cut if s[1] < s[2]])
 
 
+class Entries(NamedTuple):
+    """Elements of G that are exact on their own, by vocabulary row, then token: targets and tops.
+
+    rows, tokens, grads: [E].
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    grads: Tensor
+
+
+def list_entries(call: HeadCall, saved: Saved, grad: Tensor, tops: Tensor) -> Entries:
+    """The targets' elements, and those of ``tops`` [B, N] bool, which need no product.
+
+    Args:
+        grad: [N] of the log-probs, times ``logit_scale``.
+    """
+    blocks, tokens = tops.nonzero(as_tuple=True)
+    packed, partial_lse = saved.tops[blocks, tokens], saved.partial_lse[blocks, tokens]
+    shares = top_shares(packed).to(grad.dtype)
+    grads = torch.exp(partial_lse - saved.lse[tokens]).mul_(shares).mul_(-grad[tokens])
+    if call.softcap is not None:
+        grads *= softcap_slope(partial_lse + shares.log(), call.softcap)
+    entries = Entries(
+        torch.cat([blocks * BLOCK + top_columns(packed), saved.targets]),
+        torch.cat([tokens, torch.arange(len(grad), device=grad.device)]),
+        torch.cat([grads, target_grads(call, grad, saved.logps, saved.targets)]),
+    )
+    order = torch.argsort(entries.rows, stable=True)
+    return Entries(*(x[order] for x in entries))
+
+
+def weighted_sums(table: Tensor, places: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """Sums [n, H] of weighted rows of ``table``: the first ``counts[0]`` of ``places``, and so on.
+
+    Nothing is gathered, and each sum has one order: deterministic on every device.
+    """
+    starts = counts.cumsum(0) - counts
+    return embedding_bag(places, table, starts, mode="sum", per_sample_weights=weights)
+
+
 class Backward:
     """One backward pass: what every span reads, and the gradients it adds to."""
 
@@ -86,11 +136,6 @@ class Backward:
         self.call, self.saved, grad = call, saved, request.grad
         self.grad = grad * call.logit_scale
         self.hidden = operand(call, call.hidden)
-        self.target_grad = target_grads(call, self.grad, saved.logps, saved.targets)
-        blocks = saved.targets // BLOCK
-        self.by_target = torch.argsort(blocks, stable=True)
-        counts = torch.bincount(blocks, minlength=num_blocks(len(call.weight)))
-        self.target_bounds = [0, *counts.cumsum(0).tolist()]
 
         width = call.hidden.shape[1]
         self.d_hidden = grad.new_zeros(call.hidden.shape) if request.hidden else None
@@ -106,10 +151,15 @@ class Backward:
 
     def run(self, routed: Routed) -> Gradients:
         full = routed.active.all(1).tolist()
+        entries = list_entries(self.call, self.saved, self.grad, routed.tops)
+        counts = torch.bincount(entries.rows // BLOCK, minlength=len(full))
+        bounds = [0, *counts.cumsum(0).tolist()]
         if self.saved.profile.numel() and not all(full):
             self._tail(routed.averaged * self.grad)
         for span in spans(full):
-            self._span(span, routed.active[span.first : span.last])
+            inside = slice(bounds[span.first], bounds[span.last])
+            mine = Entries(*(x[inside] for x in entries))
+            self._span(span, routed.active[span.first : span.last], mine)
         d_hidden, d_bias, bias = self.d_hidden, self.d_bias, self.call.bias
         return Gradients(
             None if d_hidden is None else d_hidden.to(self.call.hidden.dtype),
@@ -132,8 +182,8 @@ class Backward:
         if self.d_weight is not None:
             self.tail_grad = (weighted @ self.hidden.to(weighted.dtype)).neg_()
 
-    def _span(self, span: Span, active: Tensor) -> None:
-        """The products and targets of one span, and its rows of dW from first to last."""
+    def _span(self, span: Span, active: Tensor, entries: Entries) -> None:
+        """The products and entries of one span, and its rows of dW from first to last."""
         start = span.first * BLOCK
         weight = operand(self.call, self.call.weight[start : span.last * BLOCK])
         d_rows = None if self.d_weight is None else self._first_rows(span, len(weight))
@@ -143,9 +193,8 @@ class Backward:
         else:
             for piece in pieces(active):
                 self._piece(piece, weight, start, d_rows)
-        targeted = self.by_target[self.target_bounds[span.first] : self.target_bounds[span.last]]
-        if len(targeted):
-            self._targets(targeted, weight, start, d_rows)
+        if len(entries.rows):
+            self._entries(entries, weight, start, d_rows)
         if self.d_weight is not None and d_rows is not None and not self.in_place:
             self.d_weight[start : start + len(weight)] = d_rows
 
@@ -205,7 +254,7 @@ class Backward:
     def _logit_gradient(self, z: Tensor, rows: slice | Tensor, start: int | Tensor) -> None:
         """Turn logits ``z`` [n, v] into -g p times the softcap's slope; 0 at the targets.
 
-        `_targets` adds the targets' elements, see `target_grads`.
+        `_entries` adds the targets' elements, see `target_grads`.
 
         Args:
             start: the vocabulary row of the first column, of all or [n] of each.
@@ -220,30 +269,18 @@ class Backward:
         column.clamp_(0, z.shape[1] - 1)
         z.scatter_(1, column, z.gather(1, column) * outside)
 
-    def _targets(self, rows: Tensor, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
-        """Add the targets' elements of G for tokens ``rows`` [n], whose targets lie here."""
-        local = self.saved.targets[rows] - start
-        target_grad = self.target_grad[rows, None]
-        if self.d_hidden is not None:
-            self.d_hidden.index_add_(0, rows, target_grad * weight[local])
+    def _entries(self, entries: Entries, weight: Tensor, start: int, d_rows: Tensor | None) -> None:
+        """Add to dH, dW, db the elements that are exact on their own and lie in ``weight``."""
+        rows, tokens, grads = entries
+        local = rows - start
         if d_rows is not None:
-            d_rows.index_add_(0, local, target_grad * self.hidden[rows])
+            counts = torch.bincount(local, minlength=len(weight))
+            d_rows += weighted_sums(self.hidden.to(grads.dtype), tokens, grads, counts)
         if self.d_bias is not None:
-            self.d_bias.index_add_(0, local + start, target_grad[:, 0])
-
-
-def profile_means(call: HeadCall, profile: Tensor) -> Tensor:
-    """Each block's average weight row under its profile, [B, H]: one reading of the weight."""
-    vocabulary, width = call.weight.shape
-    means = profile.new_empty(num_blocks(vocabulary), width)
-    for start in range(0, vocabulary, COLUMNS):
-        weight = operand(call, call.weight[start : start + COLUMNS]).to(profile.dtype)
-        inside = profile[start : start + len(weight)]
-        missing = -len(weight) % BLOCK
-        if missing:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
-            inside = torch.nn.functional.pad(inside, (0, missing))
-        blocks = slice(start // BLOCK, (start + len(weight)) // BLOCK)
-        shape = (-1, BLOCK, width)
-        means[blocks] = torch.bmm(inside.view(-1, 1, BLOCK), weight.view(shape))[:, 0]
-    return means
+            self.d_bias.index_add_(0, rows, grads)
+        if self.d_hidden is not None:
+            order = torch.argsort(tokens, stable=True)
+            theirs, counts = torch.unique_consecutive(tokens[order], return_counts=True)
+            table = weight.to(grads.dtype)
+            added = weighted_sums(table, local[order], grads[order], counts)
+            self.d_hidden.index_add_(0, theirs, added)

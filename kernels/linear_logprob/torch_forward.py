@@ -149,11 +149,6 @@ def _pack_tops(inside: Tensor, sums: Tensor) -> Tensor:
     return shares.bitwise_and_(-BLOCK).bitwise_or_(found.to(torch.int32))
 
 
-def unpack_tops(tops: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares in fp32, and columns in int64, of `Saved.tops`."""
-    return (tops & -BLOCK).view(torch.float32), (tops & BLOCK - 1).to(torch.int64)
-
-
 def _add_profile(inside: Tensor, sums: Tensor, column_sums: Tensor, counts: Tensor) -> None:
     """Add each token's distribution inside the blocks to ``column_sums`` [b, BLOCK].
 
@@ -167,3 +162,20 @@ def _add_profile(inside: Tensor, sums: Tensor, column_sums: Tensor, counts: Tens
     weights = torch.where(finite, weights, 0.0)
     column_sums += torch.bmm(weights.T[:, None], inside.transpose(0, 1))[:, 0]
     counts += finite.sum(0)[:, None]
+
+
+def profile_means(call: HeadCall, profile: Tensor) -> Tensor:
+    """Each block's average weight row under its profile, [B, H]: one reading of the weight."""
+    vocabulary, width = call.weight.shape
+    means = profile.new_empty(num_blocks(vocabulary), width)
+    for start in range(0, vocabulary, COLUMNS):
+        weight = operand(call, call.weight[start : start + COLUMNS]).to(profile.dtype)
+        inside = profile[start : start + len(weight)]
+        missing = -len(weight) % BLOCK
+        if missing:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+            inside = torch.nn.functional.pad(inside, (0, missing))
+        blocks = slice(start // BLOCK, (start + len(weight)) // BLOCK)
+        shape = (-1, BLOCK, width)
+        means[blocks] = torch.bmm(inside.view(-1, 1, BLOCK), weight.view(shape))[:, 0]
+    return means

@@ -9,8 +9,18 @@ from hypothesis import strategies as st
 from widemargin.kernels import reference
 from widemargin.kernels.linear_logprob import torch_backward, torch_forward
 from widemargin.kernels.linear_logprob.function import linear_logprob
+from widemargin.kernels.linear_logprob.types import GradRequest, HeadCall
 
-from tests.support.head_cases import VARIANTS, gradients, make, relative, split
+from bench.lib.exact import exact
+from bench.lib.peaked import peaked_case
+from tests.support.head_cases import (
+    VARIANTS,
+    gradients,
+    make,
+    relative,
+    split,
+    tail_gradients,
+)
 
 SHAPES = [
     pytest.param(1, 16, 300, id="one token"),
@@ -65,41 +75,94 @@ def test_small_tail_eps_approaches_exact(tail, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_mean_tail_by_definition(variant):
-    """Every inactive pair spreads its exact mass by the block's average distribution."""
+@pytest.mark.parametrize("tail", ["mean", "drop"])
+def test_tails_by_definition(tail, variant):
     bias, options = split(variant)
-    hidden, weight, targets, offset, grad = make(30, 12, 700, bias=bias, sharp=1.5)
+    *inputs, grad = make(30, 12, 700, bias=bias, sharp=1.5)
     eps = 2**-3
+    _, grads = gradients(linear_logprob, *inputs, grad, tail=tail, tail_eps=eps, **options)
+    case = tail_gradients(*inputs, grad, tail, eps, **options)
+    assert 0.02 < case.active < 0.9
+    for got, expected in zip(grads, case.gradients, strict=False):
+        assert relative(got, expected) < 2**-16  # of a share's low bits
+
+
+def table_case(logits):
+    """hidden, weight, no bias and gradients that make these logits [N, V]."""
+    tokens = len(logits)
+    hidden, weight = torch.eye(tokens, dtype=torch.float64), logits.T.contiguous()
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.linspace(-1, 2, tokens).double()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "logit_scale": 0.5}])
+@pytest.mark.parametrize("tail", ["mean", "drop"])
+@pytest.mark.parametrize(
+    ("tokens", "height", "eps", "tops"),
+    [
+        pytest.param(20, 0.0, 2**-1, "none", id="flat, no tops"),
+        pytest.param(20, 12.0, 2**-4, "all", id="a top in every block"),
+        pytest.param(1, 12.0, 2**-4, "all", id="one token"),
+        pytest.param(20, 12.0, 2**-9, "dense", id="tops of blocks that are computed"),
+    ],
+)
+def test_tops_by_definition(tokens, height, eps, tops, tail, options):
+    """Logits from a table: in each of six blocks of 700 rows one column stands out."""
+    gen = torch.Generator().manual_seed(0)
+    logits = 0.1 * torch.randn(tokens, 700, generator=gen, dtype=torch.float64) - height
+    places = torch.arange(0, 700, 128) + torch.randint(60, (tokens, 6), generator=gen)
+    logits.scatter_(1, places, height)
+    hidden, weight, grad = table_case(logits)
+    targets = places[:, 0].clone()  # its block's largest element too
+    targets[::3] += 1
+    grad = grad.sign()
     _, grads = gradients(
-        linear_logprob, hidden, weight, targets, offset, grad, tail="mean", tail_eps=eps, **options
+        linear_logprob, hidden, weight, targets, None, grad, tail=tail, tail_eps=eps, **options
     )
-    with torch.no_grad():
-        scale, cap = options.get("logit_scale", 1.0), options.get("softcap")
-        z = reference.head_logits(hidden, weight, offset, scale, cap)
-        slope = 1 - (z / cap) ** 2 if cap else torch.ones_like(z)
-        p = z.softmax(-1)
-        d_logits = torch.zeros_like(z)
-        rows = torch.arange(30)
-        inside = torch.zeros(6, 30)
-        for b in range(6):
-            block = slice(128 * b, min(128 * b + 128, 700))
-            mass = p[:, block].sum(-1)
-            profile = (p[:, block] / mass[:, None] * slope[:, block]).mean(0)
-            rest = torch.where(targets // 128 == b, mass - p[rows, targets], mass)
-            active = rest * grad.abs() >= eps * grad.abs().mean()
-            active |= active.sum() > 0.75 * 30
-            inside[b] = active
-            active_grad = -p[:, block] * slope[:, block]
-            held = (targets // 128 == b) & active
-            active_grad[held, targets[held] - 128 * b] = 0
-            spread = -rest[:, None] * profile
-            d_logits[:, block] = torch.where(active[:, None], active_grad, spread)
-        assert 0.02 < inside.mean() < 0.9
-        d_logits[rows, targets] += (1 - p[rows, targets]) * slope[rows, targets]
-        d_logits *= grad[:, None] * scale
-        expected = [d_logits @ weight, d_logits.T @ hidden, d_logits.sum(0)]
-    for got, expected_grad in zip(grads, expected, strict=False):
-        torch.testing.assert_close(got, expected_grad, rtol=1e-9, atol=1e-10)
+    case = tail_gradients(hidden, weight, targets, None, grad, tail, eps, **options)
+    if tops != "dense":
+        others = {"none": 0, "all": 5 * tokens + len(targets[::3])}[tops]
+        assert (case.active, case.tops) == (0.0, others)
+    for got, expected in zip(grads, case.gradients, strict=False):
+        assert relative(got, expected) < 2**-15
+
+
+def test_tied_maxima():
+    """One of equal largest elements is on its own, the others are averaged."""
+    logits = torch.full((8, 300), -8.0, dtype=torch.float64)
+    logits[:, [5, 9, 140, 141, 142]] = 2.0
+    hidden, weight, grad = table_case(logits)
+    targets = torch.tensor([5, 9, 0, 140, 142, 200, 141, 299])
+    _, grads = gradients(linear_logprob, hidden, weight, targets, None, grad.sign(), tail_eps=0.45)
+    case = tail_gradients(hidden, weight, targets, None, grad.sign(), "mean", 0.45)
+    assert 0 < case.tops < 24
+    for got, expected in zip(grads, case.gradients, strict=False):
+        assert relative(got, expected) < 2**-15
+
+
+def test_tops_save_pairs_and_error():
+    """Against a routing without tops: fewer pairs, a better dW, and a dH about as good."""
+    case = peaked_case(300, 64, 8192, entropy=1.5)
+    call = HeadCall(case.hidden, case.weight, None, 1.0, None, torch.float32)
+    saved = torch_forward.forward(call, case.targets, keep=True, profile=True, tops=True)
+    scored = torch.ones(300, dtype=torch.bool)
+    request = GradRequest(case.coefficients, scored, 2**-10, hidden=True, weight=True, bias=False)
+    true = exact(case)
+    answers = []
+    for kept in (saved, saved._replace(tops=saved.tops[:0])):
+        found, stats = torch_backward.backward(call, kept, request)
+        errors = relative(found.hidden, true.dhidden), relative(found.weight, true.dweight)
+        answers.append([stats[0].item(), *errors])
+    (pairs, d_hidden, d_weight), without = answers
+    assert pairs < 0.9 * without[0]
+    assert d_hidden < 1.15 * without[1]
+    assert d_weight < 0.9 * without[2]
+
+
+def test_same_bits_every_time():
+    *inputs, grad = make(200, 16, 3000, torch.float32, sharp=2.0)
+    first, again = (gradients(linear_logprob, *inputs, grad, tail_eps=2**-8) for _ in range(2))
+    for a, b in zip(first[1], again[1], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_tail_keeps_the_gradient_balanced():

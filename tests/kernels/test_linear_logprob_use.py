@@ -7,7 +7,8 @@ import pytest
 import torch
 from widemargin.kernels import reference
 from widemargin.kernels.linear_logprob.function import linear_logprob
-from widemargin.kernels.linear_logprob.torch_forward import forward, unpack_tops
+from widemargin.kernels.linear_logprob.routing import top_columns, top_shares
+from widemargin.kernels.linear_logprob.torch_forward import forward
 from widemargin.kernels.linear_logprob.types import HeadCall
 
 from tests.support.head_cases import gradients, make, relative
@@ -226,7 +227,7 @@ def test_forward_keeps_each_blocks_largest_element(vocabulary, dtype):
     call = HeadCall(hidden.detach(), weight.detach(), None, 1.0, 3.0, dtype)
     saved = forward(call, targets, keep=True, profile=True, tops=True)
     z = reference.head_logits(call.hidden, call.weight, softcap=3.0)
-    shares, columns = unpack_tops(saved.tops)
+    shares, columns = top_shares(saved.tops), top_columns(saved.tops)
     for b, block in enumerate(z.split(128, dim=1)):
         assert torch.equal(columns[b], block.argmax(1))
         expected = block.softmax(1).amax(1)
@@ -236,6 +237,6 @@ def test_forward_keeps_each_blocks_largest_element(vocabulary, dtype):
 def test_of_equal_largest_elements_one_is_kept():
     call = HeadCall(torch.zeros(2, 4), torch.zeros(200, 4), None, 1.0, None, torch.float32)
     tops = forward(call, torch.zeros(2, dtype=torch.int64), keep=True, profile=True, tops=True).tops
-    shares, columns = unpack_tops(tops)
+    shares, columns = top_shares(tops), top_columns(tops)
     torch.testing.assert_close(1 / shares[:, 0], torch.tensor([128.0, 72.0]), rtol=2**-15, atol=0)
     assert (columns < torch.tensor([[128], [72]])).all()

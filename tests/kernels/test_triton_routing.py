@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from widemargin.kernels.linear_logprob import cells, routing, tiles, triton_forward, triton_routing
+from widemargin.kernels.linear_logprob.types import GradRequest
 
 from bench.head.cells import choose_cells
 from tests.support.triton_inputs import DEVICE, inputs_of, saved_forward
@@ -55,9 +56,8 @@ def test_routing_is_that_of_choose_cells(unscored):
     scored = torch.arange(300, device=DEVICE) >= unscored
     grad = torch.where(scored, grad, 0.0).float()
     grad[200] = 0.0
-    routed, order, flags = choose_cells(
-        saved.partial_lse, saved.lse, saved.logps, targets, grad, scored, 2**-6
-    )
+    request = GradRequest(grad, scored, 2**-6, hidden=True, weight=True, bias=False)
+    routed, order, flags = choose_cells(saved, request)
     chosen = triton_routing.choose(call, saved, grad, scored, 2**-6, weighted=True)
     assert torch.equal(chosen.flags, flags)
     assert torch.equal(chosen.order, order)

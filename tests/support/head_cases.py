@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from widemargin.kernels import reference
 
 VARIANTS = [
     pytest.param({}, id="plain"),
@@ -38,3 +41,44 @@ def gradients(op, hidden, weight, targets, bias, grad, **kwargs):
     logps = op(hidden, weight, targets, bias=bias, **kwargs)
     leaves = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     return logps.detach(), torch.autograd.grad(logps, leaves, grad.to(logps.dtype))
+
+
+class TailCase(NamedTuple):
+    """Gradients as the tails are defined; active: share of pairs; tops: elements on their own."""
+
+    gradients: list[torch.Tensor]
+    active: float
+    tops: int
+
+
+@torch.no_grad()
+def tail_gradients(hidden, weight, targets, bias, grad, tail, eps, logit_scale=1.0, softcap=None):
+    """Targets and tops exact on their own; every inactive pair's other mass averaged or dropped."""
+    z = reference.head_logits(hidden, weight, bias, logit_scale, softcap)
+    slope = 1 - (z / softcap) ** 2 if softcap else torch.ones_like(z)
+    p, d_logits, rows = z.softmax(-1), torch.zeros_like(z), torch.arange(len(z))
+    bound = eps * grad.abs().mean() / grad.abs()
+    pairs, elements = 0, 0
+    for block in rows.new_tensor(range(z.shape[1])).split(128):
+        inside, own_slope = p[:, block], slope[:, block]
+        mass, column = inside.sum(-1), targets - block[0]
+        profile = (inside / mass[:, None] * own_slope).mean(0)
+        held = (column >= 0) & (column < len(block))
+        rest = torch.where(held, mass - p[rows, targets], mass)
+        top = len(block) - 1 - inside.flip(1).argmax(1)  # the last of equal ones
+        top_p = inside[rows, top]
+        alone = (top_p >= bound / 4) & (top != column)
+        rest = torch.where(alone, rest - top_p, rest)
+        active = rest >= bound
+        active |= active.sum() > 0.75 * len(z)
+        here = -inside * own_slope
+        here[held, column[held]] = 0
+        spread = -rest[:, None] * profile if tail == "mean" else torch.zeros_like(here)
+        alone &= ~active
+        spread[alone, top[alone]] += here[alone, top[alone]]
+        d_logits[:, block] = torch.where(active[:, None], here, spread)
+        pairs, elements = pairs + int(active.sum()), elements + int(alone.sum())
+    d_logits[rows, targets] += (1 - p[rows, targets]) * slope[rows, targets]
+    d_logits *= grad[:, None] * logit_scale
+    found = [d_logits @ weight, d_logits.T @ hidden, d_logits.sum(0)]
+    return TailCase(found, pairs * 128 / z.numel(), elements)
