@@ -45,11 +45,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def real_states(model_dir: Path, pairs: Path, rows: int, max_length: int) -> PeakedCase:
-    """Hidden states [N, H] of the pairs' completions, and SimPO's gradient for their log-probs."""
+def load_batches(
+    model_dir: Path, pairs: Path, rows: int, max_length: int, count: int = 1
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The model in fp32, and ``count`` batches of ``rows`` pairs each."""
     from widemargin.trainer.data import DataSettings, load_pairs
     from widemargin.trainer.model.loading import ModelSettings, load_model, load_tokenizer
-    from widemargin.trainer.objectives import build_objective
     from widemargin.trainer.packing import PairCollator
 
     settings = ModelSettings(model_name_or_path=str(model_dir), dtype="float32")
@@ -61,7 +62,15 @@ def real_states(model_dir: Path, pairs: Path, rows: int, max_length: int) -> Pea
     assert train is not None
     assert isinstance(tokenizer.pad_token_id, int)
     collate = PairCollator(tokenizer.pad_token_id)
-    batch = collate([train[i] for i in range(min(rows, len(train)))])
+    taken = [train[i] for i in range(min(count * rows, len(train)))]
+    return model, [collate(taken[i : i + rows]) for i in range(0, len(taken), rows)]
+
+
+def real_states(model_dir: Path, pairs: Path, rows: int, max_length: int) -> PeakedCase:
+    """Hidden states [N, H] of the pairs' completions, and SimPO's gradient for their log-probs."""
+    from widemargin.trainer.objectives import build_objective
+
+    model, (batch,) = load_batches(model_dir, pairs, rows, max_length)
     decoder: Any = model.get_decoder()
     with torch.no_grad():
         states = [
