@@ -6,6 +6,7 @@ A ``ValueError`` names the argument, what was expected and what came.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -20,9 +21,15 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def expect(fine: bool, name: str, expected: str, got: object) -> None:
+def expect(fine: bool, name: str, expected: str | Callable[[], str], got: object) -> None:
+    """Raise ``ValueError`` unless fine.
+
+    A text with a size in it is a function: formatted, a size becomes a constant of the graph that
+    ``torch.compile`` makes, which then makes one graph for every size.
+    """
     if not fine:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+        text = expected if isinstance(expected, str) else expected()
+        raise ValueError(f"{name}: expected {text}, got {got}")
 
 
 def check_tensors(**arguments: object) -> None:

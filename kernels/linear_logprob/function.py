@@ -152,20 +152,22 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     expect(hidden.dim() == 2, "hidden", "[N, H]; flatten batch and sequence", list(hidden.shape))
     width = hidden.shape[1]
     fits = weight.dim() == 2 and weight.shape[1] == width
-    expect(fits, "weight", f"[V, {width}]", list(weight.shape))
+    expect(fits, "weight", lambda: f"[V, {width}]", list(weight.shape))
     gathered = (
         "at least one vocabulary row (under ZeRO-3 or FSDP, call inside the lm_head module's "
         "forward, where it is gathered)"
     )
-    expect(len(weight) > 0, "weight", gathered, list(weight.shape))
-    expect(targets.shape == hidden.shape[:1], "targets", f"[{len(hidden)}]", list(targets.shape))
+    expect(weight.shape[0] > 0, "weight", gathered, list(weight.shape))
+    matches = targets.shape == hidden.shape[:1]
+    expect(matches, "targets", lambda: f"[{hidden.shape[0]}]", list(targets.shape))
     expect(targets.dtype == torch.int64, "targets", "int64 token ids", targets.dtype)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         expect(tensor.dtype in _DTYPES, name, "fp32, bf16, fp16 or fp64", tensor.dtype)
     same = f"hidden's dtype {hidden.dtype}; cast one of them or use autocast"
     expect(weight.dtype == hidden.dtype or _autocast(hidden), "weight", same, weight.dtype)
     if bias is not None:
-        expect(bias.shape == weight.shape[:1], "bias", f"[{len(weight)}]", list(bias.shape))
+        matches = bias.shape == weight.shape[:1]
+        expect(matches, "bias", lambda: f"[{weight.shape[0]}]", list(bias.shape))
         expect(bias.is_floating_point(), "bias", "a floating tensor", bias.dtype)
     devices = {x.device for x in (hidden, weight, targets, bias) if x is not None}
     expect(len(devices) == 1, "devices", "all inputs on one device", sorted(map(str, devices)))

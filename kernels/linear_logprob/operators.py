@@ -8,7 +8,9 @@ Shapes: N tokens, H hidden, V vocabulary, B blocks of vocabulary rows.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ def forward_op(
 def _(hidden, weight, *rest):
     tail, _tail_eps, compute_dtype, _backend, keep = rest[-5:]
     dtype = torch.promote_types(compute_dtype, torch.float32)
-    rows, vocabulary = len(hidden), len(weight)
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
 
     def new(*shape):
         return hidden.new_empty(shape, dtype=dtype)
@@ -108,14 +110,17 @@ def backward_op(
             gradients, routing_stats = torch_backward(call, saved, request)
     if stats is not None:
         stats.copy_(routing_stats)
-    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
+    # Contiguous whatever the inputs' strides are, as the fake's are: compiled code relies on it.
+    d_hidden, d_weight, d_bias = (
+        hidden.new_empty(0) if g is None else g.contiguous() for g in gradients
+    )
     return d_hidden, d_weight, d_bias
 
 
 @backward_op.register_fake
 def _(grad, hidden, weight, targets, bias, *rest):
     inputs = zip((hidden, weight, bias), rest[-1], strict=True)
-    return tuple(torch.empty_like(x) if need else hidden.new_empty(0) for x, need in inputs)
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in inputs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -174,20 +179,46 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
         expect(False, "targets", f"ids in [0, {vocabulary}) or {IGNORE_INDEX}", wrong)
 
 
+class _IeeeProducts:
+    """A context in which fp32 products stay IEEE: no TF32 or bf16 in their place.
+
+    torch keeps this setting for the process, so threads share it: the first one in sets it, the
+    last one out restores what the first found.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = [(x, x.fp32_precision) for x in _product_backends()]
+                for backend, _ in self._before:
+                    backend.fp32_precision = "ieee"
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for backend, precision in self._before:
+                    backend.fp32_precision = precision
+
+
+def _product_backends() -> list[Any]:
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    return [backend for backend in backends if backend is not None]
+
+
+ieee_products = _IeeeProducts()
+
+
 @contextlib.contextmanager
 def plain_arithmetic(hidden: Tensor) -> Iterator[None]:
-    """No autocast, and fp32 products stay IEEE: no TF32 or bf16 in their place.
+    """No autocast, and `ieee_products`.
 
     Triton launches on the current device, which is that of ``hidden`` meanwhile.
     """
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    backends = [backend for backend in backends if backend is not None]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    device = torch.cuda.device_of(hidden)
+    with ieee_products, device, torch.autocast(hidden.device.type, enabled=False):
+        yield

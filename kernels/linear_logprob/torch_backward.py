@@ -139,7 +139,7 @@ class Backward:
 
         width = call.hidden.shape[1]
         self.d_hidden = grad.new_zeros(call.hidden.shape) if request.hidden else None
-        self.d_weight = torch.empty_like(call.weight) if request.weight else None
+        self.d_weight = call.weight.new_empty(call.weight.shape) if request.weight else None
         self.d_bias = grad.new_zeros(len(call.weight)) if request.bias else None
         self.in_place = call.weight.dtype == grad.dtype
         needs_scratch = request.weight and not self.in_place

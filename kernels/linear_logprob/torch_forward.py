@@ -37,11 +37,12 @@ def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool, tops:
     column_sums = new(num_blocks(vocabulary), BLOCK if profile else 0, dtype=dtype).zero_()
     counts = column_sums.new_zeros(num_blocks(vocabulary), 1)
     buffer = new(min(rows, ROWS) * COLUMNS, dtype=dtype)
-    for row in range(0, rows, ROWS):
-        hidden = operand(call, call.hidden[row : row + ROWS])
-        tokens = slice(row, row + len(hidden))
-        for start in range(0, vocabulary, COLUMNS):
-            weight = operand(call, call.weight[start : start + COLUMNS])
+    operands = operand(call, call.hidden)
+    for start in range(0, vocabulary, COLUMNS):
+        weight = operand(call, call.weight[start : start + COLUMNS])  # cast once for all tokens
+        for row in range(0, rows, ROWS):
+            hidden = operands[row : row + ROWS]
+            tokens = slice(row, row + len(hidden))
             chunk = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
             z = logits(call, hidden, weight, start, chunk)
             _pick_targets(z, targets[tokens], start, target_logits[tokens])

@@ -149,7 +149,7 @@ def _check_tokens(token_logps: Tensor, cu_seqlens: Tensor) -> None:
             f"cu_seqlens: expected the device of token_logps, {token_logps.device}, got "
             f"{cu_seqlens.device}"
         )
-    _check_boundaries(cu_seqlens, len(token_logps))
+    _check_boundaries(cu_seqlens, token_logps.shape[0])
 
 
 def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from widemargin.kernels import reference
+from widemargin.kernels.linear_logprob import operators
 from widemargin.kernels.linear_logprob.function import linear_logprob
 from widemargin.kernels.linear_logprob.routing import top_columns, top_shares
 from widemargin.kernels.linear_logprob.torch_forward import forward
 from widemargin.kernels.linear_logprob.types import HeadCall
+from widemargin.kernels.margin_loss import margin_loss
 
 from tests.support.head_cases import gradients, make, relative
 
@@ -152,6 +159,59 @@ def test_compiles_as_one_graph(mode):
     compiled = torch.compile(scored, fullgraph=True, backend=mode)
     got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
     torch.testing.assert_close(got, expected)
+
+
+def test_changing_sizes_make_at_most_two_graphs():
+    """One for the first size, and one for all others."""
+    _, weight, _, bias, _ = make(1, 8, 700, torch.float32, bias=True)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def loss(hidden, targets, cu_seqlens):
+        logps = linear_logprob(hidden * 1.5, weight, targets, bias=bias)
+        return margin_loss(logps, cu_seqlens, torch.zeros(1), beta=2.0).sum()
+
+    for n in (12, 13, 20, 64, 33, 129, 2):
+        hidden, _, targets, _, _ = make(n, 8, 700, torch.float32, seed=n)
+        loss(hidden, targets, torch.tensor([0, n // 2, n])).backward()
+        assert hidden.grad is not None
+    assert counter.frame_count <= 2
+
+
+def test_fake_and_real_results_have_the_same_strides():
+    """Inductor's code reads what the operators return by the strides that the fakes have."""
+    hidden, weight, targets, bias, grad = make(6, 8, 300, torch.float32, bias=True)
+    hidden, weight, bias = (x.detach() for x in (hidden.T.contiguous().T, weight, bias))
+    weight = weight.T.contiguous().T
+    settings = (1.0, None, "mean", 2**-4, torch.float32, "torch")
+    inputs = (hidden, weight, targets, bias)
+    kept = operators.forward_op(*inputs, None, *settings, True)
+    arguments = (grad.float(), *inputs, None, *kept, *settings, [True] * 3)
+    real = (*kept, *operators.backward_op(*arguments))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        fake = operators.forward_op(*fakes[1:5], None, *settings, True)
+        fake = (*fake, *operators.backward_op(*fakes))
+    for mine, expected in zip(fake, real, strict=True):
+        assert (mine.shape, mine.dtype) == (expected.shape, expected.dtype)
+        assert mine.stride() == expected.stride()
+
+
+def test_products_stay_ieee_until_the_last_thread_leaves():
+    backends: Any = torch.backends
+    mkldnn = backends.mkldnn.matmul
+    before, mkldnn.fp32_precision = mkldnn.fp32_precision, "bf16"
+    try:
+        with ExitStack() as first, ExitStack() as second:
+            first.enter_context(operators.ieee_products)
+            assert mkldnn.fp32_precision == "ieee"
+            second.enter_context(operators.ieee_products)
+            first.close()
+            assert mkldnn.fp32_precision == "ieee"
+            second.close()
+            assert mkldnn.fp32_precision == "bf16"
+    finally:
+        mkldnn.fp32_precision = before
 
 
 def test_gradient_checkpointing():
