@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,8 +31,9 @@ from bench.lib.peaked import PeakedCase
 from bench.lib.record import Row, add_output_options, destination, environment, keep_others, writer
 from bench.lib.timing import timed
 
-EXPONENTS = (-12, -14, -16, -18)
-STEPS, LEARNING_RATE = 5, 1e-5
+EXPONENTS = (-12, -14, -16, -17)
+STEPS, LEARNING_RATE, MAX_GRAD_NORM = 5, 1e-5, 1.0
+"""As the trainer clips: AdamW's epsilon silences the rows whose clipped gradients are tiny."""
 Batch = dict[str, Any]
 
 
@@ -54,7 +55,7 @@ class Way:
 
 
 EXACT = Way(0.0)
-WAYS = (Way(0.0, autocast=True), *(Way(2.0**e, tops) for tops in (True, False) for e in EXPONENTS))
+BF16 = Way(0.0, autocast=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,7 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="pairs a step (default 2)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens (default 128)")
     parser.add_argument("--timed-rows", type=int, default=8, help="pairs to time with (default 8)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each time (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each time (default 3; 0: none)")
+    parser.add_argument("--exponents", type=int, nargs="+", default=EXPONENTS)
     add_output_options(parser, "adamw.json")
     return parser.parse_args(arguments)
 
@@ -86,6 +88,7 @@ def trained(model: Any, start: dict[str, Tensor], batches: Iterable[Batch], way:
             with torch.autocast("cpu", torch.bfloat16, enabled=way.autocast):
                 losses, _ = pair_margins(model, batch)
             losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -103,7 +106,7 @@ def distances(
     return {name: math.sqrt(gap / update) for name, (gap, update) in squares.items()}
 
 
-def head_rows(case: PeakedCase, repeats: int) -> dict[Way, Row]:
+def head_rows(case: PeakedCase, ways: list[Way], repeats: int) -> dict[Way, Row]:
     """The head's time, best of ``repeats``, as a share of full logits', and its errors."""
     expected = exact(case)
     leaves = [x.requires_grad_() for x in (case.hidden, case.weight)]
@@ -118,8 +121,7 @@ def head_rows(case: PeakedCase, repeats: int) -> dict[Way, Row]:
     def full(*inputs: Tensor) -> Tensor:
         return PROVIDERS["full-logits"].forward(*inputs)[0]
 
-    ways = [way for way in WAYS if not way.autocast]
-    best, errors = dict.fromkeys((None, EXACT, *ways), math.inf), {}
+    best, errors = dict.fromkeys((None, *ways), math.inf), {}
     for _ in range(repeats):
         for way in best:
             with way.routed() if way else contextlib.nullcontext():
@@ -136,11 +138,13 @@ def head_rows(case: PeakedCase, repeats: int) -> dict[Way, Row]:
             "times_full_logits": best[None] / best[way],
             "errors": dict(zip(("dhidden", "dweight"), errors[way], strict=True)),
         }
-        for way in (EXACT, *ways)
+        for way in ways
     }
 
 
-def training_rows(model: Any, batches: list[Batch], held_out: Batch) -> dict[Way, Row]:
+def training_rows(
+    model: Any, batches: list[Batch], held_out: Batch, ways: list[Way]
+) -> Iterator[tuple[Way, Row]]:
     """How far each way ends from exact's weights, and from its margins on ``held_out``."""
     model.requires_grad_(True)
     start = {name: x.clone() for name, x in model.state_dict().items()}
@@ -155,16 +159,10 @@ def training_rows(model: Any, batches: list[Batch], held_out: Batch) -> dict[Way
     trained(model, start, batches, EXACT)
     aim = {name: x.clone() for name, x in model.state_dict().items()}
     aimed = margins()
-    rows = {}
-    for way in WAYS:
+    for way in ways:
         trained(model, start, batches, way)
         gap = (margins() - aimed).norm() / (aimed - before).norm()
-        rows[way] = {
-            "distance": distances(model, start, aim, head),
-            "margin_gap": float(gap),
-        }
-        print(way, rows[way], flush=True)
-    return rows
+        yield way, {"distance": distances(model, start, aim, head), "margin_gap": float(gap)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,18 +172,23 @@ def main(arguments: list[str] | None = None) -> int:
         options.model, options.pairs, options.rows, options.max_length, STEPS + 1
     )
     *steps, held_out = batches
-    training = training_rows(model, steps, held_out)
-    case = real_states(options.model, options.pairs, options.timed_rows, 512)
-    timing = head_rows(case, options.repeats)
     tokens = sum(len(batch["targets"]) for batch in steps) // STEPS
     shared = {"op": "adamw", "case": options.model.name, **environment("cpu", commit)}
     shared |= {"tokens_per_step": tokens, "pairs_per_step": options.rows, "steps": STEPS}
-    shared |= {"timed_tokens": len(case.targets), "vocab": len(case.weight)}
-    rows = [
-        shared | dataclasses.asdict(way) | training.get(way, {}) | timing.get(way, {})
-        for way in (EXACT, *WAYS)
-    ]
-    writer(out)(keep_others(out, rows, ("case",)) + rows)
+    means = [Way(2.0**e, tops) for tops in (True, False) for e in options.exponents]
+    rows: dict[Way, Row] = {}
+    kept = keep_others(out, [shared], ("case",))
+    write = writer(out)
+    for way, row in training_rows(model, steps, held_out, [*means, BF16]):
+        print(way, row, flush=True)
+        rows[way] = shared | dataclasses.asdict(way) | row
+        write(kept + list(rows.values()))
+    if options.repeats:
+        case = real_states(options.model, options.pairs, options.timed_rows, 512)
+        for way, row in head_rows(case, [EXACT, *means], options.repeats).items():
+            before = rows.get(way, shared | dataclasses.asdict(way))
+            rows[way] = before | row | {"timed_tokens": len(case.targets)}
+        write(kept + list(rows.values()))
     return 0
 
 
