@@ -185,10 +185,10 @@ def _planning(file: File) -> str:
 def _active(file: File) -> str:
     commit = (file.content.get("commit") or file.rows[0].get("commit") or "no commit")[:9]
     return (
-        f"At the default `tail_eps`, 2^{math.log2(TAIL_EPS):.0f}; {commit}. *pairs* are single "
-        "(token, block) pairs, *cells* sorted tiles of 128 tokens; *x* says by how much a model's "
-        "logits were sharpened. `python -m bench.head.active --model DIR --pairs FILE` does this "
-        "for "
+        f"At the op's default `tail_eps`, 2^{math.log2(TAIL_EPS):.0f}; {commit}. *pairs* are "
+        "single (token, block) pairs, *cells* sorted tiles of 128 tokens; *x* says by how much a "
+        "model's logits were sharpened. `python -m bench.head.active --model DIR --pairs FILE` "
+        "does this for "
         "your own model."
         f"\n\n{head.active_table(file.rows)}"
     )

@@ -9,6 +9,6 @@ pairs a backward computes; `cells` lists them for the GPU.
 
 from ..checks import Backend
 from .function import linear_logprob
-from .types import TAIL_EPS, HeadStats, Tail
+from .types import TAIL_EPS, TRAINING_TAIL_EPS, HeadStats, Tail
 
-__all__ = ["TAIL_EPS", "Backend", "HeadStats", "Tail", "linear_logprob"]
+__all__ = ["TAIL_EPS", "TRAINING_TAIL_EPS", "Backend", "HeadStats", "Tail", "linear_logprob"]

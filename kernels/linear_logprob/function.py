@@ -99,7 +99,8 @@ def linear_logprob(
             backward. "mean" spreads their exact mass over the block's rows by the batch's average
             distribution there, "drop" ignores it, "exact" computes every pair.
         tail_eps: mass from which a pair is computed, weighted by its token's share of the
-            gradient: ``|g_i| * mass >= tail_eps * mean|g|``. Probability in (0, 1).
+            gradient: ``|g_i| * mass >= tail_eps * mean|g|``. Probability in (0, 1). Train with
+            ``TRAINING_TAIL_EPS``: AdamW makes more of an error than its norm says.
         backend: "triton", "torch", or "auto": the fastest that takes these inputs.
         return_stats: also return `HeadStats`, which backward fills.
 

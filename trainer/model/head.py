@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from ...kernels.linear_logprob import TAIL_EPS, Backend, HeadStats, Tail, linear_logprob
+from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tail, linear_logprob
 from ..errors import UserError
 from ..packing.masks import packed_arguments
 
@@ -54,7 +54,7 @@ def patch_head(
     model: PreTrainedModel,
     *,
     tail: Tail = "mean",
-    tail_eps: float = TAIL_EPS,
+    tail_eps: float = TRAINING_TAIL_EPS,
     backend: Backend = "auto",
 ) -> Scoring:
     """Teach ``model`` to return log-probs of given tokens; see the module's docstring.

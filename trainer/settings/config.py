@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ...kernels.linear_logprob import TAIL_EPS, Backend, Tail
+from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, Tail
 from ..errors import UserError, expect_one_of, is_whole
 from ..objectives import OBJECTIVES, Objective, build_objective, hyperparameters_of
 from .checks import (
@@ -54,7 +54,7 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
     #: What the head's backward does with negligible probability mass: "mean", "exact", "drop".
     head_tail: Tail = "mean"
     #: Mass from which the head's backward computes a block of vocabulary, in (0, 1).
-    head_tail_eps: float = TAIL_EPS
+    head_tail_eps: float = TRAINING_TAIL_EPS
     #: What runs the head: "triton" (CUDA only), "torch", or "auto", the first that can.
     head_backend: Backend = "auto"
     #: Set every dropout probability to zero, so that a log-prob is one number.
