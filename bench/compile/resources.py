@@ -91,16 +91,20 @@ class HeadKernel(NamedTuple):
     field: str | None
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     archs: tuple[int, ...] = (80, 90)
-    softcap: bool = False  # whether it sees the softcap
+    variants: tuple[str, ...] = ()  # of `VARIANTS`, in half precision
     product: bool = True
 
 
 _HEAD = "widemargin.kernels.linear_logprob"
 HEAD = {
-    "_forward_kernel": HeadKernel(f"{_HEAD}.triton_forward", "forward", softcap=True),
-    "_forward_tma_kernel": HeadKernel("bench.head.forwards.tma", "", ("bf16",), (90,)),
+    "_forward_kernel": HeadKernel(
+        f"{_HEAD}.triton_forward", "forward", variants=("softcap", "sampled")
+    ),
+    "_forward_tma_kernel": HeadKernel(
+        "bench.head.forwards.tma", "", ("bf16",), (90,), ("sampled",)
+    ),
     "_statistics_kernel": HeadKernel("bench.head.forwards.library", "", product=False),
-    "_recompute_kernel": HeadKernel(f"{_HEAD}.triton_cells", "recompute", softcap=True),
+    "_recompute_kernel": HeadKernel(f"{_HEAD}.triton_cells", "recompute", variants=("softcap",)),
     "_weight_kernel": HeadKernel(f"{_HEAD}.triton_cells", "d_weight"),
     "_hidden_kernel": HeadKernel(f"{_HEAD}.triton_cells", "d_hidden"),
     "_bias_kernel": HeadKernel(f"{_HEAD}.triton_cells", None, product=False),
@@ -111,8 +115,17 @@ HEAD = {
 }
 
 
-def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -> Source:
-    """A kernel of the head as it is launched with ``tile``."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "softcap": {"HAS_SOFTCAP": True},
+    "sampled": {"every": 1},
+}
+"""Constants of a kernel's variants. The forward's "sampled" adds every token tile to the profile,
+so `outside_main_loop` counts a tile that does; without it, one that does not."""
+
+
+def head_source(kernel: str, dtype: str, tile: Tile, variant: str = "") -> Source:
+    """A kernel of the head as it is launched with ``tile``; ``variant`` is of `VARIANTS`."""
     import triton.language as tl
     from widemargin.kernels.linear_logprob.cells import ENOUGH
     from widemargin.kernels.linear_logprob.routing import BLOCK
@@ -126,6 +139,7 @@ def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -
     longs += ("target_bounds_ptr", "tile_blocks_ptr")
     types = dict.fromkeys(inputs, f"*{dtype}") | dict.fromkeys(longs, "*i64")
     types |= {"logit_scale": "fp32", "softcap": "fp32", "flags_ptr": "*i8", "counts_ptr": "*fp32"}
+    types["tops_ptr"] = "*i32"
     if kernel == "_count_kernel":
         types["counts_ptr"] = "*i32"
     types |= {
@@ -143,12 +157,13 @@ def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -
         "GROUP": GROUP,
         "ENOUGH": ENOUGH,
         "HAS_BIAS": False,
-        "HAS_SOFTCAP": softcap,
+        "HAS_SOFTCAP": False,
+        "TOPS": True,
         "PROFILE": True,
         "TAIL": True,
         "WEIGHTED": True,
         "ROUND": tl.float32 if dtype == "fp32" else tl.bfloat16,
-    }
+    } | VARIANTS[variant]
     arguments = [name for name in fn.arg_names if name not in constants]
     signature = {
         name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in arguments
@@ -164,7 +179,7 @@ def head_source(kernel: str, dtype: str, tile: Tile, *, softcap: bool = False) -
     )
 
 
-def _head(kernel: str, dtype: str, arch: int, softcap: bool = False) -> Callable[[], Source]:
+def _head(kernel: str, dtype: str, arch: int, variant: str) -> Callable[[], Source]:
     """A kernel of the head with the tile that `tiles.py`, or its own module, gives it."""
 
     def source() -> Source:
@@ -180,9 +195,9 @@ def _head(kernel: str, dtype: str, arch: int, softcap: bool = False) -> Callable
             tile = getattr(tiles.FULL if dtype == "fp32" else tiles.HALF[arch], field)
         else:
             tile = importlib.import_module(HEAD[kernel].module).TILE
-        if kernel == "_forward_kernel" and softcap:
+        if kernel == "_forward_kernel" and variant == "softcap":
             tile = tile._replace(columns=BLOCK)
-        return head_source(kernel, dtype, tile, softcap=softcap)
+        return head_source(kernel, dtype, tile, variant)
 
     return source
 
@@ -197,17 +212,17 @@ KERNELS: list[Kernel] = [
 KERNELS += [
     Kernel(
         f"head{name.removesuffix('_kernel').replace('_', ' ')} {dtype}"
-        + (" softcap" if softcap else ""),
-        _head(name, dtype, arch, softcap),
+        + (f" {variant}" if variant else ""),
+        _head(name, dtype, arch, variant),
         archs=(arch,),
         needs_tensor_cores=kernel.product and dtype != "fp32",
     )
     for name, kernel in HEAD.items()
     for dtype in kernel.dtypes
-    for softcap in (False, True)
-    for arch in kernel.archs
     # In fp32, which no tensor core serves, the softcap spills a few bytes in every tile tried.
-    if not softcap or (kernel.softcap and dtype == "bf16")
+    for variant in ("", *(kernel.variants if dtype == "bf16" else ()))
+    for arch in kernel.archs
+    if arch == 90 or variant != "sampled"  # of no launch: it is there for its count on sm_90
 ]
 
 
@@ -231,13 +246,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         if "error" in row:
-            found = ["–", "–", "–", row["error"].splitlines()[0].replace("|", "/")]
+            found = ["–", "–", "–", "–", row["error"].splitlines()[0].replace("|", "/")]
         else:
             counts = ", ".join(f"{count} {opcode}" for opcode, count in row["instructions"].items())
             shared = f"{row['shared_bytes'] / 1024:.2f}".rstrip("0").rstrip(".")
-            found = [row["registers"], row["spill_bytes"], shared, counts or "–"]
+            outside = row["outside_loop"] or "–"
+            found = [row["registers"], row["spill_bytes"], shared, outside, counts or "–"]
         lines.append([row["kernel"], row["arch"], *found])
-    columns = ("kernel", "arch", "registers", "spilled, bytes", "shared, KiB", "instructions")
+    columns = ("kernel", "arch", "registers", "spilled, bytes", "shared, KiB")
+    columns += ("outside the main loop", "instructions")
     return markdown(columns, lines, text=2)
 
 

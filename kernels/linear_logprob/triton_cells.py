@@ -45,8 +45,9 @@ def _recompute_kernel(
         mask_v = offs_v < V
         z = logits_tile(
             hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, mask_n, mask_v, stride_hn, stride_wv,
-            H, logit_scale, TILE, BLOCK, DEPTH, HAS_BIAS, ROUND,
+            H, TILE, BLOCK, DEPTH, HAS_BIAS, ROUND,
         )  # fmt: skip
+        z *= logit_scale
         if HAS_SOFTCAP:
             z, slope = softcap_parts(z, softcap)
         lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)

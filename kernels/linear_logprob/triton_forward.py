@@ -22,14 +22,17 @@ from .tiles import Tile, tiles_for
 from .triton_tile import inner_contiguous, logits_tile, store_statistics, triton_dtype
 from .types import HeadCall, Saved
 
+PROFILE_ALL = 1024
+"""Tokens below which all of them make the profile."""
 
-@triton.jit(do_not_specialize=["N", "B"])
+
+@triton.jit(do_not_specialize=["N", "B", "every"])
 def _forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr,
-    partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
-    stride_hn, stride_wv, N, H, V, B, logit_scale, softcap,
+    partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+    stride_hn, stride_wv, N, H, V, B, every, logit_scale, softcap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PROFILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TOPS: tl.constexpr, PROFILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):  # fmt: skip
     """One [ROWS, COLUMNS] tile; outputs as in `store_statistics`.
@@ -45,22 +48,32 @@ def _forward_kernel(
     offs_v = group * COLUMNS + tl.arange(0, COLUMNS)
     z = logits_tile(
         hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, offs_n < N, offs_v < V,
-        stride_hn, stride_wv, H, logit_scale, ROWS, COLUMNS, DEPTH, HAS_BIAS, ROUND,
+        stride_hn, stride_wv, H, ROWS, COLUMNS, DEPTH, HAS_BIAS, ROUND,
     )  # fmt: skip
     store_statistics(
-        z, tile, group, targets_ptr, partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
-        N, V, B, softcap, ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, PROFILE,
+        z, tile, group, every, targets_ptr,
+        partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+        N, V, B, logit_scale, softcap, ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, TOPS, PROFILE,
     )  # fmt: skip
 
 
 class Statistics(NamedTuple):
-    """What the product's epilogue writes. partial_lse [B, N]; target_logits [N]; profile [T, V] and
-    counts [T, B], sums per token tile, with no columns without a profile."""
+    """What the product's epilogue writes.
+
+    partial_lse: [B, N]. tops: [B, N] int32, see `Saved`, or no rows. target_logits: [N], NaN where
+    a target is outside the vocabulary. profile: [S, V] and counts: [S, B], sums of S token tiles;
+    no columns without a profile.
+    """
 
     partial_lse: Tensor
+    tops: Tensor
     target_logits: Tensor
     profile: Tensor
     counts: Tensor
+
+    def flags(self) -> dict[str, bool]:
+        """Which of them a kernel is to write."""
+        return {"TOPS": self.tops.numel() > 0, "PROFILE": self.profile.numel() > 0}
 
 
 Launch = Callable[[HeadCall, Tensor, Statistics, Tile], None]
@@ -86,18 +99,21 @@ def forward_by(
     """As `forward`, with another tile or another way to the logits: benchmarks compare them."""
     if call.softcap is not None:
         tile = tile._replace(columns=BLOCK)
+    call = _positive_scale(call)
     call = call._replace(hidden=inner_contiguous(call.hidden), weight=inner_contiguous(call.weight))
     rows, vocabulary = len(call.hidden), len(call.weight)
     blocks, token_tiles = num_blocks(vocabulary), triton.cdiv(rows, tile.rows)
+    sampled = triton.cdiv(token_tiles, profile_step(rows))
 
     def new(*shape: int) -> Tensor:
         return call.hidden.new_empty(shape, dtype=torch.float32)
 
     statistics = Statistics(
-        new(blocks, rows),
-        new(rows),
-        new(token_tiles, vocabulary if profile else 0),
-        new(token_tiles, blocks if profile else 0),
+        partial_lse=new(blocks, rows),
+        tops=call.hidden.new_empty((blocks if tops else 0, rows), dtype=torch.int32),
+        target_logits=new(rows).fill_(torch.nan),
+        profile=new(sampled, vocabulary if profile else 0),
+        counts=new(sampled, blocks if profile else 0),
     )
     if rows:
         launch(call, targets, statistics, tile)
@@ -107,9 +123,31 @@ def forward_by(
         total = statistics.counts.sum(0).clamp_min_(1)
         total = total.repeat_interleave(BLOCK, output_size=blocks * BLOCK)
         profiles /= total[:vocabulary]
-    partial_lse = statistics.partial_lse if keep else statistics.partial_lse[:0]
-    none = partial_lse.new_zeros(blocks if tops else 0, rows, dtype=torch.int32)
-    return Saved(targets, statistics.target_logits - lse, lse, partial_lse, profiles, none)
+    return Saved(
+        targets=targets,
+        logps=statistics.target_logits - lse,
+        lse=lse,
+        partial_lse=statistics.partial_lse if keep else statistics.partial_lse[:0],
+        profile=profiles,
+        tops=statistics.tops,
+    )
+
+
+def profile_step(rows: int) -> int:
+    """Of how many token tiles one adds to the profile: a quarter of many tokens tells as much."""
+    return 4 if rows >= PROFILE_ALL else 1
+
+
+def _positive_scale(call: HeadCall) -> HeadCall:
+    """The same logits by a ``logit_scale`` above 0, with which a block's largest stays largest."""
+    if call.logit_scale > 0:
+        return call
+    sign = -1.0 if call.logit_scale else 0.0
+    return call._replace(
+        hidden=call.hidden * sign,
+        bias=None if call.bias is None else call.bias * sign,
+        logit_scale=abs(call.logit_scale) or 1.0,
+    )
 
 
 def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) -> None:
@@ -121,9 +159,8 @@ def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) 
     _forward_kernel[(together, groups, triton.cdiv(tiles, together))](
         hidden, weight, weight if call.bias is None else call.bias, targets, *statistics,
         hidden.stride(0), weight.stride(0), rows, width, vocabulary, num_blocks(vocabulary),
-        call.logit_scale, 1.0 if call.softcap is None else call.softcap,
+        profile_step(rows), call.logit_scale, 1.0 if call.softcap is None else call.softcap,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
-        HAS_BIAS=call.bias is not None,
-        HAS_SOFTCAP=call.softcap is not None, PROFILE=statistics.profile.numel() > 0,
+        HAS_BIAS=call.bias is not None, HAS_SOFTCAP=call.softcap is not None, **statistics.flags(),
         ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -19,6 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_mode import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
 PROGRAMS_PER_UNIT = 4
 """Programs per multiprocessor where programs deal the work among themselves."""
 
@@ -33,12 +38,11 @@ def softcap_parts(z, softcap):
 
 @triton.jit
 def logits_tile(
-    hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, mask_n, mask_v, stride_hn, stride_wv,
-    H, logit_scale,
+    hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, mask_n, mask_v, stride_hn, stride_wv, H,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Logits [ROWS, COLUMNS] in fp32 of tokens ``offs_n`` over rows ``offs_v``, before any softcap.
+    """Logits [ROWS, COLUMNS] in fp32 of tokens ``offs_n`` over rows ``offs_v``, before any scale.
 
     ROUND: dtype that inputs are rounded to first, as under autocast.
     """
@@ -53,31 +57,55 @@ def logits_tile(
         acc = tl.dot(a.to(ROUND), b.to(ROUND), acc, input_precision="ieee")
         hidden_ptrs += DEPTH
         weight_ptrs += DEPTH
-    return finish_logits(acc, bias_ptr, offs_v, mask_v, logit_scale, HAS_BIAS, ROUND)
+    return add_bias(acc, bias_ptr, offs_v, mask_v, HAS_BIAS, ROUND)
 
 
 @triton.jit
-def finish_logits(
-    z, bias_ptr, offs_v, mask_v, logit_scale, HAS_BIAS: tl.constexpr, ROUND: tl.constexpr
-):
-    """The products' bias and scale."""
+def add_bias(z, bias_ptr, offs_v, mask_v, HAS_BIAS: tl.constexpr, ROUND: tl.constexpr):
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(ROUND).to(tl.float32)
         z += bias[None, :]
-    return z * logit_scale
+    return z
+
+
+@triton.jit
+def _exp2(x):
+    """``2 ** x`` in one instruction; results below 2**-126 are 0."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _store_targets(
+    z, group, targets_ptr, target_logits_ptr, offs_n, mask_n, V, logit_scale, COLUMNS: tl.constexpr
+):
+    """Of a tile's logits those of targets, where it holds any."""
+    local = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - group * COLUMNS
+    here = (local >= 0) & (local < tl.minimum(V - group * COLUMNS, COLUMNS))
+    local = tl.where(here, local, -1).to(tl.int32)
+    if tl.max(local, axis=0) >= 0:
+        hit = tl.arange(0, COLUMNS)[None, :] == local[:, None]
+        target_logits = tl.sum(tl.where(hit, z, 0.0), axis=1) * logit_scale
+        tl.store(target_logits_ptr + offs_n, target_logits, mask=here)
 
 
 @triton.jit
 def store_statistics(
-    z, tile, group, targets_ptr, partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
-    N, V, B, softcap,
+    z, tile, group, every, targets_ptr,
+    partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+    N, V, B, logit_scale, softcap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PROFILE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, TOPS: tl.constexpr, PROFILE: tl.constexpr,
 ):  # fmt: skip
-    """Of logits ``z`` [ROWS, COLUMNS] before any softcap: all that the forward keeps.
+    """Of logits ``z`` [ROWS, COLUMNS] before scale and softcap: all that the forward keeps.
 
-    partial_lse [B, N], per block of WIDTH columns; target_logits [N]; profile [T, V] and counts
-    [T, B], sums over the tile's tokens.
+    Outputs as in `triton_forward.Statistics`; the profile of one token tile in ``every``. What is
+    done for each element is kept short: a tile has as many as a thousand steps of its product.
+
+    logit_scale: above 0.
     """
     BLOCKS: tl.constexpr = COLUMNS // WIDTH
     offs_n = tile * ROWS + tl.arange(0, ROWS)
@@ -85,37 +113,47 @@ def store_statistics(
     mask_n = offs_n < N
     mask_v = offs_v < V
     if HAS_SOFTCAP:
-        z, slope = softcap_parts(z, softcap)
-    z = tl.where(mask_v[None, :], z, float("-inf"))
+        z, slope = softcap_parts(z * logit_scale, softcap)
+        logit_scale = 1.0
+    if group * COLUMNS + COLUMNS > V:
+        z = tl.where(mask_v[None, :], z, float("-inf"))
 
-    targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
-    hit = offs_v[None, :] == targets[:, None]
-    target_logits = tl.sum(tl.where(hit, z, 0.0), axis=1)
-    here = (targets >= group * COLUMNS) & (targets < group * COLUMNS + COLUMNS)
-    tl.store(target_logits_ptr + offs_n, target_logits, mask=mask_n & here)
-
+    _store_targets(
+        z, group, targets_ptr, target_logits_ptr, offs_n, mask_n, V, logit_scale, COLUMNS
+    )
     blocked = tl.reshape(z, [ROWS, BLOCKS, WIDTH])
     top = tl.max(blocked, axis=2)
+    if TOPS:  # before `inside` takes as many registers again
+        column = tl.arange(0, WIDTH)[None, None, :]
+        column = tl.max(tl.where(blocked == top[:, :, None], column, 0), axis=2)
     top = tl.where(top == float("-inf"), 0.0, top)
-    inside = tl.exp(blocked - top[:, :, None])
+    step = logit_scale * _LOG2E
+    inside = _exp2(blocked * step - (top * step)[:, :, None])
     sums = tl.sum(inside, axis=2)
     offs_b = group * BLOCKS + tl.arange(0, BLOCKS)
     mask_b = offs_b < B
-    partial = top + tl.log(sums)
-    partial_ptrs = partial_lse_ptr + offs_b.to(tl.int64)[None, :] * N + offs_n[:, None]
-    tl.store(partial_ptrs, partial, mask=mask_n[:, None] & mask_b[None, :])
+    places = offs_b.to(tl.int64)[None, :] * N + offs_n[:, None]
+    mask = mask_n[:, None] & mask_b[None, :]
+    tl.store(partial_lse_ptr + places, top * logit_scale + tl.log(sums), mask=mask)
+    share = 1.0 / sums
+    if TOPS:
+        packed = (share.to(tl.int32, bitcast=True) & -WIDTH) | column
+        tl.store(tops_ptr + places, packed, mask=mask)
 
-    if PROFILE:
-        usable = (sums > 0) & (sums < float("inf")) & mask_n[:, None]
-        share = tl.where(usable[:, :, None], inside / sums[:, :, None], 0.0)
-        if HAS_SOFTCAP:
-            share = tl.where(
-                usable[:, :, None], share * tl.reshape(slope, [ROWS, BLOCKS, WIDTH]), 0.0
-            )
-        columns = tl.reshape(tl.sum(share, axis=0), [COLUMNS])
-        tl.store(profile_ptr + tile.to(tl.int64) * V + offs_v, columns, mask=mask_v)
-        counts = tl.sum(usable.to(tl.float32), axis=0)
-        tl.store(counts_ptr + tile * B + offs_b, counts, mask=mask_b)
+    if PROFILE:  # noqa: SIM102 (known when compiling, unlike what follows)
+        if tile % every == 0:
+            usable = (sums > 0) & (sums < float("inf")) & mask_n[:, None]
+            if tl.max(tl.max((~usable & mask).to(tl.int32), axis=1), axis=0) > 0:
+                inside = tl.where(usable[:, :, None], inside, 0.0)
+            spread = inside * tl.where(usable, share, 0.0)[:, :, None]
+            if HAS_SOFTCAP:
+                spread *= tl.reshape(slope, [ROWS, BLOCKS, WIDTH])
+                spread = tl.where(usable[:, :, None], spread, 0.0)
+            columns = tl.reshape(tl.sum(spread, axis=0), [COLUMNS])
+            row = tile // every
+            tl.store(profile_ptr + row.to(tl.int64) * V + offs_v, columns, mask=mask_v)
+            counts = tl.sum(usable.to(tl.float32), axis=0)
+            tl.store(counts_ptr + row * B + offs_b, counts, mask=mask_b)
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

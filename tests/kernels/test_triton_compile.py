@@ -62,6 +62,17 @@ def test_compiles_fits_and_does_not_spill(kernel: Kernel, arch: int, measured) -
         assert any(opcode in row["instructions"] for opcode in wanted), row["instructions"]
 
 
+@pytest.mark.costly
+@pytest.mark.parametrize("kernel", ["head forward bf16", "head forward tma bf16"])
+def test_the_forwards_epilogue_is_lean(kernel: str, measured) -> None:
+    """On sm_90, a thread and tile, with tops: most tiles, and the mean with each fourth sampled."""
+    outside = {
+        row["kernel"]: row["outside_loop"] for row in measured["rows"] if row["arch"] == "sm_90"
+    }
+    assert outside[kernel] <= 1800
+    assert 0.75 * outside[kernel] + 0.25 * outside[f"{kernel} sampled"] <= 2000
+
+
 def test_names_are_unique() -> None:
     names = [(kernel.name, arch) for kernel in KERNELS for arch in kernel.archs]
     assert len(set(names)) == len(names)
@@ -125,6 +136,7 @@ def test_reading_the_binary_finds_spills_tensor_cores_and_copies(tmp_path) -> No
     assert sm_80["instructions"]["HMMA"] > 0
     assert sm_90["instructions"]["HGMMA"] > 0
     assert sm_80["instructions"]["LDGSTS"] > 0
+    assert 200 < sm_90["outside_loop"] < 600  # 64 accumulators to store by each thread
     assert 64 * 1024 <= sm_80["shared_bytes"] <= SHARED_LIMIT_BYTES[80]
     assert spilling["registers"] == 255
     assert spilling["spill_bytes"] > 0

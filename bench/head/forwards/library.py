@@ -15,9 +15,9 @@ from torch import Tensor
 from widemargin.kernels.linear_logprob.routing import BLOCK, num_blocks
 from widemargin.kernels.linear_logprob.tiles import Tile
 from widemargin.kernels.linear_logprob.torch_forward import operand, product
-from widemargin.kernels.linear_logprob.triton_forward import Statistics
+from widemargin.kernels.linear_logprob.triton_forward import Statistics, profile_step
 from widemargin.kernels.linear_logprob.triton_tile import (
-    finish_logits,
+    add_bias,
     store_statistics,
     triton_dtype,
 )
@@ -30,13 +30,13 @@ WORKSPACE_BYTES = 256 * 2**20
 """Most memory for a chunk of logits."""
 
 
-@triton.jit(do_not_specialize=["first_group", "N", "B"])
+@triton.jit(do_not_specialize=["first_group", "N", "B", "every"])
 def _statistics_kernel(
     logits_ptr, bias_ptr, targets_ptr,
-    partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
-    stride_ln, first_group, N, V, B, logit_scale, softcap,
+    partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+    stride_ln, first_group, N, V, B, every, logit_scale, softcap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PROFILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TOPS: tl.constexpr, PROFILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):  # fmt: skip
     """One [ROWS, COLUMNS] tile of a chunk of logits; outputs as in `store_statistics`."""
@@ -48,10 +48,11 @@ def _statistics_kernel(
     inside = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     logits_ptrs = logits_ptr + offs_n.to(tl.int64)[:, None] * stride_ln + inside[None, :]
     z = tl.load(logits_ptrs, mask=mask, other=0.0)
-    z = finish_logits(z, bias_ptr, offs_v, offs_v < V, logit_scale, HAS_BIAS, ROUND)
+    z = add_bias(z, bias_ptr, offs_v, offs_v < V, HAS_BIAS, ROUND)
     store_statistics(
-        z, tile, group, targets_ptr, partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
-        N, V, B, softcap, ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, PROFILE,
+        z, tile, group, every, targets_ptr,
+        partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+        N, V, B, logit_scale, softcap, ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, TOPS, PROFILE,
     )  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) 
         _statistics_kernel[(triton.cdiv(len(part), BLOCK), triton.cdiv(rows, tile.rows))](
             z, weight if call.bias is None else call.bias, targets, *statistics,
             z.stride(0), start // BLOCK, rows, vocabulary, num_blocks(vocabulary),
-            call.logit_scale, 1.0 if call.softcap is None else call.softcap,
+            profile_step(rows), call.logit_scale, 1.0 if call.softcap is None else call.softcap,
             ROWS=tile.rows, COLUMNS=BLOCK, WIDTH=BLOCK, HAS_BIAS=call.bias is not None,
-            HAS_SOFTCAP=call.softcap is not None, PROFILE=statistics.profile.numel() > 0,
+            HAS_SOFTCAP=call.softcap is not None, **statistics.flags(),
             ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=1,
         )  # fmt: skip

@@ -17,9 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from widemargin.kernels.linear_logprob import triton_forward
 from widemargin.kernels.linear_logprob.routing import BLOCK, num_blocks
 from widemargin.kernels.linear_logprob.tiles import Tile
-from widemargin.kernels.linear_logprob.triton_forward import Statistics
+from widemargin.kernels.linear_logprob.triton_forward import Statistics, profile_step
 from widemargin.kernels.linear_logprob.triton_tile import (
-    finish_logits,
+    add_bias,
     store_statistics,
     triton_dtype,
 )
@@ -42,14 +42,14 @@ def tile_of(unit, tiles, groups, TOGETHER: tl.constexpr):
     return first + unit % width % size, unit % width // size
 
 
-@triton.jit(do_not_specialize=["N", "B", "tiles", "groups"])
+@triton.jit(do_not_specialize=["N", "B", "tiles", "groups", "every"])
 def _forward_tma_kernel(
     hidden_desc, weight_desc, bias_ptr, targets_ptr,
-    partial_lse_ptr, target_logits_ptr, profile_ptr, counts_ptr,
-    N, H, V, B, tiles, groups, logit_scale, softcap,
+    partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+    N, H, V, B, tiles, groups, every, logit_scale, softcap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
     TOGETHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PROFILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TOPS: tl.constexpr, PROFILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, COLUMNS] tiles, dealt in turn; outputs as in `store_statistics`."""
@@ -61,10 +61,11 @@ def _forward_tma_kernel(
             b = weight_desc.load([group * COLUMNS, k])
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         offs_v = group * COLUMNS + tl.arange(0, COLUMNS)
-        z = finish_logits(acc, bias_ptr, offs_v, offs_v < V, logit_scale, HAS_BIAS, ROUND)
+        z = add_bias(acc, bias_ptr, offs_v, offs_v < V, HAS_BIAS, ROUND)
         store_statistics(
-            z, tile, group, targets_ptr, partial_lse_ptr, target_logits_ptr,
-            profile_ptr, counts_ptr, N, V, B, softcap, ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, PROFILE,
+            z, tile, group, every, targets_ptr,
+            partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+            N, V, B, logit_scale, softcap, ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, TOPS, PROFILE,
         )  # fmt: skip
 
 
@@ -92,10 +93,10 @@ def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) 
         TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
         weight if call.bias is None else call.bias, targets, *statistics,
         rows, width, vocabulary, num_blocks(vocabulary), tiles, groups,
-        call.logit_scale, 1.0 if call.softcap is None else call.softcap,
+        profile_step(rows), call.logit_scale, 1.0 if call.softcap is None else call.softcap,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
         TOGETHER=tile.together, HAS_BIAS=call.bias is not None,
-        HAS_SOFTCAP=call.softcap is not None, PROFILE=statistics.profile.numel() > 0,
+        HAS_SOFTCAP=call.softcap is not None, **statistics.flags(),
         ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
