@@ -110,8 +110,9 @@ HEAD = {
     "_bias_kernel": HeadKernel(f"{_HEAD}.triton_cells", None, product=False),
     "_count_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, ("bf16",), product=False),
     "_flag_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, ("bf16",), product=False),
+    "_entries_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, ("bf16",), product=False),
     "_profile_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, product=False),
-    "_finish_kernel": HeadKernel(f"{_HEAD}.triton_routing", None, product=False),
+    "_finish_kernel": HeadKernel(f"{_HEAD}.triton_cells", None, product=False),
 }
 
 
@@ -127,19 +128,22 @@ so `outside_main_loop` counts a tile that does; without it, one that does not.""
 def head_source(kernel: str, dtype: str, tile: Tile, variant: str = "") -> Source:
     """A kernel of the head as it is launched with ``tile``; ``variant`` is of `VARIANTS`."""
     import triton.language as tl
-    from widemargin.kernels.linear_logprob.cells import ENOUGH
-    from widemargin.kernels.linear_logprob.routing import BLOCK
+    from widemargin.kernels.linear_logprob.cells import ENOUGH, LEVELS
+    from widemargin.kernels.linear_logprob.routing import BLOCK, TOP_CUT
+    from widemargin.kernels.linear_logprob.triton_backward import FINISH_STEP, STEP
     from widemargin.kernels.linear_logprob.triton_routing import GROUP
 
     fn = getattr(importlib.import_module(HEAD[kernel].module), kernel)
     inputs = ("hidden_ptr", "weight_ptr", "bias_ptr", "work_ptr", "d_weight_ptr", "means_ptr")
     inputs += ("weighted_ptr", "out_ptr")
-    longs = ("targets_ptr", "by_target_ptr", "cells_ptr", "by_tile_ptr", "slices_ptr", "order_ptr")
+    longs = ("targets_ptr", "cells_ptr", "by_tile_ptr", "slices_ptr", "order_ptr")
     longs += ("slice_blocks_ptr", "by_count_ptr", "block_bounds_ptr", "tile_bounds_ptr")
-    longs += ("target_bounds_ptr", "tile_blocks_ptr")
+    longs += ("tile_blocks_ptr",)
+    whole = ("tops_ptr", "levels_ptr", "per_cell_ptr", "per_token_ptr", "cell_starts_ptr")
+    whole += ("token_starts_ptr", "places_ptr", "rows_ptr", "entry_bounds_ptr", "token_bounds_ptr")
     types = dict.fromkeys(inputs, f"*{dtype}") | dict.fromkeys(longs, "*i64")
-    types |= {"logit_scale": "fp32", "softcap": "fp32", "flags_ptr": "*i8", "counts_ptr": "*fp32"}
-    types["tops_ptr"] = "*i32"
+    types |= dict.fromkeys(whole, "*i32") | dict.fromkeys(("flags_ptr", "marks_ptr"), "*i8")
+    types |= {"logit_scale": "fp32", "softcap": "fp32", "counts_ptr": "*fp32"}
     if kernel == "_count_kernel":
         types["counts_ptr"] = "*i32"
     types |= {
@@ -156,6 +160,9 @@ def head_source(kernel: str, dtype: str, tile: Tile, variant: str = "") -> Sourc
         "BLOCK": BLOCK,
         "GROUP": GROUP,
         "ENOUGH": ENOUGH,
+        "TOP_CUT": TOP_CUT,
+        "LEVELS": LEVELS,
+        "STEP": FINISH_STEP if kernel == "_finish_kernel" else STEP,
         "HAS_BIAS": False,
         "HAS_SOFTCAP": False,
         "TOPS": True,
@@ -185,10 +192,11 @@ def _head(kernel: str, dtype: str, arch: int, variant: str) -> Callable[[], Sour
     def source() -> Source:
         from widemargin.kernels.linear_logprob import tiles
         from widemargin.kernels.linear_logprob.routing import BLOCK
+        from widemargin.kernels.linear_logprob.triton_backward import FINISH_COLUMNS
 
         field = HEAD[kernel].field
         if field is None:
-            width = 1024 if kernel == "_finish_kernel" else BLOCK
+            width = FINISH_COLUMNS if kernel == "_finish_kernel" else BLOCK
             warps = 8 if kernel == "_bias_kernel" else 4
             return head_source(kernel, dtype, tiles.Tile(BLOCK, width, 0, warps, 3))
         if field:

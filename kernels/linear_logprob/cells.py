@@ -4,7 +4,12 @@ Tokens are sorted by their number of active blocks, heaviest first, and cut into
 computed when enough of its tokens are active in the block, or one holds much mass; what remains
 goes to the tail. Sorted tiles need no gathers inside the products and no atomics.
 
-Shapes: N tokens, B vocabulary blocks, T tiles of tokens, S slices of the workspace.
+An entry is one element of the logits' gradient that is exact on its own: a target, or a block's
+largest element (its top) where it counts and its cell is not computed. Entries are listed twice, by
+block for dW and by token for dH, at places that prefix sums give.
+
+Shapes: N tokens, V vocabulary, B vocabulary blocks, T tiles of tokens, S slices of the workspace, E
+entries.
 """
 
 from __future__ import annotations
@@ -15,11 +20,52 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .routing import BLOCK, TOP_CUT, num_blocks, target_grads
+from .types import HeadCall, Saved
+
 TILE = 128
 """Tokens per tile."""
 ENOUGH = 16
 """Active tokens from which a cell is computed (one in eight in a smaller tile); also by how much
 one token's mass may exceed ``tail_eps`` before its cell is computed for it alone."""
+
+
+ENTRIES = 128
+"""Entries a token for which there is memory, targets apart; a token of a real model has 6 to 54."""
+LEVELS = 4
+"""Bounds of tops, each four times the one before, of which the first that fits the memory is taken;
+where none does, no top is an entry, and its mass is routed with its block's."""
+
+
+class Entries(NamedTuple):
+    """Both lists of entries; memory past their ends is not read.
+
+    By block: places [E] int32, ``BLOCK * place + column`` of each, of the sorted tokens, and their
+    place_grads [E]; block_bounds [B + 1]. By sorted token: rows [E] int32, of the weight, and their
+    row_grads [E]; token_bounds [N + 1].
+    """
+
+    places: Tensor
+    place_grads: Tensor
+    block_bounds: Tensor
+    rows: Tensor
+    row_grads: Tensor
+    token_bounds: Tensor
+
+
+class Routing(NamedTuple):
+    """What backward computes, and what is left to the tail.
+
+    order: [N] int64, tokens sorted by active blocks. flags: [B, T] bool, the cells to compute.
+    weighted: [B, N], ``-g`` times the mass of all that is neither in a computed cell nor an entry,
+    of the sorted tokens; None without a tail. stats: [4], see `HeadStats`.
+    """
+
+    order: Tensor
+    flags: Tensor
+    weighted: Tensor | None
+    entries: Entries
+    stats: Tensor
 
 
 class Cells(NamedTuple):
@@ -81,3 +127,58 @@ def list_cells(flags: Tensor, capacity: int) -> Cells:
         block_bounds=block_bounds,
         tile_bounds=tile_places[slice_blocks].T.contiguous(),
     )
+
+
+def every_cell(call: HeadCall, saved: Saved, grad: Tensor, scored: Tensor) -> Routing:
+    """Every cell, tokens in their own order; the entries are the targets. Args: as in `choose`."""
+    tokens, blocks = len(scored), num_blocks(len(call.weight))
+    order = torch.arange(tokens, device=scored.device)
+    flags = scored.new_ones(blocks, -(-tokens // TILE))
+    stats = torch.zeros(4, dtype=saved.lse.dtype, device=scored.device)
+    stats[0], stats[3] = scored.any(), 1.0
+    targets = saved.targets
+    target_grad = target_grads(call, grad * call.logit_scale, saved.logps, targets.clamp_min(0))
+    target_blocks = torch.div(targets, BLOCK, rounding_mode="floor")
+    by_block = torch.argsort(target_blocks, stable=True)
+    every = torch.arange(blocks + 1, device=order.device)
+    entries = Entries(
+        places=(by_block * BLOCK + targets[by_block] % BLOCK).int(),
+        place_grads=target_grad[by_block],
+        block_bounds=torch.searchsorted(target_blocks[by_block], every, out_int32=True),
+        rows=targets.int(),
+        row_grads=target_grad,
+        token_bounds=torch.arange(tokens + 1, device=order.device, dtype=torch.int32),
+    )
+    return Routing(order, flags, None, entries, stats)
+
+
+def top_cut(levels: Tensor) -> Tensor:
+    """From which part of the bound of an active pair tops are entries, as a device scalar."""
+    fits = levels.sum((1, 2), dtype=torch.int64) <= ENTRIES * levels.shape[2]
+    cuts = TOP_CUT * 4.0 ** torch.arange(LEVELS + 1, device=levels.device, dtype=torch.float32)
+    cuts[-1] = torch.inf
+    return cuts.gather(0, (~fits).sum()[None])
+
+
+def capacity_of(tokens: int, blocks: int) -> int:
+    """Entries for which there is memory."""
+    return tokens * (1 + min(ENTRIES, blocks))
+
+
+def starts(counts: Tensor) -> Tensor:
+    """Where each count's entries begin, flat, and their total last, int32."""
+    return pad(counts.flatten().cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def cell_stats(flags: Tensor, averaged: Tensor, scored: Tensor) -> Tensor:
+    """As `routing.routing_stats`; averaged [N] and scored [N] are of the sorted tokens."""
+    blocks, tiles = flags.shape
+    missing = tiles * TILE - len(scored)
+    per_tile = torch.nn.functional.pad(scored, (0, missing)).view(tiles, TILE).sum(1)
+    count = per_tile.sum()
+    each = (flags * per_tile).sum() / (count * blocks).clamp_min_(1)
+    mass = torch.where(scored, averaged, 0.0)
+    top = mass.max() if mass.numel() else mass.sum()
+    dense = (flags | (per_tile == 0)).all()
+    mean = mass.sum() / count.clamp_min(1)
+    return torch.stack([each.to(mass.dtype), mean, top, dense.to(mass.dtype)])

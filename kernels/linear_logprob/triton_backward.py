@@ -15,21 +15,34 @@ import torch
 import triton
 from torch import Tensor
 
-from .cells import TILE, Cells, list_cells
-from .routing import BLOCK, num_blocks, target_grads
+from .cells import TILE, Cells, Entries, Routing, every_cell, list_cells
+from .routing import BLOCK
 from .tiles import Tiles, tiles_for
-from .triton_cells import _bias_kernel, _hidden_kernel, _recompute_kernel, _weight_kernel
-from .triton_routing import Routing, choose, every_cell, finish, profile_means
+from .triton_cells import (
+    _bias_kernel,
+    _finish_kernel,
+    _hidden_kernel,
+    _recompute_kernel,
+    _weight_kernel,
+)
+from .triton_routing import choose, profile_means
 from .triton_tile import inner_contiguous, programs, triton_dtype
 from .types import Gradients, GradRequest, HeadCall, Saved
 
 WORKSPACE_BYTES = 256 * 2**20
 """Most memory for the cells' G, the sorted tokens' hidden states and the tail's rows together."""
 
+STEP = 32
+"""Entries that `_weight_kernel` takes at a time, as one step of a product."""
+FINISH_COLUMNS, FINISH_STEP = 1024, 8
+"""A program's part of a row of dH, and the entries that it takes at a time."""
+
 
 def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradients, Tensor]:
     """As `torch_backward.backward`, over cells in place of single pairs."""
     vocabulary, width = call.weight.shape
+    outside = (saved.targets < 0) | (saved.targets >= vocabulary)
+    saved = saved._replace(targets=saved.targets.masked_fill(outside, -1))
     routing = _route(call, saved, request)
     launches = Launches.of(call, saved, routing, request.grad * call.logit_scale)
     new = call.weight.new_empty
@@ -47,8 +60,7 @@ def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradie
     if not len(call.hidden):
         d_weight, d_bias = (None if x is None else x.zero_() for x in (d_weight, d_bias))
     if d_hidden is not None:
-        rows, grads = launches.weight, launches.tokens.target_grad
-        d_hidden = finish(call, d_hidden, grads, saved.targets, routing.order, rows)
+        d_hidden = launches.finish_hidden(d_hidden, routing.order)
     bias = call.bias
     d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
     return Gradients(d_hidden, d_weight, d_bias), routing.stats
@@ -57,7 +69,7 @@ def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradie
 def _route(call: HeadCall, saved: Saved, request: GradRequest) -> Routing:
     grad, scored, tail_eps, *_ = request
     if not tail_eps:
-        return every_cell(num_blocks(len(call.weight)), scored, saved.lse.dtype)
+        return every_cell(call, saved, grad, scored)
     return choose(call, saved, grad, scored, tail_eps, weighted=saved.profile.numel() > 0)
 
 
@@ -77,38 +89,21 @@ def _fp32_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class SortedTokens(NamedTuple):
-    """The tokens in the order of the routing.
+    """The tokens in the order of the routing: hidden [N, H] in the compute dtype; the others [N].
 
-    hidden: [N, H] in the compute dtype. targets, lse, grad, target_grad: [N]. by_target: [N], their
-    places, sorted by their targets' blocks. target_bounds: [B + 1], where each block begins there.
+    grad: of the log-probs, times ``logit_scale``.
     """
 
     hidden: Tensor
     targets: Tensor
     lse: Tensor
     grad: Tensor
-    target_grad: Tensor
-    by_target: Tensor
-    target_bounds: Tensor
 
 
 def sort_tokens(call: HeadCall, saved: Saved, order: Tensor, grad: Tensor) -> SortedTokens:
-    """Args: grad: [N] of the log-probs in the tokens' order, times ``logit_scale``."""
-    target_grad = target_grads(call, grad, saved.logps, saved.targets)
-    rows = inner_contiguous(call.hidden.to(call.compute_dtype))
-    targets = saved.targets[order]
-    blocks = targets // BLOCK
-    by_target = torch.argsort(blocks, stable=True)
-    steps = torch.arange(num_blocks(len(call.weight)) + 1, device=order.device)
-    return SortedTokens(
-        hidden=rows.index_select(0, order),
-        targets=targets,
-        lse=saved.lse[order],
-        grad=grad[order],
-        target_grad=target_grad[order],
-        by_target=by_target,
-        target_bounds=torch.searchsorted(blocks[by_target], steps),
-    )
+    """Args: grad: as `SortedTokens` has it, in the tokens' order."""
+    rows = inner_contiguous(call.hidden.to(call.compute_dtype)).index_select(0, order)
+    return SortedTokens(rows, saved.targets[order], saved.lse[order], grad[order])
 
 
 class TailGrad(NamedTuple):
@@ -131,6 +126,7 @@ class Launches:
     profile: Tensor
     tokens: SortedTokens
     tail: TailGrad | None
+    entries: Entries
     cells: Cells
     work: Tensor
     tiles: Tiles
@@ -150,6 +146,7 @@ class Launches:
             profile=saved.profile,
             tokens=tokens,
             tail=tail,
+            entries=routing.entries,
             cells=list_cells(routing.flags, capacity),
             work=grad.new_empty(capacity, TILE, BLOCK, dtype=call.compute_dtype),
             tiles=tiles_for(call.compute_dtype, call.hidden.device),
@@ -182,24 +179,22 @@ class Launches:
         tokens, cells, tile = self.tokens, self.cells, self.tiles.d_weight
         vocabulary, width = self.weight.shape
         columns = triton.cdiv(width, tile.columns)
-        tail_grad = tokens.target_grad if self.tail is None else self.tail.weight
+        tail_grad = tokens.grad if self.tail is None else self.tail.weight
         _weight_kernel[self._grid(columns * len(cells.by_count))](
-            tokens.hidden, self.work, tokens.target_grad, tokens.targets, tokens.by_target,
-            tokens.target_bounds, self.profile, tail_grad, d_weight,
+            tokens.hidden, self.work, *self.entries[:3], self.profile, tail_grad, d_weight,
             cells.cells, cells.slices, cells.slice_blocks, cells.by_count, cells.block_bounds,
             tokens.hidden.stride(0), len(tokens.hidden), width, vocabulary,
             self.token_tiles, piece, columns,
-            COLUMNS=tile.columns, DEPTH=tile.depth, TAIL=self.tail is not None,
+            COLUMNS=tile.columns, DEPTH=tile.depth, STEP=STEP, TAIL=self.tail is not None,
             **self._constants(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def write_bias(self, piece: int, d_bias: Tensor) -> None:
         """Write db of the slice's blocks."""
-        tokens, cells = self.tokens, self.cells
-        tail_bias = tokens.target_grad if self.tail is None else self.tail.bias
+        cells = self.cells
+        tail_bias = self.tokens.grad if self.tail is None else self.tail.bias
         _bias_kernel[self._grid(len(cells.by_count))](
-            self.work, tokens.target_grad, tokens.targets, tokens.by_target, tokens.target_bounds,
-            self.profile, tail_bias, d_bias,
+            self.work, *self.entries[:3], self.profile, tail_bias, d_bias,
             cells.slices, cells.slice_blocks, cells.block_bounds, len(self.weight), piece,
             TILE=TILE, BLOCK=BLOCK, TAIL=self.tail is not None, num_warps=8,
         )  # fmt: skip
@@ -217,6 +212,20 @@ class Launches:
             COLUMNS=tile.columns, DEPTH=tile.depth, **self._constants(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+
+    def finish_hidden(self, d_hidden: Tensor, order: Tensor) -> Tensor:
+        """dH [N, H] in the input's dtype and the tokens' order, with the entries' terms."""
+        out = torch.empty_like(self.call.hidden)
+        rows = out if out.stride(1) == 1 else out.contiguous()
+        tokens, width = out.shape
+        if tokens:
+            _finish_kernel[(tokens, triton.cdiv(width, FINISH_COLUMNS))](
+                d_hidden, *self.entries[3:], order, self.weight, rows,
+                self.weight.stride(0), rows.stride(0), width, len(self.weight),
+                COLUMNS=FINISH_COLUMNS, STEP=FINISH_STEP,
+                ROUND=triton_dtype(self.call.compute_dtype), num_warps=4,
+            )  # fmt: skip
+        return out if rows is out else out.copy_(rows)
 
     def _grid(self, units: int) -> tuple[int]:
         return (min(units, programs(self.work.device)),)

@@ -1,8 +1,8 @@
 """Triton kernels of the head's backward over cells of 128 tokens by 128 vocabulary rows.
 
 Per slice of the workspace, each output tile accumulated in fp32 registers and (dW) written once:
-``G = -g p`` of every cell; ``dW_block = G.T @ hidden`` with the targets' elements and the tail
-as extra terms; ``dH_tile += G @ weight``; db, the sums of G's columns.
+``G = -g p`` of every cell; ``dW_block = G.T @ hidden`` with entries (see `cells.py`) and the tail
+as extra terms; ``dH_tile += G @ weight``; db, the sums of G's columns. At the end, dH's entries.
 
 Sizes of slices are known on the device alone, so a fixed number of programs deals the units of work
 among itself in turn: heavy ones first, and a slice without work costs next to nothing.
@@ -64,17 +64,17 @@ def _recompute_kernel(
 
 @triton.jit(do_not_specialize=["N", "T", "piece", "columns"])
 def _weight_kernel(
-    hidden_ptr, work_ptr, target_grad_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
+    hidden_ptr, work_ptr, places_ptr, place_grads_ptr, entry_bounds_ptr,
     profile_ptr, tail_grad_ptr, d_weight_ptr,
     cells_ptr, slices_ptr, slice_blocks_ptr, by_count_ptr, block_bounds_ptr,
     stride_hn, N, H, V, T, piece, columns,
     TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    TAIL: tl.constexpr, ROUND: tl.constexpr,
+    STEP: tl.constexpr, TAIL: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """dW [BLOCK, COLUMNS] of a slice's vocabulary blocks, complete.
 
-    by_target [N]: sorted tokens by their target's block; target_bounds [B + 1]. tail_grad [B, H]:
-    the tail's share of each block, to be spread by the profile [V]. columns: of column tiles.
+    places, place_grads, entry_bounds: see `Entries`, of which it takes STEP at a time. tail_grad
+    [B, H]: the tail's share of each block, spread by the profile [V]. columns: of column tiles.
     """
     first = tl.load(slices_ptr + piece).to(tl.int32)
     first_block = tl.load(slice_blocks_ptr + piece).to(tl.int32)
@@ -92,8 +92,7 @@ def _weight_kernel(
 
         begin = tl.load(block_bounds_ptr + block).to(tl.int32)
         end = tl.load(block_bounds_ptr + block + 1).to(tl.int32)
-        # A cell's tile is read one step ahead: an address that waits for a load of the same step
-        # would cost the pipeline a stage.
+        # A cell's tile is read one step ahead, since waiting for it would cost a pipeline stage.
         tile = tl.load(cells_ptr + begin).to(tl.int32) % T
         for i in range(begin * PARTS, end * PARTS):
             token = (i % PARTS) * DEPTH + step
@@ -105,24 +104,22 @@ def _weight_kernel(
             tile = tl.load(cells_ptr + (i + 1) // PARTS).to(tl.int32) % T
             acc = tl.dot(g, hidden.to(ROUND), acc, input_precision="ieee")
 
-        target_begin = tl.load(target_bounds_ptr + block).to(tl.int32)
-        target_end = tl.load(target_bounds_ptr + block + 1).to(tl.int32)
-        for j in range(target_begin, target_end, DEPTH):
-            mask_j = j + step < target_end
-            token = tl.load(by_target_ptr + j + step, mask=mask_j, other=0)
-            target_grad = tl.load(target_grad_ptr + token, mask=mask_j, other=0.0)
-            local = tl.load(targets_ptr + token, mask=mask_j, other=-1) - block * BLOCK
-            hot = tl.where(row[:, None] == local[None, :], target_grad[None, :], 0.0)
-            hidden_ptrs = hidden_ptr + token[:, None] * stride_hn + offs_h[None, :]
-            hidden = tl.load(hidden_ptrs, mask=mask_j[:, None] & mask_h[None, :], other=0.0)
+        last_entry = tl.load(entry_bounds_ptr + block + 1)
+        for first_entry in range(tl.load(entry_bounds_ptr + block), last_entry, STEP):
+            entry = first_entry + tl.arange(0, STEP)
+            mask_e = entry < last_entry
+            place = tl.load(places_ptr + entry, mask=mask_e, other=0)
+            grad = tl.load(place_grads_ptr + entry, mask=mask_e, other=0.0)
+            hot = tl.where(row[:, None] == (place % BLOCK)[None, :], grad[None, :], 0.0)
+            hidden_ptrs = hidden_ptr + (place // BLOCK).to(tl.int64)[:, None] * stride_hn
+            mask = mask_e[:, None] & mask_h[None, :]
+            hidden = tl.load(hidden_ptrs + offs_h[None, :], mask=mask, other=0.0)
             acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
 
         if TAIL:
             profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
-            tail_grad = tl.load(
-                tail_grad_ptr + block.to(tl.int64) * H + offs_h, mask=mask_h, other=0.0
-            )
-            acc += profile[:, None] * tail_grad[None, :]
+            tail_ptrs = tail_grad_ptr + block.to(tl.int64) * H + offs_h
+            acc += profile[:, None] * tl.load(tail_ptrs, mask=mask_h, other=0.0)[None, :]
         out = d_weight_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
         mask = mask_v[:, None] & mask_h[None, :]
         tl.store(out, acc.to(d_weight_ptr.dtype.element_ty), mask=mask)
@@ -130,8 +127,7 @@ def _weight_kernel(
 
 @triton.jit(do_not_specialize=["piece"])
 def _bias_kernel(
-    work_ptr, target_grad_ptr, targets_ptr, by_target_ptr, target_bounds_ptr,
-    profile_ptr, tail_bias_ptr, d_bias_ptr,
+    work_ptr, places_ptr, place_grads_ptr, entry_bounds_ptr, profile_ptr, tail_bias_ptr, d_bias_ptr,
     slices_ptr, slice_blocks_ptr, block_bounds_ptr, V, piece,
     TILE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -150,16 +146,13 @@ def _bias_kernel(
         for cell in range(begin, end):
             g = tl.load(work_ptr + (cell - first).to(tl.int64) * (TILE * BLOCK) + inside)
             d_bias += tl.sum(g.to(tl.float32), axis=0)
-        target_begin = tl.load(target_bounds_ptr + block).to(tl.int32)
-        target_end = tl.load(target_bounds_ptr + block + 1).to(tl.int32)
-        for j in range(target_begin, target_end, TILE):
-            mask_j = j + tl.arange(0, TILE) < target_end
-            token = tl.load(by_target_ptr + j + tl.arange(0, TILE), mask=mask_j, other=0)
-            target_grad = tl.load(target_grad_ptr + token, mask=mask_j, other=0.0)
-            local = tl.load(targets_ptr + token, mask=mask_j, other=-1) - block * BLOCK
-            d_bias += tl.sum(
-                tl.where(local[:, None] == row[None, :], target_grad[:, None], 0.0), axis=0
-            )
+        last_entry = tl.load(entry_bounds_ptr + block + 1)
+        for first_entry in range(tl.load(entry_bounds_ptr + block), last_entry, TILE):
+            entry = first_entry + tl.arange(0, TILE)
+            mask_e = entry < last_entry
+            column = tl.load(places_ptr + entry, mask=mask_e, other=0) % BLOCK
+            grad = tl.load(place_grads_ptr + entry, mask=mask_e, other=0.0)
+            d_bias += tl.sum(tl.where(column[:, None] == row[None, :], grad[:, None], 0.0), axis=0)
         if TAIL:
             profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
             d_bias += profile * tl.load(tail_bias_ptr + block)
@@ -211,3 +204,27 @@ def _hidden_kernel(
                 block = tl.load(tile_blocks_ptr + (i + 1) // PARTS).to(tl.int32)
                 acc = tl.dot(g, weight.to(ROUND), acc, input_precision="ieee")
             tl.store(out, acc, mask=mask)
+
+
+@triton.jit
+def _finish_kernel(
+    d_hidden_ptr, rows_ptr, row_grads_ptr, token_bounds_ptr, order_ptr, weight_ptr, out_ptr,
+    stride_wv, stride_on, H, V, COLUMNS: tl.constexpr, STEP: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """out [N, H] in the tokens' order: dH of a sorted token, and its entries, STEP at a time."""
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(order_ptr + place)
+    offs_h = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask_h = offs_h < H
+    acc = tl.load(d_hidden_ptr + place * H + offs_h, mask=mask_h, other=0.0)
+    last_entry = tl.load(token_bounds_ptr + place + 1)
+    for first_entry in range(tl.load(token_bounds_ptr + place), last_entry, STEP):
+        entry = first_entry + tl.arange(0, STEP)
+        mask_e = entry < last_entry
+        row = tl.load(rows_ptr + entry, mask=mask_e, other=0)
+        grad = tl.load(row_grads_ptr + entry, mask=mask_e, other=0.0)
+        weight_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
+        mask = (mask_e & (row >= 0) & (row < V))[:, None] & mask_h[None, :]
+        weight = tl.load(weight_ptrs, mask=mask, other=0.0).to(ROUND).to(tl.float32)
+        acc += tl.sum(grad[:, None] * weight, axis=0)
+    tl.store(out_ptr + token * stride_on + offs_h, acc.to(out_ptr.dtype.element_ty), mask=mask_h)

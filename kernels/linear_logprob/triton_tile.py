@@ -102,10 +102,8 @@ def store_statistics(
 ):  # fmt: skip
     """Of logits ``z`` [ROWS, COLUMNS] before scale and softcap: all that the forward keeps.
 
-    Outputs as in `triton_forward.Statistics`; the profile of one token tile in ``every``. What is
-    done for each element is kept short: a tile has as many as a thousand steps of its product.
-
-    logit_scale: above 0.
+    Outputs as in `triton_forward.Statistics`; the profile of one token tile in ``every``.
+    logit_scale: above 0. A tile has many elements, so little is done for each.
     """
     BLOCKS: tl.constexpr = COLUMNS // WIDTH
     offs_n = tile * ROWS + tl.arange(0, ROWS)

@@ -46,27 +46,59 @@ def test_exact_within_twice_torchs_error(n, h, v, variant):
         assert relative(got, expected_grad) <= 2 * relative(peer, expected_grad) + 2e-6
 
 
+MANY_TOPS = [
+    pytest.param({"softcap": 30.0, "bias": True}, id="weak softcap"),
+    pytest.param({"logit_scale": -1.0}, id="turned"),
+]
+
+
+def spied_routing(monkeypatch) -> list[cells.Routing]:
+    """The routings of the backward passes to come."""
+    chosen: list[cells.Routing] = []
+    choose = triton_backward.choose
+    monkeypatch.setattr(
+        triton_backward,
+        "choose",
+        lambda *args, **kwargs: chosen.append(choose(*args, **kwargs)) or chosen[-1],
+    )
+    return chosen
+
+
+def listed(entries: cells.Entries, order: torch.Tensor, blocks: int) -> list[torch.Tensor]:
+    """The entries [N, 128 B] bool, in the tokens' order, that each of the two lists has."""
+    found = torch.zeros(2, len(order), 128 * blocks, dtype=torch.bool)
+    for place, token in enumerate(order.tolist()):
+        first, last = entries.token_bounds[place : place + 2].tolist()
+        found[0, token, entries.rows[first:last].long()] = True
+    for block in range(blocks):
+        first, last = entries.block_bounds[block : block + 2].tolist()
+        places = entries.places[first:last].long().cpu()
+        found[1, order.cpu()[places // 128], 128 * block + places % 128] = True
+    assert int(entries.block_bounds[-1]) == int(entries.token_bounds[-1]) == int(found[0].sum())
+    return [x.to(order.device) for x in found]
+
+
 @pytest.mark.costly
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("tail", ["mean", "drop"])
-def test_tails_by_definition(tail, variant, monkeypatch):
-    """Cells as `choose_cells` says; every other pair's mass spread by the profile, or dropped."""
+@pytest.mark.parametrize("variant", [*VARIANTS, *MANY_TOPS])
+@pytest.mark.parametrize(
+    ("tail", "entries"), [("mean", 128), ("drop", 128), ("mean", 2), ("mean", 0)]
+)
+def test_tails_by_definition(tail, entries, variant, monkeypatch):
+    """Cells and entries as routing says; all other mass spread by the profile, or dropped.
+
+    With memory for fewer entries the bound of tops rises until they fit, or there are none.
+    """
     bias, options = split(variant)
     *inputs, grad = inputs_of(300, 16, 1100, bias=bias, sharp=2.0)
-    eps, chosen = 2**-4, []
-    choose = triton_backward.choose
-
-    def spy(*args, **kwargs):
-        chosen.append(choose(*args, **kwargs))
-        return chosen[-1]
-
-    monkeypatch.setattr(triton_backward, "choose", spy)
-    _, grads = gradients(
-        linear_logprob, *inputs, grad, backend="triton", tail=tail, tail_eps=eps, **options
-    )
-    order, flags, *_ = chosen[0]
+    chosen = spied_routing(monkeypatch)
+    monkeypatch.setattr(cells, "ENTRIES", entries)
+    settings = {"backend": "triton", "tail": tail, "tail_eps": 2**-5 if entries == 128 else 2**-4}
+    _, grads = gradients(linear_logprob, *inputs, grad, **settings, **options)
+    order, flags, _, lists, _ = chosen[0]
     active = flags[:, order.argsort() // cells.TILE]
     assert 0.01 < active.double().mean() < 0.99
+    by_token, by_block = listed(lists, order, len(flags))
+    assert torch.equal(by_token, by_block)
     hidden, weight, targets, offset = in_fp64(inputs)
     assert targets is not None
     with torch.no_grad():
@@ -75,6 +107,13 @@ def test_tails_by_definition(tail, variant, monkeypatch):
         slope = 1 - (z / cap) ** 2 if cap else torch.ones_like(z)
         p = z.softmax(-1)
         rows = torch.arange(300, device=DEVICE)
+        tops = by_token[:, :1100].clone()
+        assert tops[rows, targets].all()
+        tops[rows, targets] = False
+        each = tops.sum() / 300
+        assert each <= entries
+        if entries == 128 and options.get("softcap", 30.0) == 30.0 and "logit_scale" not in options:
+            assert each > 0.1
         d_logits = torch.zeros_like(z)
         for b in range(9):
             block = slice(128 * b, min(128 * b + 128, 1100))
@@ -82,10 +121,12 @@ def test_tails_by_definition(tail, variant, monkeypatch):
             profile = (p[:, block] / mass[:, None] * slope[:, block]).mean(0)
             held = targets // 128 == b
             rest = torch.where(held, mass - p[rows, targets], mass)
+            rest -= (p[:, block] * tops[:, block]).sum(-1)
             active_grad = -p[:, block] * slope[:, block]
+            spread = -rest[:, None] * profile if tail == "mean" else torch.zeros_like(active_grad)
+            spread = torch.where(tops[:, block], spread + active_grad, spread)
             here = held & active[b]
             active_grad[here, targets[here] - 128 * b] = 0
-            spread = -rest[:, None] * profile if tail == "mean" else torch.zeros_like(active_grad)
             d_logits[:, block] = torch.where(active[b][:, None], active_grad, spread)
         d_logits[rows, targets] += (1 - p[rows, targets]) * slope[rows, targets]
         d_logits *= grad[:, None] * scale

@@ -56,14 +56,20 @@ def test_routing_is_that_of_choose_cells(unscored):
     scored = torch.arange(300, device=DEVICE) >= unscored
     grad = torch.where(scored, grad, 0.0).float()
     grad[200] = 0.0
-    request = GradRequest(grad, scored, 2**-6, hidden=True, weight=True, bias=False)
+    request = GradRequest(grad, scored, 2**-8, hidden=True, weight=True, bias=False)
     routed, order, flags = choose_cells(saved, request)
-    chosen = triton_routing.choose(call, saved, grad, scored, 2**-6, weighted=True)
+    chosen = triton_routing.choose(call, saved, grad, scored, 2**-8, weighted=True)
     assert torch.equal(chosen.flags, flags)
     assert torch.equal(chosen.order, order)
     assert chosen.stats[3] == 0
     assert 0.05 < flags.double().mean() < 0.95
     expected = -(routed.averaged * grad)[:, order]
+    tops = torch.zeros_like(routed.tops)
+    for place, token in enumerate(order.tolist()):
+        first, last = chosen.entries.token_bounds[place : place + 2].tolist()
+        rows = chosen.entries.rows[first:last].long()
+        tops[rows[rows != targets[token]] // 128, token] = True
+    assert torch.equal(tops, routed.tops)
     assert chosen.weighted is not None
     torch.testing.assert_close(chosen.weighted, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
