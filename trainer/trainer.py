@@ -17,9 +17,11 @@ from .loop.checkpoints import CheckpointedTrainer
 from .loop.nonfinite import NonFiniteGuard
 from .loop.outputs import OutputTrainer
 from .model.adapters import bare_model, learnable_line, lora_config, with_adapter
-from .model.head import check_head, patch_head
-from .model.loading import disable_dropout, load_model, load_tokenizer, vocabulary_size
+from .model.dropout import disable_dropout
+from .model.head import patch_head
+from .model.loading import adapted_model, load_model, load_tokenizer, vocabulary_size
 from .model.merging import check_merges_in_memory
+from .model.trial import check_learns, fit_lengths, trial_model, try_model
 from .monitor.observer import Observer
 from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
@@ -171,21 +173,19 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         self.pipeline = PairPipeline(tokenizer, args, vocabulary_size(lm), self.objective)
         rows = self.pipeline.training_rows(train_dataset)
         held_out = self.pipeline.evaluation_rows(eval_dataset)
+        parts = [rows, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
+        fit_lengths(lm, parts)
         peft_config = lora_config(args) if peft_config is None else peft_config
         self.reference = reference_for(
-            self.objective,
-            lm,
-            args,
-            ref_model,
-            tokenizer,
-            peft_config,
-            [rows, *(held_out.values() if isinstance(held_out, dict) else [held_out])],
-            starting=starting,
+            self.objective, lm, args, ref_model, tokenizer, peft_config, parts, starting=starting
         )
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
             lm = with_adapter(lm, peft_config)
-        data_collator = self.pipeline.choose_collator(lm, rows, data_collator)
+        if rows is not None:
+            check_learns(lm)
+        small = trial_model(lm, args)
+        data_collator = self.pipeline.choose_collator(lm, rows, data_collator, small)
         with refusals("settings", ValueError, ImportError, OSError):
             super().__init__(
                 model=lm,
@@ -197,7 +197,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-        self._start(lm)
+        self._start(lm, small)
 
     def _load(
         self, model: Any, args: PreferenceConfig, tokenizer: Any, peft_config: Any
@@ -206,7 +206,9 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         if isinstance(model, str):
             args.model_name_or_path = model
         self._merges_files = args.model_name_or_path is not None
-        adapted = args.use_peft or peft_config is not None or hasattr(model, "get_base_model")
+        named = adapted_model(args, model) if isinstance(model, str) else None
+        adapted = named is not None or args.use_peft or peft_config is not None
+        adapted = adapted or hasattr(model, "get_base_model")
         check_adapted(args, adapted)
         lm: PreTrainedModel = load_model(args) if isinstance(model, str) else model
         if args.merge_adapter and not self._merges_files:
@@ -216,17 +218,15 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             tokenizer = load_tokenizer(args)
         return lm, tokenizer
 
-    def _start(self, lm: Any) -> None:
+    def _start(self, lm: Any, small: Any) -> None:
         """Check the head where it will run, prepare the reference, and watch from here on."""
         # Losses are scaled here, over the step's pairs; the second name is transformers < 5.20's.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            with self.accelerator.autocast():  # flash attention takes no fp32
-                check_head(lm)
+        args: Any = self.args
+        try_model(lm, small, args, self.accelerator.autocast())
         if self.reference is not None:
             self.reference.prepare(self, self.pipeline.packing)
-        args: Any = self.args
         self.observer = Observer(lm, args)
         self.nonfinite_guard = NonFiniteGuard(self, self.objective, self.observer.training)
         self.add_callback(self.nonfinite_guard)

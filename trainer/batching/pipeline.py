@@ -87,18 +87,21 @@ class PairPipeline:
         )
         return PairRows(dataset)
 
-    def choose_collator(self, model: Any, rows: PairRows | None, collator: Any = None) -> Any:
+    def choose_collator(
+        self, model: Any, rows: PairRows | None, collator: Any = None, stand_in: Any = None
+    ) -> Any:
         """The collator of the packing that suits model and rows, and micro-batches that fit.
 
         Args:
             model: as it will train, patched.
             rows: of training.
             collator: the user's, in place of ours.
+            stand_in: a small model of its family, where its own weights will be split.
         """
         if collator is None:
             lengths = None if rows is None else rows.lengths
-            self.packing = packing_for(model, self.settings, lengths)
-            collator = self.packing.collator(pad_token(self.tokenizer))
+            self.packing = packing_for(model, self.settings, lengths, stand_in)
+            collator = self.packing.collator(pad_token(self.tokenizer, self.vocab_size))
         self.layout = getattr(collator, "layout", "padded")
         if rows is not None:
             fit_micro_batches(self.settings, self.objective, self._planner(rows))

@@ -171,11 +171,15 @@ def only_id(token_id: Any) -> int | None:
     return token_id if isinstance(token_id, int) else None
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """The id to pad with: the tokenizer's, or 0 where the model has no row for that one.
+
+    Padding is masked, so any token of the model's will do.
+    """
     token_id: Any = tokenizer.pad_token_id
     if token_id is None:
         raise UserError("processing_class: the tokenizer has no padding token; set pad_token")
-    return token_id
+    return token_id if token_id < vocab_size else 0
 
 
 def render_pairs(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.chat import pad_token
 from ..errors import UserError, refusals
 from ..model.generation import Completion, Decoding, complete, stop_ids
+from ..model.loading import vocabulary_size
 from .models import device_of, dtype_of, read_model
 from .settings import AnswerSettings
 
@@ -49,7 +50,7 @@ class TransformersEngine:
         self.model = read_model(settings, model)
         self.decoding = Decoding(
             stop_ids(tokenizer, self.model.generation_config, settings.stop_token_ids),
-            pad_token(tokenizer),
+            pad_token(tokenizer, vocabulary_size(self.model)),
             settings.max_new_tokens,
             settings.temperature,
             settings.top_p,

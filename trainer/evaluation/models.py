@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import chat
 from ..errors import UserError, refusals
-from ..model.loading import disable_dropout, load_model, load_tokenizer
+from ..model.dropout import disable_dropout
+from ..model.loading import load_model, load_tokenizer
 from ..settings.model import ModelSettings
 from .settings import LoadSettings
 
@@ -50,13 +51,9 @@ def read_tokenizer(
 
 def read_model(settings: LoadSettings, model: str) -> PreTrainedModel:
     """The model on its device, in eval mode, without dropout or gradients."""
-    folder = Path(model).expanduser()
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"model {model}: the folder holds an adapter without its model; train with "
-            "merge_adapter: true and give the folder merged/ in it"
-        )
     loaded: Any = load_model(model_settings(settings, model))
+    if hasattr(loaded, "get_base_model"):  # a folder with an adapter alone
+        loaded = loaded.merge_and_unload()
     disable_dropout(loaded)
     return loaded.to(device_of(settings)).requires_grad_(False).eval()
 

@@ -19,7 +19,7 @@ from ..data.sources import gather
 from ..data.table import PairRows
 from ..errors import UserError
 from ..model.head import check_head, patch_head
-from ..model.loading import load_model_config
+from ..model.loading import load_model_config, vocabulary_size
 from ..monitor.run_record import versions
 from ..packing import model_inputs
 from ..packing.verify import settle_packing
@@ -113,7 +113,7 @@ def _scored(
     name: str, settings: PairSettings, rows: PairRows, tokenizer: PreTrainedTokenizerBase
 ) -> PairLogps:
     model = read_model(settings, name)
-    logps = score_pairs(model, rows, settings, pad_token(tokenizer))
+    logps = score_pairs(model, rows, settings, pad_token(tokenizer, vocabulary_size(model)))
     del model  # makes room for the reference
     gc.collect()
     if torch.cuda.is_available():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -104,6 +104,13 @@ def without_peft_warnings() -> Iterator[None]:
 def bare_model(model: Any) -> PreTrainedModel:
     """The transformers model inside peft's wrapper, or ``model`` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """The model as its base is, whatever adapters it has."""
+    with model.disable_adapter() if hasattr(model, "get_base_model") else nullcontext():
+        yield
 
 
 def starts_as_its_base(peft_config: Any) -> bool:

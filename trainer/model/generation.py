@@ -53,7 +53,9 @@ def stop_ids(
 
 def context_of(config: Any) -> int | None:
     """The most tokens the model takes, prompt and answer together; None where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
+    return next((limit for name in names if (limit := getattr(text, name, None))), None)
 
 
 def complete(

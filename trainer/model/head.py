@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils.generic import ModelOutput
 
 from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tail, linear_logprob
 from ..errors import UserError
 from ..packing.masks import packed_arguments
+from .logits import logit_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,9 +72,7 @@ def patch_head(
             adapter on the head, or no head at all.
     """
     _check_model(model)
-    scoring = Scoring(
-        **_read_logit_settings(model.config), tail=tail, tail_eps=tail_eps, backend=backend
-    )
+    scoring = Scoring(**logit_settings(model.config), tail=tail, tail_eps=tail_eps, backend=backend)
     head: Any = model.get_output_embeddings()
     patched: Any
     for patched, forward in ((head, _head_forward), (model, _model_forward)):
@@ -118,7 +118,7 @@ def _model_forward(
             "mask.flatten().nonzero()[:, 0]"
         )
     kwargs["use_cache"] = False
-    hidden = self.get_decoder()(*args, **kwargs)[0]
+    hidden = inner_model(self)(*args, **kwargs)[0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, select)
     token_logps, mean_logits = self.get_output_embeddings()(picked, targets=targets)
     return ScoredTokens(token_logps=token_logps, mean_logits=mean_logits)
@@ -175,11 +175,16 @@ def _check_model(model: PreTrainedModel) -> None:
             "model: its config asks for the mixture-of-experts auxiliary loss "
             "(output_router_logits), which needs logits; set output_router_logits: false"
         )
-    head = model.get_output_embeddings()
-    if not hasattr(model, "get_decoder") or head is None or model.get_decoder() is model:
+    head = _output_embeddings(model)
+    if head is None or inner_model(model) is model:
         raise UserError(
             f"model: expected a causal language model with a head, got {type(model).__name__}; "
             "load it with AutoModelForCausalLM"
+        )
+    if isinstance(getattr(head, "weight", None), DTensor):
+        raise UserError(
+            "model: load it without tp_plan; the head cannot take a weight that tensor "
+            "parallelism has split over ranks"
         )
     if type(head) is not nn.Linear and not hasattr(head, "unpatched_forward"):
         raise UserError(
@@ -188,13 +193,17 @@ def _check_model(model: PreTrainedModel) -> None:
         )
 
 
-def _read_logit_settings(config: Any) -> dict[str, Any]:
-    """Scale and softcap of the logits, under the names that families give them."""
-    text = config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0)
-    scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    return {"logit_scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+def _output_embeddings(model: Any) -> Any:
+    try:
+        return model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):  # how some families say that they have none
+        return None
+
+
+def inner_model(model: Any) -> Any:
+    """The model without its head: what makes hidden states of tokens, and of images too."""
+    base = model.base_model
+    return getattr(model, "model", model) if base is model else base  # Llama-4 names another
 
 
 @torch.no_grad()
@@ -202,25 +211,70 @@ def check_head(model: PreTrainedModel) -> None:
     """Compare the patched head with the model's own logits on a few tokens.
 
     A family that treats its logits in a way this project does not know is an error here, and not
-    a silently different loss. Needs weights that are not split: not under ZeRO-3 or FSDP.
+    a silently different loss. Needs weights that are not split: not under ZeRO-3 or FSDP. The
+    logits are compared as they are, and amplified: small ones do not feel a softcap.
     """
     config = model.config.get_text_config()
     tokens = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
     was_training = model.training
     model.eval()
-    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-    expected = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-    scored = model(
-        input_ids=tokens,
-        select=torch.arange(tokens.shape[1] - 1, device=tokens.device),
-        targets=tokens[0, 1:],
-    )
-    model.train(was_training)
+    try:
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        _check_causal(model, tokens, logits)
+        treated, known = _amplified(model, tokens)
+        scored = model(
+            input_ids=tokens,
+            select=torch.arange(tokens.shape[1] - 1, device=tokens.device),
+            targets=tokens[0, 1:],
+        )
+    finally:
+        model.train(was_training)
     full = logits.dtype == torch.float32 and not torch.is_autocast_enabled(logits.device.type)
     bound = 1e-3 if full else 0.05
-    worst = (scored.token_logps - expected).abs().max().item()
-    if not worst <= bound * max(1.0, expected.abs().max().item()):
+    expected = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    for found, right in ((scored.token_logps, expected), (known, treated)):
+        if found.shape == right.shape:
+            worst = (found - right).abs().max().item()
+            if worst <= bound * max(1.0, right.abs().max().item()):
+                continue
+            apart = f"differ from {type(model).__name__}'s own logits by {worst:.3g}"
+        else:
+            apart = f"are of {found.shape[-1]} tokens, {type(model).__name__}'s own of fewer"
         raise UserError(
-            f"model: log-probs from the head differ from {type(model).__name__}'s own logits by "
-            f"{worst:.3g}; it treats its logits in a way this version does not know"
+            f"model: take another one; log-probs from the head {apart}: this family does something "
+            "before or after its head that is not known here"
         )
+
+
+def _check_causal(model: Any, tokens: Tensor, logits: Tensor) -> None:
+    """Raise ``UserError`` where logits [T - 1, V] depend on the tokens that come later."""
+    half = tokens.shape[1] // 2
+    others = torch.cat([tokens[:, :half], tokens[:, half:].flip(1)], dim=1)
+    after = model(input_ids=others, use_cache=False).logits[0, :half]
+    apart = (after - logits[:half]).abs().max().item()
+    if apart > 0.05 * max(1.0, logits.abs().max().item()):
+        raise UserError(
+            "model: take one with causal attention (is_decoder: true, or "
+            f"use_bidirectional_attention: false in its config); {type(model).__name__} predicts "
+            "a token from those after it, so its log-probs say nothing of an answer"
+        )
+
+
+def _amplified(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [T, V] that the model makes of ones of about 50, and those that the head would."""
+    head, scoring = model.get_output_embeddings(), model.scoring
+    raw: list[Tensor] = []
+
+    def amplify(module: Any, args: Any, out: Any) -> Tensor:
+        raw.append(50.0 * out / out.float().std().clamp_min(1e-6).to(out.dtype))
+        return raw[-1]
+
+    handle = head.register_forward_hook(amplify)
+    try:
+        treated = model(input_ids=tokens, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
+    known = scoring.logit_scale * raw[-1].flatten(0, -2).float()
+    if scoring.softcap is not None:
+        known = scoring.softcap * torch.tanh(known / scoring.softcap)
+    return treated, known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+REFUSALS = (OSError, ValueError, ImportError, KeyError)
+
+
 def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token (end-of-sequence where it has none).
 
@@ -21,6 +25,8 @@ def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrain
     from transformers import AutoTokenizer
 
     name = name or settings.tokenizer_name_or_path or _model_name(settings)
+    if not Path(name, "tokenizer_config.json").is_file():
+        name = adapted_model(settings, name) or name
     tokenizer = _load(AutoTokenizer, name, settings, "tokenizer")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -32,15 +38,29 @@ def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrain
 def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedModel:
     """The causal language model with its weights, safetensors only.
 
-    ``name`` is a folder or hub name in place of the settings'. Quantized if they say so.
+    ``name`` is a folder or hub name in place of the settings'. Quantized if they say so. One that
+    holds an adapter gives peft's model of it, on its base, ready to learn on.
     """
     from transformers import AutoModelForCausalLM
 
+    name = name or _model_name(settings)
+    base = adapted_model(settings, name)
+    if base is not None:
+        from peft import PeftModel
+
+        model = load_model(settings, base)
+        with refusals(f"adapter {name}: cannot be loaded", *REFUSALS, RuntimeError):
+            return PeftModel.from_pretrained(
+                model,
+                str(Path(name).expanduser()) if _looks_local(name) else name,
+                is_trainable=True,
+                revision=_revision(settings, name),
+            )  # pyright: ignore[reportReturnType]
     computes = "bfloat16" if getattr(settings, "bf16", False) else settings.dtype
     quantization = quantization_config(settings, "float32" if computes == "auto" else computes)
     return _load(
         AutoModelForCausalLM,
-        name or _model_name(settings),
+        name,
         settings,
         "model",
         dtype=settings.dtype,
@@ -51,27 +71,50 @@ def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedMo
 
 
 def load_model_config(settings: ModelSettings) -> PreTrainedConfig:
-    """The model's config alone, without its weights."""
+    """The model's config alone, without its weights; of an adapter, its base's."""
     from transformers import AutoConfig
 
-    return _load(AutoConfig, _model_name(settings), settings, "model")
+    name = _model_name(settings)
+    return _load(AutoConfig, adapted_model(settings, name) or name, settings, "model")
 
 
-def disable_dropout(model: PreTrainedModel) -> None:
-    """Set the probability of every dropout layer, and of attention's dropout, to zero."""
-    from torch import nn
+def adapted_model(settings: ModelSettings, name: str) -> str | None:
+    """The folder or hub name of the model that the adapter ``name`` is for; None for a model."""
+    from transformers.utils.peft_utils import find_adapter_config_file
 
-    modules: Any = model.modules()  # families name their attributes differently
-    for module in modules:
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return None
+    if _looks_local(name) and not folder.is_dir():
+        return None
+    where = str(folder) if folder.is_dir() else name
+    try:
+        path = find_adapter_config_file(where, revision=_revision(settings, name))
+    except (OSError, ValueError):  # no such model; loading it says so
+        return None
+    if path is None:
+        return None
+    with refusals(f"adapter {name}: {path} cannot be read", OSError, ValueError):
+        base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"adapter {name}: write base_model_name_or_path into its adapter_config.json, the "
+            "folder or hub name of the model that it was trained on"
+        )
+    return base
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the model's embedding, known also where ZeRO-3 has split the weight."""
     return model.config.get_text_config().vocab_size
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _revision(settings: ModelSettings, name: str) -> str:
+    return settings.model_revision if name == settings.model_name_or_path else "main"
 
 
 def _model_name(settings: ModelSettings) -> str:
@@ -83,16 +126,16 @@ def _model_name(settings: ModelSettings) -> str:
 def _load(loader: Any, name: str, settings: ModelSettings, what: str, **options: Any) -> Any:
     """``from_pretrained``; whatever goes wrong becomes one line."""
     path = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = _looks_local(name)
     if looks_local and not path.expanduser().is_dir():
         raise UserError(f"{what} {name}: no such folder")
     if path.is_dir() and not (path / "config.json").is_file() and what == "model":
         raise UserError(f"model {name}: the folder has no config.json; give a saved model's folder")
-    with refusals(f"{what} {name}: cannot be loaded", OSError, ValueError, ImportError, KeyError):
+    with refusals(f"{what} {name}: cannot be loaded", *REFUSALS):
         try:
             return loader.from_pretrained(
                 str(path.expanduser()) if looks_local else name,
-                revision=settings.model_revision if name == settings.model_name_or_path else "main",
+                revision=_revision(settings, name),
                 trust_remote_code=settings.trust_remote_code,
                 **options,
             )

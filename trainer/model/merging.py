@@ -49,7 +49,9 @@ def export_merged(settings: ModelSettings, adapter: Path, out: Path, trained: An
     plain = ModelSettings(**values)
     if settings.load_in_4bit or settings.load_in_8bit:
         logger.info("merging into the weights as they were before quantization")
-    base = load_model(plain) if trained is None else None
+    base: Any = load_model(plain) if trained is None else None
+    if hasattr(base, "get_base_model"):  # it went on with an adapter, and ``adapter`` has it all
+        base = base.unload()
     with refusals(f"adapter {adapter}: cannot be merged", OSError, ValueError, RuntimeError):
         if base is None:
             adapted: Any = copy.deepcopy(trained)

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from ..data.chat import pad_token
 from ..model.adapters import bare_model
 from ..model.generation import Completion, Decoding, complete, stop_ids
+from ..model.loading import vocabulary_size
 from .margins import SAMPLES_FILE
 from .observer import append
 
@@ -75,7 +76,7 @@ class SampleWriter(TrainerCallback):
         tokenizer = trainer.processing_class
         decoding = Decoding(
             stop_ids(tokenizer, model.generation_config),
-            pad_token(tokenizer),
+            pad_token(tokenizer, vocabulary_size(model)),
             args.eval_samples_max_new_tokens,
             float(args.eval_samples_temperature),
         )

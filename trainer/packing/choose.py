@@ -128,15 +128,26 @@ def area_cost(config: Any) -> float:
     An entry takes 4 operations per feature of the attention heads (scores and values), a token 2
     per weight of a layer; of a mixture of experts, per weight that is active.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    experts = getattr(config, "num_experts_per_tok", None)
+    hidden, heads = _most(config, "hidden_size"), _most(config, "num_attention_heads")
+    if not hidden or not heads:  # no attention, so no mask
+        return 0.0
+    head = _most(config, "head_dim") or hidden // heads
+    shared = _most(config, "num_key_value_heads") or heads
+    inner = _most(config, "intermediate_size") or 4 * hidden
+    experts = _most(config, "num_experts_per_tok")
     if experts:
-        inner = experts * (getattr(config, "moe_intermediate_size", None) or inner)
+        inner = experts * (_most(config, "moe_intermediate_size") or inner)
     weights = 2 * hidden * head * (heads + shared) + 3 * hidden * inner
     return 2 * heads * head / weights
+
+
+def _most(config: Any, name: str) -> int:
+    """A number of the config, the largest of those it has a layer; 0 where it has none."""
+    try:
+        value = getattr(config, name, None) or 0
+    except Exception:  # transformers' own for a number that layers do not share
+        value = [getattr(layer, name, None) or 0 for layer in config.per_layer_config]
+    return max(value) if isinstance(value, list | tuple) else value
 
 
 def dense_costs(lengths: PairLengths, pairs: int, area: float) -> dict[str, float]:
@@ -171,12 +182,12 @@ def _rows(
         return [], f"attention {attention} is not known here"
     if device.type == "cpu":
         return ["varlen", "dense"], "sdpa on a CPU: sequence by sequence, without padding"
-    heads = config.hidden_size // config.num_attention_heads
+    heads = _most(config, "hidden_size") // (_most(config, "num_attention_heads") or 1)
     if (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
         and _runs_varlen(device)
-        and (getattr(config, "head_dim", None) or heads) <= WIDEST_HEAD
+        and (_most(config, "head_dim") or heads) <= WIDEST_HEAD
         and getattr(config, "attn_logit_softcapping", None) is None
     ):
         return ["varlen", "dense"], "torch's varlen attention: rows without padding"
@@ -193,8 +204,8 @@ def _runs_varlen(device: torch.device) -> bool:
 def _obstacle(config: Any, lengths: PairLengths | None, unknown_too: bool) -> str | None:
     """Why rows of several sequences could differ from each alone, as far as the config tells."""
     kind = config.model_type
-    bidirectional = getattr(config, "use_bidirectional_attention", False)
-    if bidirectional or not getattr(config, "is_causal", True):
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    if bidirectional not in (None, False, "vision") or not getattr(config, "is_causal", True):
         return f"{kind} attends to later tokens"
     if others := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
         return f"{kind} has layers of kind {', '.join(sorted(others))}"
@@ -203,14 +214,16 @@ def _obstacle(config: Any, lengths: PairLengths | None, unknown_too: bool) -> st
     if not unknown_too:
         return f"{kind} is not among the tested families, and sharded weights cannot be compared"
     window = getattr(config, "sliding_window", None)
-    if window is not None and (lengths is None or _longest(lengths) > window):
+    if window is not None and (lengths is None or longest_sequence(lengths) > window):
         return f"{kind} is not among the tested families, and has a sliding window of {window}"
     return None
 
 
-def _longest(lengths: PairLengths) -> int:
-    completions = np.maximum(lengths.chosen, lengths.rejected)
-    return int((lengths.prompt + completions).max()) if len(lengths) else 0
+def longest_sequence(*lengths: PairLengths | None) -> int:
+    """Tokens of the longest prompt and completion; 0 where there are none, or nobody knows."""
+    known = [part for part in lengths if part is not None and len(part)]
+    longest = [(p.prompt + np.maximum(p.chosen, p.rejected)).max() for p in known]
+    return int(max(longest, default=0))
 
 
 def _shortest(lengths: PairLengths | None, pairs: int, max_tokens: int | None) -> int:

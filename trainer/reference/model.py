@@ -29,7 +29,9 @@ from ..model.frozen import place_frozen
 from ..model.head import patch_head
 from ..model.loading import load_model, vocabulary_size
 from ..packing import model_inputs
-from ..packing.verify import compare_with_padded
+from ..packing.choose import longest_sequence
+from ..packing.rope import fix_rope
+from ..packing.verify import compare_with_alone
 from ..settings.checks import is_split
 from .cache import model_digest, precomputed
 
@@ -97,6 +99,7 @@ class Reference:
         elif not self._policy_can_score():
             self.model = _copy_of(policy, args)
         if self.model is not None:
+            fix_rope(self.model, longest_sequence(*(p.lengths for p in rows if p is not None)))
             self.model.requires_grad_(False).eval()
             patch_head(bare_model(self.model), **args.head_settings)
         if args.precompute_ref_log_probs:
@@ -153,7 +156,7 @@ class Reference:
     def _check_packing(self, packing: Packing) -> None:
         """Another model may run an attention that reads packed rows otherwise."""
         model: Any = self.model
-        problem = None if packing.layout == "padded" else compare_with_padded(model, packing)
+        problem = compare_with_alone(model, packing)
         if problem is not None:
             raise UserError(
                 f"ref_model: it does not take the rows that the model does ({packing.layout}): "

@@ -113,6 +113,12 @@ def check_environment(args: TrainingArguments) -> None:
     )
     from transformers.utils.import_utils import is_liger_kernel_available
 
+    launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+    if launched or getattr(args, "parallelism_config", None) is not None:
+        raise UserError(
+            "parallelism_config: leave it out, here and in accelerate's configuration; tensor, "
+            "context and sequence parallelism do not work with preference pairs yet"
+        )
     available = get_available_reporting_integrations()
     for name in args.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:

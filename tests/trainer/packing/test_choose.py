@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3nTextConfig, LlamaConfig, RwkvConfig
 from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation.pairs import usual_pairs
@@ -124,3 +125,18 @@ def test_a_window_of_an_unknown_family_matters_where_data_is_longer():
 def test_tested_families_are_tested():
     names = {name for name, _ in (FAMILIES | RELATIVES).values()}
     assert names == TESTED
+
+
+def test_bidirectional_among_an_images_tokens_alone_packs_text():
+    text = LlamaConfig(use_bidirectional_attention="vision")
+    assert choose_packing("auto", text).layout == "prefix_shared"
+    everywhere = LlamaConfig(use_bidirectional_attention="all")
+    assert "attends to later tokens" in choose_packing("auto", everywhere).reason
+
+
+def test_configs_without_heads_or_with_a_number_a_layer():
+    assert area_cost(RwkvConfig()) == 0.0
+    listed = Gemma3nTextConfig(
+        hidden_size=64, intermediate_size=[96, 48], num_hidden_layers=2, num_attention_heads=4
+    )
+    assert 0 < area_cost(listed) < 1

@@ -1,4 +1,4 @@
-"""The comparison with padded batches that decides for unknown families."""
+"""The comparison with each sequence alone that decides for every family."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.packing import verify
 from widemargin.trainer.packing.choose import Packing, packings
-from widemargin.trainer.packing.verify import compare_with_padded, settle_packing
+from widemargin.trainer.packing.verify import compare_with_alone, settle_packing
 
 from tests.support.packed_rows import family_model
 from tests.support.tiny_models import tiny_model
@@ -22,7 +22,7 @@ def test_exact_ones_pass_the_comparison(family):
     patch_head(model)
     for packing in packings("auto", model.config):
         if packing.layout != "padded":
-            assert compare_with_padded(model, packing) is None
+            assert compare_with_alone(model, packing) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -31,7 +31,7 @@ def test_a_leak_fails_the_comparison(leak, dtype, monkeypatch):
     model = family_model("llama").to(dtype)
     patch_head(model)
     right = Packing("prefix_shared", "dense", "")
-    assert compare_with_padded(model, right) is None
+    assert compare_with_alone(model, right) is None
     model_inputs = verify.model_inputs
 
     def leaking(batch: Any) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def test_a_leak_fails_the_comparison(leak, dtype, monkeypatch):
         return model_inputs(batch)
 
     monkeypatch.setattr(verify, "model_inputs", leaking)
-    failure = compare_with_padded(model, Packing("prefix_shared", "dense", "", area_cost=1e-9))
+    failure = compare_with_alone(model, Packing("prefix_shared", "dense", "", area_cost=1e-9))
     assert failure is not None
     assert "differ" in failure
 
@@ -74,3 +74,26 @@ def test_split_weights_are_not_compared(caplog):
     assert packing.layout == "packed"
     assert "not tested" in caplog.text
     assert settle_packing("auto", tiny_model(), sharded=True).layout == "prefix_shared"
+
+
+def test_padded_batches_are_compared_too():
+    """CPM-Ant takes padding on the left only, and nothing else is to be had for it."""
+    model = tiny_model("cpmant", dim_head=8, dim_ff=48, position_bias_num_buckets=32)
+    patch_head(model)
+    for setting in ("auto", "padded"):
+        with pytest.raises(UserError, match="cannot be trained on several sequences at once"):
+            settle_packing(setting, model)
+
+
+def test_a_parameter_that_only_one_layout_reaches_counts():
+    """Its gradient is zero in the other, which is a difference and not another length."""
+    model: Any = tiny_model()
+    layer = model.model.layers[0]
+    layer.extra = torch.nn.Parameter(torch.ones(()))
+    layer.register_forward_hook(
+        lambda module, args, out: out * module.extra**100 if out.shape[1] <= 20 else out
+    )
+    patch_head(model)
+    packing = settle_packing("auto", model)
+    assert packing.layout == "padded"
+    assert "gradients differ" in packing.reason

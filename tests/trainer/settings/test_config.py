@@ -147,3 +147,17 @@ def test_every_setting_of_ours_is_read_somewhere():
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     ours = {field.name for field in dataclasses.fields(PreferenceConfig)} - inherited
     assert ours - read == set()
+
+
+def test_parallelism_that_does_not_work_yet(monkeypatch, tmp_path):
+    from accelerate.parallelism_config import ParallelismConfig
+
+    with pytest.raises(UserError, match="parallelism_config: leave it out"):
+        PreferenceConfig(
+            objective="simpo",
+            output_dir=str(tmp_path),
+            parallelism_config=ParallelismConfig(tp_size=2),
+        )
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(UserError, match="parallelism_config: leave it out"):
+        PreferenceConfig(objective="simpo", output_dir=str(tmp_path))
