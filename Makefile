@@ -21,7 +21,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-slow test-distributed test-eval torture study lint format bench bench-baseline bench-compare bench-gpu wheels clean distclean
+.PHONY: help setup quickstart test test-quick test-slow test-distributed test-eval torture families study lint format bench bench-baseline bench-compare bench-gpu wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ test-eval: $(EVAL) ## Evaluations with the benchmarks' own packages, alpaca_eval
 
 torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
 	$(BIN)/python -m tests.robustness.torture --cases 50000 $(if $(OUT),--out $(OUT))
+
+families: $(DEV) ## Try a tiny model of every causal family of transformers, and write docs/families.md
+	$(BIN)/python -m tests.robustness.families --page docs/families.md $(if $(OUT),--out $(OUT)/families.json)
 
 study: $(DEV) ## Carry out the studies of docs/studies.md, about two hours on two idle cores
 	$(BIN)/python -m bench.studies
