@@ -33,6 +33,13 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
             sync_path(temporary)
 
 
+def write_at(descriptor: int, text: str) -> None:
+    """Replace the content of an open file, whose lock goes with the file itself."""
+    content = text.encode()
+    os.pwrite(descriptor, content, 0)
+    os.ftruncate(descriptor, len(content))
+
+
 def sync_path(path: Path) -> None:
     """Wait until the disk has a file, or a folder's entries, such as one just renamed."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -9,13 +9,14 @@ from transformers import PrinterCallback, ProgressCallback
 
 from .checkpoint.files import could_not_write
 from .checkpoint.hub import push
-from .checkpoint.resume import checkpoint_to_resume
+from .checkpoint.resume import output_claimed, start_of_run
 from .data import load_pairs
 from .data.table import PairRows
 from .errors import UserError
 from .model.loading import load_model, load_tokenizer, vocabulary_size
 from .monitor.console import ConsoleLines, ConsoleProgress
 from .monitor.run_record import RunRecord
+from .objectives import Objective
 from .preflight import check_training_data, weight_notes
 from .report.write import summary_lines, write_report
 from .settings.checks import check_output
@@ -27,7 +28,12 @@ def train(config: PreferenceConfig) -> None:
     """Load, train (resuming if told to), evaluate, save, and write ``run.json`` and the report."""
     objective = config.build_objective()
     check_output(config)
-    checkpoint = checkpoint_to_resume(config, config.resume_from_checkpoint)
+    with output_claimed(config):
+        _train(config, objective)
+
+
+def _train(config: PreferenceConfig, objective: Objective) -> None:
+    start = start_of_run(config, config.resume_from_checkpoint)
     tokenizer = load_tokenizer(config)
     model = load_model(config)
     data = load_pairs(config, tokenizer, vocabulary_size(model))
@@ -57,7 +63,7 @@ def train(config: PreferenceConfig) -> None:
             "\n".join([str(trainer.pipeline.packing), *plan.lines(), *trainer.notes()]), flush=True
         )
         record.write()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=start)
     try:
         trainer.save_model(_internal_call=True)  # without a push, which comes last
         trainer.save_state()

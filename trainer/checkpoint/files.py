@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ STAGING = "tmp-checkpoint-"
 REMOVED = "tmp-removed-"
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _CHUNK = 2**22
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,11 @@ class BrokenCheckpoint(Exception):
 
 
 def choose_checkpoint(
-    setting: str | bool | None, output_dir: str | Path, *, hashes: bool = True
+    setting: str | bool | None,
+    output_dir: str | Path,
+    *,
+    run: str | None = None,
+    hashes: bool = True,
 ) -> Path | None:
     """The checkpoint that ``resume_from_checkpoint`` means; None to start from the beginning.
 
@@ -51,6 +56,7 @@ def choose_checkpoint(
         setting: a folder; True for the newest complete one in ``output_dir``; "auto" for that if
             there is one; None or False for none.
         output_dir: where the run saves.
+        run: the id of the run that used the folder last, if it is known; see `newest_complete`.
         hashes: read and hash every file, instead of comparing sizes alone.
 
     Raises:
@@ -59,11 +65,12 @@ def choose_checkpoint(
     if setting is None or setting is False:
         return None
     if setting is True or setting == "auto":
-        newest, skipped = newest_complete(Path(output_dir), hashes=hashes)
-        for line in skipped:
+        newest, skipped, older = newest_complete(Path(output_dir), run=run, hashes=hashes)
+        for line in (*skipped, *older):
             logger.warning("Passed over %s", line)
         if newest is not None or (setting == "auto" and not skipped):
             return newest
+        skipped += older
         raise UserError(
             f"resume_from_checkpoint: {output_dir} holds no complete checkpoint"
             + (f" ({'; '.join(skipped)})" if skipped else "")
@@ -88,17 +95,45 @@ def choose_checkpoint(
     return folder
 
 
-def newest_complete(output_dir: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
-    """The complete checkpoint with the most steps, and a line for each newer one that is not."""
-    skipped = []
-    for folder in sorted(checkpoints_in(output_dir), key=step_of, reverse=True):
+def newest_complete(
+    output_dir: Path, *, run: str | None = None, hashes: bool = True
+) -> tuple[Path | None, list[str], list[str]]:
+    """The complete checkpoint with the most steps of the run that began last.
+
+    Also a line for each that is damaged and would come before it, and for those of earlier runs.
+
+    Args:
+        run: the id of that run; by default, the manifests say it.
+    """
+    folders = sorted(checkpoints_in(output_dir), key=_age, reverse=True)
+    run = run or next(filter(None, map(run_of, folders)), None)
+    damaged, older = [], []
+    for folder in folders:
         try:
-            check_files(folder, hashes=hashes)
+            manifest = check_files(folder, hashes=hashes and run_of(folder) == run)
         except BrokenCheckpoint as error:
-            skipped.append(f"{folder}: {error}")
-        else:
-            return folder, skipped
-    return None, skipped
+            damaged.append(f"{folder}: {error}")
+            continue
+        if manifest["run"].get("id") == run:
+            return folder, damaged, older
+        older.append(f"{folder}: it is of an earlier run")
+    return None, damaged, older
+
+
+def run_of(folder: Path | None) -> str | None:
+    """The id of the run that a checkpoint is of, where its manifest can be read."""
+    try:
+        return None if folder is None else read_manifest(folder)["run"].get("id")
+    except BrokenCheckpoint:
+        return None
+
+
+def _age(folder: Path) -> tuple[float, int]:
+    """Sorts by the start of the process that saved a checkpoint, then by step."""
+    try:
+        return float(read_manifest(folder)["run"].get("started", 0.0)), step_of(folder)
+    except BrokenCheckpoint:
+        return math.inf, step_of(folder)
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
@@ -147,13 +182,16 @@ def settle_leftovers(output_dir: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: list[Path]) -> None:
-    """Remove the oldest checkpoints over ``limit``, none of ``keep`` among them."""
+    """Remove the oldest checkpoints over ``limit``, none of ``keep`` among them.
+
+    Those that are damaged go first, then those of earlier runs.
+    """
     if limit is None or limit <= 0:
         return
     kept = {folder.resolve() for folder in keep}
     checkpoints = checkpoints_in(output_dir)
     others = [folder for folder in checkpoints if folder.resolve() not in kept]
-    others.sort(key=lambda folder: (folder.stat().st_mtime_ns, step_of(folder)))
+    others.sort(key=lambda folder: (not math.isinf(_age(folder)[0]), _age(folder)))
     for folder in others[: max(0, len(checkpoints) - limit)]:
         gone = output_dir / f"{REMOVED}{step_of(folder)}"
         shutil.rmtree(gone, ignore_errors=True)

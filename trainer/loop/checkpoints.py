@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,10 @@ from ..checkpoint.files import (
     rotate,
     write_manifest,
 )
-from ..checkpoint.resume import (
-    ChosenCheckpoint,
-    Facts,
-    check_same_run,
-    checkpoint_to_resume,
-    on_first_rank,
-    run_facts,
-)
+from ..checkpoint.resume import Start, check_same_run, on_first_rank, output_claimed, start_of_run
+from ..checkpoint.same_run import Facts, run_facts
 from ..errors import UserError
+from ..model.digest import frozen_digest
 from .preemption import Preempted, Preemption
 from .watchdog import Watchdog
 
@@ -68,14 +64,14 @@ class CheckpointedTrainer(Trainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | ChosenCheckpoint | None = None,
+        resume_from_checkpoint: str | bool | Start | None = None,
         *args: Any,
         **kwargs: Any,
     ):
         """As transformers', from a checkpoint that is complete and belongs to this run.
 
         Args:
-            resume_from_checkpoint: as in `choose_checkpoint`, or what `checkpoint_to_resume` gave.
+            resume_from_checkpoint: as in `choose_checkpoint`, or what `start_of_run` gave.
             args, kwargs: transformers' own.
 
         Raises:
@@ -83,13 +79,19 @@ class CheckpointedTrainer(Trainer):
                 loss or gradient is not finite.
             Preempted: SIGTERM came; a checkpoint was saved.
         """
-        chosen = resume_from_checkpoint
-        if not isinstance(chosen, ChosenCheckpoint):
-            chosen = checkpoint_to_resume(self.args, chosen)
-        if chosen is not None:
-            folder = chosen.folder
-            on_first_rank(self.args, lambda: check_same_run(folder, self._run_facts()))
-        checkpoint = None if chosen is None else str(chosen.folder)
+        with output_claimed(self.args):
+            start = resume_from_checkpoint
+            if not isinstance(start, Start):
+                start = start_of_run(self.args, start)
+            facts = self._run_facts() | {"id": start.run, "started": time.time()}
+            self._facts = facts
+            folder = start.folder
+            if folder is not None:
+                on_first_rank(self.args, lambda: check_same_run(folder, facts))
+            checkpoint = None if folder is None else str(folder)
+            return self._train_from(checkpoint, *args, **kwargs)
+
+    def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         with self.preemption.listening(), Watchdog(self) as watchdog, watchdog.naming():
             result = super().train(checkpoint, *args, **kwargs)
         if self.preemption.stopping:
@@ -100,14 +102,17 @@ class CheckpointedTrainer(Trainer):
         return result
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint in ``output_dir`` whose files are there in their sizes."""
-        return newest_complete(Path(str(self.args.output_dir)), hashes=False)[0]
+        """The run's newest checkpoint in ``output_dir`` whose files are there in their sizes."""
+        folder = Path(str(self.args.output_dir))
+        return newest_complete(folder, run=(self._facts or {}).get("id"), hashes=False)[0]
 
     def _run_facts(self) -> Facts:
-        if self._facts is None:
-            rows: Any = self.train_dataset
-            self._facts = run_facts(self, self.objective, rows, self.pipeline.layout)
-        return self._facts
+        """On all ranks what the first one finds; a collective with several ranks."""
+        rows: Any = self.train_dataset
+        frozen = frozen_digest(self.model, self.args.process_index == 0)  # pyright: ignore[reportArgumentType]
+        return on_first_rank(
+            self.args, lambda: run_facts(self, self.objective, rows, self.pipeline.layout, frozen)
+        )
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -129,7 +134,7 @@ class CheckpointedTrainer(Trainer):
                 self._staging = None
             self._name_best(run_dir, staging / folder.name)
         if self._gather_problem() is None and self.args.should_save:
-            self._attempt(lambda: write_manifest(staging / folder.name, step, self._run_facts()))
+            self._attempt(lambda: write_manifest(staging / folder.name, step, self._facts or {}))
             if self._save_problem is None:
                 self._attempt(lambda: publish(staging, folder))
         if self._gather_problem() is None:

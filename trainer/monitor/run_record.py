@@ -70,22 +70,22 @@ def changed_settings(config: PreferenceConfig) -> dict[str, Any]:
             default = config.filled_in[name]
         elif isinstance(value, AcceleratorConfig):  # which is filled up
             default = type(value)()
-        value = _plain(value)
-        if value != _plain(default) and not is_secret(name):
+        value = plain(value)
+        if value != plain(default) and not is_secret(name):
             changed[name] = value
     return changed
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON and YAML have it."""
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return plain(value.value)
     if isinstance(value, AcceleratorConfig):
-        return _plain(value.to_dict())
+        return plain(value.to_dict())
     if isinstance(value, dict):
-        return {str(_plain(key)): _plain(part) for key, part in value.items()}
+        return {str(plain(key)): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return value if isinstance(value, int | float | str | None) else str(value)
 
 

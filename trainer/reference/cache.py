@@ -13,7 +13,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..batching.loader import sheltered
@@ -39,11 +38,6 @@ if TYPE_CHECKING:
 
 # Raise it when the same model and tokens come to give other log-probs, or the file's form changes.
 _VERSION = 1
-# What of a model's config does not change its log-probs.
-_IRRELEVANT = {
-    "_name_or_path", "architectures", "transformers_version", "use_cache", "dtype",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -152,39 +146,10 @@ def tokens_digest(rows: PairRows) -> str:
     return digest(chunks())
 
 
-def model_digest(model: nn.Module, main: bool = True) -> str:
-    """The hash of a model's weights (names, shapes, dtypes, bytes) and of its config.
-
-    Under ZeRO-3, which brings the weights together one by one, call it on all ranks. Elsewhere
-    ``main=False`` spares a rank whose digest nobody reads the work.
-    """
-    split = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if not main and not split:
-        return ""
-    if split:
-        weights = {name: _tensor_digest(tensor) for name, tensor in _gathered(model)}
-    else:
-        state = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            weights = dict(zip(state, threads.map(_tensor_digest, state.values()), strict=True))
-    config = bare_model(model).config.to_dict()
-    config = {name: value for name, value in config.items() if name not in _IRRELEVANT}
-    content = [type(bare_model(model)).__name__, config, weights]
-    return digest([json.dumps(content, sort_keys=True, default=str)])
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    values = [plain.view(torch.uint8).numpy().data] if plain.numel() else []
-    return digest([f"{plain.dtype} {tuple(tensor.shape)} ", *values])
-
-
-def _gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    import deepspeed  # pyright: ignore[reportMissingImports] (an extra)
-
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield name, parameter.detach()
+def columns_digest(rows: PairRows) -> str:
+    """The hash of the log-probs that the data set itself has."""
+    table: Any = rows.dataset.with_format("numpy")[:]
+    return digest(np.asarray(table[name], np.float64).tobytes() for name in COLUMNS)
 
 
 def write(path: Path, values: Values) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
 from ..model.adapters import bare_model, starts_as_its_base
+from ..model.digest import model_digest
 from ..model.frozen import place_frozen
 from ..model.head import patch_head
 from ..model.loading import load_model, vocabulary_size
@@ -33,7 +34,7 @@ from ..packing.choose import longest_sequence
 from ..packing.rope import fix_rope
 from ..packing.verify import compare_with_alone
 from ..settings.checks import is_split
-from .cache import model_digest, precomputed
+from .cache import columns_digest, precomputed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -88,9 +89,11 @@ class Reference:
         self._autocast: Any = nullcontext
         self._unwrap: Any = bare_model
         self._other = False
+        self._under_base = self._under_adapter
         if not self._lacking and any(part is not None for part in rows):
             return
         self._other = ref_model is not None or not self.starting
+        self._under_base = self._under_adapter and not self._other
         if self._other:
             if ref_model is None:
                 _check_tokenizer(args, tokenizer)
@@ -102,7 +105,7 @@ class Reference:
             fix_rope(self.model, longest_sequence(*(p.lengths for p in rows if p is not None)))
             self.model.requires_grad_(False).eval()
             patch_head(bare_model(self.model), **args.head_settings)
-        if args.precompute_ref_log_probs:
+        if args.precompute_ref_log_probs or self.model is not None:
             self._digest = model_digest(self.model or policy, args.process_index == 0)
 
     def _policy_can_score(self) -> bool:
@@ -133,7 +136,7 @@ class Reference:
         if self._other and packing is not None and not is_split(self.args):
             with self._autocast():
                 self._check_packing(packing)
-        if self._digest is None:
+        if self._digest is None or not self.args.precompute_ref_log_probs:
             return
         policy: Any = trainer.model
         frozen = self.model or policy
@@ -152,6 +155,15 @@ class Reference:
         self._under_adapter = False
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def content(self, rows: PairRows) -> str:
+        """The hash of what ``rows`` are compared with; "" for the policy's own base.
+
+        Only the main process has a model's.
+        """
+        if rows not in self._lacking and rows.has_reference:
+            return columns_digest(rows)
+        return "" if self._under_base else self._digest or ""
 
     def _check_packing(self, packing: Packing) -> None:
         """Another model may run an attention that reads packed rows otherwise."""

@@ -21,7 +21,6 @@ from widemargin.trainer.checkpoint.files import (
     newest_complete,
     settle_leftovers,
 )
-from widemargin.trainer.checkpoint.resume import compare
 from widemargin.trainer.errors import UserError
 
 from tests.support.tiny_models import parameters_of, tiny_model, tiny_trainer
@@ -243,22 +242,6 @@ def test_another_model_is_refused(run, tmp_path):
     trainer = tiny_trainer(tmp_path, model=tiny_model(num_hidden_layers=1), **SAVING)
     with pytest.raises(UserError, match="model layers was 2, is 1"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-
-
-def test_what_may_differ():
-    common: dict[str, Any] = {
-        "objective": {"name": "simpo"}, "model": {}, "couples_pairs": False, "pairs_per_step": 32,
-        "micro_batches": 4, "pairs": 9, "tokens": "x", "engine": "none or DDP", "ranks": 2,
-    }  # fmt: skip
-    now = common | {"ranks": 4, "micro_batches": 2, "packing": "packed"}
-    forbidden, notes = compare(common, now)
-    assert not forbidden
-    assert len(notes) == 3
-    split = {"engine": "DeepSpeed"}
-    forbidden, _ = compare(common | split, now | split)
-    assert forbidden == ["ranks was 2, is 4, and DeepSpeed's files are split by rank"]
-    forbidden, _ = compare(common | {"weights_only": True}, now)
-    assert "save_only_model" in forbidden[0]
 
 
 def test_weights_alone_cannot_go_on(tmp_path):

@@ -12,9 +12,9 @@ import torch
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.data.table import REFERENCE_COLUMNS
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.model.digest import model_digest
 from widemargin.trainer.reference import cache as reference_cache
 from widemargin.trainer.reference import model as reference
-from widemargin.trainer.reference.cache import model_digest
 
 from tests.support.reference_runs import (
     LORA,
