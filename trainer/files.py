@@ -1,13 +1,20 @@
-"""Files that are written completely or not at all, and digests of contents."""
+"""Files that are written completely or not at all, and digests of contents.
+
+Other libraries write some files in place. `seal` adds their digests in a file beside them, and
+`is_sealed` says whether they are as they were then.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_CHUNK = 2**22
 
 
 @contextmanager
@@ -55,3 +62,32 @@ def digest(chunks: Iterable[str | bytes | memoryview], size: int = 16) -> str:
     for chunk in chunks:
         content.update(chunk.encode() if isinstance(chunk, str) else chunk)
     return content.hexdigest()
+
+
+def file_digest(path: Path, size: int = 32) -> str:
+    """The digest of a file's content, read piece by piece."""
+
+    def chunks() -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    return digest(chunks(), size)
+
+
+def seal(seal_file: Path, paths: Iterable[Path]) -> None:
+    """Write the files' digests to ``seal_file``, once their content is on the disk."""
+    digests = {}
+    for path in sorted(paths):
+        sync_path(path)
+        digests[path.name] = file_digest(path)
+    write_text(seal_file, json.dumps(digests))
+
+
+def is_sealed(seal_file: Path, paths: Iterable[Path]) -> bool:
+    """Whether ``seal_file`` names these files, no other, with the digests they have."""
+    try:
+        saved = json.loads(seal_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return saved == {path.name: file_digest(path) for path in paths}

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from ..files import digest, sync_path, write_text
+from ..files import digest, file_digest, sync_path, write_text
 
 STAGING = "tmp-checkpoint-"
 REMOVED = "tmp-removed-"
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
 FORMAT = 2
-_CHUNK = 2**22
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +261,7 @@ def check_files(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
             )
     if hashes:
         names = list(content["files"])
-        hashed = _in_threads(lambda name: _hash(folder / name), names)
+        hashed = _in_threads(lambda name: file_digest(folder / name), names)
         for name, value in zip(names, hashed, strict=True):
             if value != content["files"][name]["blake2b"]:
                 raise BrokenCheckpoint(f"{name} does not have the hash it was saved with")
@@ -271,16 +270,7 @@ def check_files(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
 
 def _synced_entry(path: Path) -> dict[str, Any]:
     sync_path(path)
-    return {"bytes": path.stat().st_size, "blake2b": _hash(path)}
-
-
-def _hash(path: Path) -> str:
-    def chunks() -> Iterator[bytes]:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-
-    return digest(chunks(), size=32)
+    return {"bytes": path.stat().st_size, "blake2b": file_digest(path)}
 
 
 def _in_threads(work: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
