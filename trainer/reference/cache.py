@@ -86,6 +86,7 @@ def _computed(rows: PairRows, score: Callable[[Any], Tensor], trainer: Trainer) 
             batch_sampler=shares,  # pyright: ignore[reportArgumentType]
             collate_fn=trainer.data_collator,
             num_workers=args.dataloader_num_workers,
+            generator=torch.Generator(),  # the global one is the training's
         )
     )
     if args.process_index == 0 and not args.disable_tqdm:

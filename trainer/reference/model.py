@@ -157,10 +157,7 @@ class Reference:
             torch.cuda.empty_cache()
 
     def content(self, rows: PairRows) -> str:
-        """The hash of what ``rows`` are compared with; "" for the policy's own base.
-
-        Only the main process has a model's.
-        """
+        """The hash of what ``rows`` are compared with, on the main process; "" for the base."""
         if rows not in self._lacking and rows.has_reference:
             return columns_digest(rows)
         return "" if self._under_base else self._digest or ""

@@ -163,3 +163,13 @@ def test_workers_outlive_a_sigterm(tmp_path, monkeypatch):
     trainer = dpo_trainer(tmp_path, **ONCE, per_device_eval_batch_size=2, dataloader_num_workers=1)
     assert len(killed) == 1
     assert "computed for 12 pairs" in trainer.reference.notes[0]
+
+
+def test_computing_draws_no_random_numbers_of_the_training(tmp_path, monkeypatch):
+    """Where they are read, training must draw the same dropout."""
+    states = []
+    monkeypatch.setattr(reference_cache, "cache_folder", lambda: str(tmp_path))
+    for folder in ("computed", "read"):
+        dpo_trainer(tmp_path / folder, precompute_ref_log_probs=True)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
