@@ -16,6 +16,7 @@ from .errors import UserError
 from .evaluation.evaluate_command import add_evaluate, run_evaluate
 from .plan.command import add_plan, run_plan
 from .quickstart.command import add_quickstart, quickstart
+from .text import steady_console
 
 TRAIN_HELP = """\
 Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,
@@ -37,6 +38,11 @@ def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int
     ``script`` names the published script whose twin this is, such as "run_simpo".
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with steady_console():
+        return _guarded(argv, script)
+
+
+def _guarded(argv: Sequence[str] | None, script: str | None) -> int:
     try:
         return _run(list(sys.argv[1:] if argv is None else argv), script)
     except UserError as error:

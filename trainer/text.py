@@ -1,6 +1,13 @@
-"""Data shown to people: on one line, and never able to steer a terminal."""
+"""Text shown to people, which can neither steer a terminal nor end the run that shows it."""
 
 from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 
 def printable(text: str, limit: int | None = None) -> str:
@@ -12,6 +19,15 @@ def printable(text: str, limit: int | None = None) -> str:
     if limit is not None and len(text) > limit:
         text = text[:limit] + "…"
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def visible(text: str) -> str:
+    """As `printable`, with newlines, tabs and all kinds of spaces as they are."""
+    kept = "\n\t"
+    return "".join(
+        c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else _escaped(c)
+        for c in text
+    )
 
 
 def _escaped(character: str) -> str:
@@ -37,3 +53,64 @@ def figure(value: float) -> str:
         return f"{value:.3g}"
     decimals = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
     return f"{value:.{decimals}f}"
+
+
+class _Steady:
+    """A text stream whose failures to write are passed over."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            plain = text.encode(encoding, "backslashreplace").decode(encoding)
+            with suppress(OSError, ValueError):
+                self._stream.write(plain)
+        except (OSError, ValueError):  # the latter from a closed stream
+            pass
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def steady_console() -> Iterator[None]:
+    """Inside, what goes to the terminal cannot raise; nor what is left of it when Python ends.
+
+    A line that cannot be written (the pipe's reader has gone, the log's disk is full) is lost, and
+    a character that the encoding lacks is escaped.
+    """
+    before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, _Steady):
+        yield
+        return
+    sys.stdout, sys.stderr = (None if s is None else _Steady(s) for s in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in filter(None, before):
+            _settle(stream)
+
+
+def _settle(stream: Any) -> None:
+    """Let what cannot be written go, or Python's last flush makes the exit status 120."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

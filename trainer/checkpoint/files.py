@@ -199,11 +199,21 @@ def rotate(output_dir: Path, limit: int | None, keep: list[Path]) -> None:
 
 
 def could_not_write(error: BaseException) -> bool:
-    """Whether ``error`` says that a file could not be written: a full disk, a quota, a limit."""
+    """Whether ``error`` says that a file could not be written: a full disk, a quota, a limit.
+
+    Libraries in Rust and C++ raise exceptions of no kind of their own (tokenizers a bare
+    ``Exception``); their texts hold the system's.
+    """
     if isinstance(error, OSError | SafetensorError):
         return True
-    words = ("PytorchStreamWriter", "inline_container", "iostream error", os.strerror(errno.ENOSPC))
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    words = (
+        "PytorchStreamWriter",
+        "inline_container",
+        "iostream error",
+        *map(os.strerror, numbers),
+    )
+    return type(error) in (Exception, RuntimeError) and any(w in str(error) for w in words)
 
 
 def write_manifest(folder: Path, step: int, run: dict[str, Any]) -> None:

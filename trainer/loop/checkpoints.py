@@ -26,8 +26,10 @@ from ..checkpoint.resume import Start, check_same_run, on_first_rank, output_cla
 from ..checkpoint.same_run import Facts, run_facts
 from ..errors import UserError
 from ..model.digest import frozen_digest
+from ..text import steady_console
 from .preemption import Preempted, Preemption
 from .watchdog import Watchdog
+from .weights import check_weights
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
@@ -92,8 +94,10 @@ class CheckpointedTrainer(Trainer):
             return self._train_from(checkpoint, *args, **kwargs)
 
     def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-        with self.preemption.listening(), Watchdog(self) as watchdog, watchdog.naming():
+        listening = self.preemption.listening()
+        with steady_console(), listening, Watchdog(self) as watchdog, watchdog.naming():
             result = super().train(checkpoint, *args, **kwargs)
+            check_weights(self)
         if self.preemption.stopping:
             step, saved, problem = self.state.global_step, self.last_saved, self._save_problem
             if problem is None and (saved is None or saved.name != f"checkpoint-{step}"):
@@ -118,6 +122,7 @@ class CheckpointedTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        check_weights(self)
         run_dir = Path(self._get_output_dir(trial))
         step = self.state.global_step
         folder, staging = run_dir / f"checkpoint-{step}", run_dir / f"{STAGING}{step}"

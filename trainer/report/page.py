@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from ..monitor.history import Run, flatten
+from ..text import visible
 from .marks import Drawing
 from .svg import colour_rules, mark_rules, svg
 
@@ -82,7 +83,7 @@ def text(value: object) -> str:
         value = f"{value:.6g}"
     if value is None or isinstance(value, bool):
         value = str(value).lower()
-    return escape(str(value), quote=True)
+    return escape(visible(str(value)), quote=True)
 
 
 def page(title: str, body: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from ..text import visible
 from .marks import DOT_RADIUS, LOOKS, PALETTE, TEXT_SIZE, WIDTH, Dot, Drawing, Label, Look, Path
 
 PHONE_TEXT_SIZE = TEXT_SIZE + 2
@@ -11,7 +12,7 @@ PHONE_TEXT_SIZE = TEXT_SIZE + 2
 
 def svg(drawing: Drawing) -> str:
     """The drawing as one `<svg>` element, as wide as what holds it."""
-    seen = escape(drawing.description, quote=True)
+    seen = escape(visible(drawing.description), quote=True)
     box = f'viewBox="0 0 {WIDTH:g} {drawing.height:g}"'
     return f'<svg {box} role="img" aria-label="{seen}">{"".join(map(_mark, drawing.marks))}</svg>'
 
@@ -19,10 +20,10 @@ def svg(drawing: Drawing) -> str:
 def _mark(mark: Path | Dot | Label) -> str:
     if isinstance(mark, Label):
         place = f'x="{mark.x:.1f}" y="{mark.y:.1f}"'
-        return f'<text {place} text-anchor="{mark.anchor}">{escape(mark.text)}</text>'
+        return f'<text {place} text-anchor="{mark.anchor}">{escape(visible(mark.text))}</text>'
     if isinstance(mark, Dot):
         place = f'cx="{mark.x:.1f}" cy="{mark.y:.1f}" r="{DOT_RADIUS:g}"'
-        title = f"<title>{escape(mark.title)}</title>"
+        title = f"<title>{escape(visible(mark.title))}</title>"
         return f'<circle class="{mark.colour}" {place}>{title}</circle>'
     outline = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in mark.places)
     closed = "" if LOOKS[mark.kind].width else "Z"

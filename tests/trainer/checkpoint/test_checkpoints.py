@@ -18,6 +18,7 @@ from widemargin.trainer.checkpoint.files import (
     BrokenCheckpoint,
     check_files,
     choose_checkpoint,
+    could_not_write,
     newest_complete,
     settle_leftovers,
 )
@@ -280,3 +281,26 @@ def test_a_finished_run_takes_no_step_more(run, tmp_path):
     trainer = tiny_trainer(tmp_path, **SAVING)
     result = trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
     assert result.global_step == 4
+
+
+@pytest.mark.parametrize("kind", [Exception, RuntimeError, OSError])
+def test_a_full_disk_by_whatever_name(kind):
+    assert could_not_write(kind("No space left on device (os error 28)"))
+    assert not could_not_write(TypeError("No space left on device"))
+    assert not could_not_write(Exception("a bug"))
+
+
+def test_weights_that_overflow_are_not_saved(tmp_path):
+    """By an update whose gradient is finite: neither a checkpoint nor the end of the run."""
+    for saving in ({"save_steps": 1}, {"save_strategy": "no"}):
+        trainer = tiny_trainer(tmp_path, **SAVING | saving | {"max_steps": 1, "optim": "sgd"})
+        trainer.add_callback(_Overflowing())
+        with pytest.raises(UserError, match="after step 1 the model has weights that are not fin"):
+            trainer.train()
+        assert not list(tmp_path.glob("*checkpoint-*"))
+
+
+class _Overflowing(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        assert model is not None
+        next(model.parameters()).data[0, 0] = float("inf")
