@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from ..errors import UserError, refusals
 from ..settings.model import ModelSettings
 from .adapters import quantization_config
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-REFUSALS = (OSError, ValueError, ImportError, KeyError)
+REFUSALS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrainedTokenizerBase:
@@ -49,7 +51,7 @@ def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedMo
         from peft import PeftModel
 
         model = load_model(settings, base)
-        with refusals(f"adapter {name}: cannot be loaded", *REFUSALS, RuntimeError):
+        with refusals(f"adapter {name}: cannot be loaded", *REFUSALS):
             return PeftModel.from_pretrained(
                 model,
                 str(Path(name).expanduser()) if _looks_local(name) else name,
@@ -58,7 +60,7 @@ def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedMo
             )  # pyright: ignore[reportReturnType]
     computes = "bfloat16" if getattr(settings, "bf16", False) else settings.dtype
     quantization = quantization_config(settings, "float32" if computes == "auto" else computes)
-    return _load(
+    model, found = _load(
         AutoModelForCausalLM,
         name,
         settings,
@@ -66,8 +68,16 @@ def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedMo
         dtype=settings.dtype,
         attn_implementation=settings.attn_implementation,
         use_safetensors=True,
+        output_loading_info=True,
         **({} if quantization is None else {"quantization_config": quantization}),
     )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model {name}: give a complete model; its files lack "
+            f"{len(missing)} of the weights that config.json describes, such as {missing[0]}"
+        )
+    return model
 
 
 def load_model_config(settings: ModelSettings) -> PreTrainedConfig:
