@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable
@@ -11,6 +13,9 @@ from typing import Any
 from ..errors import UserError
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+LONGEST_NUMBER = 40
+"""Characters of a number in a settings file; those of `fp64` have 25 at most."""
 
 TYPES = {
     int: "a whole number",
@@ -44,7 +49,7 @@ def coerced(key: str, value: Any, hint: Any) -> Any:
     if not kinds <= TYPES.keys():
         return value
     expected = " or ".join(sorted(TYPES[kind] for kind in kinds))
-    got = "something else" if is_secret(key) else repr(value)
+    got = "something else" if is_secret(key) else reprlib.repr(value)
     raise UserError(f"{key}: expected {expected}, got {got}")
 
 
@@ -55,9 +60,12 @@ def is_secret(name: str) -> bool:
 
 def as_number(value: Any) -> Any:
     """Text such as "1e-6", which YAML 1.1 does not read as a number, as one."""
-    if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):
+    if not isinstance(value, str) or len(value) > LONGEST_NUMBER:
         return value
-    return int(value) if re.fullmatch(r"[-+]?\d+", value.strip()) else float(value)
+    if not NUMBER.fullmatch(value.strip()):
+        return value
+    number = int(value) if re.fullmatch(r"[-+]?\d+", value.strip()) else float(value)
+    return number if math.isfinite(number) else value
 
 
 def _kinds(hint: Any) -> Iterable[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from ..errors import UserError
 from ..objectives import OBJECTIVES, hyperparameters_of
-from .coercion import as_number, coerced
+from .coercion import LONGEST_NUMBER, as_number, coerced
 from .config import PreferenceConfig, objective_keys
 from .model import check_adapted
 from .published.keys import TABLE
@@ -25,6 +26,8 @@ from .published.translation import (
     name_objective,
     translate,
 )
+
+_MOST_NESTED, _MOST_VALUES = 50, 100_000
 
 
 def load_config(
@@ -64,16 +67,41 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"config {path}: not a text file; give a YAML file in UTF-8") from error
     try:
-        settings = yaml.load(text, _EachKeyOnce)
-    except (yaml.YAMLError, ValueError) as error:  # the latter from a day such as 2024-02-30
-        reason = " ".join(str(error).split())
-        raise UserError(f"config {path}: not valid YAML: {reason}") from error
+        settings = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError(f"config {path}: expected settings as `key: value` lines")
     return settings
 
 
-class _EachKeyOnce(yaml.SafeLoader):
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, of a size that settings have.
+
+    Raises:
+        ValueError: what is wrong and where, without what the text says there: it may be a secret.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        problem = re.sub(r"'[^']{2,}'", "…", error.problem or "it cannot be read")
+        mark = error.problem_mark
+        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        raise ValueError(problem + where) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError:
+        raise ValueError("it has characters that YAML does not allow") from None
+    except Exception as error:  # of a constructor: a day such as 2024-02-30, !!bool "abc"
+        raise ValueError(f"a value is not of its kind ({type(error).__name__})") from None
+
+
+class _Loader(yaml.SafeLoader):
     """Refuses a key given twice, of which YAML readers silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -87,17 +115,47 @@ class _EachKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _check_size(root: yaml.Node) -> None:
+    """Raise for a text that aliases would make huge, that nests deeply, or for a huge number."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        def refuse(problem: str) -> None:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if depth > _MOST_NESTED:
+            refuse("it is nested too deeply")
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag == "tag:yaml.org,2002:int" and len(node.value) > LONGEST_NUMBER:
+                refuse("a number is too long")
+            return 1
+        parts: list[Any] = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(size(part, depth + 1) for part in parts)
+        if sizes[id(node)] > _MOST_VALUES:
+            refuse("its aliases stand for too many values; write them out")
+        return sizes[id(node)]
+
+    size(root, 0)
+
+
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
     """``--key=value`` arguments; values are read as YAML."""
     settings = {}
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals or not key:
-            raise UserError(f"argument {argument!r}: expected --key=value, such as --beta=2.5")
+        shown = re.match(r"-*\w*", argument)  # what follows may be a secret
+        name = shown[0] if shown else ""
+        if not argument.startswith("--") or not equals or not re.fullmatch(r"[\w.-]+", key):
+            more = "" if name == argument else "…"
+            raise UserError(f"argument {name}{more}: expected --key=value, such as --beta=2.5")
         try:
-            settings[key.replace("-", "_")] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"argument {argument!r}: the value is not valid YAML") from error
+            settings[key.replace("-", "_")] = parse_yaml(value)
+        except ValueError as error:
+            raise UserError(f"argument --{key}: the value is not valid YAML: {error}") from None
     return settings
 
 

@@ -1,0 +1,79 @@
+"""YAML as others write it: huge, deep, cut off, and with secrets in it."""
+
+from __future__ import annotations
+
+import pytest
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.settings.files import load_config, parse_overrides, parse_yaml
+
+SECRET = "hf_SECRETsecret1234"
+
+
+def bomb() -> str:
+    first = "&a0 [" + ",".join(["lol"] * 10) + "]"
+    rest = (f"&a{i} [" + ",".join([f"*a{i - 1}"] * 10) + "]" for i in range(1, 10))
+    return "[" + ", ".join([first, *rest]) + "]"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        bomb(), "&a [*a]", "[" * 5000 + "]" * 5000, "{a: " * 5000 + "1" + "}" * 5000,
+        "[" * 60 + "]" * 60, "1" + "0" * 400, "0x" + "f" * 5000, '!!bool "abc"', "2024-02-30",
+        "!!python/object:os.system x", "!!int x", "*nobody", "a: b: c", '"open', "@x", "a\0b",
+        "!!timestamp x", "!!binary é", "? [a]\n: 1", "!!float x", "<<: 1",
+    ],
+    ids=lambda value: value[:12],
+)  # fmt: skip
+def test_bad_yaml_is_refused_at_once(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"objective: simpo\noutput_dir: {tmp_path}\nbeta: {value}\n")
+    with pytest.raises(UserError):
+        load_config(path)
+    with pytest.raises(UserError):
+        load_config(path, [f"--beta={value}"])
+
+
+@pytest.mark.parametrize("key", ["beta", "learning_rate", "max_steps"])
+@pytest.mark.parametrize("value", ["9" * 5000, "1e999999999999", [["x" * 9000] * 999]])
+def test_huge_values_are_refused_in_few_words(key, value):
+    from widemargin.trainer.settings.files import build_config
+
+    with pytest.raises(UserError) as caught:
+        build_config({"objective": "simpo", key: value})
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"hub_token: x\nhub_token: {SECRET}", f"hub_token: {SECRET}: ", f'hub_token: "{SECRET}',
+        f"hub_token: *{SECRET}", f"hub_token: !{SECRET} x", f"hub_token: @{SECRET}",
+        f"hub_token: [{SECRET}", f"hub_token: !!int {SECRET}",
+        f"hub_token: [{SECRET}]",
+    ],
+)  # fmt: skip
+def test_no_error_repeats_what_may_be_a_secret(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"objective: simpo\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        f"--hub_token=@{SECRET}", f"--hub_token:{SECRET}", f"--hub_token {SECRET}",
+        f"--hub_token=*{SECRET}", f"-hub_token={SECRET}", f'--hub_token="{SECRET}',
+    ],
+)  # fmt: skip
+def test_no_argument_is_repeated(argument):
+    with pytest.raises(UserError) as caught:
+        parse_overrides([argument])
+    assert SECRET not in str(caught.value)
+
+
+def test_anchors_that_stay_small_are_read():
+    assert parse_yaml("a: &a [1, 2]\nb: *a") == {"a": [1, 2], "b": [1, 2]}
+    assert parse_yaml("") is None
