@@ -44,6 +44,7 @@ def _train(config: PreferenceConfig, objective: Objective) -> None:
     check_training_data(data)
     rows = PairRows(data.train)
     record = RunRecord(config, objective, data.report.as_dict())
+    record.content["run"] = start.run
     if objective.needs_reference and config.ref_model_name_or_path == config.model_name_or_path:
         config.ref_model_name_or_path = None  # the model as just loaded, not a second one
     trainer = PreferenceTrainer(
@@ -62,6 +63,8 @@ def _train(config: PreferenceConfig, objective: Objective) -> None:
         print(
             "\n".join([str(trainer.pipeline.packing), *plan.lines(), *trainer.notes()]), flush=True
         )
+        if start.folder is None:  # in place of the log of an earlier run in this folder
+            trainer.save_state()
         record.write()
     result = trainer.train(resume_from_checkpoint=start)
     try:

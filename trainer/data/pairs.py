@@ -11,12 +11,8 @@ times out. A file that is damaged or cut off is tokenized again.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import is_sealed, seal
 from ..settings.data import DataSettings
+from .cached_files import DyingWithParent, unchanged
 from .chat import Rendering, only_id, read_chat_template, template_notes
 from .encoding import PairTokenizer, TokenizedReader
 from .limits import OK, Limits
@@ -40,8 +36,6 @@ if TYPE_CHECKING:
 
 # Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
 _VERSION = 2
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -217,9 +211,9 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
     folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"pairs-{key}.arrow")
-    with FileLock(path + ".lock"), _unchanged(Path(folder), key):
+    with FileLock(path + ".lock"), unchanged(Path(folder), key):
         return raw.map(
-            _DyingWithParent(
+            DyingWithParent(
                 TokenizedReader(limits, only_id(tokenizer.bos_token_id))
                 if is_tokenized(raw)
                 else PairTokenizer(tokenizer, limits, rendering)
@@ -232,43 +226,6 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
             cache_file_name=path,
             desc="Tokenizing pairs",
         )
-
-
-@contextmanager
-def _unchanged(folder: Path, key: str) -> Iterator[None]:
-    """Remove cached files that are not as they were written, and note what is written inside."""
-    seal_file = folder / f"pairs-{key}.sealed"
-    before = list(folder.glob(f"pairs-{key}*.arrow"))  # one for each process
-    if before and not is_sealed(seal_file, before):
-        logger.warning("%s: it is incomplete or damaged; tokenizing again", before[0])
-        for path in (*before, seal_file):
-            path.unlink(missing_ok=True)
-        before = []
-    yield
-    after = list(folder.glob(f"pairs-{key}*.arrow"))
-    if set(after) != set(before):
-        seal(seal_file, after)
-
-
-class _DyingWithParent:
-    """Reads batches; where a worker process does, it ends when its parent has been killed.
-
-    Otherwise it would wait for work for ever, and hold the lock.
-    """
-
-    def __init__(self, read: Any) -> None:
-        self.read, self.parent, self.watched = read, os.getpid(), False
-
-    def __call__(self, batch: Any) -> Any:
-        if os.getpid() != self.parent and not self.watched:
-            self.watched = True
-            threading.Thread(target=self._watch, daemon=True).start()
-        return self.read(batch)
-
-    def _watch(self) -> None:
-        while os.getppid() == self.parent:
-            time.sleep(1)
-        os._exit(1)
 
 
 def fingerprint(

@@ -9,6 +9,7 @@ splits; files named as splits (``train.jsonl``, ``pairs_test.parquet``,
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -112,7 +113,22 @@ def checked_columns(name: str, dataset: Any) -> Dataset:
             "chosen and rejected (or chosen and rejected that share their beginning); rename its "
             "columns"
         )
-    return dataset.select_columns([column for column in RAW_COLUMNS if column in columns])
+    dataset = dataset.select_columns([column for column in RAW_COLUMNS if column in columns])
+    for column, kind in dataset.features.items():
+        _check_text(name, column, kind)
+    return dataset
+
+
+def _check_text(name: str, column: str, kind: Any) -> None:
+    """Refuse images, sound and the like, for which ``datasets`` opens the files a row names."""
+    if hasattr(kind, "decode_example"):
+        raise UserError(
+            f"data set {name!r}: its column {column} is of the kind {type(kind).__name__}, and "
+            "rows could name files or hosts to open; make it a column of text"
+        )
+    parts = kind.values() if isinstance(kind, dict) else kind if isinstance(kind, list) else ()
+    for part in (*parts, *filter(None, [getattr(kind, "feature", None)])):
+        _check_text(name, column, part)
 
 
 def open_source(name: str, splits: list[str]) -> dict[str, Dataset]:
@@ -158,9 +174,26 @@ def _open_folder(name: str, path: str, splits: list[str]) -> dict[str, Dataset]:
     files = {split: _split_files(path, split) for split in splits}
     if any(files.values()):
         return {split: _load_files(name, paths) for split, paths in files.items() if paths}
-    return _load_dataset(
-        path, f"it has no files named as the splits {', '.join(splits)}, and is no data set folder"
+    return _load_below(
+        name,
+        path,
+        f"it has no files named as the splits {', '.join(splits)}, and is no data set folder",
     )
+
+
+def _load_below(name: str, path: str, advice: str) -> dict[str, Dataset]:
+    """The data files below a folder, whatever its README.md names."""
+    endings = {
+        os.path.splitext(file.removesuffix(".gz"))[1]
+        for _, _, files in os.walk(path)
+        for file in files
+        if file.endswith(_ENDINGS) and not file.startswith((".", "_"))
+    }
+    builders = {_BUILDERS[ending] for ending in endings}
+    if len(builders) != 1:
+        problem = "it has JSON and Parquet files" if builders else "no JSON or Parquet files in it"
+        raise UserError(f"data set {name!r}: {advice} ({problem})")
+    return _load_dataset(builders.pop(), advice, name=name, data_dir=path)
 
 
 def _is_saved(path: str) -> bool:
@@ -198,16 +231,41 @@ def _load_saved(name: str, path: str) -> Any:
     from datasets import load_from_disk
 
     try:
+        _check_names_inside(path)
         return load_from_disk(path)
     except Exception as error:
         raise UserError(f"data set {name!r}: cannot be read: {_cause(error)}") from error
 
 
-def _load_dataset(name: str, advice: str) -> dict[str, Dataset]:
+def _check_names_inside(path: str) -> None:
+    """Refuse a saved folder that names files outside of it."""
+    index = os.path.join(path, "dataset_dict.json")
+    if os.path.isfile(index):
+        with open(index, encoding="utf-8") as file:
+            names = json.load(file)["splits"]
+        folders = [os.path.join(path, _inside(name)) for name in names]
+    else:
+        folders = [path]
+    for folder in folders:
+        with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+            for entry in json.load(file)["_data_files"]:
+                _inside(entry["filename"])
+
+
+def _inside(name: str) -> str:
+    if os.path.basename(name) != name or name in ("", ".", ".."):
+        raise ValueError(f"it names {name!r}, which is not a file in its folder")
+    return name
+
+
+def _load_dataset(
+    path: str, advice: str, *, name: str | None = None, data_dir: str | None = None
+) -> dict[str, Dataset]:
     from datasets import load_dataset
 
+    name = name or path
     try:
-        return {str(split): table for split, table in load_dataset(name).items()}
+        return {str(s): table for s, table in load_dataset(path, data_dir=data_dir).items()}
     except Exception as error:  # connection, permission, builder: a dozen types, one meaning
         raise UserError(f"data set {name!r}: {advice} ({_cause(error)})") from error
 

@@ -163,12 +163,12 @@ def load_run(run_dir: Path) -> Run:
         raise UserError(
             f"run folder: expected a training run's output_dir, found no folder {run_dir}"
         )
-    state_file = _state_file(run_dir)
+    notes_file = run_dir / "run.json"
+    notes = _read_json(notes_file) if notes_file.is_file() else {}
+    state_file = _state_file(run_dir, notes.get("run"))
     history = _read_json(state_file).get("log_history")
     if not isinstance(history, list):
         raise UserError(f"{state_file}: expected a list log_history, as transformers writes it")
-    notes_file = run_dir / "run.json"
-    notes = _read_json(notes_file) if notes_file.is_file() else {}
     parts = ("settings", "objective", "data", "versions", "summary")
     step_samples = _step_samples(run_dir)
     history = [entry for entry in history if isinstance(entry, dict)]
@@ -213,17 +213,28 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _state_file(run_dir: Path) -> Path:
+def _state_file(run_dir: Path, run: Any) -> Path:
+    """The run's, or its newest checkpoint's; ``run`` is its id, if `run.json` says it."""
     name = "trainer_state.json"
-    if (run_dir / name).is_file():
-        return run_dir / name
+    ends = run_dir / name
+    if ends.is_file() and (run is None or _read_json(ends).get("log_history")):
+        return ends
     saved = [p for p in run_dir.glob(f"checkpoint-*/{name}") if p.parent.name[11:].isdigit()]
+    if run is not None:
+        saved = [path for path in saved if _run_of(path.parent) == run]
+    if not saved and ends.is_file():  # from the start of the run, without a log
+        return ends
     if not saved:
         raise UserError(
-            f"run folder {run_dir}: found no {name} in it or in a checkpoint; "
+            f"run folder {run_dir}: found no {name} in it or in a checkpoint of its run; "
             "name the output_dir of a training run"
         )
     return max(saved, key=lambda path: int(path.parent.name[11:]))
+
+
+def _run_of(checkpoint: Path) -> Any:
+    manifest = checkpoint / "manifest.json"
+    return _mapping(_read_json(manifest).get("run")).get("id") if manifest.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -180,3 +180,39 @@ def test_every_setting_is_read() -> None:
     source = "".join(file.read_text() for file in files)
     for field in dataclasses.fields(DataSettings):
         assert re.search(rf"(self|settings)\.{field.name}\b", source), field.name
+
+
+def test_no_row_and_no_index_names_a_file_or_a_host(tmp_path: Path) -> None:
+    """An image's cell, a folder's README.md and a saved folder's state.json could."""
+    import json
+
+    from datasets import Dataset, Features, Image, Value
+
+    rows = make_rows(3)
+    (tmp_path / "secret.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = Value("string")
+    cells = [{"bytes": None, "path": "/etc/passwd"}] * 3
+    columns = {"prompt": cells, "chosen": ["a"] * 3, "rejected": ["b"] * 3}
+    for kind in (Image(), [Image()]):
+        data = columns if isinstance(kind, Image) else columns | {"prompt": [[c] for c in cells]}
+        features = Features({"prompt": kind, "chosen": text, "rejected": text})
+        Dataset.from_dict(data, features).to_parquet(tmp_path / "images.parquet")
+        with pytest.raises(UserError, match="prompt is of the kind Image"):
+            load_pairs(DataSettings(dataset=str(tmp_path / "images.parquet")), tiny_tokenizer())
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for named in ("../secret.jsonl", "http://127.0.0.1:9/x.jsonl"):
+        (folder / "README.md").write_text(
+            f'---\nconfigs:\n- config_name: default\n  data_files: "{named}"\n---\n'
+        )
+        with pytest.raises(UserError, match="no JSON or Parquet files"):
+            load_pairs(DataSettings(dataset=str(folder)), tiny_tokenizer())
+
+    for name in ("saved", "other"):
+        Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    state = json.loads((tmp_path / "saved/state.json").read_text())
+    state["_data_files"] = [{"filename": "../other/data-00000-of-00001.arrow"}]
+    (tmp_path / "saved/state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="not a file in its folder"):
+        load_pairs(DataSettings(dataset=str(tmp_path / "saved")), tiny_tokenizer())
