@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 def printable(text: str, limit: int | None = None) -> str:
     """``text`` with whatever is not printable escaped, shortened to about ``limit`` characters.
@@ -37,3 +40,9 @@ def figure(value: float) -> str:
         return f"{value:.3g}"
     decimals = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
     return f"{value:.{decimals}f}"
+
+
+def colours() -> bool:
+    """Whether standard output is a terminal that wants colours (see no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain

@@ -123,6 +123,7 @@ def run_facts(trainer: Trainer, objective: Objective, rows: PairRows, layout: st
         "engine": _engine(trainer),
         "packing": layout,
         "weights_only": args.save_only_model,
+        "chat_date": args.chat_date,
     }
     return json.loads(json.dumps(facts, default=lambda value: getattr(value, "value", str(value))))
 
@@ -164,6 +165,8 @@ def compare(saved: Facts, now: Facts) -> tuple[list[str], list[str]]:
         forbidden.append(f"the training data had {saved.get('pairs')} pairs, has {now['pairs']}")
     elif changed("tokens"):
         forbidden.append("the training data has other tokens")
+        if changed("chat_date"):
+            forbidden.append(differs("chat_date") + ", the date that the chat template writes")
     forbidden += [differs(name) for name in ("seed", "drop_last", *_OPTIMIZER) if changed(name)]
     if changed("engine"):
         forbidden.append(differs("engine"))
