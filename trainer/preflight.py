@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from .batching.run_plan import fit_micro_batches, planner_for, summarise
+from .checkpoint.date import settle_date
 from .checkpoint.files import choose_checkpoint
 from .data import PairData, load_pairs
 from .data.first_pair import preflight_lines
@@ -20,6 +21,7 @@ from .objectives import Objective
 from .packing.choose import choose_packing
 from .settings.checks import check_output, uses_deepspeed
 from .settings.config import PreferenceConfig, check_evaluation
+from .text import colours
 
 
 def preflight(config: PreferenceConfig) -> None:
@@ -30,6 +32,7 @@ def preflight(config: PreferenceConfig) -> None:
         config.resume_from_checkpoint, config.output_dir, hashes=False
     )
     tokenizer = load_tokenizer(config)
+    settle_date(config, tokenizer)
     model_config = load_model_config(config).get_text_config()
     data = load_pairs(config, tokenizer, model_config.vocab_size)
     saved_dtype = str(model_config.dtype).removeprefix("torch.")
@@ -49,7 +52,7 @@ def preflight(config: PreferenceConfig) -> None:
     print("\n".join(data.report.lines()))
     if data.train is not None:
         print("\nFirst pair")
-        print("\n".join(preflight_lines(data.train[0], tokenizer)))
+        print("\n".join(preflight_lines(data.train[0], tokenizer, colours=colours())))
     check_training_data(data)
     check_evaluation(config, data.evaluation)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback
 
+from .checkpoint.date import settle_date
 from .checkpoint.files import could_not_write
 from .checkpoint.hub import push
 from .checkpoint.resume import output_claimed, start_of_run
@@ -35,6 +36,7 @@ def train(config: PreferenceConfig) -> None:
 def _train(config: PreferenceConfig, objective: Objective) -> None:
     start = start_of_run(config, config.resume_from_checkpoint)
     tokenizer = load_tokenizer(config)
+    settle_date(config, tokenizer)
     model = load_model(config)
     data = load_pairs(config, tokenizer, vocabulary_size(model))
     data.report.notes += weight_notes(config, str(model.dtype).removeprefix("torch."))

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from .batching.pipeline import PairPipeline
+from .checkpoint.date import settle_date
+from .data.template import own_tokenizer
 from .errors import UserError, refusals
 from .loop.batches import BatchedTrainer
 from .loop.checkpoints import CheckpointedTrainer
@@ -52,7 +54,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             here by ``args``) or tokenized (``prompt_ids``, ``chosen_ids``, ``rejected_ids``).
             Several of evaluation as a dict: metrics are then ``eval_NAME_...``, and the report,
             which charts ``eval_...``, leaves them out.
-        processing_class: the tokenizer; the model's own if None.
+        processing_class: the tokenizer, or a processor with one; the model's own if None.
         ref_model: a frozen model for objectives with a reference; if None, the one that ``args``
             name, or else the model as it is now. It is patched too.
         peft_config: wrap the model in this adapter, not on lm_head; if None, as ``args`` say.
@@ -216,6 +218,8 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         if tokenizer is None:
             args.model_name_or_path = args.model_name_or_path or lm.config._name_or_path
             tokenizer = load_tokenizer(args)
+        tokenizer = own_tokenizer(tokenizer)
+        settle_date(args, tokenizer)
         return lm, tokenizer
 
     def _start(self, lm: Any, small: Any) -> None:

@@ -33,7 +33,7 @@ SAME = """
     label_smoothing_factor neftune_noise_alpha average_tokens_across_devices
     bf16 fp16 dtype head_tail head_tail_eps disable_dropout
     load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant
-    seed data_seed dataloader_drop_last train_sampling_strategy ignore_data_skip
+    chat_date seed data_seed dataloader_drop_last train_sampling_strategy ignore_data_skip
 """
 """Settings that a resumed run must share with its checkpoint; unknown ones count as such."""
 
@@ -54,7 +54,7 @@ CONTENT = """
     lora_modules_to_save objective beta gamma_beta_ratio objective_args
     dataset dataset_mixer dataset_splits max_length max_prompt_length max_completion_length
     truncation_mode chat_template chat_rendering auto_insert_empty_system_msg flip shuffle mix_seed
-    max_train_samples per_device_train_batch_size gradient_accumulation_steps
+    max_train_samples score per_device_train_batch_size gradient_accumulation_steps
     max_tokens_per_micro_batch packing deepspeed save_only_model
 """
 """Settings whose effect is compared in their place: tokens, weights, the objective, the plan."""

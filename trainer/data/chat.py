@@ -1,14 +1,13 @@
-"""Chat templates: which one, how it renders, and where its turns end."""
+"""Chat templates: how one renders prompts and answers."""
 
 from __future__ import annotations
 
-import os
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .rows import Messages, RowProblem
+from .rows import Messages, Pair, RowProblem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,11 +15,13 @@ if TYPE_CHECKING:
     from ..settings.data import DataSettings
 
 TEMPLATE_REFUSED = "refused by the chat template"
+SYSTEM_LOST = "system text that the template writes before no answer"
 Rendered = tuple[str, str, str]
 """A pair as text: its prompt, the prompt with chosen, the prompt with rejected."""
 
-_PROBE = "PROBE"
-_SHIPPED = Path(__file__).parent / "templates"
+PROBE = "PROBE"
+"""An answer's text, to see what templates write around one."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -29,30 +30,12 @@ class Rendering:
 
     separate: bool = False
     empty_system: bool = False
+    score: str = "completion"
 
     @classmethod
     def of(cls, settings: DataSettings) -> Rendering:
-        return cls(settings.chat_rendering == "separate", settings.auto_insert_empty_system_msg)
-
-
-def read_chat_template(value: str) -> str:
-    """The template that the setting ``chat_template`` means: itself, a shipped one, or a file."""
-    if "{{" in value or "{%" in value:
-        return value
-    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.jinja"))}
-    path = shipped.get(value, Path(os.path.expanduser(value)))
-    if not path.is_file():
-        raise UserError(
-            f"chat_template: {value!r} is neither a Jinja template (no {{{{ or {{% in it) nor an "
-            f"existing file nor a shipped template; give the template itself, its path, or one of "
-            f"{', '.join(shipped)}"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"chat_template: {value}: cannot be read as UTF-8 text ({error}); name another file"
-        ) from error
+        separate = settings.chat_rendering == "separate"
+        return cls(separate, settings.auto_insert_empty_system_msg, settings.score)
 
 
 def render(
@@ -91,7 +74,7 @@ def _apply(
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase, generation: bool) -> str | None:
     """A short rendered prompt, to see what this template's prompts end with."""
-    prompt = [{"role": "user", "content": _PROBE}]
+    prompt = [{"role": "user", "content": PROBE}]
     text = render(tokenizer, [prompt], generation)[0]
     return text if isinstance(text, str) else None
 
@@ -100,7 +83,7 @@ def takes_empty_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template mentions system messages and does not refuse them."""
     if not mentions_system(tokenizer):
         return False
-    probe = [{"role": "system", "content": ""}, {"role": "user", "content": _PROBE}]
+    probe = [{"role": "system", "content": ""}, {"role": "user", "content": PROBE}]
     return isinstance(render(tokenizer, [probe], generation=False)[0], str)
 
 
@@ -116,13 +99,13 @@ def answer_preamble(tokenizer: PreTrainedTokenizerBase) -> str | RowProblem:
     "" for most, a default system prompt for some; ``RowProblem`` where it refuses such an answer.
     BOS is left out.
     """
-    answer = {"role": "assistant", "content": _PROBE}
+    answer = {"role": "assistant", "content": PROBE}
     ask = {"role": "user", "content": "?"}
     alone, joint = render(tokenizer, [[answer], [ask, answer]], generation=False)
     if isinstance(alone, RowProblem):
         return alone
     alone = without_bos(tokenizer, alone)
-    if isinstance(joint, RowProblem) or _PROBE not in joint:
+    if isinstance(joint, RowProblem) or PROBE not in joint:
         return ""
     ends = (len(alone) - i for i in range(len(alone) + 1) if joint.endswith(alone[i:]))
     return alone[: len(alone) - next(ends)]
@@ -133,29 +116,10 @@ def without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text.removeprefix(str(tokenizer.bos_token)) if tokenizer.bos_token else text
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token the chat template closes an answer with, where generation stops; None without one.
-
-    It is looked for in what the template writes after an answer: EOS if that is there (``</s>``),
-    else the first special token (``<end_of_turn>``, ``<|im_end|>`` of a tokenizer whose EOS is
-    another), else the first added token that is not blank.
-    """
-    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    rendered = render(tokenizer, [probe], generation=False)[0]
-    if isinstance(rendered, RowProblem) or _PROBE not in rendered:
-        return only_id(tokenizer.eos_token_id)
-    after = tokenizer(rendered.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-    added: dict[int, Any] = tokenizer.added_tokens_decoder
-    eos = [i for i in after if i == only_id(tokenizer.eos_token_id)]
-    special = [i for i in after if i in added and added[i].special]
-    named = [i for i in after if i in added and added[i].content.strip()]
-    return next(iter(eos + special + named), None)
-
-
 def plain_text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens the tokenizer itself puts before plain text (BOS, for those that do)."""
-    bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    dressed = tokenizer(_PROBE)["input_ids"]
+    bare = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    dressed = tokenizer(PROBE)["input_ids"]
     starts = (i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
     return dressed[: next(starts, 0)]
 
@@ -183,23 +147,83 @@ def pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 
 
 def render_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Messages, Messages, Messages]]
+    tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
 ) -> list[Rendered | RowProblem]:
     """Each pair as one conversation a side, the prompt with the generation prompt."""
-    prompts = render(tokenizer, [prompt for prompt, _, _ in pairs], generation=True)
-    chosen, rejected = (
-        render(tokenizer, [pair[0] + pair[part] for pair in pairs], generation=False)
-        for part in (1, 2)
-    )
+    prompts = render(tokenizer, [pair.prompt for pair in pairs], generation=True)
+    chosen = render(tokenizer, [pair.prompt + pair.chosen for pair in pairs], generation=False)
+    rejected = render(tokenizer, [pair.prompt + pair.rejected for pair in pairs], generation=False)
     rendered: list[Rendered | RowProblem] = []
-    for texts in zip(prompts, chosen, rejected, strict=True):
+    for pair, prompt, *sides in zip(pairs, prompts, chosen, rejected, strict=True):
+        texts = [_begun(tokenizer, pair) if pair.begun else prompt, *sides]
+        if isinstance(texts[0], str) and isinstance(texts[1], str) and _loses_system(pair, texts):
+            texts = _with_folded_system(tokenizer, pair, texts[0])
         refused = next((text for text in texts if isinstance(text, RowProblem)), None)
         rendered.append(refused or (str(texts[0]), str(texts[1]), str(texts[2])))
     return rendered
 
 
-def template_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[str]:
-    """Notes for the report where the tokenizer's template is unusual."""
+def _begun(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> str | RowProblem:
+    """The prompt with the answer it has begun, left open."""
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [*pair.prompt, pair.begun or {}], tokenize=False, continue_final_message=True
+            )
+        )
+    except Exception as error:  # also where the template changes the answer's text
+        return RowProblem(TEMPLATE_REFUSED, f"a begun answer: {type(error).__name__}: {error}")
+
+
+def _loses_system(pair: Pair, texts: list[Any]) -> bool:
+    """Whether the template writes the system text in the prompt, but not before an answer."""
+    system = pair.prompt[0].get("content") if pair.prompt[0]["role"] == "system" else None
+    text = system.strip() if isinstance(system, str) else ""
+    return bool(text) and text in texts[0] and not (text in texts[1] and text in texts[2])
+
+
+def _with_folded_system(tokenizer: PreTrainedTokenizerBase, pair: Pair, prompt: str) -> list[Any]:
+    """The texts with the system message inside the prompt's last user message; ``pair`` too.
+
+    Templates of Mistral's write it there only while that message is the last one. It is folded in
+    if that gives the very prompt that the template writes, and refused if not.
+    """
+    asked = max((i for i, m in enumerate(pair.prompt) if m["role"] == "user"), default=0)
+    system, question = (str(pair.prompt[i].get("content")).strip() for i in (0, asked))
+    between = prompt[prompt.rindex(system) + len(system) :].partition(question)[0]
+    folded = {**pair.prompt[asked], "content": system + between + question}
+    messages = [*pair.prompt[1:asked], folded, *pair.prompt[asked + 1 :]]
+    trial = Pair(messages, pair.chosen, pair.rejected, conversation=True, begun=pair.begun)
+    if asked:
+        before = render(tokenizer, [messages], generation=True)[0]
+        if (_begun(tokenizer, trial) if trial.begun else before) == prompt:
+            pair.prompt = messages
+            sides = [messages + pair.chosen, messages + pair.rejected]
+            return [prompt, *render(tokenizer, sides, generation=False)]
+    return [
+        RowProblem(SYSTEM_LOST, "put it into the first user message, or give another chat_template")
+    ]
+
+
+def generation_mask(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: list[int]
+) -> list[bool] | None:
+    """Which of ``ids`` the template's ``{% generation %}`` marks enclose; None without marks."""
+    if not _GENERATION.search(tokenizer.get_chat_template()):
+        return None
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    extra = len(encoded["input_ids"]) - len(ids)  # a BOS that is there twice
+    if extra < 0 or encoded["input_ids"][extra:] != ids:
+        return None
+    return [bool(mark) for mark in encoded["assistant_masks"][extra:]]
+
+
+def template_notes(
+    tokenizer: PreTrainedTokenizerBase, settings: DataSettings, end_id: int | None
+) -> list[str]:
+    """Notes for the report where the template, with ``end_id`` after an answer, is unusual."""
     if not tokenizer.chat_template:
         return []
     notes = []
@@ -208,7 +232,7 @@ def template_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -
             "the tokenizer puts BOS before plain text but the chat template writes none, so "
             "conversations have none; put {{ bos_token }} at the start of chat_template: to have it"
         )
-    if end_of_turn_id(tokenizer) is None:
+    if end_id is None:
         notes.append(
             "the chat template writes no special token after an answer, so answers are learnt "
             "without an end; give chat_template: one that does"
@@ -219,6 +243,8 @@ def template_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -
 def _rendering_notes(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[str]:
     """Notes on the effects of rendering settings that their names do not show."""
     notes = []
+    if settings.chat_date:
+        notes.append(f"the chat template writes the date: {settings.chat_date} (chat_date)")
     if settings.auto_insert_empty_system_msg and not takes_empty_system(tokenizer):
         why = "refuses system messages" if mentions_system(tokenizer) else "mentions none"
         notes.append(f"auto_insert_empty_system_msg does nothing: the chat template {why}")

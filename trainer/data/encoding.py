@@ -1,7 +1,7 @@
 """Rows -> token ids: one prompt and two completions that fit the limits.
 
 `PairTokenizer` takes a batch of rows through four steps: `rows` reads each as a pair, `chat`
-renders the pair as text, `TripleEncoder` turns the text into ids, and `limits` cuts them. `table`
+renders the pair as text, `encoder` turns the text into ids, and `limits` cuts them. `table`
 makes columns of the result.
 
 The prompt is the longest common token prefix of the rendered prompt (with the generation prompt)
@@ -11,44 +11,40 @@ tokens are those of the whole conversation, tokenized at once, as the model meet
 
 A completion ends with the end-of-turn token, where generation stops. What the template writes
 after that (a newline after ``<|end|>``, say) is dropped: the model would never be asked for it.
+`turns` finds that token, and what of a completion of several turns is scored.
 
 All this is ``chat_rendering: joint``; `separate` has the published scripts' way.
-
-A prompt stands in front of both its answers, so plain tokenization does it three times. But a
-tokenizer takes its special tokens out of a text first and handles what lies between them piece by
-piece: a text cut just before one gives the same tokens as the uncut text. That holds where the
-token is looked for in the raw text (not ``normalized``), takes no blanks from its left, and no
-other added token can reach over its beginning; `cut_mark` makes sure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .chat import (
     Rendered,
     Rendering,
-    end_of_turn_id,
     example_prompt,
     only_id,
     plain_text_prefix,
     render_pairs,
     takes_empty_system,
 )
+from .encoder import TripleEncoder, single_bos
 from .limits import (
     BOS_DOUBLED,
     CHOSEN_NO_END,
     MISMATCH,
+    NOT_SCORED,
     REJECTED_NO_END,
     SEVERAL_TURNS,
     Limits,
     Tokens,
     fit,
 )
-from .rows import EMPTY_COMPLETION, WRONG_TYPE, Messages, Pair, RowProblem, common_prefix, read_row
+from .rows import WRONG_TYPE, Pair, RowProblem, common_prefix, read_row
 from .separate import last_turns, render_separately, split_separate
-from .table import TOKEN_COLUMNS, token_columns
+from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, token_columns
+from .turns import Ends, Side, TurnScorer, find_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +60,7 @@ class PairTokenizer:
         tokenizer: PreTrainedTokenizerBase,
         limits: Limits,
         rendering: Rendering | None = None,
+        stops: frozenset[int] = frozenset(),
     ):
         self.tokenizer = tokenizer
         self.limits = limits
@@ -72,7 +69,8 @@ class PairTokenizer:
         self.eos_id = only_id(tokenizer.eos_token_id)
         self.text_prefix = plain_text_prefix(tokenizer)
         has_template = bool(tokenizer.chat_template)
-        self.end_id = end_of_turn_id(tokenizer) if has_template else None
+        ends = find_ends(tokenizer, stops) if has_template else Ends()
+        self.turns = TurnScorer(tokenizer, ends, self.rendering.score, self.text_prefix)
         self.empty_system = (
             has_template and self.rendering.empty_system and takes_empty_system(tokenizer)
         )
@@ -88,20 +86,26 @@ class PairTokenizer:
         rendered = self._render(pairs)
         ids = iter(self.encode([texts for texts in rendered if not isinstance(texts, RowProblem)]))
         return token_columns(
-            texts if isinstance(texts, RowProblem) else _attempt(self._finish, pair, *next(ids))
+            texts
+            if isinstance(texts, RowProblem)
+            else _attempt(self._finish, pair, texts, *next(ids))
             for pair, texts in zip(pairs, rendered, strict=True)
         )
 
     def _read(self, row: dict[str, Any]) -> Pair:
         pair = read_row(row)
-        return last_turns(pair, row) if self.rendering.separate else pair
+        if self.rendering.separate:
+            pair = last_turns(pair, row)
+        if not pair.conversation:
+            return pair
+        if self.rendering.score == "all_assistant":
+            pair = from_first_answer(pair)
+        if self.empty_system and pair.prompt[0]["role"] != "system":
+            pair.prompt = [{"role": "system", "content": ""}, *pair.prompt]
+        return pair
 
     def _render(self, pairs: list[Pair | RowProblem]) -> list[Rendered | RowProblem]:
-        chats = [
-            (self._opened(pair.prompt), pair.chosen, pair.rejected)
-            for pair in pairs
-            if isinstance(pair, Pair) and pair.conversation
-        ]
+        chats = [pair for pair in pairs if isinstance(pair, Pair) and pair.conversation]
         render = render_separately if self.rendering.separate else render_pairs
         conversations = iter(render(self.tokenizer, chats))
         rendered: list[Rendered | RowProblem] = []
@@ -115,14 +119,13 @@ class PairTokenizer:
                 rendered.append((pair.prompt, *sides))
         return rendered
 
-    def _opened(self, prompt: Messages) -> Messages:
-        """The prompt, with an empty system message where the settings ask for one."""
-        if not self.empty_system or prompt[0]["role"] == "system":
-            return prompt
-        return [{"role": "system", "content": ""}, *prompt]
-
     def _finish(
-        self, pair: Pair, prompt: list[int], chosen: list[int], rejected: list[int]
+        self,
+        pair: Pair,
+        texts: Rendered,
+        prompt: list[int],
+        chosen: list[int],
+        rejected: list[int],
     ) -> Tokens:
         if pair.conversation and self.rendering.separate:
             tokens = split_separate(pair, prompt, chosen, rejected, self.bos_id, self.eos_id)
@@ -132,7 +135,7 @@ class PairTokenizer:
             prompt, chosen, rejected = (
                 self.text_prefix + ids for ids in (prompt, chosen, rejected)
             )
-        single = [self._single_bos(ids) for ids in (prompt, chosen, rejected)]
+        single = [single_bos(ids, self.bos_id) for ids in (prompt, chosen, rejected)]
         if len(single[0]) < len(prompt):
             flags.add(BOS_DOUBLED)
         prompt, chosen, rejected = single
@@ -141,32 +144,35 @@ class PairTokenizer:
         if shared < len(prompt):
             flags.add(MISMATCH)
             detail = f"the last {len(prompt) - shared} of {len(prompt)} prompt tokens are not kept"
-        prompt, sides = prompt[:shared], []
-        for side, flag in ((chosen[shared:], CHOSEN_NO_END), (rejected[shared:], REJECTED_NO_END)):
-            side, ended = self._end(side, pair.conversation)
-            sides.append(side)
-            if not ended:
-                flags.add(flag)
-        return fit(Tokens(prompt, sides[0], sides[1], flags, detail), self.limits, self.bos_id)
+        sides = [
+            self._side(pair, messages, texts[0], text, ids, shared)
+            for messages, text, ids in zip(
+                (pair.chosen, pair.rejected), texts[1:], (chosen, rejected), strict=True
+            )
+        ]
+        for side, flag in zip(sides, (CHOSEN_NO_END, REJECTED_NO_END), strict=True):
+            flags |= side.flags | (set() if side.ended else {flag})
+        first, second = sides
+        unscored = (first.unscored, second.unscored)
+        tokens = Tokens(prompt[:shared], first.ids, second.ids, flags, detail, unscored)
+        return fit(tokens, self.limits, self.bos_id)
 
-    def _single_bos(self, ids: list[int]) -> list[int]:
-        if self.bos_id is None:
-            return ids
-        extra = 0
-        while ids[extra : extra + 2] == [self.bos_id, self.bos_id]:
-            extra += 1
-        return ids[extra:]
+    def _side(
+        self, pair: Pair, answer: Any, prompt: str, text: str, ids: list[int], start: int
+    ) -> Side:
+        if not pair.conversation:
+            return self.turns.plain(prompt, text, ids, start)
+        messages = pair.prompt + answer
+        return self.turns.conversation(messages, len(pair.prompt), prompt, text, ids, start)
 
-    def _end(self, side: list[int], conversation: bool) -> tuple[list[int], bool]:
-        """A completion up to its end token, and whether it has one; plain text is given EOS."""
-        end_id = self.end_id if conversation else self.eos_id
-        if conversation and end_id in side:
-            side = side[: len(side) - side[::-1].index(end_id)]
-        elif not conversation and end_id is not None and side[-1:] != [end_id]:
-            side = [*side, end_id]
-        if not side or side == [end_id]:
-            raise RowProblem(EMPTY_COMPLETION, "a completion renders to nothing but its end token")
-        return side, side[-1] == end_id
+
+def from_first_answer(pair: Pair) -> Pair:
+    """The pair whose prompt ends before its first answer to a user: all turns after are scored."""
+    roles = [message["role"] for message in pair.prompt]
+    asked = roles.index("user") if "user" in roles else 0
+    first = next((i for i in range(asked, len(roles)) if roles[i] == "assistant"), len(roles))
+    history = pair.prompt[first:]
+    return Pair(pair.prompt[:first], history + pair.chosen, history + pair.rejected, True)
 
 
 class TokenizedReader:
@@ -177,16 +183,25 @@ class TokenizedReader:
         self.bos_id = bos_id
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = zip(*(batch[name] for name in TOKEN_COLUMNS), strict=True)
-        return token_columns(_attempt(self._read, row) for row in rows)
+        names = [name for name in (*TOKEN_COLUMNS, *UNSCORED_COLUMNS) if name in batch]
+        rows = zip(*(batch[name] for name in names), strict=True)
+        return token_columns(
+            _attempt(self._read, dict(zip(names, row, strict=True))) for row in rows
+        )
 
-    def _read(self, row: tuple[Any, Any, Any]) -> Tokens:
-        for name, ids in zip(TOKEN_COLUMNS, row, strict=True):
+    def _read(self, row: dict[str, Any]) -> Tokens:
+        for name, ids in row.items():
             if not isinstance(ids, list) or not all(
                 isinstance(i, int) and 0 <= i <= _LARGEST_ID for i in ids
             ):
                 raise RowProblem(WRONG_TYPE, f"{name} is not a list of token ids")
-        return fit(Tokens(*row, flags=set()), self.limits, self.bos_id)
+        prompt, *sides = (row[name] for name in TOKEN_COLUMNS)
+        left = [sorted(set(row.get(name, []))) for name in UNSCORED_COLUMNS]
+        for name, ids, positions in zip(UNSCORED_COLUMNS, sides, left, strict=True):
+            if positions and (positions[-1] >= len(ids) or len(positions) == len(ids)):
+                raise RowProblem(NOT_SCORED, f"{name} has a position past the end, or all of them")
+        tokens = Tokens(prompt, *sides, flags=set(), unscored=(left[0], left[1]))
+        return fit(tokens, self.limits, self.bos_id)
 
 
 def _attempt(function: Any, *args: Any) -> Any:
@@ -194,90 +209,3 @@ def _attempt(function: Any, *args: Any) -> Any:
         return function(*args)
     except RowProblem as problem:
         return problem
-
-
-class TripleEncoder:
-    """Encodes triples of texts (prompt, prompt with chosen, prompt with rejected) to ids."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, example_prompt: str | None):
-        self.tokenizer = tokenizer
-        self.mark = cut_mark(tokenizer, example_prompt) if example_prompt else None
-
-    def __call__(self, triples: Sequence[Rendered]) -> list[tuple[list[int], list[int], list[int]]]:
-        cuts = [self._cut(triple) for triple in triples]
-        pieces = {
-            piece: None
-            for triple, cut in zip(triples, cuts, strict=True)
-            for piece in (triple[0][:cut], *(text[cut:] for text in triple))
-        }
-        pieces.pop("", None)
-        ids = dict(zip(pieces, encode(self.tokenizer, list(pieces)), strict=True)) | {"": []}
-        encoded = []
-        for triple, cut in zip(triples, cuts, strict=True):
-            head = ids[triple[0][:cut]]
-            prompt, chosen, rejected = (head + ids[text[cut:]] for text in triple)
-            encoded.append((prompt, chosen, rejected))
-        return encoded
-
-    def _cut(self, triple: Rendered) -> int:
-        """The end of a triple's shared beginning: the last mark in it."""
-        if self.mark is None:
-            return 0
-        prompt, chosen, rejected = triple
-        cut = max(prompt.rfind(self.mark), 0)
-        shared = prompt[: cut + len(self.mark)]
-        return cut if chosen.startswith(shared) and rejected.startswith(shared) else 0
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens beyond those written in it."""
-    if not texts:
-        return []
-    backend: Any = _plain_backend(tokenizer)
-    if backend is None:
-        return tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-    # What the call above does, less the offsets of each token in the text: a quarter of the time.
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The ``tokenizers.Tokenizer`` inside, where calling it is all that the tokenizer does."""
-    from transformers import PreTrainedTokenizerFast
-
-    plain = all(
-        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name)
-        for name in ("__call__", "_encode_plus")
-    )
-    return tokenizer.backend_tokenizer if plain else None
-
-
-def cut_mark(tokenizer: PreTrainedTokenizerBase, example_prompt: str) -> str | None:
-    """The special token before which prompts like this one can be cut; None for none."""
-    if _plain_backend(tokenizer) is None or tokenizer.split_special_tokens:
-        return None
-    added = list(tokenizer.added_tokens_decoder.values())
-    marks = [token for token in added if token.special and token.content in example_prompt]
-    if not marks:
-        return None
-    last = max(marks, key=lambda token: example_prompt.rfind(token.content))
-    begins_plainly = not (last.content[0].isalnum() or last.content[0].isspace())
-    simple = begins_plainly and not (last.normalized or last.lstrip or last.single_word)
-    return last.content if simple and not _reached_over(last.content, added) else None
-
-
-def _reached_over(mark: str, added: Iterable[Any]) -> bool:
-    """Whether an added token that starts before ``mark`` in a text can end inside or after it."""
-    return any(
-        mark in token.content[1:]
-        or any(token.content[1:].endswith(mark[:size]) for size in range(1, len(mark)))
-        for token in added
-    )

@@ -10,27 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 from ..text import printable
 from .chat import only_id
+from .table import UNSCORED_COLUMNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PARTS = {"prompt": False, "chosen": True, "rejected": True}
+_PARTS = ("prompt", "chosen", "rejected")
+_GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 #: Tokens shown on each side of a completion's start.
 _AROUND = 6
 
 
 def preflight_lines(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = 24
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    most_tokens: int | None = 24,
+    *,
+    colours: bool = False,
 ) -> list[str]:
     """One tokenized pair as readable text, one line per token.
 
-    ``row`` has ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``. Of a part with more than
+    ``row`` has ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, and where not all of an answer
+    is scored ``chosen_unscored`` and ``rejected_unscored``. With ``colours`` the scored tokens are
+    green, for a terminal. Of a part with more than
     ``most_tokens`` tokens only the beginning and the end are shown; None shows all.
     """
     ids: dict[str, Sequence[int]] = {part: row[f"{part}_ids"] for part in _PARTS}
+    left = [row.get(name, ()) for name in UNSCORED_COLUMNS]
+    unscored = {"prompt": range(len(ids["prompt"])), "chosen": left[0], "rejected": left[1]}
     counts = ", ".join(
-        f"{part} {len(ids[part])} tokens ({'scored' if scored else 'read, not scored'})"
-        for part, scored in _PARTS.items()
+        f"{part} {len(ids[part])} tokens ({_share(len(ids[part]), len(unscored[part]))})"
+        for part in _PARTS
     )
     lines = [f"first pair: {counts}"]
     bos_id = only_id(tokenizer.bos_token_id)
@@ -45,9 +55,12 @@ def preflight_lines(
         )
     )
     lines.append(f"{'part':<9}{'position':>9}{'id':>9}  {'scored':<7} {'kind':<8} text")
-    for part, scored in _PARTS.items():
+    for part in _PARTS:
         offset = 0 if part == "prompt" else len(ids["prompt"])
-        lines += _part_lines(part, ids[part], offset, scored, tokenizer, most_tokens)
+        out = set(unscored[part])
+        kept = [i not in out for i in range(len(ids[part]))]
+        part_lines = _part_lines(part, ids[part], offset, kept, tokenizer, most_tokens)
+        lines += [_coloured(line, scored) if colours else line for line, scored in part_lines]
     return lines
 
 
@@ -55,21 +68,32 @@ def _part_lines(
     part: str,
     ids: Sequence[int],
     offset: int,
-    scored: bool,
+    scored: Sequence[bool],
     tokenizer: PreTrainedTokenizerBase,
     most_tokens: int | None,
-) -> Iterator[str]:
+) -> Iterator[tuple[str, bool]]:
     hidden = range(0)
     if most_tokens is not None and len(ids) > most_tokens:
         hidden = range(most_tokens // 2, len(ids) - (most_tokens - most_tokens // 2))
     for i, token_id in enumerate(ids):
         if hidden and i == hidden.start:
-            yield f"{part:<9}{'...':>9}{'':>9}  {'':<16} {len(hidden)} more tokens"
+            yield f"{part:<9}{'...':>9}{'':>9}  {'':<16} {len(hidden)} more tokens", False
         if i not in hidden:
-            mark = "yes" if scored else "-"
+            mark = "yes" if scored[i] else "-"
             kind = "special" if _is_special(tokenizer, token_id) else ""
             text = _shown(tokenizer, token_id)
-            yield f"{part:<9}{offset + i:>9}{token_id:>9}  {mark:<7} {kind:<8} {text}"
+            line = f"{part:<9}{offset + i:>9}{token_id:>9}  {mark:<7} {kind:<8} {text}"
+            yield line, scored[i]
+
+
+def _share(tokens: int, unscored: int) -> str:
+    if unscored == tokens:
+        return "read, not scored"
+    return f"{tokens - unscored} of them scored" if unscored else "scored"
+
+
+def _coloured(line: str, scored: bool) -> str:
+    return f"{_GREEN if scored else _DIM}{line}{_PLAIN}"
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .rows import EMPTY_COMPLETION, IDENTICAL, RowProblem
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 OK = "ok"
 NO_PROMPT_TOKEN = "no prompt token to predict the completion from"
 NOTHING_LEFT = "nothing left of a completion after truncation"
+NOT_SCORED = "nothing of an answer is scored"
 IDENTICAL_CUT = "identical sides after truncation"
 
 MISMATCH = "prompt mismatch"
@@ -23,6 +24,8 @@ CHOSEN_NO_END = "chosen without end-of-turn token"
 REJECTED_NO_END = "rejected without end-of-turn token"
 BOS_DOUBLED = "doubled BOS dropped"
 SEVERAL_TURNS = "completion of several turns"
+AFTER_END = "text after the end-of-turn token left out"
+NO_TURNS = "plain text, scored as one turn"
 #: What can be said of a row that trains; bit i of the ``flags`` column is FLAGS[i].
 FLAGS = (
     MISMATCH,
@@ -33,6 +36,8 @@ FLAGS = (
     REJECTED_NO_END,
     BOS_DOUBLED,
     SEVERAL_TURNS,
+    AFTER_END,
+    NO_TURNS,
 )
 
 
@@ -45,6 +50,8 @@ class Tokens:
     rejected: list[int]
     flags: set[str]
     detail: str = ""
+    #: Positions in ``chosen`` and in ``rejected`` that are read, but not scored.
+    unscored: tuple[list[int], list[int]] = ([], [])
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def fit(
     prompt, room = limits.published_cut(tokens) if as_published else limits.cut(tokens, bos_id)
     flags = tokens.flags | ({PROMPT_CUT} if len(prompt) < len(tokens.prompt) else set())
     if room is None:
-        return Tokens(prompt, tokens.chosen, tokens.rejected, flags, tokens.detail)
+        return replace(tokens, prompt=prompt, flags=flags)
     if room <= 0:
         raise RowProblem(NOTHING_LEFT, f"the prompt takes {len(prompt)} tokens")
     flags |= {CHOSEN_CUT} if len(tokens.chosen) > room else set()
@@ -118,4 +125,7 @@ def fit(
     chosen, rejected = tokens.chosen[:room], tokens.rejected[:room]
     if chosen == rejected:
         raise RowProblem(IDENTICAL_CUT, f"the sides differ only after {room} tokens")
-    return Tokens(prompt, chosen, rejected, flags, tokens.detail)
+    unscored = tuple([i for i in side if i < room] for side in tokens.unscored)
+    if any(len(ids) == len(left) for ids, left in zip((chosen, rejected), unscored, strict=True)):
+        raise RowProblem(NOT_SCORED, f"what is scored comes after {room} tokens")
+    return Tokens(prompt, chosen, rejected, flags, tokens.detail, (unscored[0], unscored[1]))

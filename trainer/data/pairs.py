@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..settings.data import DataSettings
 from .cached_files import DyingWithParent, unchanged
-from .chat import Rendering, only_id, read_chat_template, template_notes
+from .chat import Rendering, only_id, template_notes
 from .encoding import PairTokenizer, TokenizedReader
 from .limits import OK, Limits
 from .report import DataReport, SourceCount, SplitReport, count_rows
 from .sources import ONE_TABLE, Part, checked_columns, gather
-from .table import TOKEN_COLUMNS, features, is_tokenized
+from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, features, is_tokenized
+from .template import generation_stops, with_template
+from .turns import end_of_turn_id
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass
@@ -66,8 +69,10 @@ def load_pairs(
             "no data: set dataset: (or dataset_mixer:) to a file, a folder or a hub name, "
             "and dataset_splits: to the splits to use"
         )
-    _use_chat_template(settings, tokenizer)
-    report.notes += template_notes(tokenizer, settings)
+    tokenizer = with_template(tokenizer, settings)
+    if tokenizer.chat_template:
+        end_id = end_of_turn_id(tokenizer, generation_stops(tokenizer, settings))
+        report.notes += template_notes(tokenizer, settings, end_id)
 
     def build(parts: list[Part], training: bool) -> tuple[Dataset | None, SplitReport | None]:
         if not parts:
@@ -102,16 +107,11 @@ def tokenize_pairs(
     """
     settings = settings or DataSettings()
     settings.check()
-    _use_chat_template(settings, tokenizer)
+    tokenizer = with_template(tokenizer, settings)
     part = Part(name, ONE_TABLE, checked_columns(name, dataset), len(dataset))
     return assemble(
         [part], tokenizer, settings, training=training, shuffle=False, vocab_size=vocab_size
     )
-
-
-def _use_chat_template(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-    if settings.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(settings.chat_template)
 
 
 def assemble(
@@ -149,7 +149,8 @@ def assemble(
     _check_rows(report, settings)
     _check_vocabulary(int(arrow["max_id"].to_numpy().max()), vocab_size)
     positions = np.searchsorted(used, order)
-    table = table.select_columns(list(TOKEN_COLUMNS))
+    some = any(pc.list_value_length(arrow[name]).to_numpy().any() for name in UNSCORED_COLUMNS)  # pyright: ignore
+    table = table.select_columns([*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ())])
     return _arrange(table, positions[trains[positions]], settings, training, report), report
 
 
@@ -165,7 +166,9 @@ def _arrange(
 
     if training and settings.flip:
         swaps = np.random.default_rng([settings.mix_seed, 1]).random(len(positions)) < settings.flip
-        swapped = table.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
+        columns = (TOKEN_COLUMNS[1:], UNSCORED_COLUMNS)
+        names = {a: b for pair in columns for a, b in (pair, pair[::-1]) if a in table.column_names}
+        swapped = table.rename_columns(names)
         # Both orders one after the other, without copying: a swapped pair is a row of the second.
         positions = positions + len(table) * swaps
         table = concatenate_datasets([table, swapped.select_columns(table.column_names)])
@@ -207,7 +210,13 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
     from filelock import FileLock
 
     limits, rendering = Limits.of(settings), Rendering.of(settings)
-    key = fingerprint(raw, tokenizer, limits, rendering)
+    if is_tokenized(raw) and rendering.score != "completion":
+        raise UserError(
+            f"score: {rendering.score} needs the conversations, and the data set holds token ids; "
+            f"give it the columns {', '.join(UNSCORED_COLUMNS)}, or set score: completion"
+        )
+    stops = generation_stops(tokenizer, settings)
+    key = fingerprint(raw, tokenizer, limits, rendering, stops)
     folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"pairs-{key}.arrow")
@@ -216,7 +225,7 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
             DyingWithParent(
                 TokenizedReader(limits, only_id(tokenizer.bos_token_id))
                 if is_tokenized(raw)
-                else PairTokenizer(tokenizer, limits, rendering)
+                else PairTokenizer(tokenizer, limits, rendering, stops)
             ),
             batched=True,
             remove_columns=raw.column_names,
@@ -233,6 +242,7 @@ def fingerprint(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     rendering: Rendering | None = None,
+    stops: frozenset[int] = frozenset(),
 ) -> str:
     """The hash of all that decides the tokens of ``raw``."""
     import tokenizers
@@ -240,7 +250,7 @@ def fingerprint(
     from datasets.fingerprint import Hasher
 
     versions = [_VERSION, transformers.__version__, tokenizers.__version__]
-    settings = [asdict(limits), asdict(rendering or Rendering())]
+    settings = [asdict(limits), asdict(rendering or Rendering()), sorted(stops)]
     facts = [versions, raw._fingerprint, _tokenizer_content(tokenizer), settings]
     return Hasher.hash(json.dumps(facts, sort_keys=True, default=str))
 

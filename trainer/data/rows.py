@@ -53,6 +53,8 @@ class Pair:
     chosen: Any
     rejected: Any
     conversation: bool
+    #: The prompt's last message, where it begins the answers: they hold its text too.
+    begun: dict[str, Any] | None = None
 
     @property
     def several_turns(self) -> bool:
@@ -105,6 +107,7 @@ def _shared_text(chosen: str, rejected: str) -> int:
 def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
     chosen = _messages("chosen", chosen)
     rejected = _messages("rejected", rejected)
+    begins = False
     if isinstance(prompt, str):
         answers_only = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
         prompt = [{"role": "user", "content": prompt}] if answers_only else None
@@ -116,6 +119,8 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
         prompt = _messages("prompt", prompt)
         if prompt and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        else:  # in whole conversations two answers in a row are two messages
+            begins = bool(prompt) and prompt[-1]["role"] == "assistant"
     _check_sides(_says_something(chosen), _says_something(rejected), chosen == rejected)
     if not prompt or any(side[0]["role"] in ("user", "system") for side in (chosen, rejected)):
         raise RowProblem(
@@ -123,7 +128,24 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
             f"after {len(prompt)} shared messages, chosen goes on with a {chosen[0]['role']!r} "
             f"message and rejected with a {rejected[0]['role']!r} one",
         )
+    if begins and not prompt[-1].get("tool_calls"):
+        return _continued(prompt, chosen, rejected)
     return Pair(prompt, chosen, rejected, conversation=True)
+
+
+def _continued(prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
+    """The pair whose prompt ends in an answer that both sides go on with."""
+    begun = prompt[-1]
+    firsts = [side[0] for side in (chosen, rejected)]
+    if not all(isinstance(m.get("content"), str) for m in (begun, *firsts)):
+        raise RowProblem(WRONG_TYPE, "the prompt ends in an answer, to go on with text alone")
+    if any(first["role"] != "assistant" for first in firsts):
+        return Pair(prompt, chosen, rejected, conversation=True)
+    sides = [
+        [{**begun, **side[0], "content": begun["content"] + side[0]["content"]}, *side[1:]]
+        for side in (chosen, rejected)
+    ]
+    return Pair(prompt[:-1], sides[0], sides[1], conversation=True, begun=begun)
 
 
 def _shared_messages(chosen: Messages, rejected: Messages) -> int:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat import Rendered, render, without_bos
 from .limits import MISMATCH, SEVERAL_TURNS, Tokens
-from .rows import Messages, Pair, RowProblem, common_prefix
+from .rows import Pair, RowProblem, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,11 +36,12 @@ def last_turns(pair: Pair, row: dict[str, Any]) -> Pair:
 
 
 def render_separately(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[Messages, Messages, Messages]]
+    tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
 ) -> list[Rendered | RowProblem]:
     """Prompt, prompt with chosen and prompt with rejected of each pair, as text."""
     prompts, chosen, rejected = (
-        render(tokenizer, [pair[part] for pair in pairs], generation=False) for part in range(3)
+        render(tokenizer, [getattr(pair, part) for pair in pairs], generation=False)
+        for part in ("prompt", "chosen", "rejected")
     )
     texts: list[Rendered | RowProblem] = []
     for prompt, *sides in zip(prompts, chosen, rejected, strict=True):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..settings.data import DEFAULT_SPLITS, DataSettings, is_training_split
-from .table import RAW_COLUMNS, TOKEN_COLUMNS, is_tokenized
+from .table import RAW_COLUMNS, TOKEN_COLUMNS, UNSCORED_COLUMNS, is_tokenized
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,7 +106,8 @@ def checked_columns(name: str, dataset: Any) -> Dataset:
         advice = _ADVICE.get(kind, "make one with Dataset.from_list(rows)")
         raise UserError(f"{name}: expected a datasets.Dataset, got {kind}; {advice}")
     if is_tokenized(dataset):
-        return dataset.select_columns(list(TOKEN_COLUMNS))
+        columns = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS)
+        return dataset.select_columns([name for name in columns if name in dataset.column_names])
     if not {"chosen", "rejected"} <= set(columns):
         raise UserError(
             f"data set {name!r} has the columns {', '.join(columns) or '(none)'}; expected prompt, "

@@ -22,6 +22,8 @@ from .rows import RowProblem
 PARTS = ("prompt", "chosen", "rejected")
 RAW_COLUMNS = PARTS
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+UNSCORED_COLUMNS = ("chosen_unscored", "rejected_unscored")
+"""Positions in the answers that are read but not scored; a data set without them scores all."""
 _OUTCOME_COLUMNS = ("status", "detail", "flags", "max_id")
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 THEIR_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # in TRL
@@ -39,21 +41,22 @@ def features() -> Any:
     """The ``datasets.Features`` of what `token_columns` makes."""
     from datasets import Features, List, Value
 
-    types = dict.fromkeys(TOKEN_COLUMNS, List(Value("int32")))
+    types = dict.fromkeys((*TOKEN_COLUMNS, *UNSCORED_COLUMNS), List(Value("int32")))
     numbers = {"flags": Value("int32"), "max_id": Value("int64")}
     return Features({**types, "status": Value("string"), "detail": Value("string"), **numbers})
 
 
 def token_columns(outcomes: Iterable[Tokens | RowProblem]) -> dict[str, list[Any]]:
     """A batch of tokenized rows by column: those of `features`, empty where a row cannot train."""
-    columns: dict[str, list[Any]] = {name: [] for name in (*TOKEN_COLUMNS, *_OUTCOME_COLUMNS)}
+    names = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *_OUTCOME_COLUMNS)
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     for outcome in outcomes:
         if isinstance(outcome, RowProblem):
-            values = ([], [], [], outcome.reason, outcome.detail, 0, -1)
+            values = ([], [], [], [], [], outcome.reason, outcome.detail, 0, -1)
         else:
             sides = (outcome.prompt, outcome.chosen, outcome.rejected)
             flags = sum(1 << i for i, flag in enumerate(FLAGS) if flag in outcome.flags)
-            values = (*sides, OK, outcome.detail, flags, max(map(max, sides)))
+            values = (*sides, *outcome.unscored, OK, outcome.detail, flags, max(map(max, sides)))
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     return columns
@@ -100,6 +103,7 @@ class PairRows(Dataset):
             dataset = dataset.rename_columns(dict(names))
         if set(REFERENCE_COLUMNS) <= set(dataset.column_names):
             columns += REFERENCE_COLUMNS
+        columns += [name for name in UNSCORED_COLUMNS if _is_used(dataset, name)]
         self.dataset = dataset.select_columns(columns).with_format("arrow")
         self._reference: dict[str, np.ndarray] = {}
 
@@ -118,14 +122,24 @@ class PairRows(Dataset):
     @cached_property
     def lengths(self) -> PairLengths:
         """Tokens of every pair's parts, from Arrow's offsets: no token is read."""
+        return PairLengths(*(self._list_lengths(name) for name in TOKEN_COLUMNS))
+
+    @cached_property
+    def scored(self) -> PairLengths:
+        """The same with the scored tokens of the answers alone, over which means are taken."""
+        lengths = self.lengths
+        left: dict[str, Any] = {
+            name: self._list_lengths(name) if name in self.dataset.column_names else 0
+            for name in UNSCORED_COLUMNS
+        }
+        chosen, rejected = (left[name] for name in UNSCORED_COLUMNS)
+        return PairLengths(lengths.prompt, lengths.chosen - chosen, lengths.rejected - rejected)
+
+    def _list_lengths(self, name: str) -> np.ndarray:
         # The table's rows stand as they were stored; select and shuffle keep a list beside it.
         stored = self.dataset._indices
         rows = slice(None) if stored is None else stored.column(0).to_numpy()
-
-        def lengths(name: str) -> np.ndarray:
-            return _list_lengths(self.dataset.data.column(name)).astype(np.int64)[rows]
-
-        return PairLengths(*(lengths(name) for name in TOKEN_COLUMNS))
+        return _list_lengths(self.dataset.data.column(name)).astype(np.int64)[rows]
 
     def check(self, name: str, vocab_size: int) -> None:
         """Raise ``UserError`` for tokens that cannot train; ``name`` is what messages call them."""
@@ -175,3 +189,8 @@ def _values(column: pa.ChunkedArray) -> Sequence[Any]:
 
 def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     return pc.call_function("list_value_length", [column]).to_numpy()
+
+
+def _is_used(dataset: Any, name: str) -> bool:
+    """Whether a column of lists is there and not empty in every row."""
+    return name in dataset.column_names and bool(_list_lengths(dataset.data.column(name)).any())

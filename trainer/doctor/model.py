@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..data import chat
+from ..data.turns import end_of_turn_id
 from ..errors import UserError
 from ..model.loading import load_model_config, load_tokenizer
 from ..packing.choose import choose_packing
@@ -81,7 +82,7 @@ def _template(name: str) -> Findings:
         advice = "for data of messages, set chat_template: (mistral, zephyr, or a file)"
         yield Finding(WARN, "chat template", "the tokenizer has none", advice)
         return
-    end = chat.end_of_turn_id(tokenizer)
+    end = end_of_turn_id(tokenizer)
     if end is None:
         detail = "writes no special token after an answer, so answers would have no end"
         yield Finding(WARN, "chat template", detail, "set chat_template: to one that does")

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import chat
+from ..data.template import read_chat_template
 from ..errors import UserError, refusals
 from ..model.dropout import disable_dropout
 from ..model.loading import load_model, load_tokenizer
@@ -45,7 +45,7 @@ def read_tokenizer(
     """The model's tokenizer, with ``template`` in place of its chat template if given."""
     tokenizer = load_tokenizer(model_settings(settings, model))
     if template is not None:
-        tokenizer.chat_template = chat.read_chat_template(template)
+        tokenizer.chat_template = read_chat_template(template)
     return tokenizer
 
 

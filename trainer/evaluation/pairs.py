@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from ...kernels.margin_loss.function import sequence_logps
-from ..data import PairData, chat
+from ..data import PairData
 from ..data.chat import pad_token
 from ..data.pairs import assemble
 from ..data.report import DataReport
 from ..data.sources import gather
 from ..data.table import PairRows
+from ..data.template import with_template
 from ..errors import UserError
 from ..model.head import check_head, patch_head
 from ..model.loading import load_model_config, vocabulary_size
@@ -78,7 +79,7 @@ def evaluate_pairs(
         "reference": reference,
         "dtype": dtype_of(settings),
         "data": data.report.as_dict(),
-        **measure(logps, rows.lengths, reference_logps, betas),
+        **measure(logps, rows.scored, reference_logps, betas),
         "versions": versions(),
     }
     path = write_json(folder / "pairs.json", result)
@@ -97,8 +98,7 @@ def read_pairs(
     if not parts:
         raise UserError("no data: set --dataset to a file, a folder or a hub name")
     report.notes = []  # they speak of training
-    if settings.chat_template is not None:
-        tokenizer.chat_template = chat.read_chat_template(settings.chat_template)
+    tokenizer = with_template(tokenizer, settings)
     rows, report.evaluation = assemble(
         parts, tokenizer, settings, training=False, shuffle=False, vocab_size=vocab_size
     )
@@ -190,7 +190,7 @@ def _pair_rows(
     rows: PairRows, logps: PairLogps, reference: PairLogps | None
 ) -> Iterator[dict[str, Any]]:
     """One row a pair, numbered as in the set without the rows that were skipped."""
-    lengths = rows.lengths
+    lengths = rows.scored
     columns: dict[str, np.ndarray] = {
         "prompt_tokens": lengths.prompt,
         "chosen_tokens": lengths.chosen,

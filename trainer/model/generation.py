@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data import chat
+from ..data.turns import end_of_turn_id
 
 
 @dataclass
@@ -47,7 +48,7 @@ def stop_ids(
         return sorted(set(stop_token_ids))
     eos = getattr(saved, "eos_token_id", None)
     ids = eos if isinstance(eos, list) else [eos]
-    ids = [*ids, chat.only_id(tokenizer.eos_token_id), chat.end_of_turn_id(tokenizer)]
+    ids = [*ids, chat.only_id(tokenizer.eos_token_id), end_of_turn_id(tokenizer)]
     return sorted({i for i in ids if i is not None})
 
 

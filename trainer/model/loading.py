@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from ..data.template import own_tokenizer
 from ..errors import UserError, refusals
 from ..settings.model import ModelSettings
 from .adapters import quantization_config
@@ -29,7 +30,7 @@ def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrain
     name = name or settings.tokenizer_name_or_path or _model_name(settings)
     if not Path(name, "tokenizer_config.json").is_file():
         name = adapted_model(settings, name) or name
-    tokenizer = _load(AutoTokenizer, name, settings, "tokenizer")
+    tokenizer = own_tokenizer(_load(AutoTokenizer, name, settings, "tokenizer"))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {name}: it has neither a padding nor an end token; add one")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.table import REFERENCE_COLUMNS
+from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
 from ..settings.names import Layout
 from .layout import (
     BLOCK,
@@ -46,7 +46,9 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 class PairCollator:
     """Collates P rows with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
 
-    Whatever the layout, with N completion tokens in all and [B, T] tokens in a batch:
+    Rows may also have ``chosen_unscored`` and ``rejected_unscored``, positions in those completions
+    that are read but not scored. Whatever the layout, with N scored completion tokens in all and
+    [B, T] tokens in a batch:
 
     =====================  ==========  ==========================================================
     ``input_ids``          [B, T]      int64
@@ -120,6 +122,8 @@ class PairCollator:
         np.cumsum(lengths[1:].ravel(), out=cu_seqlens[1:])
         batch["targets"] = np.concatenate([np.asarray(c, np.int64) for c in completions])
         batch["cu_seqlens"] = cu_seqlens
+        if any(name in rows[0] for name in UNSCORED_COLUMNS):
+            _leave_unscored_out(batch, rows)
         batch["pair_ids"] = np.array(
             [row.get("pair_id", i) for i, row in enumerate(rows)], np.int64
         )
@@ -214,3 +218,14 @@ class PairCollator:
         for piece, begin in zip(pieces, begins.tolist(), strict=True):
             flat[begin : begin + len(piece)] = piece
         return flat
+
+
+def _leave_unscored_out(batch: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Take what is not scored out of ``select`` and ``targets``: it stays in the input alone."""
+    begins = batch["cu_seqlens"]
+    unscored = [row.get(name, ()) for name in UNSCORED_COLUMNS for row in rows]
+    keep = np.ones(len(batch["targets"]), dtype=bool)
+    for begin, positions in zip(begins[:-1], unscored, strict=True):
+        keep[begin + np.asarray(positions, np.int64)] = False
+    batch["select"], batch["targets"] = batch["select"][keep], batch["targets"][keep]
+    batch["cu_seqlens"] = np.concatenate([[0], np.cumsum(keep)]).astype(np.int32)[begins]

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from ..batching.loader import sheltered
 from ..data.table import REFERENCE_COLUMNS as COLUMNS
-from ..data.table import TOKEN_COLUMNS, PairRows
+from ..data.table import TOKEN_COLUMNS, UNSCORED_COLUMNS, PairRows
 from ..errors import UserError
 from ..files import digest, replacing
 from ..model.adapters import bare_model
@@ -137,9 +137,11 @@ def cache_key(model: str, rows: PairRows, trainer: Trainer) -> str:
 def tokens_digest(rows: PairRows) -> str:
     """The hash of every pair's token ids, in order."""
 
+    unscored = [name for name in UNSCORED_COLUMNS if name in rows.dataset.column_names]
+
     def chunks() -> Iterator[bytes]:
         for table in rows.dataset.with_format("arrow").iter(batch_size=4096):
-            for name in TOKEN_COLUMNS:
+            for name in (*TOKEN_COLUMNS, *unscored):
                 column = table.column(name)
                 for numbers in (pc.list_value_length(column), pc.list_flatten(column)):  # pyright: ignore
                     yield numbers.to_numpy().astype(np.int64).tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 
 from ..errors import UserError, expect_one_of, expect_whole, is_number, is_whole
@@ -9,6 +10,7 @@ from ..errors import UserError, expect_one_of, expect_whole, is_number, is_whole
 DEFAULT_SPLITS = ["train", "test"]
 TRUNCATION_MODES = ("keep_end", "keep_start")
 RENDERINGS = ("joint", "separate")
+SCORES = ("completion", "last_turn", "all_assistant", "answer")
 
 
 @dataclass
@@ -39,6 +41,13 @@ class DataSettings:
     #: "joint": prompt and answer as one conversation. "separate": each answer alone, as the
     #: published SimPO, LMPO and gamma-PO scripts did, with their tokens and their truncation.
     chat_rendering: str = "joint"
+    #: Tokens that count: "completion", every assistant turn after the prompt; "last_turn", only the
+    #: last; "all_assistant", those of the prompt too (which then ends before the first); "answer",
+    #: a completion without the reasoning between think marks. User and tool messages never count.
+    score: str = "completion"
+    #: The date, as 2026-01-31, that a chat template writes if it asks for today's; None for the
+    #: checkpoint's in ``output_dir``, or else today's. It is kept with the run.
+    chat_date: str | None = None
     #: Put an empty system message before a prompt that has none, where the template mentions
     #: "system". It keeps a template's default system prompt out.
     auto_insert_empty_system_msg: bool = False
@@ -64,8 +73,18 @@ class DataSettings:
         for name in ("max_train_samples", "max_eval_samples"):
             _check_count(name, getattr(self, name), "rows")
         _check_count("preprocessing_num_workers", self.preprocessing_num_workers, "processes")
-        for name, known in (("truncation_mode", TRUNCATION_MODES), ("chat_rendering", RENDERINGS)):
+        for name, known in (
+            ("truncation_mode", TRUNCATION_MODES),
+            ("chat_rendering", RENDERINGS),
+            ("score", SCORES),
+        ):
             expect_one_of(name, getattr(self, name), known)
+        if self.score != "completion" and self.chat_rendering == "separate":
+            raise UserError(
+                f"score: {self.score} needs chat_rendering: joint; set that (separate scores what "
+                "the published scripts did)"
+            )
+        self._check_date()
         if not isinstance(self.auto_insert_empty_system_msg, bool):
             raise UserError(
                 "auto_insert_empty_system_msg: expected true or false, "
@@ -81,6 +100,16 @@ class DataSettings:
                 "dataset_splits: expected a list of split names such as [train, test], "
                 f"got {self.dataset_splits!r}"
             )
+
+    def _check_date(self) -> None:
+        try:
+            self.chat_date = (
+                self.chat_date and datetime.date.fromisoformat(str(self.chat_date)).isoformat()
+            )
+        except ValueError:
+            raise UserError(
+                f"chat_date: expected a date such as 2026-01-31, got {self.chat_date!r}"
+            ) from None
 
     def mixture(self) -> dict[str, float]:
         """The training data sets and their fractions, from ``dataset`` or ``dataset_mixer``."""

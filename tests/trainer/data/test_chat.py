@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from widemargin.trainer.data import DataSettings, load_pairs, tokenize_pairs
-from widemargin.trainer.data.chat import Rendering, read_chat_template
+from widemargin.trainer.data.chat import Rendering
 from widemargin.trainer.data.encoding import PairTokenizer
 from widemargin.trainer.data.limits import FLAGS, MISMATCH, OK, Limits
+from widemargin.trainer.data.template import read_chat_template
 from widemargin.trainer.errors import UserError
 
 from tests.support import tokenized_rows

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from widemargin.trainer.data import limits, rows
-from widemargin.trainer.data.chat import read_chat_template
-from widemargin.trainer.data.encoding import TripleEncoder, cut_mark, encode
+from widemargin.trainer.data.encoder import TripleEncoder, cut_mark, encode
 from widemargin.trainer.data.limits import OK, Limits
+from widemargin.trainer.data.template import read_chat_template
 
 from tests.support.chat_tokenizers import FAMILIES, family_tokenizer
 from tests.support.pair_rows import Row, bot, user
@@ -62,10 +62,14 @@ def test_a_template_without_an_end_of_turn_is_counted() -> None:
     assert {limits.CHOSEN_NO_END, limits.REJECTED_NO_END} == row["flags"]
 
 
-def test_an_end_token_inside_an_answer_does_not_end_it() -> None:
+def test_nothing_after_the_first_end_token_of_an_answer_is_kept_and_that_is_said() -> None:
     pair = {"prompt": ASK, "chosen": [bot("yes<|end|> it is")], "rejected": NO}
     (row,) = tokenize(pair)
-    assert text(row["chosen_ids"]) == "yes<|end|> it is<|end|>"
+    assert text(row["chosen_ids"]) == "yes<|end|>"
+    assert row["flags"] == {limits.AFTER_END}
+    (row,) = tokenize({"prompt": ASK, "chosen": [bot("yes<|end|>")], "rejected": NO})
+    assert text(row["chosen_ids"]) == "yes<|end|>"
+    assert not row["flags"]
 
 
 def test_a_merge_across_the_prompt_boundary_is_a_mismatch_and_stays_consistent() -> None:

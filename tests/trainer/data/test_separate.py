@@ -9,9 +9,10 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from widemargin.trainer.data import DataSettings, load_pairs, tokenize_pairs
-from widemargin.trainer.data.chat import Rendering, read_chat_template
+from widemargin.trainer.data.chat import Rendering
 from widemargin.trainer.data.encoding import PairTokenizer
 from widemargin.trainer.data.limits import FLAGS, MISMATCH, NOTHING_LEFT, OK, Limits
+from widemargin.trainer.data.template import read_chat_template
 
 from tests.support.chat_tokenizers import GEMMA2_OPEN, family_tokenizer
 from tests.support.pair_rows import Row, bot, user, write

@@ -1,0 +1,112 @@
+"""The tokenizer with the chat template of a run: which one it is, and the date it writes."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..settings.data import DataSettings
+
+_NOW = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
+_SHIPPED = Path(__file__).parent / "templates"
+
+
+def own_tokenizer(processing_class: Any) -> Any:
+    """The tokenizer in a processor (with the processor's template if it has none), or itself."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer is not processing_class and not tokenizer.chat_template:
+        tokenizer.chat_template = getattr(processing_class, "chat_template", None)
+    if type(tokenizer).__name__.startswith("MistralCommon"):
+        raise UserError(
+            "tokenizer: give one of transformers' own (a folder with tokenizer.json and a chat "
+            "template, as tokenizer_name_or_path); mistral-common's has no chat template whose "
+            "turns can be told apart"
+        )
+    return tokenizer
+
+
+def with_template(tokenizer: Any, settings: DataSettings) -> Any:
+    """``tokenizer`` with the template that ``settings`` mean, as it renders conversations.
+
+    The setting ``chat_template`` becomes the tokenizer's own, so that it is saved with the model. A
+    template that writes today's date writes ``chat_date`` in the tokenizer returned, a copy.
+    """
+    tokenizer = own_tokenizer(tokenizer)
+    templates = tokenizer.chat_template
+    if settings.chat_template is not None:
+        named = templates if isinstance(templates, dict) else {}
+        template = named.get(settings.chat_template)
+        tokenizer.chat_template = template or read_chat_template(settings.chat_template)
+    elif isinstance(templates, dict) and "default" not in templates:
+        raise UserError(
+            "chat_template: set it to one of the tokenizer's templates, none of which is its "
+            f"default: {', '.join(sorted(templates))}"
+        )
+    if not writes_date(tokenizer):
+        return tokenizer
+    settings.chat_date = settings.chat_date or datetime.date.today().isoformat()
+    dated = copy.copy(tokenizer)
+    templates = tokenizer.chat_template
+    dated.chat_template = (
+        {name: _dated(text, settings.chat_date) for name, text in templates.items()}
+        if isinstance(templates, dict)
+        else _dated(templates, settings.chat_date)
+    )
+    return dated
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether a template of the tokenizer asks for today's date."""
+    templates = own_tokenizer(tokenizer).chat_template or ""
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    return any(_NOW.search(text) for text in texts)
+
+
+def _dated(template: str, date: str) -> str:
+    day = datetime.datetime.fromisoformat(date)
+    written = _NOW.sub(lambda call: repr(day.strftime(call[2])), template)
+    if re.search(r"strftime_now\s*\(", written):
+        raise UserError(
+            "chat_template: give one that asks for the date as strftime_now('%d %b %Y'), with its "
+            "format in quotes; this one's date cannot be kept when the run is resumed"
+        )
+    return written
+
+
+def generation_stops(tokenizer: Any, settings: Any) -> frozenset[int]:
+    """The tokens that end generation, by the generation config beside the model or tokenizer."""
+    from transformers import GenerationConfig
+
+    name = getattr(settings, "model_name_or_path", None) or tokenizer.name_or_path
+    try:
+        eos: Any = GenerationConfig.from_pretrained(name).eos_token_id if name else None
+    except (OSError, ValueError):  # it has none
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+
+def read_chat_template(value: str) -> str:
+    """The template that the setting ``chat_template`` means: itself, a shipped one, or a file."""
+    if "{{" in value or "{%" in value:
+        return value
+    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.jinja"))}
+    path = shipped.get(value, Path(os.path.expanduser(value)))
+    if not path.is_file():
+        raise UserError(
+            f"chat_template: {value!r} is neither a Jinja template (no {{{{ or {{% in it) nor an "
+            f"existing file nor a shipped template; give the template itself, its path, or one of "
+            f"{', '.join(shipped)}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"chat_template: {value}: cannot be read as UTF-8 text ({error}); name another file"
+        ) from error
