@@ -33,6 +33,10 @@ def _saved_date(config: PreferenceConfig) -> str | None:
     if folder is None:
         folder, *_ = newest_complete(Path(str(config.output_dir)), hashes=False)
     try:
-        return None if folder is None else read_manifest(folder)["run"].get("settings", {}).get("chat_date")
+        return (
+            None
+            if folder is None
+            else read_manifest(folder)["run"].get("settings", {}).get("chat_date")
+        )
     except BrokenCheckpoint:
         return None
