@@ -84,16 +84,15 @@ class Reference:
         self.notes: list[str] = []
         self._lacking = [part for part in rows if part is not None and not part.has_reference]
         self._under_adapter = peft_config is not None and starts_as_its_base(peft_config)
+        self._starts_under_adapter = self._under_adapter
         self._digest: str | None = None
         self._unchecked = True
         self._autocast: Any = nullcontext
         self._unwrap: Any = bare_model
         self._other = False
-        self._under_base = self._under_adapter
         if not self._lacking and any(part is not None for part in rows):
             return
         self._other = ref_model is not None or not self.starting
-        self._under_base = self._under_adapter and not self._other
         if self._other:
             if ref_model is None:
                 _check_tokenizer(args, tokenizer)
@@ -138,8 +137,7 @@ class Reference:
                 self._check_packing(packing)
         if self._digest is None or not self.args.precompute_ref_log_probs:
             return
-        policy: Any = trainer.model
-        frozen = self.model or policy
+        frozen: Any = self.model or trainer.model
         with self._scoring(frozen, disable_adapter=self.model is None and self._under_adapter):
             for rows in self._lacking:
                 values, note = precomputed(
@@ -160,7 +158,7 @@ class Reference:
         """The hash of what ``rows`` are compared with, on the main process; "" for the base."""
         if rows not in self._lacking and rows.has_reference:
             return columns_digest(rows)
-        return "" if self._under_base else self._digest or ""
+        return "" if self._starts_under_adapter and not self._other else self._digest or ""
 
     def _check_packing(self, packing: Packing) -> None:
         """Another model may run an attention that reads packed rows otherwise."""

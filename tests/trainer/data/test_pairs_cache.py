@@ -125,11 +125,12 @@ def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("workers", [None, 2])
 @pytest.mark.parametrize("damage", ["a bit", "half", "empty", "no seal", "another file's seal"])
-def test_a_damaged_cache_is_made_again(tmp_path, caplog, workers, damage) -> None:
+def test_a_damaged_cache_is_made_again(tmp_path, caplog, monkeypatch, workers, damage) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     raw = Dataset.from_list(make_rows(30))
     settings = DataSettings(preprocessing_num_workers=workers)
     tokens = tokenize_pairs(raw, tiny_tokenizer(), settings)[0][:]
-    folder = Path(_cache_of_tokens())
+    folder = tmp_path / "widemargin"
     path, sealed = sorted(folder.glob("pairs-*.arrow"))[-1], next(folder.glob("*.sealed"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -143,9 +144,3 @@ def test_a_damaged_cache_is_made_again(tmp_path, caplog, workers, damage) -> Non
     for times in (1, 1):  # the second run finds it mended
         assert tokenize_pairs(raw, tiny_tokenizer(), settings)[0][:] == tokens
         assert caplog.text.count("tokenizing again") == times
-
-
-def _cache_of_tokens() -> str:
-    from datasets import config
-
-    return os.path.join(config.HF_DATASETS_CACHE, "widemargin")
