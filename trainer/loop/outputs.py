@@ -10,6 +10,8 @@ from transformers import Trainer
 
 from ..checkpoint.card import write_model_card
 from ..checkpoint.hub import hub_refusals
+from ..model.adapters import bare_model, name_base
+from ..model.folder import MERGED, copy_processor, writing_model
 from ..model.merging import export_merged
 from ..monitor.run_record import describe_run
 
@@ -29,6 +31,12 @@ class OutputTrainer(Trainer):
     pipeline: PairPipeline
     run_record: dict[str, Any] | None = None
     _merges_files: bool
+    _merged: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = bare_model(kwargs["model"]).config
+        self._use_cache = vars(config).get("use_cache")  # which transformers changes for training
+        super().__init__(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers', and with ``merge_adapter`` the merged model beside what it writes."""
@@ -40,9 +48,38 @@ class OutputTrainer(Trainer):
     def save_merged(self, folder: Path) -> Path:
         """The model with the adapter saved in ``folder`` merged in; where it was written."""
         args: Any = self.args
-        base = None if self._merges_files else self.model
-        export_merged(args, folder, folder / "merged", base)
-        return folder / "merged"
+        export_merged(args, folder, folder / MERGED, self.model, from_files=self._merges_files)
+        self._merged = folder / MERGED
+        return self._merged
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As transformers', in place of any model that the folder holds."""
+        args: Any = self.args
+        if not args.should_save:
+            super()._save(output_dir, state_dict)  # to take part in what gathers the weights
+            return
+        self._restore_use_cache()
+        folder = Path(output_dir or args.output_dir)
+        with writing_model(folder, keep_merged=self._merged == folder / MERGED) as written:
+            super()._save(str(written), state_dict)
+            config, source = self._lm.config, self._lm.name_or_path
+            revision = args.model_revision if source == args.model_name_or_path else "main"
+            if (written / "adapter_config.json").is_file():
+                name_base(written, revision)
+            else:
+                copy_processor(config, source, revision, written)
+
+    @property
+    def _lm(self) -> Any:
+        return bare_model(self.accelerator.unwrap_model(self.model))
+
+    def _restore_use_cache(self) -> None:
+        """In the config to save; the head's calls ask for no cache themselves."""
+        config = self._lm.config
+        if self._use_cache is not None:
+            config.use_cache = self._use_cache
+        else:
+            vars(config).pop("use_cache", None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', from the run's settings, data, results and versions."""
