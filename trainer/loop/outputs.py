@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from ..checkpoint.card import write_model_card
-from ..checkpoint.hub import hub_refusals
+from ..checkpoint.hub import hub_refusals, push_checkpoint, upload
 from ..model.adapters import bare_model, name_base
 from ..model.folder import MERGED, copy_processor, writing_model
 from ..model.merging import export_merged
@@ -95,3 +95,31 @@ class OutputTrainer(Trainer):
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         with hub_refusals("push_to_hub: the repository cannot be made; or set push_to_hub: false"):
             super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """As transformers', of what `checkpoint.hub` shares; ``card`` is for the model card."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        name = str(self.args.hub_model_id or self.args.output_dir)
+        self.create_model_card(**{"model_name": Path(name).name} | card)
+        self._finish_current_push()
+        given = {"token": token, "revision": revision}
+        options: Any = {key: value for key, value in given.items() if value is not None}
+        return upload(self, str(commit_message), blocking=blocking, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            push_checkpoint(self, Path(checkpoint_folder))
