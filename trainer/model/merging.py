@@ -12,8 +12,8 @@ from ..errors import UserError, refusals
 from ..settings.checks import is_split
 from ..settings.model import AdapterSettings, ModelSettings
 from .adapters import bare_model, without_peft_warnings
-from .folder import copy_processor, writing_model
-from .loading import load_model, load_tokenizer
+from .folder import MERGED, copy_processor, writing_model
+from .loading import adapted_model, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -84,11 +84,42 @@ def _write_merged(
                 adapted = PeftModel.from_pretrained(base, str(adapter))
         merged = adapted.merge_and_unload(safe_merge=True)
         tokenizer = load_tokenizer(settings, str(adapter))
-        with writing_model(out) as written:
-            merged.save_pretrained(written)
-            tokenizer.save_pretrained(written)
-            revision = settings.model_revision
-            copy_processor(merged.config, merged.name_or_path, revision, written)
+        _write(merged, tokenizer, settings.model_revision, out)
+
+
+def merge_folder(folder: Path, out: Path | None, dtype: str, trust_remote_code: bool) -> Path:
+    """Merge the adapter in ``folder`` into its base and write the model; where it was written.
+
+    Args:
+        out: None for ``merged`` in ``folder``.
+        dtype: of the weights; "auto" for the base's own.
+
+    Raises:
+        UserError: no adapter there, files that cannot be read or written, or a merge that is not
+            finite.
+    """
+    out = folder / MERGED if out is None else out
+    settings = ModelSettings(
+        model_name_or_path=str(folder), dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    base = adapted_model(settings, str(folder))
+    if base is None:
+        raise UserError(
+            f"{folder}: expected an adapter's folder, with adapter_config.json and no config.json"
+        )
+    adapted: Any = load_model(settings)
+    tokenizer = load_tokenizer(settings)
+    with refusals(f"adapter {folder}: cannot be merged", OSError, ValueError, RuntimeError):
+        merged = adapted.merge_and_unload(safe_merge=True)
+        _write(merged, tokenizer, base.model_revision, out)
+    return out
+
+
+def _write(merged: Any, tokenizer: Any, revision: str, out: Path) -> None:
+    with writing_model(out) as written:
+        merged.save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        copy_processor(merged.config, merged.name_or_path, revision, written)
 
 
 def _differs(trained: Any, base: Any) -> bool:
