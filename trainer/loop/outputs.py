@@ -11,7 +11,7 @@ from transformers import Trainer
 from ..checkpoint.card import write_model_card
 from ..checkpoint.hub import hub_refusals, push_checkpoint, upload
 from ..model.adapters import bare_model, name_base
-from ..model.folder import MERGED, copy_processor, writing_model
+from ..model.folder import MERGED, check_saves_whole, copy_processor, writing_model
 from ..model.merging import export_merged
 from ..monitor.run_record import describe_run
 
@@ -37,6 +37,7 @@ class OutputTrainer(Trainer):
         config = bare_model(kwargs["model"]).config
         self._use_cache = vars(config).get("use_cache")  # which transformers changes for training
         super().__init__(*args, **kwargs)
+        check_saves_whole(self.accelerator.state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers', and with ``merge_adapter`` the merged model beside what it writes."""
