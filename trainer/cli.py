@@ -7,6 +7,7 @@ wait for torch.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -127,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder or checkpoint")
     merge.add_argument("--out", type=Path, help="where to write (default: merged in FOLDER)")
-    merge.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    merge.add_argument("--dtype", choices=dtypes, default="auto",
                        help="of the weights (default: the model's own)")  # fmt: skip
     merge.add_argument("--trust-remote-code", action="store_true",
                        help="run Python code that comes with the model")  # fmt: skip
@@ -148,8 +150,10 @@ def _train(
 ) -> int:
     from .preflight import preflight as run_preflight
     from .settings.files import load_config
+    from .settings.launch import leave_group
     from .train import train
 
+    atexit.register(leave_group)
     overrides = ["--profile=true" if o == "--profile" else o for o in overrides]
     settings = load_config(config, overrides, script=script)
     if preflight:
