@@ -1,4 +1,4 @@
-"""The `widemargin` command: train, plan, evaluate, report, doctor, quickstart.
+"""The `widemargin` command: train, plan, evaluate, merge, report, doctor, quickstart.
 
 A command's modules are imported when it runs: `--help`, and a mistake in the arguments, need not
 wait for torch.
@@ -7,6 +7,7 @@ wait for torch.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,12 @@ def _run(argv: list[str], script: str | None) -> int:
         from .doctor.command import doctor
 
         return doctor(options.model, as_json=options.json)
+    if options.command == "merge":
+        from .model.merging import merge_folder
+
+        place = options.folder, options.out
+        print(f"Merged model: {merge_folder(*place, options.dtype, options.trust_remote_code)}")
+        return 0
     return _report(options.run, options.out, options.format)
 
 
@@ -113,6 +120,19 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--format", choices=("html", "png"), default="html", help="png: the charts as one image"
     )
+    merge = commands.add_parser(
+        "merge",
+        help="merge a trained adapter into its model",
+        description="Write the model that an adapter's folder belongs to, with the adapter merged "
+        "into it: a folder for transformers, vLLM and converters, without peft.",
+    )
+    merge.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder or checkpoint")
+    merge.add_argument("--out", type=Path, help="where to write (default: merged in FOLDER)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    merge.add_argument("--dtype", choices=dtypes, default="auto",
+                       help="of the weights (default: the model's own)")  # fmt: skip
+    merge.add_argument("--trust-remote-code", action="store_true",
+                       help="run Python code that comes with the model")  # fmt: skip
     doctor = commands.add_parser(
         "doctor",
         help="tell what is installed, what a run would use, and whether the kernels work",
@@ -130,8 +150,10 @@ def _train(
 ) -> int:
     from .preflight import preflight as run_preflight
     from .settings.files import load_config
+    from .settings.launch import leave_group
     from .train import train
 
+    atexit.register(leave_group)
     overrides = ["--profile=true" if o == "--profile" else o for o in overrides]
     settings = load_config(config, overrides, script=script)
     if preflight:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -26,6 +28,14 @@ from .text import colours
 
 def preflight(config: PreferenceConfig) -> None:
     """Print the settings in effect, what becomes of the data and the first pair; train nothing."""
+    if config.process_index > 0:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            _preflight(config)
+    else:
+        _preflight(config)
+
+
+def _preflight(config: PreferenceConfig) -> None:
     objective = config.build_objective()
     check_output(config)
     checkpoint = choose_checkpoint(  # by the sizes of its files; training hashes them
@@ -87,9 +97,14 @@ def weight_notes(config: PreferenceConfig, dtype: str) -> list[str]:
     DeepSpeed keeps weights in fp32 beside those that compute, whatever their dtype, and peft keeps
     an adapter's.
     """
+    notes = []
+    precision = config.mixed_precision
+    if precision != "no" and not (config.bf16 or config.fp16):
+        notes.append(f"computes in {precision}, as the launcher's mixed_precision says")
     if config.use_peft or uses_deepspeed(config) or dtype not in ("bfloat16", "float16"):
-        return []
+        return notes
     return [
+        *notes,
         f"the weights are updated in {dtype}, where steps of the usual learning rates (1e-6) are "
-        "mostly rounded away; set dtype: float32, and bf16: true to compute in bfloat16"
+        "mostly rounded away; set dtype: float32, and bf16: true to compute in bfloat16",
     ]

@@ -96,7 +96,9 @@ def card_body(
     trainer: Trainer, objective: Objective, name: str, base: str | None, record: dict[str, Any]
 ) -> str:
     """The card below its front matter, in Markdown."""
-    run = Run(Path(str(trainer.args.output_dir)), trainer.state.log_history)
+    folder, history = Path(str(trainer.args.output_dir)), trainer.state.log_history
+    run, best = Run(folder, history), _kept_step(trainer)
+    kept = [entry for entry in history if best is None or entry.get("step", 0) <= best]
     start = f" from {_code(unplaced(base))}" if base else ""
     if base and unplaced(base) != base:
         start += " (a local folder)"
@@ -109,7 +111,7 @@ def card_body(
         _hyperparameters_table(record.get("objective") or {}),
         _citation(objective.name),
         "## Results",
-        _results_table(run),
+        _results_table(Run(folder, kept), best),
         _effort(run, record.get("device")),
         "## Data",
         _data_table(record.get("data") or {}),
@@ -142,12 +144,20 @@ def _citation(name: str) -> str:
     return f"[{title}](https://arxiv.org/abs/{number}), arXiv:{number}"
 
 
-def _results_table(run: Run) -> str:
+def _kept_step(trainer: Trainer) -> int | None:
+    """The step of the model that was kept, where that is not the last one's."""
+    state = trainer.state
+    loaded = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    return state.best_global_step if loaded else None
+
+
+def _results_table(run: Run, best: int | None) -> str:
     changes = run.changes()
     if not changes:
         return "Nothing was measured."
     where = "held-out pairs" if run.prefix() else "training pairs"
-    rows = [f"| {where} | first | last |", "| --- | ---: | ---: |"]
+    last = "last" if best is None else f"step {best}, the best, kept here"
+    rows = [f"| {where} | first | {last} |", "| --- | ---: | ---: |"]
     for change in changes:
         before = "" if change.before is None else figure(change.before)
         rows.append(f"| {change.label} | {before} | {figure(change.after)} |")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..data.chat import pad_token
 from ..errors import UserError, refusals
 from ..model.generation import Completion, Decoding, complete, stop_ids
-from ..model.loading import vocabulary_size
-from .models import device_of, dtype_of, read_model
+from ..model.loading import adapted_model, vocabulary_size
+from .models import device_of, dtype_of, model_settings, read_model
 from .settings import AnswerSettings
 
 if TYPE_CHECKING:
@@ -23,12 +23,19 @@ VLLM_AT_ONCE = 256
 """Questions given to vLLM at once, which fills its batches itself; a killed run loses so many."""
 
 
-def engine_name(settings: AnswerSettings) -> str:
-    """The engine that ``settings`` come to on this machine."""
+def engine_name(settings: AnswerSettings, model: str) -> str:
+    """The engine that ``settings`` come to on this machine, for this model."""
     installed = find_spec("vllm") is not None
     if settings.engine == "vllm" and not installed:
         raise UserError("engine: vllm is not installed; pip install vllm, or set transformers")
+    adapter = adapted_model(model_settings(settings, model), model) is not None
+    if settings.engine == "vllm" and adapter:
+        raise UserError(
+            f"engine: vllm is given whole models here; widemargin merge {model}, then give the "
+            "folder merged/ in it, or set transformers"
+        )
     if settings.engine == "auto":
+        installed = installed and not adapter
         return "vllm" if installed and device_of(settings).type == "cuda" else "transformers"
     return settings.engine
 

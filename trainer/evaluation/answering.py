@@ -40,7 +40,7 @@ def answer(
     gives the same answers as an uninterrupted one.
     """
     tokenizer = read_tokenizer(settings, model, settings.chat_template)
-    engine = engine_name(settings)
+    engine = engine_name(settings, model)
     with Records(folder, "answers", _identity(questions, settings, model, engine)) as records:
         if records.done:
             print(f"{len(records.done):,} of {len(questions):,} answers are in {folder} already")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.template import read_chat_template
 from ..errors import UserError, refusals
 from ..model.dropout import disable_dropout
-from ..model.loading import load_model, load_tokenizer
+from ..model.loading import adapted_model, load_model, load_tokenizer
 from ..settings.model import ModelSettings
 from .settings import LoadSettings
 
@@ -78,7 +79,11 @@ def fingerprint(settings: LoadSettings, model: str) -> str:
     if not folder.is_dir():
         return f"{model}@{settings.model_revision}"
     digest = hashlib.sha256()
-    patterns = ("*.safetensors", "config.json", "tokenizer*", "chat_template*")
+    base = adapted_model(model_settings(settings, model), model)
+    if base is not None:
+        on_base = replace(settings, model_revision=base.model_revision)
+        digest.update(fingerprint(on_base, str(base.model_name_or_path)).encode())
+    patterns = ("*.safetensors", "*config.json", "tokenizer*", "chat_template*")
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     with refusals(f"model {model}: cannot be read", OSError):
         for path in files:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 from ..checkpoint.card import write_model_card
-from ..checkpoint.hub import hub_refusals
+from ..checkpoint.hub import hub_refusals, push_checkpoint, upload
+from ..model.adapters import bare_model, name_base
+from ..model.folder import MERGED, check_saves_whole, copy_processor, writing_model
 from ..model.merging import export_merged
 from ..monitor.run_record import describe_run
 
@@ -29,6 +31,13 @@ class OutputTrainer(Trainer):
     pipeline: PairPipeline
     run_record: dict[str, Any] | None = None
     _merges_files: bool
+    _merged: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = bare_model(kwargs["model"]).config
+        self._use_cache = vars(config).get("use_cache")  # which transformers changes for training
+        super().__init__(*args, **kwargs)
+        check_saves_whole(self.accelerator.state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers', and with ``merge_adapter`` the merged model beside what it writes."""
@@ -40,9 +49,38 @@ class OutputTrainer(Trainer):
     def save_merged(self, folder: Path) -> Path:
         """The model with the adapter saved in ``folder`` merged in; where it was written."""
         args: Any = self.args
-        base = None if self._merges_files else self.model
-        export_merged(args, folder, folder / "merged", base)
-        return folder / "merged"
+        export_merged(args, folder, folder / MERGED, self.model, from_files=self._merges_files)
+        self._merged = folder / MERGED
+        return self._merged
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As transformers', in place of any model that the folder holds."""
+        args: Any = self.args
+        if not args.should_save:
+            super()._save(output_dir, state_dict)  # to take part in what gathers the weights
+            return
+        self._restore_use_cache()
+        folder = Path(output_dir or args.output_dir)
+        with writing_model(folder, keep_merged=self._merged == folder / MERGED) as written:
+            super()._save(str(written), state_dict)
+            config, source = self._lm.config, self._lm.name_or_path
+            revision = args.model_revision if source == args.model_name_or_path else "main"
+            if (written / "adapter_config.json").is_file():
+                name_base(written, revision)
+            else:
+                copy_processor(config, source, revision, written)
+
+    @property
+    def _lm(self) -> Any:
+        return bare_model(self.accelerator.unwrap_model(self.model))
+
+    def _restore_use_cache(self) -> None:
+        """In the config to save; the head's calls ask for no cache themselves."""
+        config = self._lm.config
+        if self._use_cache is not None:
+            config.use_cache = self._use_cache
+        else:
+            vars(config).pop("use_cache", None)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', from the run's settings, data, results and versions."""
@@ -58,3 +96,31 @@ class OutputTrainer(Trainer):
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         with hub_refusals("push_to_hub: the repository cannot be made; or set push_to_hub: false"):
             super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """As transformers', of what `checkpoint.hub` shares; ``card`` is for the model card."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        name = str(self.args.hub_model_id or self.args.output_dir)
+        self.create_model_card(**{"model_name": Path(name).name} | card)
+        self._finish_current_push()
+        given = {"token": token, "revision": revision}
+        options: Any = {key: value for key, value in given.items() if value is not None}
+        return upload(self, str(commit_message), blocking=blocking, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            push_checkpoint(self, Path(checkpoint_folder))

@@ -62,6 +62,7 @@ class Watchdog(TrainerCallback):
                 _set_pg_timeout(timedelta(seconds=self.trainer.args.ddp_timeout))
             self._store = PrefixStore("widemargin", _get_default_store())
             self._last = time.monotonic()
+            self._tell()  # so that a rank lost in the first seconds is not one that never began
             self.trainer.add_callback(self)
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -111,6 +113,22 @@ def without_adapter(model: Any) -> Iterator[None]:
     """The model as its base is, whatever adapters it has."""
     with model.disable_adapter() if hasattr(model, "get_base_model") else nullcontext():
         yield
+
+
+def name_base(folder: Path, revision: str) -> None:
+    """Let a saved adapter say which model it belongs to: a whole path, or a hub name and revision.
+
+    peft's model card is removed, which names the path too.
+    """
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if base and Path(base).expanduser().is_dir():
+        config["base_model_name_or_path"] = str(Path(base).expanduser().absolute())
+    elif base and not config.get("revision"):
+        config["revision"] = revision
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def starts_as_its_base(peft_config: Any) -> bool:

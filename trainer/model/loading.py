@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,9 @@ def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrain
 
     name = name or settings.tokenizer_name_or_path or _model_name(settings)
     if not Path(name, "tokenizer_config.json").is_file():
-        name = adapted_model(settings, name) or name
+        base = adapted_model(settings, name)
+        if base is not None:
+            return load_tokenizer(base, base.model_name_or_path)
     tokenizer = own_tokenizer(_load(AutoTokenizer, name, settings, "tokenizer"))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -51,7 +54,7 @@ def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedMo
     if base is not None:
         from peft import PeftModel
 
-        model = load_model(settings, base)
+        model = load_model(base)
         with refusals(f"adapter {name}: cannot be loaded", *REFUSALS):
             return PeftModel.from_pretrained(
                 model,
@@ -86,11 +89,12 @@ def load_model_config(settings: ModelSettings) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     name = _model_name(settings)
-    return _load(AutoConfig, adapted_model(settings, name) or name, settings, "model")
+    base = adapted_model(settings, name)
+    return load_model_config(base) if base else _load(AutoConfig, name, settings, "model")
 
 
-def adapted_model(settings: ModelSettings, name: str) -> str | None:
-    """The folder or hub name of the model that the adapter ``name`` is for; None for a model."""
+def adapted_model(settings: ModelSettings, name: str) -> ModelSettings | None:
+    """The settings, naming the model that the adapter ``name`` is for; None for a model."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(name).expanduser()
@@ -106,13 +110,17 @@ def adapted_model(settings: ModelSettings, name: str) -> str | None:
     if path is None:
         return None
     with refusals(f"adapter {name}: {path} cannot be read", OSError, ValueError):
-        base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        base = dict(config).get("base_model_name_or_path")
     if not base:
         raise UserError(
             f"adapter {name}: write base_model_name_or_path into its adapter_config.json, the "
             "folder or hub name of the model that it was trained on"
         )
-    return base
+    adapted = copy.copy(settings)
+    adapted.model_name_or_path = base
+    adapted.model_revision = config.get("revision") or "main"
+    return adapted
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

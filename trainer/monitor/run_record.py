@@ -35,6 +35,7 @@ class RunRecord:
         self.content: dict[str, Any] = {
             **describe_run(config, objective, data),
             "device": str(config.device),
+            "mixed_precision": config.mixed_precision,  # the settings' or the launcher's
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "summary": {},
         }

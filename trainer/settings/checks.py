@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 
 from ..errors import UserError, expect_whole, is_number
+from .launch import check_left_over
 from .model import ModelSettings
 from .names import METRICS
 
@@ -78,6 +79,7 @@ def check_machine(args: TrainingArguments) -> None:
     """Raise ``UserError`` for what transformers refuses without the setting's name and a remedy."""
     from transformers.utils import import_utils
 
+    check_left_over()
     bfloat16 = import_utils.is_torch_bf16_gpu_available() or import_utils.is_torch_xla_available()
     for name in ("bf16", "bf16_full_eval"):
         if getattr(args, name) and not (bfloat16 or args.use_cpu):

@@ -22,6 +22,7 @@ from .checks import (
     with_setting,
 )
 from .data import DataSettings
+from .launch import has_launcher
 from .model import ModelSettings, SampleSettings
 from .names import BACKENDS, METRICS, PACKINGS, TAILS
 
@@ -126,6 +127,8 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         setattr(self, f"{name}_kwargs", kwargs)
 
     def _set_what_this_trainer_needs(self) -> None:
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # a step uses every parameter
         self.remove_unused_columns = False  # the data set has only those that are used
         if self.use_liger_kernel:  # its head, put on after ours, would take its place
             liger = self.liger_kernel_config or {}
@@ -134,6 +137,8 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
             self.per_device_eval_batch_size = self.per_device_train_batch_size
 
     def _set_what_this_machine_needs(self) -> None:
+        if not has_launcher():
+            self.ddp_backend = None  # one process has nobody to talk to
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
         if torch.backends.mps.is_available() and not torch.cuda.is_available():
             self.use_cpu = True  # statistics are kept in float64, which Apple's GPUs do not have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +136,54 @@ def test_the_trainer_alone_writes_one_and_nothing_in_it_is_live(tmp_path):
     assert "\\<script\\>" in card.text
     assert "<script" not in card.text.replace("\\<script", "")
     assert "training pairs" in card.text
+
+
+def test_the_card_has_the_results_of_the_model_that_was_kept(run_config, tmp_path):
+    best = ["--load_best_model_at_end=true", "--greater_is_better=true", "--save_steps=1"]
+    more = ["--save_strategy=steps", "--metric_for_best_model=loss", "--learning_rate=0.01"]
+    assert main(["train", str(run_config), *best, *more, "--max_steps=3"]) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
+    assert state["best_global_step"] == 1
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| step 1, the best, kept here |" in card
+    row = next(line for line in card.splitlines() if line.startswith("| loss |"))
+    assert float(row.split("|")[3]) == pytest.approx(losses[1], rel=1e-2)
+    assert losses[3] < 0.98 * losses[1]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_push_shares_no_pickle_and_no_path(run_config, tmp_path, monkeypatch, adapter):
+    pushed: list[dict[str, bytes]] = []
+
+    def upload(self, *, folder_path, run_as_future=False, **kwargs):
+        folder = Path(folder_path)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        pushed.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done if run_as_future else None
+
+    monkeypatch.setattr(Hub, "upload_folder", upload)
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: Hub())
+    (tmp_path / "run").mkdir()
+    stale = "model.safetensors" if adapter else "adapter_model.safetensors"
+    for name in (stale, "secret.env"):
+        (tmp_path / "run" / name).write_text("")
+    changes = ["--push_to_hub=true", "--save_strategy=steps", "--save_steps=1"]
+    changes += ["--use_peft=true", "--merge_adapter=true"] if adapter else []
+    assert main(["train", str(run_config), *changes]) == 0
+    assert len(pushed) == 3
+    for files in pushed:
+        assert ("adapter_model.safetensors" in files) is adapter
+        assert ("model.safetensors" in files) is not adapter
+        assert "run.json" in files
+        assert not {"training_args.bin", "secret.env"} & set(files)
+        assert not [name for name, text in files.items() if str(tmp_path).encode() in text]
+    assert ("merged/model.safetensors" in pushed[-1]) is adapter
+    left = [path.name for path in (tmp_path / "run").iterdir()]
+    assert not [name for name in left if name.startswith(("_upload", "training_args"))]
+    assert str(tmp_path) in (tmp_path / "run" / "run.json").read_text()
 
 
 def test_a_push_has_everything(run_config, monkeypatch):

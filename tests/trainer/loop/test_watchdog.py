@@ -35,3 +35,20 @@ def test_its_thread_is_over_when_training_is(tmp_path, monkeypatch):
         assert not thread.is_alive()
     finally:
         dist.destroy_process_group()
+
+
+def test_a_rank_has_begun_from_the_first_moment(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        trainer: Any = SimpleNamespace(
+            args=SimpleNamespace(world_size=2, process_index=0, ddp_timeout=1000),
+            state=SimpleNamespace(global_step=0),
+            add_callback=lambda callback: None,
+            remove_callback=lambda callback: None,
+        )
+        with Watchdog(trainer) as watchdog:
+            told = watchdog._told(0)
+        assert told is not None
+        assert told["step"] == 1
+    finally:
+        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.cli import main
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.evaluation.models import fingerprint
+from widemargin.trainer.evaluation.settings import AnswerSettings
 from widemargin.trainer.model.adapters import (
     learnable_line,
     lora_config,
@@ -82,6 +85,33 @@ def test_train_and_merge(place, capsys):
     assert (found - logits_of(tiny_model())).abs().max() > 1e-2
     ids = AutoTokenizer.from_pretrained(place / "run" / "merged")("yes no")["input_ids"]
     assert ids == TOKENIZER("yes no")["input_ids"]
+
+
+def test_a_saved_adapter_is_merged_and_evaluated_on_its_base(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    relative = ["--model_name_or_path=model", "--merge_adapter=true"]
+    assert main(["train", "config.yaml", *relative]) == 0
+    monkeypatch.chdir("/")
+    run, scores = place / "run", []
+    assert main(["merge", str(run), f"--out={place / 'later'}", "--dtype=float32"]) == 0
+    for name in ("run", "later", "run/merged"):
+        data = [f"--dataset={place / 'train.jsonl'}", "--max_length=64", "--max_prompt_length=32"]
+        out = place / "scores" / name
+        assert main(["evaluate", "pairs", f"--model={place / name}", f"--out={out}", *data]) == 0
+        scores.append(json.loads((out / "pairs.json").read_text())["mean_logps"]["chosen"])
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-4)
+    plain = place / "model"
+    capsys.readouterr()
+    assert main(["merge", str(plain)]) == 2
+    assert "expected an adapter's folder" in capsys.readouterr().err
+    settings = AnswerSettings(device="cpu")
+    assert fingerprint(settings, str(run)) != fingerprint(settings, str(plain))
+    before = fingerprint(settings, str(run))
+    tiny_model(seed=9).save_pretrained(plain)
+    assert fingerprint(settings, str(run)) != before
+    (run / "adapter_config.json").write_text("{}")
+    assert main(["merge", str(run)]) == 2
+    assert "write base_model_name_or_path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])

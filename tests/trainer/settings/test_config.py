@@ -6,13 +6,18 @@ import ast
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.utils import import_utils
+from widemargin.trainer import preflight
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.preflight import weight_notes
+from widemargin.trainer.settings import launch
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config, load_config
 
@@ -161,3 +166,52 @@ def test_parallelism_that_does_not_work_yet(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     with pytest.raises(UserError, match="parallelism_config: leave it out"):
         PreferenceConfig(objective="simpo", output_dir=str(tmp_path))
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A process that no launcher started."""
+    for name in launch.RANKS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", launch.ENGINES)
+def test_a_launchers_variable_that_was_left_over(alone, monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(UserError, match=f"^unset {name}, .*accelerate launch"):
+        PreferenceConfig(use_cpu=True)
+
+
+def test_one_process_trains_whatever_backend_ranks_would_use(alone):
+    assert PreferenceConfig(use_cpu=True, ddp_backend="gloo").world_size == 1
+
+
+def test_unused_parameters_are_looked_for_on_request_only(alone):
+    assert PreferenceConfig(use_cpu=True).ddp_find_unused_parameters is False
+    asked = PreferenceConfig(use_cpu=True, ddp_find_unused_parameters=True)
+    assert asked.ddp_find_unused_parameters is True
+
+
+def test_a_group_is_left_once(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    launch.leave_group()
+    assert not dist.is_initialized()
+    launch.leave_group()
+
+
+def test_the_launchers_precision_is_said(alone, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    config = PreferenceConfig(use_cpu=True)
+    assert config.mixed_precision == "bf16"
+    assert weight_notes(config, "float32") == [
+        "computes in bf16, as the launcher's mixed_precision says"
+    ]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert weight_notes(PreferenceConfig(use_cpu=True, bf16=True), "float32") == []
+
+
+def test_the_first_rank_alone_prints_the_preflight(alone, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "_preflight", lambda config: print("First pair"))
+    for rank, printed in ((0, "First pair\n"), (1, "")):
+        preflight.preflight(SimpleNamespace(process_index=rank))  # pyright: ignore[reportArgumentType]
+        assert capsys.readouterr().out == printed

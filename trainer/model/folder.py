@@ -1,0 +1,150 @@
+"""A folder that holds one model: written completely, nothing of an earlier model stays."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, refusals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+WRITING = "tmp-model"
+MERGED = "merged"
+WEIGHTS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+PROCESSOR = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+MODEL_FILES = (*WEIGHTS, *ADAPTER, *PROCESSOR, *TOKENIZER)
+"""What transformers and peft write of a model, and look for when they load a folder."""
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def writing_model(folder: Path, *, keep_merged: bool = False) -> Iterator[Path]:
+    """A new folder for the caller to write a model to; it then takes the place of ``folder``'s.
+
+    Model files in ``folder`` that the new model does not have are removed, and said; other files
+    stay. ``folder``'s model stays as it was if writing fails.
+
+    Args:
+        keep_merged: leave the folder of a merged model in ``folder`` as it is.
+    """
+    staging = folder / WRITING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        readable_as_others(staging)
+        names = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
+        stale = _remove_model(folder, {folder / name for name in names})
+        if not keep_merged and _remove_model(folder / MERGED, set()):
+            stale.append(f"{MERGED}/")
+        for name in sorted(names):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (staging / name).replace(folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if stale:
+        logger.warning("Removed from %s, of an earlier model: %s", folder, ", ".join(stale))
+
+
+def check_saves_whole(state: Any) -> None:
+    """Raise ``UserError`` where the engine of accelerate's ``state`` would save no whole model."""
+    fsdp = getattr(state, "fsdp_plugin", None)
+    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
+        raise UserError(
+            "fsdp_state_dict_type: set FULL_STATE_DICT in the launcher's file; with "
+            f"{fsdp.state_dict_type} no trained model would be written"
+        )
+    deepspeed = getattr(state, "deepspeed_plugin", None)
+    config = {} if deepspeed is None else deepspeed.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    gathers = "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and not zero.get(gathers):
+        raise UserError(
+            f"{gathers}: set it to true under zero_optimization in the DeepSpeed file; without it "
+            "no trained model would be written"
+        )
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model in ``folder``, by their names."""
+    return sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
+
+
+def readable_as_others(folder: Path) -> None:
+    """Give weights the mode of an ordinary new file; safetensors leaves them to their owner."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
+def copy_processor(config: PreTrainedConfig, source: str, revision: str, folder: Path) -> None:
+    """Copy the processor of a model with a vision or audio tower, which training leaves alone.
+
+    Args:
+        source: the folder or hub name that the model came from.
+    """
+    from transformers.utils.hub import cached_file
+
+    if not any(hasattr(config, name) for name in ("vision_config", "audio_config")):
+        return
+    lenient = ("gated_repo", "missing_entries", "connection_errors")
+    options: Any = {f"_raise_exceptions_for_{kind}": False for kind in lenient}
+    copied = False
+    with refusals(f"model {source}: its processor cannot be copied to {folder}", OSError):
+        for name in PROCESSOR:
+            found = cached_file(source, name, revision=revision, **options)
+            if found is not None:
+                shutil.copyfile(found, folder / name)
+                copied = True
+    if not copied:
+        logger.warning(
+            "Copy the processor's files (%s) to %s before serving it with images or audio: %s has "
+            "none here",
+            *(", ".join(PROCESSOR), folder, source or "the model"),
+        )
+
+
+def _remove_model(folder: Path, kept: set[Path]) -> list[str]:
+    """Remove a model's files, and the folder if that empties it; the names of those not kept."""
+    stale = [path for path in model_files(folder) if path not in kept]
+    for path in stale:
+        path.unlink()
+    if stale and not any(folder.iterdir()):
+        folder.rmdir()
+    return [path.relative_to(folder).as_posix() for path in stale]
