@@ -138,6 +138,7 @@ def test_split_weights_are_tried_on_a_stand_in(tmp_path, monkeypatch):
     args = tiny_config(tmp_path)
     assert trial.trial_model(tiny_model(), args) is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("RANK", "0")
     small = trial.trial_model(tiny_model("stablelm"), args)
     packing = settle_packing("auto", tiny_model("stablelm"), sharded=True, stand_in=small)
     assert packing.layout == "prefix_shared"  # an untested family: padded where nothing compares
@@ -148,6 +149,7 @@ def test_split_weights_are_tried_on_a_stand_in(tmp_path, monkeypatch):
 
 def test_a_family_without_a_small_model_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(trial, "stand_in", lambda model, device=None: None)
     assert trial.trial_model(tiny_model(), tiny_config(tmp_path)) is None
     assert "are not tried before" in caplog.text
