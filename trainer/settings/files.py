@@ -143,7 +143,7 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """``--key=value`` arguments; values are read as YAML."""
+    """``--key=value`` arguments; values are read as YAML, but for Jinja templates, which are text."""
     settings = {}
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")
@@ -152,8 +152,9 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
         if not argument.startswith("--") or not equals or not re.fullmatch(r"[\w.-]+", key):
             more = "" if name == argument else "…"
             raise UserError(f"argument {name}{more}: expected --key=value, such as --beta=2.5")
+        is_template = value.startswith(("{{", "{%"))  # which begins no YAML that a setting takes
         try:
-            settings[key.replace("-", "_")] = parse_yaml(value)
+            settings[key.replace("-", "_")] = value if is_template else parse_yaml(value)
         except ValueError as error:
             raise UserError(f"argument --{key}: the value is not valid YAML: {error}") from None
     return settings

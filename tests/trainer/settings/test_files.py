@@ -77,3 +77,8 @@ def test_no_argument_is_repeated(argument):
 def test_anchors_that_stay_small_are_read():
     assert parse_yaml("a: &a [1, 2]\nb: *a") == {"a": [1, 2], "b": [1, 2]}
     assert parse_yaml("") is None
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{% for m in messages %}"])
+def test_a_template_on_the_command_line_is_text(template):
+    assert parse_overrides([f"--chat_template={template}"]) == {"chat_template": template}
