@@ -50,7 +50,7 @@ RECORDS = ("run.json", "trainer_state.json", "adapter_config.json")
 def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
     """Begin to upload a checkpoint's model, and the checkpoint where ``hub_strategy`` says so."""
     args: Any = trainer.args
-    running: Any = getattr(trainer, "push_in_progress", None)
+    running: Any = trainer.push_in_progress
     busy = running is not None and not running.is_done()
     if args.hub_strategy == HubStrategy.END or (busy and not args.hub_always_push):
         return

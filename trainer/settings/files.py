@@ -143,7 +143,7 @@ def _check_size(root: yaml.Node) -> None:
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """``--key=value`` arguments; values are read as YAML, but for Jinja templates, which are text."""
+    """``--key=value`` arguments; values are read as YAML, and Jinja templates as text."""
     settings = {}
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")

@@ -253,14 +253,14 @@ def test_weights_alone_cannot_go_on(tmp_path):
 
 
 def test_pushed_only_under_its_name(tmp_path, monkeypatch):
-    from transformers import Trainer
+    from widemargin.trainer.loop import outputs
 
     pushed = []
 
-    def push(self, folder):
-        pushed.append((Path(folder).name, Path(folder, "manifest.json").is_file()))
+    def push(trainer, folder):
+        pushed.append((folder.name, (folder / "manifest.json").is_file()))
 
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(outputs, "push_checkpoint", push)
     trainer = tiny_trainer(tmp_path, **SAVING)
     trainer.add_callback(_Pushing())
     trainer.train()
