@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -21,6 +22,7 @@ Rendered = tuple[str, str, str]
 
 PROBE = "PROBE"
 """An answer's text, to see what templates write around one."""
+NOTHING: Mapping[str, Any] = {}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -31,17 +33,27 @@ class Rendering:
     separate: bool = False
     empty_system: bool = False
     score: str = "completion"
+    #: What the template is given beside the messages, for rows that do not say otherwise.
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, settings: DataSettings) -> Rendering:
         separate = settings.chat_rendering == "separate"
-        return cls(separate, settings.auto_insert_empty_system_msg, settings.score)
+        tools = {"tools": settings.tools} if settings.tools else {}
+        arguments = settings.chat_template_kwargs | tools
+        return cls(separate, settings.auto_insert_empty_system_msg, settings.score, arguments)
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], generation: bool
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[Messages],
+    generation: bool,
+    arguments: Mapping[str, Any] = NOTHING,
 ) -> list[str | RowProblem]:
-    """Each conversation as text; one the template raises on becomes a ``RowProblem``."""
+    """Each conversation as text; one the template raises on becomes a ``RowProblem``.
+
+    ``arguments`` are the template's own: ``tools``, ``enable_thinking`` and the like.
+    """
     if not conversations:
         return []
     if not tokenizer.chat_template:
@@ -50,25 +62,31 @@ def render(
             "a Jinja template or its path, or start from a model that has one"
         )
     try:
-        return list(_apply(tokenizer, conversations, generation))
+        return list(_apply(tokenizer, conversations, generation, arguments))
     except Exception:
-        return [_render_one(tokenizer, conversation, generation) for conversation in conversations]
+        return [_render_one(tokenizer, each, generation, arguments) for each in conversations]
 
 
 def _render_one(
-    tokenizer: PreTrainedTokenizerBase, conversation: Messages, generation: bool
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Messages,
+    generation: bool,
+    arguments: Mapping[str, Any],
 ) -> str | RowProblem:
     try:
-        return _apply(tokenizer, [conversation], generation)[0]
+        return _apply(tokenizer, [conversation], generation, arguments)[0]
     except Exception as error:  # a template can raise anything on a row it was not written for
         return RowProblem(TEMPLATE_REFUSED, f"{type(error).__name__}: {error}")
 
 
 def _apply(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], generation: bool
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[Messages],
+    generation: bool,
+    arguments: Mapping[str, Any],
 ) -> Any:
     return tokenizer.apply_chat_template(
-        conversations, tokenize=False, add_generation_prompt=generation
+        conversations, tokenize=False, add_generation_prompt=generation, **arguments
     )
 
 
@@ -149,10 +167,14 @@ def pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 def render_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
 ) -> list[Rendered | RowProblem]:
-    """Each pair as one conversation a side, the prompt with the generation prompt."""
-    prompts = render(tokenizer, [pair.prompt for pair in pairs], generation=True)
-    chosen = render(tokenizer, [pair.prompt + pair.chosen for pair in pairs], generation=False)
-    rejected = render(tokenizer, [pair.prompt + pair.rejected for pair in pairs], generation=False)
+    """Each pair as one conversation a side, the prompt with the generation prompt.
+
+    All have the same arguments of the template.
+    """
+    given = shared_arguments(pairs)
+    prompts = render(tokenizer, [pair.prompt for pair in pairs], True, given)
+    chosen = render(tokenizer, [pair.prompt + pair.chosen for pair in pairs], False, given)
+    rejected = render(tokenizer, [pair.prompt + pair.rejected for pair in pairs], False, given)
     rendered: list[Rendered | RowProblem] = []
     for pair, prompt, *sides in zip(pairs, prompts, chosen, rejected, strict=True):
         texts = [_begun(tokenizer, pair) if pair.begun else prompt, *sides]
@@ -163,12 +185,20 @@ def render_pairs(
     return rendered
 
 
+def shared_arguments(pairs: list[Pair]) -> Mapping[str, Any]:
+    """What the template is given beside the messages of ``pairs``, which are alike in it."""
+    return pairs[0].arguments if pairs else NOTHING
+
+
 def _begun(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> str | RowProblem:
     """The prompt with the answer it has begun, left open."""
     try:
         return str(
             tokenizer.apply_chat_template(
-                [*pair.prompt, pair.begun or {}], tokenize=False, continue_final_message=True
+                [*pair.prompt, pair.begun or {}],
+                tokenize=False,
+                continue_final_message=True,
+                **pair.arguments,
             )
         )
     except Exception as error:  # also where the template changes the answer's text
@@ -193,26 +223,33 @@ def _with_folded_system(tokenizer: PreTrainedTokenizerBase, pair: Pair, prompt: 
     between = prompt[prompt.rindex(system) + len(system) :].partition(question)[0]
     folded = {**pair.prompt[asked], "content": system + between + question}
     messages = [*pair.prompt[1:asked], folded, *pair.prompt[asked + 1 :]]
-    trial = Pair(messages, pair.chosen, pair.rejected, conversation=True, begun=pair.begun)
+    trial = replace(pair, prompt=messages)
     if asked:
-        before = render(tokenizer, [messages], generation=True)[0]
+        before = render(tokenizer, [messages], True, pair.arguments)[0]
         if (_begun(tokenizer, trial) if trial.begun else before) == prompt:
             pair.prompt = messages
             sides = [messages + pair.chosen, messages + pair.rejected]
-            return [prompt, *render(tokenizer, sides, generation=False)]
+            return [prompt, *render(tokenizer, sides, False, pair.arguments)]
     return [
         RowProblem(SYSTEM_LOST, "put it into the first user message, or give another chat_template")
     ]
 
 
 def generation_mask(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: list[int]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    ids: list[int],
+    arguments: Mapping[str, Any] = NOTHING,
 ) -> list[bool] | None:
     """Which of ``ids`` the template's ``{% generation %}`` marks enclose; None without marks."""
     if not _GENERATION.search(tokenizer.get_chat_template()):
         return None
     encoded: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **arguments,
     )
     extra = len(encoded["input_ids"]) - len(ids)  # a BOS that is there twice
     if extra < 0 or encoded["input_ids"][extra:] != ids:

@@ -21,15 +21,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .chat import (
+    PROBE,
     Rendered,
     Rendering,
     example_prompt,
     only_id,
     plain_text_prefix,
+    render,
     render_pairs,
     takes_empty_system,
 )
 from .encoder import TripleEncoder, single_bos
+from .formats.shapes import standard_row
+from .guard import guarded
 from .limits import (
     BOS_DOUBLED,
     CHOSEN_NO_END,
@@ -37,11 +41,21 @@ from .limits import (
     NOT_SCORED,
     REJECTED_NO_END,
     SEVERAL_TURNS,
+    TEXT_LOST,
     Limits,
     Tokens,
     fit,
 )
-from .rows import WRONG_TYPE, Pair, RowProblem, common_prefix, read_row
+from .rows import (
+    WRONG_TYPE,
+    Pair,
+    RowProblem,
+    alike_in_arguments,
+    attempt,
+    common_prefix,
+    dressed,
+    read_row,
+)
 from .separate import last_turns, render_separately, split_separate
 from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, token_columns
 from .turns import Ends, Side, TurnScorer, find_ends
@@ -74,6 +88,8 @@ class PairTokenizer:
         self.empty_system = (
             has_template and self.rendering.empty_system and takes_empty_system(tokenizer)
         )
+        self.content = content_form(tokenizer) if has_template else "any"
+        self.template = str(tokenizer.chat_template or "")
         generation = not self.rendering.separate
         example = example_prompt(tokenizer, generation) if has_template else None
         self.encode = TripleEncoder(tokenizer, example)
@@ -82,17 +98,21 @@ class PairTokenizer:
         rows = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
-        pairs = [_attempt(self._read, row) for row in rows]
-        rendered = self._render(pairs)
+        pairs = [attempt(self._read, row) for row in rows]
+        rendered = [
+            guarded(pair, texts, self.template)
+            for pair, texts in zip(pairs, self._render(pairs), strict=True)
+        ]
         ids = iter(self.encode([texts for texts in rendered if not isinstance(texts, RowProblem)]))
         return token_columns(
             texts
             if isinstance(texts, RowProblem)
-            else _attempt(self._finish, pair, texts, *next(ids))
+            else attempt(self._finish, pair, texts, *next(ids))
             for pair, texts in zip(pairs, rendered, strict=True)
         )
 
     def _read(self, row: dict[str, Any]) -> Pair:
+        row = standard_row(row)
         pair = read_row(row)
         if self.rendering.separate:
             pair = last_turns(pair, row)
@@ -102,24 +122,40 @@ class PairTokenizer:
             pair = from_first_answer(pair)
         if self.empty_system and pair.prompt[0]["role"] != "system":
             pair.prompt = [{"role": "system", "content": ""}, *pair.prompt]
-        return pair
+        return dressed(pair, row, self.rendering.arguments, self.content)
 
     def _render(self, pairs: list[Pair | RowProblem]) -> list[Rendered | RowProblem]:
-        chats = [pair for pair in pairs if isinstance(pair, Pair) and pair.conversation]
-        render = render_separately if self.rendering.separate else render_pairs
-        conversations = iter(render(self.tokenizer, chats))
+        render_alike = render_separately if self.rendering.separate else render_pairs
+        conversations: dict[int, Rendered | RowProblem] = {}
+        for alike in alike_in_arguments(pairs):
+            texts = render_alike(self.tokenizer, alike)
+            conversations.update(zip(map(id, alike), texts, strict=True))
         rendered: list[Rendered | RowProblem] = []
         for pair in pairs:
             if isinstance(pair, RowProblem):
                 rendered.append(pair)
             elif pair.conversation:
-                rendered.append(next(conversations))
+                rendered.append(conversations[id(pair)])
             else:
                 sides = (pair.prompt + side for side in (pair.chosen, pair.rejected))
                 rendered.append((pair.prompt, *sides))
         return rendered
 
     def _finish(
+        self,
+        pair: Pair,
+        texts: Rendered,
+        prompt: list[int],
+        chosen: list[int],
+        rejected: list[int],
+    ) -> Tokens:
+        tokens = self._cut(pair, texts, prompt, chosen, rejected)
+        if pair.lost:
+            tokens.flags.add(TEXT_LOST)
+            tokens.detail = pair.lost
+        return tokens
+
+    def _cut(
         self,
         pair: Pair,
         texts: Rendered,
@@ -163,7 +199,19 @@ class PairTokenizer:
         if not pair.conversation:
             return self.turns.plain(prompt, text, ids, start)
         messages = pair.prompt + answer
-        return self.turns.conversation(messages, len(pair.prompt), prompt, text, ids, start)
+        return self.turns.conversation(
+            messages, len(pair.prompt), prompt, text, ids, start, pair.arguments
+        )
+
+
+def content_form(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the template wants content: "any" form, "text" alone, or "parts" alone."""
+    parts = [{"type": "text", "text": PROBE}]
+    forms = [[{"role": "user", "content": content}] for content in (PROBE, parts)]
+    text, listed = (str(each) for each in render(tokenizer, forms, generation=False))
+    if PROBE in listed and "'text'" not in listed and '"text"' not in listed:
+        return "any" if PROBE in text else "parts"
+    return "text"
 
 
 def from_first_answer(pair: Pair) -> Pair:
@@ -186,7 +234,7 @@ class TokenizedReader:
         names = [name for name in (*TOKEN_COLUMNS, *UNSCORED_COLUMNS) if name in batch]
         rows = zip(*(batch[name] for name in names), strict=True)
         return token_columns(
-            _attempt(self._read, dict(zip(names, row, strict=True))) for row in rows
+            attempt(self._read, dict(zip(names, row, strict=True))) for row in rows
         )
 
     def _read(self, row: dict[str, Any]) -> Tokens:
@@ -202,10 +250,3 @@ class TokenizedReader:
                 raise RowProblem(NOT_SCORED, f"{name} has a position past the end, or all of them")
         tokens = Tokens(prompt, *sides, flags=set(), unscored=(left[0], left[1]))
         return fit(tokens, self.limits, self.bos_id)
-
-
-def _attempt(function: Any, *args: Any) -> Any:
-    try:
-        return function(*args)
-    except RowProblem as problem:
-        return problem

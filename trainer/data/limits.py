@@ -26,6 +26,7 @@ BOS_DOUBLED = "doubled BOS dropped"
 SEVERAL_TURNS = "completion of several turns"
 AFTER_END = "text after the end-of-turn token left out"
 NO_TURNS = "plain text, scored as one turn"
+TEXT_LOST = "text left out by the chat template"
 #: What can be said of a row that trains; bit i of the ``flags`` column is FLAGS[i].
 FLAGS = (
     MISMATCH,
@@ -38,6 +39,7 @@ FLAGS = (
     SEVERAL_TURNS,
     AFTER_END,
     NO_TURNS,
+    TEXT_LOST,
 )
 
 

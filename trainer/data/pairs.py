@@ -22,13 +22,24 @@ import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..settings.data import DataSettings
-from .cached_files import DyingWithParent, unchanged
 from .chat import Rendering, only_id, template_notes
 from .encoding import PairTokenizer, TokenizedReader
-from .limits import OK, Limits
+from .formats.cached_files import DyingWithParent, unchanged
+from .formats.damage import naming_bad_text
+from .formats.files import ONE_TABLE
+from .limits import OK, TEXT_LOST, Limits
 from .report import DataReport, SourceCount, SplitReport, count_rows
-from .sources import ONE_TABLE, Part, checked_columns, gather
-from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, features, is_tokenized
+from .sources import Part, checked_columns, gather
+from .table import (
+    TOKEN_COLUMNS,
+    UNSCORED_COLUMNS,
+    check_reference,
+    features,
+    is_tokenized,
+    other_side,
+    reference_of,
+    with_reference,
+)
 from .template import generation_stops, with_template
 from .turns import end_of_turn_id
 
@@ -38,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass
@@ -108,7 +119,8 @@ def tokenize_pairs(
     settings = settings or DataSettings()
     settings.check()
     tokenizer = with_template(tokenizer, settings)
-    part = Part(name, ONE_TABLE, checked_columns(name, dataset), len(dataset))
+    rows, notes = checked_columns(name, dataset, settings.columns)
+    part = Part(name, ONE_TABLE, rows, len(rows), notes)
     return assemble(
         [part], tokenizer, settings, training=training, shuffle=False, vocab_size=vocab_size
     )
@@ -137,11 +149,14 @@ def assemble(
     tables, sources, origins = [], [], []
     for part, low, high in zip(parts, starts[:-1], starts[1:], strict=True):
         rows = used[(used >= low) & (used < high)] - low
-        sources.append(SourceCount(part.name, part.split, part.available, len(rows)))
+        sources.append(SourceCount(part.name, part.split, part.available, len(rows), part.notes))
         origins += [(part, int(row)) for row in rows]
         if len(rows):
             raw = part.rows if len(rows) == len(part.rows) else part.rows.select(rows)
-            tables.append(cached_map(raw, tokenizer, settings))
+            with naming_bad_text(part.name, part.rows):
+                tokens = cached_map(raw, tokenizer, settings)
+            tables.append(with_reference(part.name, tokens, raw))
+    check_reference(tables, _names(parts))
     table = concatenate_datasets(tables)
     arrow: pyarrow.Table = table.with_format("arrow")[:]
     trains = np.array([status == OK for status in arrow["status"].to_pylist()], dtype=bool)
@@ -150,7 +165,8 @@ def assemble(
     _check_vocabulary(int(arrow["max_id"].to_numpy().max()), vocab_size)
     positions = np.searchsorted(used, order)
     some = any(pc.list_value_length(arrow[name]).to_numpy().any() for name in UNSCORED_COLUMNS)  # pyright: ignore
-    table = table.select_columns([*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ())])
+    kept = [*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ()), *reference_of(table)]
+    table = table.select_columns(kept)
     return _arrange(table, positions[trains[positions]], settings, training, report), report
 
 
@@ -166,9 +182,7 @@ def _arrange(
 
     if training and settings.flip:
         swaps = np.random.default_rng([settings.mix_seed, 1]).random(len(positions)) < settings.flip
-        columns = (TOKEN_COLUMNS[1:], UNSCORED_COLUMNS)
-        names = {a: b for pair in columns for a, b in (pair, pair[::-1]) if a in table.column_names}
-        swapped = table.rename_columns(names)
+        swapped = table.rename_columns({c: other_side(c) for c in table.column_names[1:]})
         # Both orders one after the other, without copying: a swapped pair is a row of the second.
         positions = positions + len(table) * swaps
         table = concatenate_datasets([table, swapped.select_columns(table.column_names)])
@@ -188,9 +202,12 @@ def _check_rows(report: SplitReport, settings: DataSettings) -> None:
             f"{report.split} data from {_names(report.sources)}: none of {report.rows} rows can "
             f"train ({counts}){first}; mend the rows, or raise the length limits"
         )
-    if settings.strict_data and report.skipped:
+    lost = report.flags.get(TEXT_LOST, 0)
+    if settings.strict_data and (report.skipped or lost):
+        counts = ", ".join(filter(None, [counts, f"{lost} {TEXT_LOST}" if lost else ""]))
+        first = (report.examples or report.losses)[0]
         raise UserError(
-            f"strict_data: {report.examples[0]}; of {report.rows} rows, {counts}; "
+            f"strict_data: {first}; of {report.rows} rows, {counts}; "
             "mend the rows, or unset strict_data to skip them"
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..text import printable
-from .limits import CHOSEN_CUT, FLAGS, MISMATCH, OK, REJECTED_CUT
+from .limits import CHOSEN_CUT, FLAGS, MISMATCH, OK, REJECTED_CUT, TEXT_LOST
 from .table import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class SourceCount:
     split: str
     rows: int
     used: int
+    #: What became of its columns, in words.
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         split = f" [{self.split}]" if self.split else ""
@@ -69,6 +71,8 @@ class SplitReport:
     flags: dict[str, int]
     #: The first few prompt mismatches, each with its row.
     mismatches: list[str]
+    #: The first few rows of which the chat template left text out.
+    losses: list[str]
     #: "prompt", "chosen", "rejected" -> statistics.
     lengths: dict[str, LengthStats]
     #: Pairs whose sides were swapped by ``flip``.
@@ -77,7 +81,9 @@ class SplitReport:
     def lines(self) -> Iterator[str]:
         skipped = self.rows - self.pairs
         yield f"{self.split}: {self.pairs:,} pairs of {self.rows:,} rows, {skipped:,} skipped"
-        yield from (f"  from {printable(str(source))}" for source in self.sources)
+        for source in self.sources:
+            yield f"  from {printable(str(source))}"
+            yield from (f"    {printable(note, 300)}" for note in source.notes)
         yield from (f"  skipped: {count:,} {reason}" for reason, count in self.skipped.items())
         yield from (f"    {printable(example, 300)}" for example in self.examples)
         if skipped > len(self.examples):
@@ -85,8 +91,8 @@ class SplitReport:
         for name, count in self.flags.items():
             lost = " (end-of-turn token lost)" if name in END_LOST else ""
             yield f"  {name}: {count:,} pairs{lost}"
-            if name == MISMATCH:
-                yield from (f"    {printable(example, 300)}" for example in self.mismatches)
+            examples = {MISMATCH: self.mismatches, TEXT_LOST: self.losses}.get(name, [])
+            yield from (f"    {printable(example, 300)}" for example in examples)
         if self.flipped:
             yield f"  sides swapped by flip: {self.flipped:,} pairs"
         yield from (f"  tokens, {part}: {stats}" for part, stats in self.lengths.items())
@@ -129,7 +135,9 @@ def count_rows(
         trains: [rows] whether a row can train.
     """
     skipped = Counter(status for status in arrow["status"].to_pylist() if status != OK)
-    mismatches = trains & (arrow["flags"].to_numpy() >> FLAGS.index(MISMATCH) & 1 > 0)
+
+    def flagged(flag: str) -> np.ndarray:
+        return trains & (arrow["flags"].to_numpy() >> FLAGS.index(flag) & 1 > 0)
 
     def first(rows: np.ndarray, why: Callable[[int], str]) -> list[str]:
         shown = [int(i) for i in np.flatnonzero(rows)[:EXAMPLES_SHOWN]]
@@ -144,7 +152,8 @@ def count_rows(
         skipped=dict(skipped.most_common()),
         examples=first(~trains, lambda i: _why(arrow, i)),
         flags=_flag_counts(arrow, trains),
-        mismatches=first(mismatches, lambda i: arrow["detail"][i].as_py()),
+        mismatches=first(flagged(MISMATCH), lambda i: arrow["detail"][i].as_py()),
+        losses=first(flagged(TEXT_LOST), lambda i: arrow["detail"][i].as_py()),
         lengths=_lengths(arrow, trains),
     )
 

@@ -19,30 +19,31 @@ absent              texts sharing their beginning            plain text
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-Messages = list[dict[str, Any]]
+from .formats.messages import (
+    MISSING,
+    as_messages,
+    content_text,
+    in_one_text,
+    in_parts,
+    kind,
+    read_messages,
+)
+from .formats.messages import WRONG_TYPE as WRONG_TYPE
+from .formats.messages import Messages as Messages
+from .formats.messages import RowProblem as RowProblem
+from .formats.shapes import arguments_of
 
-
-MISSING = "missing value"
-WRONG_TYPE = "wrong type"
 EMPTY_COMPLETION = "empty completion"
 IDENTICAL = "identical sides"
 NO_SHARED_PROMPT = "no shared prompt"
 
 # Text transcripts in the Anthropic style start the answer after this mark.
 ANSWER_MARK = "\n\nAssistant:"
-
-
-class RowProblem(Exception):
-    """A row that cannot train: why, in the words of the report, and what was seen."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass
@@ -55,12 +56,24 @@ class Pair:
     conversation: bool
     #: The prompt's last message, where it begins the answers: they hold its text too.
     begun: dict[str, Any] | None = None
+    #: What the chat template is given beside the messages: ``tools``, and what it calls its own.
+    arguments: dict[str, Any] = field(default_factory=dict)
+    #: What of its text the chat template left out.
+    lost: str = ""
 
     @property
     def several_turns(self) -> bool:
         """Whether a completion goes on past the first user turn, which it then also learns."""
         sides = (self.chosen, self.rejected) if self.conversation else ()
         return any(message["role"] == "user" for side in sides for message in side)
+
+
+def attempt(function: Any, *args: Any) -> Any:
+    """What ``function`` returns, or the ``RowProblem`` it raises."""
+    try:
+        return function(*args)
+    except RowProblem as problem:
+        return problem
 
 
 def read_row(row: dict[str, Any]) -> Pair:
@@ -70,10 +83,40 @@ def read_row(row: dict[str, Any]) -> Pair:
             raise RowProblem(MISSING, f"{name} is missing")
     if "prompt" in row and row["prompt"] is None:
         raise RowProblem(MISSING, "prompt is missing")
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    chosen, rejected, prompt = (
+        as_messages(row.get(name)) for name in ("chosen", "rejected", "prompt")
+    )
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
         return _text_pair(prompt, chosen, rejected)
     return _conversation_pair(prompt, chosen, rejected)
+
+
+def dressed(pair: Pair, row: dict[str, Any], arguments: dict[str, Any], form: str) -> Pair:
+    """A conversation with what its template is given, and content as the template wants it.
+
+    Args:
+        pair: of ``row``.
+        row: its columns.
+        arguments: of the run; the row's go before them.
+        form: "text", "parts", or "any" for content as it is.
+    """
+    if pair.conversation:
+        pair.arguments = arguments | arguments_of(row)
+        written = {"text": in_one_text, "parts": in_parts, "any": list}[form]
+        pair.prompt, pair.chosen, pair.rejected = (
+            written(messages) for messages in (pair.prompt, pair.chosen, pair.rejected)
+        )
+        pair.begun = written([pair.begun])[0] if pair.begun else None
+    return pair
+
+
+def alike_in_arguments(pairs: Iterable[Pair | RowProblem]) -> Iterable[list[Pair]]:
+    """The conversations in ``pairs`` by what their template is given beside them."""
+    alike: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if isinstance(pair, Pair) and pair.conversation:
+            alike.setdefault(json.dumps(pair.arguments, default=str), []).append(pair)
+    return alike.values()
 
 
 def _text_pair(prompt: Any, chosen: str, rejected: str) -> Pair:
@@ -85,7 +128,7 @@ def _text_pair(prompt: Any, chosen: str, rejected: str) -> Pair:
             raise RowProblem(NO_SHARED_PROMPT, f"chosen starts {chosen[:40]!r}")
         _check_sides(chosen.strip(), rejected.strip(), False)
     elif not isinstance(prompt, str):
-        raise RowProblem(WRONG_TYPE, f"prompt is {_kind(prompt)}")
+        raise RowProblem(WRONG_TYPE, f"prompt is {kind(prompt)}")
     return Pair(prompt, chosen, rejected, conversation=False)
 
 
@@ -105,8 +148,8 @@ def _shared_text(chosen: str, rejected: str) -> int:
 
 
 def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
-    chosen = _messages("chosen", chosen)
-    rejected = _messages("rejected", rejected)
+    chosen = read_messages("chosen", chosen)
+    rejected = read_messages("rejected", rejected)
     begins = False
     if isinstance(prompt, str):
         answers_only = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
@@ -116,7 +159,7 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
         shared = _shared_messages(chosen, rejected)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     else:
-        prompt = _messages("prompt", prompt)
+        prompt = read_messages("prompt", prompt)
         if prompt and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         else:  # in whole conversations two answers in a row are two messages
@@ -160,31 +203,8 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
 
 
-def _messages(name: str, value: Any) -> Messages:
-    """``value`` as messages without empty fields; a text is one assistant message."""
-    if isinstance(value, str):
-        value = [{"role": "assistant", "content": value}]
-    if not isinstance(value, list):
-        raise RowProblem(WRONG_TYPE, f"{name} is {_kind(value)}")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise RowProblem(WRONG_TYPE, f"{name}[{i}] is {_kind(message)}, not a message")
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str):
-            raise RowProblem(WRONG_TYPE, f"{name}[{i}] has role {_kind(role)}")
-        if content is None and not message.get("tool_calls"):
-            raise RowProblem(MISSING, f"{name}[{i}] has no content")
-        if content is not None and not isinstance(content, str | list):
-            raise RowProblem(WRONG_TYPE, f"{name}[{i}] has content {_kind(content)}")
-    return [{k: v for k, v in message.items() if v is not None} for message in value]
-
-
 def _says_something(messages: Messages) -> bool:
-    def content(message: dict[str, Any]) -> Any:
-        text = message.get("content")
-        return text.strip() if isinstance(text, str) else text
-
-    return any(content(message) or message.get("tool_calls") for message in messages)
+    return any(content_text(message).strip() or message.get("tool_calls") for message in messages)
 
 
 def _check_sides(chosen: Any, rejected: Any, identical: bool) -> None:
@@ -193,7 +213,3 @@ def _check_sides(chosen: Any, rejected: Any, identical: bool) -> None:
             raise RowProblem(EMPTY_COMPLETION, f"{name} is empty")
     if identical:
         raise RowProblem(IDENTICAL, "chosen and rejected are the same")
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"

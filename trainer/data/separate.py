@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .chat import Rendered, render, without_bos
+from .chat import Rendered, render, shared_arguments, without_bos
 from .limits import MISMATCH, SEVERAL_TURNS, Tokens
 from .rows import Pair, RowProblem, common_prefix
 
@@ -39,9 +39,10 @@ def render_separately(
     tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
 ) -> list[Rendered | RowProblem]:
     """Prompt, prompt with chosen and prompt with rejected of each pair, as text."""
+    arguments = shared_arguments(pairs)
     prompts, chosen, rejected = (
-        render(tokenizer, [getattr(pair, part) for pair in pairs], generation=False)
-        for part in ("prompt", "chosen", "rejected")
+        render(tokenizer, [getattr(pair, part) for pair in pairs], False, given)
+        for part, given in (("prompt", arguments), ("chosen", {}), ("rejected", {}))
     )
     texts: list[Rendered | RowProblem] = []
     for prompt, *sides in zip(prompts, chosen, rejected, strict=True):

@@ -1,32 +1,38 @@
 """Names of data sets -> the raw rows that a run trains and evaluates on.
 
 `gather` divides the settings' data sets into parts: the first rows of one split of one source.
-`open_source` reads one name as a ``datasets.Dataset`` for each split. A name is a file, a folder or
-a hub name. A folder is, in this order: something ``save_to_disk`` wrote; folders it wrote, named as
-splits; files named as splits (``train.jsonl``, ``pairs_test.parquet``,
-``train-00000-of-00004.parquet``); or whatever ``load_dataset`` makes of it.
+`open_source` of `formats.files` reads one name as a ``datasets.Dataset`` for each split. A name is
+a file, a folder or a hub name, with ``:subset`` after it where there are several. A folder is, in
+this order: something ``save_to_disk`` wrote; folders it wrote, named as splits; files named as
+splits, in any case (``train.jsonl``, ``pairs_test.parquet``, ``train-00000-of-00004.parquet``); or
+whatever ``load_dataset`` makes of it.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..settings.data import DEFAULT_SPLITS, DataSettings, is_training_split
-from .table import RAW_COLUMNS, TOKEN_COLUMNS, UNSCORED_COLUMNS, is_tokenized
+from .formats.converters import best_and_worst
+from .formats.damage import naming_bad_text
+from .formats.files import ONE_TABLE, open_source
+from .formats.messages import as_messages
+from .formats.shapes import (
+    ARGUMENTS,
+    GROUPED,
+    MEDIA,
+    PROMPT_LIKE,
+    Shape,
+    shape_of,
+)
+from .rows import ANSWER_MARK
+from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, is_tokenized, reference_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_ENDINGS = (*_BUILDERS, ".jsonl.gz", ".json.gz")
-
-#: The split name of a source that is one table, such as a file.
-ONE_TABLE = ""
 
 _ADVICE = {
     "DatasetDict": "give one of its splits, such as data['train']",
@@ -47,6 +53,8 @@ class Part:
     split: str
     rows: Dataset
     available: int
+    #: What became of its columns, in words.
+    notes: list[str] = field(default_factory=list)
 
     def row_name(self, row: int) -> str:
         split = f" [{self.split}]" if self.split else ""
@@ -60,64 +68,104 @@ def gather(settings: DataSettings, notes: list[str]) -> tuple[list[Part], list[P
     train_splits = [split for split in settings.dataset_splits if is_training_split(split)]
     eval_splits = [split for split in settings.dataset_splits if not is_training_split(split)]
     for name, fraction in settings.mixture().items():
-        tables = open_source(name, settings.dataset_splits)
-        training += _parts(tables, name, train_splits, fraction)
+        tables = open_source(name, settings.dataset_splits, notes)
+        training += _parts(tables, name, train_splits, fraction, settings)
         if settings.eval_dataset:
             continue
         if ONE_TABLE in tables:
             notes += [f"{name} is one table, all for training"] if eval_splits else []
             continue
-        present = [split for split in eval_splits if split in tables]
+        present = [split for split in eval_splits if _split_of(tables, split) is not None]
         if present != eval_splits and settings.dataset_splits == DEFAULT_SPLITS:
             notes.append(f"{name} has no split to evaluate on ({_splits_present(tables)})")
             continue
-        evaluation += _parts(tables, name, eval_splits, 1.0)
+        evaluation += _parts(tables, name, eval_splits, 1.0, settings)
     if settings.eval_dataset:
         splits = eval_splits or [DEFAULT_SPLITS[1]]
-        tables = open_source(settings.eval_dataset, splits)
-        evaluation += _parts(tables, settings.eval_dataset, splits, 1.0)
+        tables = open_source(settings.eval_dataset, splits, notes)
+        evaluation += _parts(tables, settings.eval_dataset, splits, 1.0, settings)
     return training, evaluation
 
 
-def _parts(tables: dict[str, Dataset], name: str, splits: list[str], fraction: float) -> list[Part]:
+def _parts(
+    tables: dict[str, Dataset],
+    name: str,
+    splits: list[str],
+    fraction: float,
+    settings: DataSettings,
+) -> list[Part]:
     parts = []
     for split in splits[:1] if ONE_TABLE in tables else splits:
-        table = tables.get(ONE_TABLE, tables.get(split))
+        table = tables.get(ONE_TABLE, _split_of(tables, split))
         if table is None:
             raise UserError(
                 f"data set {name!r} has no split {split!r} ({_splits_present(tables)}); "
                 "set dataset_splits: to those to use"
             )
-        rows = checked_columns(name, table)
+        with naming_bad_text(name, table):
+            rows, notes = checked_columns(name, table, settings.columns)
         head = rows.select(range(int(fraction * len(rows))))
-        parts.append(Part(name, ONE_TABLE if ONE_TABLE in tables else split, head, len(rows)))
+        split = ONE_TABLE if ONE_TABLE in tables else split
+        parts.append(Part(name, split, head, len(rows), notes))
     return parts
+
+
+def _split_of(tables: dict[str, Dataset], split: str) -> Dataset | None:
+    """The table of a split, whatever the case of its name."""
+    names = [name for name in tables if name.casefold() == split.casefold()]
+    return tables.get(split, tables[names[0]] if len(names) == 1 else None)
 
 
 def _splits_present(tables: dict[str, Dataset]) -> str:
     return f"found: {', '.join(tables) or 'none'}"
 
 
-def checked_columns(name: str, dataset: Any) -> Dataset:
-    """``dataset`` with only the columns that matter; an error where they are missing."""
+def checked_columns(
+    name: str, dataset: Any, renamed: Mapping[str, str] | None = None
+) -> tuple[Dataset, list[str]]:
+    """``dataset`` with only the columns that matter, and what to say of the others.
+
+    Args:
+        name: what messages call the data set.
+        dataset: the data set as it was given.
+        renamed: names of columns here -> those in the data set.
+
+    Raises:
+        UserError: there are no pairs in it, or pairs that cannot be read as they are.
+    """
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or not hasattr(dataset, "select"):
         kind = type(dataset).__name__
         advice = _ADVICE.get(kind, "make one with Dataset.from_list(rows)")
         raise UserError(f"{name}: expected a datasets.Dataset, got {kind}; {advice}")
     if is_tokenized(dataset):
-        columns = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS)
-        return dataset.select_columns([name for name in columns if name in dataset.column_names])
-    if not {"chosen", "rejected"} <= set(columns):
+        known = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS)
+        return dataset.select_columns([name for name in known if name in columns]), []
+    dataset = _renamed(name, _in_python(name, dataset), renamed or {})
+    columns = dataset.column_names
+    shape = shape_of(tuple(columns))
+    if shape is None:
         raise UserError(
             f"data set {name!r} has the columns {', '.join(columns) or '(none)'}; expected prompt, "
-            "chosen and rejected (or chosen and rejected that share their beginning); rename its "
-            "columns"
+            "chosen and rejected (or chosen and rejected that share their beginning); give their "
+            "names in columns: {prompt: ..., chosen: ..., rejected: ...}"
         )
-    dataset = dataset.select_columns([column for column in RAW_COLUMNS if column in columns])
-    for column, kind in dataset.features.items():
-        _check_text(name, column, kind)
-    return dataset
+    _check_media(name, dataset)
+    read = shape.reads(columns)
+    for column in read:
+        _check_text(name, column, dataset.features[column])
+    _check_prompt(name, dataset, shape, read)
+    reference = reference_columns(columns)
+    notes = [f"read as {shape.name}: {', '.join(read)}"] if shape.name else []
+    if reference:
+        notes.append(f"the reference's log-probs are its columns {', '.join(reference)}")
+    given = [column for column in read if column in ARGUMENTS]
+    notes += [f"the chat template is given its columns {', '.join(given)}"] if given else []
+    unread = [column for column in columns if column not in (*read, *reference)]
+    notes += [f"nothing reads its columns {', '.join(unread)}"] if unread else []
+    if shape.needs == GROUPED:
+        return _grouped(dataset, notes), notes
+    return dataset.select_columns([*read, *reference]), notes
 
 
 def _check_text(name: str, column: str, kind: Any) -> None:
@@ -132,148 +180,66 @@ def _check_text(name: str, column: str, kind: Any) -> None:
         _check_text(name, column, part)
 
 
-def open_source(name: str, splits: list[str]) -> dict[str, Dataset]:
-    """The tables of ``name`` by split, at least those of ``splits`` that it has.
-
-    A source of one table gives it under the name ``ONE_TABLE``.
-    """
-    path = os.path.expanduser(name)
-    if os.path.isfile(path):
-        return {ONE_TABLE: _load_files(name, [path])}
-    if os.path.isdir(path):
-        return _open_folder(name, path, splits)
-    if _looks_like_path(name):
+def _in_python(name: str, dataset: Any) -> Any:
+    """``dataset`` without the format of arrays that ``with_format`` gave it."""
+    form = dataset.format["type"]
+    if form == "custom":
         raise UserError(
-            f"data set {name!r}: no such file or folder, as seen from {os.getcwd()}; "
-            "correct the path, or give a hub name such as owner/data"
+            f"{name}: set_transform computes its rows when they are read, which preparing them "
+            "passes over; apply the function with .map"
         )
-    return _load_dataset(
-        name,
-        "it is no local file or folder, and the hub did not give it; check the name, the network, "
-        "and access rights (hf auth login)",
-    )
+    return dataset if form is None else dataset.with_format(None)
 
 
-def _looks_like_path(name: str) -> bool:
-    return (
-        name.startswith(("/", ".", "~"))
-        or name.endswith((*_ENDINGS, "/"))
-        or "\\" in name
-        or name.count("/") > 1
-    )
+def _renamed(name: str, dataset: Any, names: Mapping[str, str]) -> Any:
+    columns = dataset.column_names
+    missing = [theirs for theirs in names.values() if theirs not in columns]
+    if missing:
+        raise UserError(
+            f"columns: data set {name!r} has no column {missing[0]!r}; it has {', '.join(columns)}"
+        )
+    names = {theirs: ours for ours, theirs in names.items() if ours != theirs}
+    hidden = [ours for ours in names.values() if ours in columns and ours not in names]
+    return dataset.remove_columns(hidden).rename_columns(names) if names else dataset
 
 
-def _open_folder(name: str, path: str, splits: list[str]) -> dict[str, Dataset]:
+def _check_media(name: str, dataset: Any) -> None:
+    import pyarrow.compute as pc
+
+    for column in dataset.column_names:
+        if column.casefold() not in MEDIA:
+            continue
+        stored = dataset.data.column(column)
+        listed = "list" in str(stored.type)
+        sizes = pc.call_function("list_value_length", [stored]) if listed else stored.is_valid()
+        if pc.call_function("any", [sizes.cast("bool")]).as_py():
+            raise UserError(
+                f"data set {name!r} has {column}: pairs of text alone train here, and without its "
+                f"{column} a pair means something else; leave out such rows, or the column if the "
+                "texts stand by themselves"
+            )
+
+
+def _check_prompt(name: str, dataset: Any, shape: Shape, read: list[str]) -> None:
+    """Raise ``UserError`` where there is no prompt but a column that seems to hold it."""
+    like = [column for column in dataset.column_names if column.casefold() in PROMPT_LIKE]
+    like = [column for column in like if column not in read]
+    if shape.needs != ("chosen", "rejected") or not like or not len(dataset):
+        return
+    side = as_messages(dataset[0]["chosen"])
+    answer = isinstance(side, str) and ANSWER_MARK not in side
+    if isinstance(side, list) and side and isinstance(side[0], dict):
+        answer = side[0].get("role") == "assistant"
+    if answer:
+        raise UserError(
+            f"data set {name!r} has no column prompt, but {', '.join(like)}; set columns: "
+            f"{{prompt: {like[0]}}}, or leave the column out if the answers hold the prompt"
+        )
+
+
+def _grouped(dataset: Any, notes: list[str]) -> Dataset:
     from datasets import Dataset
 
-    if _is_saved(path):
-        saved = _load_saved(name, path)
-        return {ONE_TABLE: saved} if isinstance(saved, Dataset) else dict(saved)
-    subfolders = {s: os.path.join(path, s) for s in splits if _is_saved(os.path.join(path, s))}
-    if subfolders:
-        return {split: _load_saved(name, folder) for split, folder in subfolders.items()}
-    files = {split: _split_files(path, split) for split in splits}
-    if any(files.values()):
-        return {split: _load_files(name, paths) for split, paths in files.items() if paths}
-    return _load_below(
-        name,
-        path,
-        f"it has no files named as the splits {', '.join(splits)}, and is no data set folder",
-    )
-
-
-def _load_below(name: str, path: str, advice: str) -> dict[str, Dataset]:
-    """The data files below a folder, whatever its README.md names."""
-    endings = {
-        os.path.splitext(file.removesuffix(".gz"))[1]
-        for _, _, files in os.walk(path)
-        for file in files
-        if file.endswith(_ENDINGS) and not file.startswith((".", "_"))
-    }
-    builders = {_BUILDERS[ending] for ending in endings}
-    if len(builders) != 1:
-        problem = "it has JSON and Parquet files" if builders else "no JSON or Parquet files in it"
-        raise UserError(f"data set {name!r}: {advice} ({problem})")
-    return _load_dataset(builders.pop(), advice, name=name, data_dir=path)
-
-
-def _is_saved(path: str) -> bool:
-    """Whether ``save_to_disk`` wrote ``path``."""
-    return any(os.path.isfile(os.path.join(path, f)) for f in ("dataset_dict.json", "state.json"))
-
-
-def _split_files(folder: str, split: str) -> list[str]:
-    """The data files of ``folder`` whose names end with the split's, shard number aside."""
-    pattern = re.compile(rf"(.*[-_.])?{re.escape(split)}(-\d+-of-\d+)?")
-    stems = {file: _stem(file) for file in sorted(os.listdir(folder)) if file.endswith(_ENDINGS)}
-    return [os.path.join(folder, file) for file, stem in stems.items() if pattern.fullmatch(stem)]
-
-
-def _stem(file: str) -> str:
-    return os.path.splitext(file.removesuffix(".gz"))[0]
-
-
-def _load_files(name: str, paths: list[str]) -> Dataset:
-    from datasets import load_dataset
-
-    endings = {os.path.splitext(path.removesuffix(".gz"))[1] for path in paths}
-    if len(endings) > 1 or not endings <= _BUILDERS.keys():
-        raise UserError(
-            f"data set {name!r}: cannot read {', '.join(sorted(map(os.path.basename, paths)))}; "
-            f"expected files of one kind: {', '.join(_ENDINGS)}"
-        )
-    try:
-        return load_dataset(_BUILDERS[endings.pop()], data_files=paths, split="train")
-    except Exception as error:  # pyarrow, json and datasets each have their own
-        raise UserError(f"data set {name!r}: cannot be read: {_cause(error)}") from error
-
-
-def _load_saved(name: str, path: str) -> Any:
-    from datasets import load_from_disk
-
-    try:
-        _check_names_inside(path)
-        return load_from_disk(path)
-    except Exception as error:
-        raise UserError(f"data set {name!r}: cannot be read: {_cause(error)}") from error
-
-
-def _check_names_inside(path: str) -> None:
-    """Refuse a saved folder that names files outside of it."""
-    index = os.path.join(path, "dataset_dict.json")
-    if os.path.isfile(index):
-        with open(index, encoding="utf-8") as file:
-            names = json.load(file)["splits"]
-        folders = [os.path.join(path, _inside(name)) for name in names]
-    else:
-        folders = [path]
-    for folder in folders:
-        with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
-            for entry in json.load(file)["_data_files"]:
-                _inside(entry["filename"])
-
-
-def _inside(name: str) -> str:
-    if os.path.basename(name) != name or name in ("", ".", ".."):
-        raise ValueError(f"it names {name!r}, which is not a file in its folder")
-    return name
-
-
-def _load_dataset(
-    path: str, advice: str, *, name: str | None = None, data_dir: str | None = None
-) -> dict[str, Dataset]:
-    from datasets import load_dataset
-
-    name = name or path
-    try:
-        return {str(s): table for s, table in load_dataset(path, data_dir=data_dir).items()}
-    except Exception as error:  # connection, permission, builder: a dozen types, one meaning
-        raise UserError(f"data set {name!r}: {advice} ({_cause(error)})") from error
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of the error at the root of ``error``."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    pairs = best_and_worst(list(dataset))
+    notes.append(f"{len(dataset):,} answers became {len(pairs):,} pairs of one prompt")
+    return Dataset.from_list(pairs)

@@ -5,6 +5,7 @@ Every name of a column stands here, of raw rows and of tokenized ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,6 @@ from .limits import FLAGS, OK, Tokens
 from .rows import RowProblem
 
 PARTS = ("prompt", "chosen", "rejected")
-RAW_COLUMNS = PARTS
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 UNSCORED_COLUMNS = ("chosen_unscored", "rejected_unscored")
 """Positions in the answers that are read but not scored; a data set without them scores all."""
@@ -35,6 +35,46 @@ FILLER_ID = -1
 def is_tokenized(dataset: Any) -> bool:
     """Whether a data set holds token ids already, by its columns."""
     return set(TOKEN_COLUMNS) <= set(getattr(dataset, "column_names", None) or ())
+
+
+def reference_columns(columns: list[str]) -> list[str]:
+    for names in (REFERENCE_COLUMNS, THEIR_REFERENCE_COLUMNS):
+        if set(names) <= set(columns):
+            return list(names)
+    return []
+
+
+def other_side(column: str) -> str:
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+    return re.sub("chosen|rejected", lambda side: sides[side[0]], column)
+
+
+def reference_of(table: Any) -> list[str]:
+    return [name for name in REFERENCE_COLUMNS if name in table.column_names]
+
+
+def with_reference(name: str, table: Any, raw: Any) -> Any:
+    """``table`` with the reference's log-probs, where the columns of ``raw`` have them."""
+    for ours, theirs in zip(REFERENCE_COLUMNS, reference_columns(raw.column_names), strict=False):
+        try:
+            logps = np.array(raw[theirs][:], dtype=np.float64)
+        except (TypeError, ValueError):
+            logps = np.array([np.nan])
+        if not np.isfinite(logps).all():
+            raise UserError(
+                f"{name}: {theirs} holds something that is no finite number; mend the column, or "
+                "leave it out to have the reference's log-probs computed"
+            )
+        table = table.add_column(ours, logps)
+    return table
+
+
+def check_reference(tables: list[Any], names: str) -> None:
+    if len({bool(reference_of(table)) for table in tables}) > 1:
+        raise UserError(
+            f"{names}: some have reference_chosen_logps and reference_rejected_logps and "
+            "some not; leave the columns out, or have them in all"
+        )
 
 
 def features() -> Any:

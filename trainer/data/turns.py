@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .chat import PROBE, generation_mask, only_id, render
+from .chat import NOTHING, PROBE, generation_mask, only_id, render
 from .encoder import encode, single_bos
 from .limits import AFTER_END, NO_TURNS, NOT_SCORED
 from .rows import EMPTY_COMPLETION, Messages, RowProblem, common_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -137,9 +137,19 @@ class TurnScorer:
         return self._side(ids[:start] + side, keep, start, ended, flags)
 
     def conversation(
-        self, messages: Messages, first: int, prompt: str, text: str, ids: list[int], start: int
+        self,
+        messages: Messages,
+        first: int,
+        prompt: str,
+        text: str,
+        ids: list[int],
+        start: int,
+        given: Mapping[str, Any] = NOTHING,
     ) -> Side:
-        """The answer of ``messages`` from ``first`` on, in ``ids`` from ``start`` on."""
+        """The answer of ``messages`` from ``first`` on, in ``ids`` from ``start`` on.
+
+        ``given`` is what the template is given beside the messages.
+        """
         end = next((p for p in range(start, len(ids)) if ids[p] in self.ends.stops), len(ids))
         if not self._says(ids[start:end], special=True):
             raise RowProblem(EMPTY_COMPLETION, "a completion renders to nothing but its end token")
@@ -147,16 +157,17 @@ class TurnScorer:
         if not answers:
             raise RowProblem(NOT_SCORED, "it has no assistant message")
         keep = [False] * len(ids)
-        begins = [start, *(self._begin(messages, i, ids) for i in answers[1:]), len(ids)]
+        begins = [start, *(self._begin(messages, i, ids, given) for i in answers[1:]), len(ids)]
         cut = start
         for i, begin, limit in zip(answers, begins, begins[1:], strict=False):
-            cut = self._end(messages, i, ids, begin, limit)
+            cut = self._end(messages, i, ids, begin, limit, given)
             if self.score != "last_turn" or i == answers[-1]:
                 keep[begin:cut] = [True] * (cut - begin)
         over = answers[-1] == len(messages) - 1 and self._says(ids[cut:])
         if self.score != "completion" or len(answers) > 1:
             closing = self.ends.stops | self.ends.history
-            for i, marked in enumerate(generation_mask(self.tokenizer, messages, ids) or ()):
+            marks = generation_mask(self.tokenizer, messages, ids, given)
+            for i, marked in enumerate(marks or ()):
                 keep[i] = keep[i] and (marked or ids[i] in closing)
         self._leave_reasoning_out(keep, prompt, text, ids)
         ended = ids[cut - 1] in self.ends.stops
@@ -170,19 +181,27 @@ class TurnScorer:
             raise RowProblem(NOT_SCORED, f"score: {self.score} leaves none of its tokens")
         return Side(ids[start:], unscored, ended, flags)
 
-    def _begin(self, messages: Messages, i: int, ids: list[int]) -> int:
+    def _begin(self, messages: Messages, i: int, ids: list[int], given: Mapping[str, Any]) -> int:
         """Where the turn of message ``i`` begins in ``ids``."""
-        before = self._rendered(messages[:i], generation=True)
+        before = self._rendered(messages[:i], True, given)
         if isinstance(before, RowProblem):
             raise RowProblem(UNCLEAR_TURNS, f"before message {i}: {before.detail}")
         return common_prefix(before, ids)
 
-    def _end(self, messages: Messages, i: int, ids: list[int], begin: int, limit: int) -> int:
+    def _end(
+        self,
+        messages: Messages,
+        i: int,
+        ids: list[int],
+        begin: int,
+        limit: int,
+        given: Mapping[str, Any],
+    ) -> int:
         """Where the turn of message ``i``, which begins at ``begin``, ends: after its end token."""
         if i == len(messages) - 1:
             ends = (p + 1 for p in range(begin, len(ids)) if ids[p] in self.ends.stops)
             return next(ends, len(ids))
-        after = self._rendered(messages[: i + 1], generation=False)
+        after = self._rendered(messages[: i + 1], False, given)
         after = [] if isinstance(after, RowProblem) else after
         shared = common_prefix(after, ids)
         stop = max(shared, begin)
@@ -206,8 +225,8 @@ class TurnScorer:
             )
             keep[first:last] = [False] * (last - first)
 
-    def _rendered(self, messages: Messages, generation: bool) -> Any:
-        text = render(self.tokenizer, [messages], generation)[0]
+    def _rendered(self, messages: Messages, generation: bool, given: Mapping[str, Any]) -> Any:
+        text = render(self.tokenizer, [messages], generation, given)[0]
         return text if isinstance(text, RowProblem) else self._encode(text)
 
     def _encode(self, text: str, prefix: Sequence[int] = ()) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import UserError, expect_one_of, expect_whole, is_number, is_whole
 
@@ -27,6 +28,8 @@ class DataSettings:
     dataset_mixer: dict[str, float] = field(default_factory=dict)
     #: Splits to read. A name containing "train" is for training, every other one for evaluation.
     dataset_splits: list[str] = field(default_factory=lambda: list(DEFAULT_SPLITS))
+    #: Columns of the data under other names: {prompt: question, chosen: good, rejected: bad}.
+    columns: dict[str, str] = field(default_factory=dict)
     #: Most tokens in prompt and completion together; None for no limit.
     max_length: int | None = 2048
     #: Most tokens in a prompt; None for no limit.
@@ -38,6 +41,12 @@ class DataSettings:
     #: A Jinja chat template, the path of a file with one, or the name of one shipped here
     #: ("mistral", "zephyr"), in place of the tokenizer's own.
     chat_template: str | None = None
+    #: Values that the chat template reads, such as {enable_thinking: false}; a row's column
+    #: ``chat_template_kwargs`` goes before them.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    #: Functions, as JSON schemas, that the chat template shows in every prompt; a row's column
+    #: ``tools`` goes before them.
+    tools: list[dict[str, Any]] = field(default_factory=list)
     #: "joint": prompt and answer as one conversation. "separate": each answer alone, as the
     #: published SimPO, LMPO and gamma-PO scripts did, with their tokens and their truncation.
     chat_rendering: str = "joint"
@@ -51,7 +60,8 @@ class DataSettings:
     #: Put an empty system message before a prompt that has none, where the template mentions
     #: "system". It keeps a template's default system prompt out.
     auto_insert_empty_system_msg: bool = False
-    #: Make a row that cannot train an error instead of skipping and counting it.
+    #: Make a row that cannot train, or whose text the chat template leaves out, an error instead
+    #: of counting it.
     strict_data: bool = False
     #: Processes that tokenize; None for this one alone, with the tokenizer's own threads.
     preprocessing_num_workers: int | None = None
@@ -93,6 +103,7 @@ class DataSettings:
         if not is_number(self.flip) or not 0 <= self.flip <= 1:
             raise UserError(f"flip: expected a probability from 0 to 1, got {self.flip!r}")
         expect_whole("mix_seed", self.mix_seed, 0)
+        self._check_mappings()
         if not isinstance(self.dataset_splits, list) or not all(
             isinstance(split, str) and split for split in self.dataset_splits
         ):
@@ -110,6 +121,23 @@ class DataSettings:
             raise UserError(
                 f"chat_date: expected a date such as 2026-01-31, got {self.chat_date!r}"
             ) from None
+
+    def _check_mappings(self) -> None:
+        if not isinstance(self.columns, dict) or not all(
+            isinstance(name, str) and isinstance(theirs, str)
+            for name, theirs in self.columns.items()
+        ):
+            raise UserError(
+                "columns: expected names here and in the data, such as {prompt: question}, "
+                f"got {self.columns!r}"
+            )
+        if not isinstance(self.chat_template_kwargs, dict):
+            raise UserError(
+                "chat_template_kwargs: expected a mapping such as {enable_thinking: false}, "
+                f"got {self.chat_template_kwargs!r}"
+            )
+        if not isinstance(self.tools, list) or not all(isinstance(t, dict) for t in self.tools):
+            raise UserError(f"tools: expected a list of functions as mappings, got {self.tools!r}")
 
     def mixture(self) -> dict[str, float]:
         """The training data sets and their fractions, from ``dataset`` or ``dataset_mixer``."""

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
-from widemargin.trainer.data import limits, rows
+from widemargin.trainer.data import guard, limits, rows
 from widemargin.trainer.data.encoder import TripleEncoder, cut_mark, encode
+from widemargin.trainer.data.formats import converters, messages
 from widemargin.trainer.data.limits import OK, Limits
 from widemargin.trainer.data.template import read_chat_template
 
@@ -133,7 +134,7 @@ SIDES = st.one_of(TEXTS, MESSAGES, VALUES)
 
 REASONS = {
     value
-    for module in (rows, limits)
+    for module in (rows, limits, guard, messages, converters)
     for name, value in vars(module).items()
     if name.isupper() and isinstance(value, str)
 } | {"refused by the chat template"}

@@ -157,7 +157,7 @@ HANDBOOK = (
     _same("chat_template", "the template, a file's path, or the name of a shipped one"),
     _same("dataset_mixer", "name -> share of its training splits; evaluation splits stay whole"),
     _same("dataset_splits", "one with train in its name trains, the others evaluate"),
-    _only("dataset_configs", (), "save the wanted configuration as files and name the folder"),
+    _only("dataset_configs", (), "write it after the name: owner/data:configuration"),
     _same("preprocessing_num_workers", "processes that tokenize"),
     _same(
         "auto_insert_empty_system_msg",
@@ -230,7 +230,7 @@ TRL = (
     _renamed("dataset_name", "dataset"),
     Key("dataset_train_split", "dataset_splits", "alone: no evaluation", _splits),
     Key("dataset_test_split", "dataset_splits", "", _splits),
-    _only("dataset_config", (), "save the wanted configuration as files and name the folder"),
+    _only("dataset_config", (), "write it after the name: owner/data:configuration"),
     _only("dataset_streaming", (False,), "data sets are read whole"),
     Key("simpo_gamma", "gamma_beta_ratio", "divided by beta", _gamma("simpo_gamma")),
     Key("cpo_alpha", "alpha", "for cpo; for simpo it becomes sft_weight (1.0 by default in TRL)"),

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import is_sealed, seal
+from ...files import is_sealed, seal
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,104 @@
+"""Files as people have them: kinds, splits in any case, and what is said of damaged ones."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from widemargin.trainer.data import DataSettings, load_pairs
+from widemargin.trainer.errors import UserError
+
+from tests.support.pair_rows import make_rows, names, write
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def loaded(path, **settings):
+    return load_pairs(DataSettings(str(path), shuffle=False, **settings), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_tables_of_text_keep_their_texts(tmp_path, ending, separator):
+    rows = [["prompt", "chosen", "rejected"], ["a", "NA", "42"], ["b", "null", "7"]]
+    path = tmp_path / f"pairs.{ending}"
+    path.write_text("".join(separator.join(row) + "\n" for row in rows))
+    data = loaded(path)
+    assert names(data.train) == [42, 7]
+    chosen = [str(tiny_tokenizer().decode(ids)) for ids in data.train["chosen_ids"]]
+    assert chosen == ["NA</s>", "null</s>"]
+
+
+def test_zstd(tmp_path):
+    path = tmp_path / "pairs.jsonl.zst"
+    text = "".join(json.dumps(row) + "\n" for row in make_rows(3)).encode()
+    with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as file:
+        file.write(text)
+    assert names(loaded(path).train) == [0, 1, 2]
+
+
+def test_split_names_in_any_case(tmp_path):
+    write(tmp_path / "Train.jsonl", make_rows(3))
+    write(tmp_path / "TEST.jsonl", make_rows(2, 10))
+    write(tmp_path / "holdout.jsonl", make_rows(2, 20))
+    data = loaded(tmp_path)
+    assert (names(data.train), names(data.evaluation)) == ([0, 1, 2], [10, 11])
+    assert "no split of dataset_splits reads holdout.jsonl" in data.report.notes[0]
+
+
+@pytest.mark.parametrize(
+    "files", [("good.jsonl", "held_out.jsonl"), ("a_train.jsonl", "b_train.jsonl")]
+)
+def test_several_files_do_not_become_one_split(tmp_path, files):
+    for file in files:
+        write(tmp_path / file, make_rows(2))
+    with pytest.raises(UserError, match=f"all of {', '.join(files)} would become one split"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_text_that_is_not_utf8_is_named_by_file_and_line(tmp_path, ending):
+    good = {"jsonl": json.dumps(make_rows(1)[0]), "csv": "prompt,chosen,rejected\na,b,c"}[ending]
+    path = tmp_path / f"pairs.{ending}"
+    path.write_bytes(f"{good}\n{good.replace('a', 'é')}\n".encode("latin-1"))
+    with pytest.raises(UserError, match=rf"pairs\.{ending}, line \d.* is not UTF-8 \(byte 0xe9"):
+        loaded(path)
+
+
+def test_parquet_that_is_not_utf8_is_named_by_row(tmp_path):
+    text = pa.array([b"a", b"caf\xe9"]).cast(pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 2, text.buffers())
+    side = pa.array(["b", "c"])
+    table = pa.table({"prompt": column, "chosen": side, "rejected": pa.array(["d", "e"])})
+    path = tmp_path / "pairs.parquet"
+    pa.parquet.write_table(table, path)
+    with pytest.raises(UserError, match=r"pairs\.parquet'.*row 1 is not UTF-8"):
+        loaded(path)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]")])
+def test_empty_files_are_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} is empty"):
+        loaded(tmp_path / name)
+
+
+def test_broken_json_is_named_by_line(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(make_rows(1)[0]) + '\n{"prompt": \n')
+    with pytest.raises(UserError, match=r"pairs\.jsonl, line 2 \(row 1\), is not JSON"):
+        loaded(tmp_path / "pairs.jsonl")
+
+
+def test_a_subset_stands_after_a_colon(monkeypatch):
+    asked = []
+
+    def give(name, config=None):
+        asked.append((name, config))
+        return {"train": datasets.Dataset.from_list(make_rows(2))}
+
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    assert names(loaded("owner/data:easy").train) == [0, 1]
+    assert asked == [("owner/data", "easy")]

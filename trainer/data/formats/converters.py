@@ -1,0 +1,152 @@
+"""How a row of each kind of data set becomes one with prompt (or none), chosen and rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .messages import MISSING, WRONG_TYPE, RowProblem, as_messages, from_json, kind
+
+Row = dict[str, Any]
+NO_PREFERENCE = "no preference between the answers"
+
+
+def same(row: Row) -> Row:
+    return {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
+
+
+def asked(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Row], Row]:
+    """A question in ``column``, and two answers: a conversation."""
+
+    def standard(row: Row) -> Row:
+        text = row[column]
+        extra = row.get("input") if column == "instruction" else None
+        if isinstance(text, str) and isinstance(extra, str) and extra.strip():
+            text = f"{text}\n{extra}"
+        return conversation(text, row[chosen], row[rejected])
+
+    return standard
+
+
+def conversation(prompt: Any, chosen: Any, rejected: Any) -> Row:
+    if isinstance(as_messages(prompt), str):
+        prompt = [{"role": "user", "content": prompt}]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def talk(column: str) -> Callable[[Row], Row]:
+    """Messages before the answer in ``column``, unless the sides are conversations already."""
+
+    def standard(row: Row) -> Row:
+        talk = as_messages(row[column])
+        sides = {"chosen": row["chosen"], "rejected": row["rejected"]}
+        if any(opens(as_messages(side)) for side in sides.values()):
+            return sides
+        if isinstance(talk, list) and talk[-1:] == as_messages(row["chosen"]):
+            talk = talk[:-1]
+        return {"prompt": talk, **sides}
+
+    return standard
+
+
+def opens(side: Any) -> bool:
+    first = side[0] if isinstance(side, list) and side else None
+    return isinstance(first, dict) and first.get("role") in ("user", "system", "human")
+
+
+def swift(row: Row) -> Row:
+    talk = as_messages(row["messages"])
+    talk = talk if isinstance(talk, list) else []
+    return {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": row["rejected_response"]}
+
+
+def either(prompt: str, first: str, second: str, first_wins: Callable[[Row], Any]):
+    """Two answers, and ``first_wins``: above 0 for the first, below for the second, 0 for none."""
+
+    def standard(row: Row) -> Row:
+        wins = first_wins(row)
+        if not wins:
+            raise RowProblem(NO_PREFERENCE)
+        better, worse = (first, second) if wins > 0 else (second, first)
+        return conversation(row[prompt], row[better], row[worse])
+
+    return standard
+
+
+def number(row: Row, column: str) -> float:
+    try:
+        return float(row[column])
+    except (TypeError, ValueError):
+        raise RowProblem(WRONG_TYPE, f"{column} is {kind(row[column])}, no number") from None
+
+
+def arena(row: Row) -> Row:
+    winner = row["winner"]
+    if winner not in ("model_a", "model_b"):
+        raise RowProblem(NO_PREFERENCE, f"winner is {winner!r}")
+    sides = ("conversation_a", "conversation_b")
+    better, worse = sides if winner == "model_a" else reversed(sides)
+    return {"chosen": row[better], "rejected": row[worse]}
+
+
+def ranked(prompt: str, answers: str, text: str, worth: tuple[str, ...], sign: int):
+    """The best and the worst of a list of answers, by the first of ``worth`` that they have."""
+
+    def standard(row: Row) -> Row:
+        listed = from_json(row[answers])
+        if not isinstance(listed, list):
+            raise RowProblem(WRONG_TYPE, f"{answers} is {kind(listed)}")
+        scored = []
+        for answer in listed:
+            score = next((answer[name] for name in worth if answer.get(name) is not None), None)
+            if isinstance(score, int | float):
+                scored.append((sign * score, answer.get(text)))
+        if not scored:
+            raise RowProblem(MISSING, f"{answers} has no answer with {' or '.join(worth)}")
+        best, worst = max(scored, key=_first), min(scored, key=_first)
+        if best[0] == worst[0]:
+            raise RowProblem(NO_PREFERENCE, f"{len(scored)} answers, all of the same score")
+        return conversation(_transcript(row[prompt]), best[1], worst[1])
+
+    return standard
+
+
+def _first(scored: tuple[float, Any]) -> float:
+    return scored[0]
+
+
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def _transcript(text: Any) -> Any:
+    """A text of ``Human:`` and ``Assistant:`` turns as messages; another value as it is."""
+    if not isinstance(text, str) or not text.lstrip().startswith(_HUMAN.strip()):
+        return text
+    messages = []
+    for turn in f"\n\n{text.strip()}".split(_HUMAN)[1:]:
+        asked, *answers = turn.split(_ASSISTANT)
+        messages.append({"role": "user", "content": asked.strip()})
+        messages += [{"role": "assistant", "content": a.strip()} for a in answers if a.strip()]
+    return messages
+
+
+def grouped(row: Row) -> Row:
+    raise RowProblem(WRONG_TYPE, "HelpSteer's rows are paired before they are read")
+
+
+def best_and_worst(rows: list[Mapping[str, Any]]) -> list[Row]:
+    """HelpSteer's rows, one an answer, as pairs: of each prompt the most and the least helpful."""
+    answers: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        answers.setdefault(str(row["prompt"]), []).append(row)
+    pairs = []
+    for prompt, group in answers.items():
+        scored = sorted((each for each in group if each["helpfulness"] is not None), key=_helpful)
+        if scored and _helpful(scored[0]) != _helpful(scored[-1]):
+            sides = {"chosen": scored[-1]["response"], "rejected": scored[0]["response"]}
+            pairs.append({"prompt": [{"role": "user", "content": prompt}], **sides})
+    return pairs
+
+
+def _helpful(row: Mapping[str, Any]) -> float:
+    return float(row["helpfulness"])

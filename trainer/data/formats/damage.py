@@ -1,0 +1,92 @@
+"""Where in a file the trouble is: what is no UTF-8 or no JSON, by file, line and row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def with_config(name: str) -> tuple[str, str | None]:
+    """The path or hub name in ``name``, and the subset after a colon."""
+    path = os.path.expanduser(name)
+    before, colon, config = path.rpartition(":")
+    if os.path.exists(path) or not colon or len(before) < 2 or re.search(r"[/\\]", config):
+        return path, None
+    return before, config
+
+
+def unpacked_name(file: str) -> str:
+    return file.removesuffix(".gz").removesuffix(".zst")
+
+
+def opened(path: str) -> Any:
+    import pyarrow as pa
+
+    if path.endswith(".zst"):
+        return pa.CompressedInputStream(pa.OSFile(path), "zstd")
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+
+
+@contextmanager
+def naming_bad_text(name: str, rows: Dataset) -> Iterator[None]:
+    """Say of text that is not UTF-8 where it stands; parquet and Arrow are read unchecked."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        path, _ = with_config(name)
+        paths = [path] if os.path.isfile(path) else sorted(Path(path).rglob("*"))
+        where = next(filter(None, (trouble(str(p)) for p in paths if os.path.isfile(p))), "")
+        row = next((i for i in range(len(rows)) if not _is_readable(rows, i)), "?")
+        where = where or f"row {row} is not UTF-8 ({error.reason}); write it again from its source"
+        raise UserError(f"data set {name!r}: {where}") from error
+
+
+def _is_readable(rows: Dataset, row: int) -> bool:
+    try:
+        return rows[row] is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def trouble(path: str) -> str:
+    """The first line of a file of text that is no UTF-8 or no JSON, in words; or ""."""
+    ending = os.path.splitext(unpacked_name(path))[1]
+    if ending not in (".jsonl", ".json", ".csv", ".tsv"):
+        return ""
+    name = os.path.basename(path)
+    for number, line in enumerate(_lines(path)):
+        row = f" (row {number})" if ending == ".jsonl" else ""
+        try:
+            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            return (
+                f"{name}, line {number + 1}{row}, is not UTF-8 (byte 0x{line[error.start]:02x} at "
+                f"{error.start}); convert it: iconv -f LATIN1 -t UTF-8, or whatever it was saved in"
+            )
+        if ending == ".jsonl" and text.strip():
+            try:
+                json.loads(text)
+            except ValueError as error:
+                return f"{name}, line {number + 1}{row}, is not JSON: {error}"
+    return ""
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    with opened(path) as file:
+        rest = b""
+        while block := file.read(1 << 20):
+            *lines, rest = (rest + block).split(b"\n")
+            yield from lines
+        if rest:
+            yield rest

@@ -1,0 +1,206 @@
+"""Data sets known by their columns: each row of theirs as one with prompt, chosen and rejected.
+
+`SHAPES` is the table; the first whose columns are all there is the data set's. A system text and
+earlier turns in columns of their own go before the prompt, which makes the row a conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from .converters import (
+    Row,
+    arena,
+    asked,
+    conversation,
+    either,
+    grouped,
+    number,
+    opens,
+    ranked,
+    same,
+    swift,
+    talk,
+)
+from .messages import MISSING, WRONG_TYPE, RowProblem, as_messages, from_json, kind, without_nulls
+
+SYSTEM = ("system", "system_prompt")
+BEFORE = (*SYSTEM, "history")
+ARGUMENTS = ("tools", "chat_template_kwargs")
+PROMPT_LIKE = ("question", "instruction", "query", "input", "context")
+"""Columns that hold a prompt under another name, as often as not."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A kind of data set.
+
+    Args:
+        name: what reports call it; "" for prompt, chosen and rejected themselves.
+        needs: the columns it is known by.
+        standard: a row -> one with prompt (or none), chosen and rejected.
+        also: further columns that it reads where they are there.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    standard: Callable[[Row], Row]
+    also: tuple[str, ...] = ()
+
+    def reads(self, columns: Collection[str]) -> list[str]:
+        """Those of ``columns`` that become tokens."""
+        known = {*self.needs, *self.also, *BEFORE, *ARGUMENTS}
+        return [column for column in columns if column in known]
+
+    def row(self, row: Row) -> Row:
+        """``row`` with prompt (or none), chosen, rejected and `ARGUMENTS`."""
+        standard = self.standard(row)
+        before = _system(row) + ([] if "history" in self.needs else _history(row.get("history")))
+        if any(column in row for column in BEFORE if column not in self.needs):
+            standard = _after(before, standard)
+        return standard | {name: row[name] for name in ARGUMENTS if name in row}
+
+
+def _system(row: Row) -> list[Row]:
+    texts = [row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()]
+    return [{"role": "system", "content": text} for text in texts[:1]]
+
+
+def _history(value: Any) -> list[Row]:
+    """Earlier turns: messages, or pairs of a question and an answer."""
+    turns = as_messages(from_json(value)) or []
+    if not isinstance(turns, list):
+        raise RowProblem(WRONG_TYPE, f"history is {kind(turns)}")
+    messages = []
+    for turn in turns:
+        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn):
+            roles = ("user", "assistant")
+            messages += [{"role": r, "content": t} for r, t in zip(roles, turn, strict=True)]
+        elif isinstance(turn, dict):
+            messages.append(turn)
+        else:
+            raise RowProblem(WRONG_TYPE, "history is neither messages nor pairs of texts")
+    return messages
+
+
+def _after(before: list[Row], row: Row) -> Row:
+    """``row`` as a conversation that goes on from ``before``."""
+    prompt = as_messages(row.get("prompt"))
+    if isinstance(prompt, str):
+        row = conversation(prompt, row["chosen"], row["rejected"])
+        prompt = row["prompt"]
+    sides = {name: as_messages(row[name]) for name in ("chosen", "rejected")}
+    led = {name: _led(before, side) for name, side in sides.items() if opens(side)}
+    if isinstance(prompt, list):
+        led["prompt"] = _led(before, prompt)
+    if before and not led:
+        raise RowProblem(MISSING, "a system text or history stands beside answers with no prompt")
+    return row | led
+
+
+def _led(before: list[Row], messages: list[Row]) -> list[Row]:
+    begins = (
+        bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    )
+    return (
+        before[1:] if begins and before and before[0]["role"] == "system" else before
+    ) + messages
+
+
+GROUPED = ("prompt", "response", "helpfulness")
+SHAPES = (
+    Shape("", ("prompt", "chosen", "rejected"), same),
+    *(
+        Shape("ShareGPT", (column, "chosen", "rejected"), talk(column))
+        for column in ("conversations", "conversation", "messages")
+    ),
+    Shape("ms-swift", ("messages", "rejected_response"), swift),
+    Shape("orca_dpo", ("question", "chosen", "rejected"), asked("question")),
+    Shape("Alpaca", ("instruction", "chosen", "rejected"), asked("instruction"), ("input",)),
+    Shape("orca_dpo", ("system", "input", "chosen", "rejected"), asked("input")),
+    Shape(
+        "UltraFeedback, binarized",
+        ("instruction", "chosen_response", "rejected_response"),
+        asked("instruction", "chosen_response", "rejected_response"),
+    ),
+    Shape(
+        "UltraFeedback, the best and the worst of its completions",
+        ("instruction", "completions"),
+        ranked(
+            "instruction", "completions", "response",
+            ("fine-grained_score", "overall_score", "score"), 1,
+        ),
+    ),
+    Shape(
+        "Nectar, the first and the last of its answers",
+        ("prompt", "answers"),
+        ranked("prompt", "answers", "answer", ("rank",), -1),
+    ),
+    Shape(
+        "HelpSteer2 with preferences",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        either(
+            "prompt", "response_1", "response_2", lambda row: -number(row, "preference_strength")
+        ),
+    ),
+    Shape(
+        "HelpSteer3",
+        ("context", "response1", "response2", "overall_preference"),
+        either(
+            "context", "response1", "response2", lambda row: -number(row, "overall_preference")
+        ),
+    ),
+    Shape("HelpSteer, the most and the least helpful", GROUPED, grouped),
+    Shape(
+        "PKU-SafeRLHF",
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        either(
+            "prompt", "response_0", "response_1",
+            lambda row: 0.5 - number(row, "better_response_id"),
+        ),
+    ),
+    Shape(
+        "SHP",
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        either("history", "human_ref_A", "human_ref_B", lambda row: number(row, "labels") - 0.5),
+    ),
+    Shape(
+        "StackExchange",
+        ("question", "response_j", "response_k"),
+        asked("question", "response_j", "response_k"),
+    ),
+    Shape("arena", ("conversation_a", "conversation_b", "winner"), arena),
+    Shape("", ("chosen", "rejected"), same),
+)  # fmt: skip
+
+
+@lru_cache
+def shape_of(columns: tuple[str, ...]) -> Shape | None:
+    """The shape of a data set with these columns, or None."""
+    return next((shape for shape in SHAPES if set(shape.needs) <= set(columns)), None)
+
+
+def standard_row(row: Row) -> Row:
+    """A row of a data set of any of `SHAPES`, with the columns that `rows` reads."""
+    shape = shape_of(tuple(row))
+    return row if shape is None else shape.row(row)
+
+
+def arguments_of(row: Row) -> dict[str, Any]:
+    """What a row gives the chat template beside its messages.
+
+    Raises:
+        RowProblem: a column that holds something else.
+    """
+    tools, others = (without_nulls(from_json(row.get(name))) for name in ARGUMENTS)
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
+    ):
+        raise RowProblem(WRONG_TYPE, f"tools is {kind(tools)}, not a list of functions")
+    if others is not None and not isinstance(others, dict):
+        raise RowProblem(WRONG_TYPE, f"chat_template_kwargs is {kind(others)}, not a mapping")
+    return dict(others or {}) | ({"tools": tools} if tools else {})
