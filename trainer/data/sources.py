@@ -209,7 +209,9 @@ def _check_media(name: str, dataset: Any) -> None:
     for column in dataset.column_names:
         if column.casefold() not in MEDIA:
             continue
-        stored = dataset.data.column(column)
+        stored: Any = dataset.data.column(column)
+        if dataset._indices is not None:  # a filter's choice of rows lies beside the table
+            stored = stored.take(dataset._indices.column(0))
         listed = "list" in str(stored.type)
         sizes = pc.call_function("list_value_length", [stored]) if listed else stored.is_valid()
         if pc.call_function("any", [sizes.cast("bool")]).as_py():

@@ -113,6 +113,8 @@ def test_media_are_refused_and_empty_columns_of_them_are_not():
     with pytest.raises(UserError, match="has images"):
         made([row | {"images": ["cat.png"]}])
     assert "nothing reads its columns images" in made([row | {"images": []}])[1]
+    mixed = Dataset.from_list([row | {"images": ["cat.png"]}, row | {"images": []}])
+    assert len(made(mixed.filter(lambda each: not each["images"]))[0]) == 1
     with pytest.raises(UserError, match="content that is not text"):
         made([row | {"prompt": [user([{"type": "image"}, {"type": "text", "text": Q}])]}])
 
