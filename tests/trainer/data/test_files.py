@@ -6,7 +6,7 @@ import json
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet
+from pyarrow import parquet
 import pytest
 from widemargin.trainer.data import DataSettings, load_pairs
 from widemargin.trainer.errors import UserError
@@ -74,7 +74,7 @@ def test_parquet_that_is_not_utf8_is_named_by_row(tmp_path):
     side = pa.array(["b", "c"])
     table = pa.table({"prompt": column, "chosen": side, "rejected": pa.array(["d", "e"])})
     path = tmp_path / "pairs.parquet"
-    pa.parquet.write_table(table, path)
+    parquet.write_table(table, path)
     with pytest.raises(UserError, match=r"pairs\.parquet'.*row 1 is not UTF-8"):
         loaded(path)
 
