@@ -6,8 +6,8 @@ import json
 
 import datasets
 import pyarrow as pa
-from pyarrow import parquet
 import pytest
+from pyarrow import parquet
 from widemargin.trainer.data import DataSettings, load_pairs
 from widemargin.trainer.errors import UserError
 
