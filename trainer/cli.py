@@ -148,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train(
     config: str, overrides: Sequence[str], script: str | None = None, *, preflight: bool = False
 ) -> int:
-    from .preflight import preflight as run_preflight
     from .settings.files import load_config
     from .settings.launch import leave_group
+    from .train import preflight as run_preflight
     from .train import train
 
     atexit.register(leave_group)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from .batching.pipeline import PairPipeline
-from .checkpoint.date import settle_date
+from .checkpoint.resume import settle_date
 from .data.template import own_tokenizer
 from .errors import UserError, refusals
 from .loop.batches import BatchedTrainer

@@ -83,7 +83,7 @@ def find_rows(options: argparse.Namespace) -> Rows:
 
 def batch_order(rows: Rows, batch: int) -> list[int]:
     """Pairs in the order of our trainer's batches, for trainers that go through rows in order."""
-    from widemargin.trainer.batching.loader import PairBatches
+    from widemargin.trainer.batching.pipeline import PairBatches
     from widemargin.trainer.batching.planner import Planner
     from widemargin.trainer.data.table import PairLengths
 

@@ -1,7 +1,8 @@
-"""The checkpoint that a run goes on from, and whether it may; `same_run` says what decides."""
+"""The checkpoint that a run goes on from, whether it may (`same_run` decides), and its date."""
 
 from __future__ import annotations
 
+import datetime
 import logging
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,13 +13,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
+from ..data.template import writes_date
 from ..errors import UserError
 from .claim import claimed, last_run, name_run
-from .files import MANIFEST, check_files, choose_checkpoint, run_of, settle_leftovers
+from .files import (
+    MANIFEST,
+    BrokenCheckpoint,
+    check_files,
+    choose_checkpoint,
+    newest_complete,
+    read_manifest,
+    run_of,
+    settle_leftovers,
+)
 from .same_run import Facts, compare
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+    from ..settings.config import PreferenceConfig
+
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -89,3 +103,31 @@ def check_same_run(checkpoint: Path, now: Facts) -> None:
         )
     for note in notes:
         logger.warning("Going on from %s: %s", checkpoint, note)
+
+
+def settle_date(config: PreferenceConfig, tokenizer: Any) -> None:
+    """Set ``chat_date`` where the chat template writes the date: the checkpoint's, or today's.
+
+    The date is the same on all ranks, and on every day on which the run goes on.
+    """
+    if config.chat_date is not None or not writes_date(tokenizer):
+        return
+    config.chat_date = on_first_rank(
+        config, lambda: _saved_date(config) or datetime.date.today().isoformat()
+    )
+
+
+def _saved_date(config: PreferenceConfig) -> str | None:
+    """The date of the checkpoint that the run would go on from."""
+    named = config.resume_from_checkpoint
+    folder = Path(named) if isinstance(named, str) and named not in ("auto", "True") else None
+    if folder is None:
+        folder, *_ = newest_complete(Path(str(config.output_dir)), hashes=False)
+    try:
+        return (
+            None
+            if folder is None
+            else read_manifest(folder)["run"].get("settings", {}).get("chat_date")
+        )
+    except BrokenCheckpoint:
+        return None

@@ -52,7 +52,8 @@ CONTENT = """
     model_name_or_path model_revision tokenizer_name_or_path ref_model_name_or_path
     precompute_ref_log_probs use_peft lora_r lora_alpha lora_dropout lora_target_modules
     lora_modules_to_save objective beta gamma_beta_ratio objective_args
-    dataset dataset_mixer dataset_splits max_length max_prompt_length max_completion_length
+    dataset dataset_mixer dataset_splits columns tools max_length max_prompt_length
+    max_completion_length chat_template_kwargs
     truncation_mode chat_template chat_rendering auto_insert_empty_system_msg flip shuffle mix_seed
     max_train_samples score per_device_train_batch_size gradient_accumulation_steps
     max_tokens_per_micro_batch packing deepspeed save_only_model

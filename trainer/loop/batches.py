@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from ..batching.loader import PairBatches, sheltered
+from ..batching.pipeline import PairBatches, sheltered
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline

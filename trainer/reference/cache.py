@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..batching.loader import sheltered
+from ..batching.pipeline import sheltered
 from ..data.table import REFERENCE_COLUMNS as COLUMNS
 from ..data.table import TOKEN_COLUMNS, UNSCORED_COLUMNS, PairRows
 from ..errors import UserError

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.utils import import_utils
-from widemargin.trainer import preflight
+from widemargin.trainer import train
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.preflight import weight_notes
 from widemargin.trainer.settings import launch
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config, load_config
+from widemargin.trainer.train import weight_notes
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_the_launchers_precision_is_said(alone, monkeypatch):
 
 
 def test_the_first_rank_alone_prints_the_preflight(alone, monkeypatch, capsys):
-    monkeypatch.setattr(preflight, "_preflight", lambda config: print("First pair"))
+    monkeypatch.setattr(train, "_preflight", lambda config: print("First pair"))
     for rank, printed in ((0, "First pair\n"), (1, "")):
-        preflight.preflight(SimpleNamespace(process_index=rank))  # pyright: ignore[reportArgumentType]
+        train.preflight(SimpleNamespace(process_index=rank))  # pyright: ignore[reportArgumentType]
         assert capsys.readouterr().out == printed

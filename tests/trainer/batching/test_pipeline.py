@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
-from widemargin.trainer.batching.loader import PairBatches
+from widemargin.trainer.batching.pipeline import PairBatches
 from widemargin.trainer.batching.planner import Planner
 from widemargin.trainer.data.table import FILLER_ID, PairLengths, PairRows
 
