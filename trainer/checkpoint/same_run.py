@@ -51,6 +51,7 @@ NOTED = """
 CONTENT = """
     model_name_or_path model_revision tokenizer_name_or_path ref_model_name_or_path
     precompute_ref_log_probs use_peft lora_r lora_alpha lora_dropout lora_target_modules
+    lora_target_parameters use_rslora use_dora
     lora_modules_to_save objective beta gamma_beta_ratio objective_args
     dataset dataset_mixer dataset_splits columns tools max_length max_prompt_length
     max_completion_length chat_template_kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -9,11 +10,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from ..errors import UserError
 from ..settings.model import AdapterSettings
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 SAME_AT_FIRST = (True, "gaussian", "eva")
@@ -33,7 +35,10 @@ def lora_config(settings: AdapterSettings) -> Any:
         lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if targets is None else targets,
+        target_parameters=settings.lora_target_parameters,
         modules_to_save=settings.lora_modules_to_save,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
     )
 
 
@@ -74,10 +79,16 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model.enable_input_require_grads()  # for reentrant checkpointing; peft does it elsewhere
+    _leave_experts(model, peft_config)
     try:
         with without_peft_warnings():
             adapted = get_peft_model(model, peft_config)
     except ValueError as error:
+        if "lora_dropout" in str(error):
+            raise UserError(
+                "lora_dropout: set it to 0; the adapter of an expert's or another bare parameter "
+                "has no dropout"
+            ) from error
         raise UserError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
     adapted_head = model.get_output_embeddings()
     if adapted_head is not head or isinstance(adapted_head, BaseTunerLayer):
@@ -93,6 +104,37 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
             "target_modules and modules_to_save"
         )
     return adapted
+
+
+def _leave_experts(model: PreTrainedModel, peft_config: Any) -> None:
+    """Spell out "all-linear" where peft would add a mixture's router and experts to it.
+
+    peft reads the names of layers that once were linear (``gate``, ``gate_proj``) as names of the
+    parameters that hold all experts now, in families whose files transformers converts on load.
+    """
+    if getattr(peft_config, "target_modules", None) != "all-linear":
+        return
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an older peft, which translates nothing
+        return
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    }
+
+    def stays(targets: Any) -> bool:
+        config = copy.deepcopy(peft_config)
+        config.target_modules, config.target_parameters = targets, None
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=None)
+        except ValueError:  # one of two layers that are one parameter now
+            return False
+        return not config.target_parameters
+
+    if not stays("all-linear"):
+        peft_config.target_modules = sorted(name for name in names if stays({name}))
 
 
 @contextmanager

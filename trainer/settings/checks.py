@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import UserError, expect_whole, is_number
 from .launch import check_left_over
@@ -67,11 +68,20 @@ def check_checkpointing(kwargs: object) -> None:
     """Raise ``UserError`` for what torch's checkpoint() would hand on to the layers, unread."""
     parameters = inspect.signature(checkpoint).parameters.values()
     known = ["preserve_rng_state", *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
+    if enable is not None:  # from transformers 5.20 on, it takes arguments of its own
+        own = inspect.signature(enable).parameters
+        known += [name for name in ("every_n_layers", "offload") if name in own]
     unknown = [name for name in kwargs if name not in known] if isinstance(kwargs, dict) else []
     if unknown:
         raise UserError(
             f"gradient_checkpointing_kwargs: {unknown[0]!r} is not known; expected some of "
             f"{', '.join(known)}"
+        )
+    if isinstance(kwargs, dict) and kwargs.get("offload") and not torch.accelerator.is_available():
+        raise UserError(
+            "gradient_checkpointing_kwargs: leave offload out here; it holds a GPU's activations "
+            "in the host's memory, and there is no GPU"
         )
 
 

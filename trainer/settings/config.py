@@ -120,8 +120,10 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         name = "activation_checkpointing"
         if not hasattr(self, name):
             name = "gradient_checkpointing"
-        kwargs = self.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        kwargs = self.gradient_checkpointing_kwargs or {}
         check_checkpointing(kwargs)
+        if isinstance(kwargs, dict):
+            kwargs = {"use_reentrant": False} | kwargs
         self.gradient_checkpointing = self.gradient_checkpointing_kwargs = None
         setattr(self, name, True)
         setattr(self, f"{name}_kwargs", kwargs)

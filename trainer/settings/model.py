@@ -24,8 +24,15 @@ class AdapterSettings:
     #: Dropout on the adapter's input, a probability in [0, 1). ``disable_dropout`` leaves it alone.
     lora_dropout: float = 0.05
     #: Names of the modules to adapt, or one regular expression; None for every linear layer but
-    #: the head.
+    #: the head. A mixture's router and experts then stay as they are.
     lora_target_modules: list[str] | str | None = None
+    #: Names of parameters to adapt that no linear layer holds, such as a mixture's experts:
+    #: [mlp.experts.gate_up_proj, mlp.experts.down_proj]. They need ``lora_dropout: 0``.
+    lora_target_parameters: list[str] | None = None
+    #: Scale the adapter by lora_alpha / √lora_r (rsLoRA, arXiv 2312.03732).
+    use_rslora: bool = False
+    #: Learn each adapted weight's length apart from its direction (DoRA, arXiv 2402.09353).
+    use_dora: bool = False
     #: Names of modules to train in full, with the adapter; neither the head nor a module that
     #: shares its weight.
     lora_modules_to_save: list[str] | None = None

@@ -259,9 +259,6 @@ TRL = (
     _only("activation_offloading", (False,), "use gradient_checkpointing"),
     _dropped("pad_token", "padding is masked, whichever token it is"),
     _only("lora_task_type", ("CAUSAL_LM",), "leave it out"),
-    _only("lora_target_parameters", (), "name modules in lora_target_modules"),
-    _only("use_rslora", (False,), "raise lora_alpha instead"),
-    _only("use_dora", (False,), "pass a peft_config of your own to PreferenceTrainer"),
     _only("bnb_4bit_quant_storage", (), "leave it out"),
 )
 
