@@ -19,9 +19,14 @@ from .loop.checkpoints import CheckpointedTrainer
 from .loop.nonfinite import NonFiniteGuard
 from .loop.outputs import OutputTrainer
 from .model.adapters import bare_model, learnable_line, lora_config, with_adapter
-from .model.dropout import disable_dropout
-from .model.head import patch_head
-from .model.loading import adapted_model, load_model, load_tokenizer, vocabulary_size
+from .model.experts import RouterBalance
+from .model.loading import (
+    adapted_model,
+    load_model,
+    load_tokenizer,
+    prepared_head,
+    vocabulary_size,
+)
 from .model.merging import check_merges_in_memory
 from .model.trial import check_learns, fit_lengths, trial_model, try_model
 from .monitor.observer import Observer
@@ -86,11 +91,15 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         Without that number, as in evaluation, the mean over the micro-batch's own pairs.
         """
         reference = None if self.reference is None else self.reference.sums(model, inputs)
-        scored: Any = model(**model_inputs(inputs))
+        balanced = self.balance.inputs(inputs, model.training)
+        scored: Any = model(**model_inputs(inputs), **balanced)
         out = self._pair_losses(scored.token_logps, reference, inputs, model.training)
         loss = out.loss
         if num_items_in_batch is not None:
             loss = out.losses.sum() * self.args.world_size / num_items_in_batch
+        if balanced:
+            self.observer.training.add(aux_loss=scored.aux_loss)
+            loss = loss + self.balance.share(scored, self.current_gradient_accumulation_steps)
         self._observe(inputs, scored.mean_logits, reference, out, loss)
         return (loss, {"pairs": out}) if return_outputs else loss
 
@@ -171,7 +180,8 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         ref_model, starting = _reference_source(model, args, ref_model)
         lm, tokenizer = self._load(model, args, processing_class, peft_config)
         check_evaluation(args, eval_dataset)
-        self.scoring = _prepared_head(lm, args)
+        self.scoring = prepared_head(lm, args)
+        self.balance = RouterBalance(bare_model(lm), args.router_aux_loss_coef)
         self.pipeline = PairPipeline(tokenizer, args, vocabulary_size(lm), self.objective)
         rows = self.pipeline.training_rows(train_dataset)
         held_out = self.pipeline.evaluation_rows(eval_dataset)
@@ -268,18 +278,6 @@ def _reference_source(
     # An object may have other weights by now than what its name stands for.
     of_policy = (None, model) if isinstance(model, str) else (None,)
     return ref_model, ref_model is None and args.ref_model_name_or_path in of_policy
-
-
-def _prepared_head(lm: PreTrainedModel, args: PreferenceConfig) -> Any:
-    """Patch the head, without dropout if so set; and take one GPU where several are seen."""
-    if args.disable_dropout:
-        disable_dropout(lm)
-    if args.n_gpu > 1:
-        logger.warning(
-            "Using one of %d GPUs; for all of them start with accelerate launch", args.n_gpu
-        )
-        args._n_gpu = 1
-    return patch_head(bare_model(lm), **args.head_settings)
 
 
 def _check_arguments(model: object, args: object, tokenizer: object) -> None:

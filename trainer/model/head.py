@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tail, linear_logprob
 from ..errors import UserError
 from ..packing.masks import packed_arguments
+from .experts import balance_loss
 from .logits import logit_settings
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class ScoredTokens(ModelOutput):
 
     token_logps: Tensor | None = None  # [N] fp32, differentiable
     mean_logits: Tensor | None = None  # [N] mean over the vocabulary, before any softcap; detached
+    aux_loss: Tensor | None = None  # [] of a mixture of experts, where router_weights were given
 
 
 @dataclass
@@ -65,11 +67,11 @@ def patch_head(
     states predict, and ``targets`` [N] int64, the tokens they should predict; it returns
     `ScoredTokens`. Rows that pack several sequences, or pairs that share their prompt, come with
     ``position_ids``, ``segment_ids`` and ``branch_ids`` [batch, length] and no attention mask; see
-    `PairCollator`, which makes all of these. Patching twice replaces the settings.
+    `PairCollator`, which makes all of these. With ``router_weights`` [batch · length] it also
+    returns a mixture's ``aux_loss``, see `model.experts`. Patching twice replaces the settings.
 
     Raises:
-        UserError: an encoder-decoder model, a mixture of experts that wants its auxiliary loss, an
-            adapter on the head, or no head at all.
+        UserError: an encoder-decoder model, an adapter on the head, or no head at all.
     """
     _check_model(model)
     scoring = Scoring(**logit_settings(model.config), tail=tail, tail_eps=tail_eps, backend=backend)
@@ -103,6 +105,7 @@ def _model_forward(
     targets: Tensor | None = None,
     segment_ids: Tensor | None = None,
     branch_ids: Tensor | None = None,
+    router_weights: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     if segment_ids is not None or kwargs.get("cu_seq_lens_q") is not None:
@@ -118,10 +121,16 @@ def _model_forward(
             "mask.flatten().nonzero()[:, 0]"
         )
     kwargs["use_cache"] = False
-    hidden = inner_model(self)(*args, **kwargs)[0]
+    if router_weights is not None:
+        kwargs["output_router_logits"] = True
+    outputs = inner_model(self)(*args, **kwargs)
+    hidden = outputs[0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, select)
     token_logps, mean_logits = self.get_output_embeddings()(picked, targets=targets)
-    return ScoredTokens(token_logps=token_logps, mean_logits=mean_logits)
+    aux_loss = None
+    if router_weights is not None:
+        aux_loss = balance_loss(outputs.router_logits, router_weights, self.num_experts_per_tok)
+    return ScoredTokens(token_logps, mean_logits, aux_loss)
 
 
 # Its operators are opaque to torch.compile anyway, and backward writes into what forward returned
@@ -169,11 +178,6 @@ def _check_model(model: PreTrainedModel) -> None:
         raise UserError(
             f"model: expected a decoder-only language model, got the encoder-decoder "
             f"{config.model_type!r}"
-        )
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        raise UserError(
-            "model: its config asks for the mixture-of-experts auxiliary loss "
-            "(output_router_logits), which needs logits; set output_router_logits: false"
         )
     head = _output_embeddings(model)
     if head is None or inner_model(model) is model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,16 @@ from safetensors import SafetensorError
 from ..data.template import own_tokenizer
 from ..errors import UserError, refusals
 from ..settings.model import ModelSettings
-from .adapters import quantization_config
+from .adapters import bare_model, quantization_config
+from .dropout import disable_dropout
+from .head import Scoring, patch_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..settings.config import PreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 REFUSALS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
@@ -165,3 +171,15 @@ def _load(loader: Any, name: str, settings: ModelSettings, what: str, **options:
                 f"{what} {name}: it comes with Python code of its own, which does not run unless "
                 "you set trust_remote_code: true; read that code first"
             ) from error
+
+
+def prepared_head(lm: PreTrainedModel, args: PreferenceConfig) -> Scoring:
+    """Patch the head, without dropout if so set; and take one GPU where several are seen."""
+    if args.disable_dropout:
+        disable_dropout(lm)
+    if args.n_gpu > 1:
+        logger.warning(
+            "Using one of %d GPUs; for all of them start with accelerate launch", args.n_gpu
+        )
+        args._n_gpu = 1
+    return patch_head(bare_model(lm), **args.head_settings)

@@ -28,7 +28,7 @@ class PreferenceMetrics:
     """Sums over the pairs since the last report, for training or for evaluation.
 
     Names as users chart them already; every figure is a mean over pairs, but for ``logits/*``
-    (over completion tokens), ``margin/std`` and the head's figures (over micro-batches).
+    (over completion tokens), ``margin/std``, and ``head/*`` and ``aux_loss`` (over micro-batches).
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class PreferenceMetrics:
         scored = {side: total[f"lengths/{side}"] for side in SIDES}
         counts["scored"] = sum(scored.values())
         means = {
-            name: value / (counts["batches"] if name.startswith("head/") else pairs)
+            name: value / (counts["batches"] if name.startswith(("head/", "aux_")) else pairs)
             for name, value in total.items()
             if not name.startswith("logits/")
         }

@@ -98,12 +98,21 @@ class ModelSettings(AdapterSettings):
     dtype: str = "float32"
     #: "eager", "sdpa", "flash_attention_2", ...; None for transformers' choice.
     attn_implementation: str | None = None
+    #: How much of a mixture of experts' auxiliary loss, which keeps its router balanced, is added
+    #: to the loss; None for what the model's config says, 0 for none.
+    router_aux_loss_coef: float | None = None
     #: Run Python code that comes with the model. Off unless you trust where it comes from.
     trust_remote_code: bool = False
 
     def check_model(self) -> None:
         """Raise ``UserError`` for the first value out of range."""
         expect_one_of("dtype", self.dtype, ("auto", *DTYPES))
+        value = self.router_aux_loss_coef
+        if value is not None and not (is_number(value) and value >= 0):
+            raise UserError(
+                f"router_aux_loss_coef: expected a number from 0 on, or null for the model's own, "
+                f"got {value!r}"
+            )
         self.check_adapter()
 
 

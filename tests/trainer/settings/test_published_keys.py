@@ -92,7 +92,6 @@ NEUTRAL = {
     "sync_ref_model": False,
     "f_divergence_type": "reverse_kl",
     "use_liger_loss": True,
-    "router_aux_loss_coef": 0.0,
     "length_norm": True,
     "label_smoothing": 0,
 }

@@ -255,7 +255,7 @@ TRL = (
     _only("use_weighting", (False,), _ONE_GROUP),
     _only("model_adapter_name", (), _ONE_GROUP),
     _only("ref_adapter_name", (), _ONE_GROUP),
-    _only("router_aux_loss_coef", (0, 0.0), "mixtures of experts train without that loss"),
+    _same("router_aux_loss_coef", "by default the model's own, as TRL has it; 0 leaves it out"),
     _only("activation_offloading", (False,), "use gradient_checkpointing"),
     _dropped("pad_token", "padding is masked, whichever token it is"),
     _only("lora_task_type", ("CAUSAL_LM",), "leave it out"),
