@@ -17,7 +17,7 @@ from .errors import UserError
 from .evaluation.evaluate_command import add_evaluate, run_evaluate
 from .plan.command import add_plan, run_plan
 from .quickstart.command import add_quickstart, quickstart
-from .text import steady_console
+from .text import printable, steady_console
 
 TRAIN_HELP = """\
 Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,
@@ -48,6 +48,12 @@ def _guarded(argv: Sequence[str] | None, script: str | None) -> int:
         return _run(list(sys.argv[1:] if argv is None else argv), script)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        name = printable(str(error.filename), 200)
+        print(f"error: {error.strerror}: {name}", file=sys.stderr)
         return 2
     except SystemExit as stop:
         if not getattr(stop, "quiet", True):  # Preempted: SIGTERM during training

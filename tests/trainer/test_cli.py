@@ -229,6 +229,12 @@ def test_tokenizer_larger_than_the_model(place, tmp_path, capsys):
     assert_one_line_error(["train", config, "--preflight"], "vocabulary", capsys)
 
 
+def test_names_that_no_file_can_have(place, tmp_path, capsys):
+    config = write_config(tmp_path / "c.yaml", place)
+    for setting in ("model_name_or_path", "dataset", "output_dir"):
+        assert_one_line_error(["train", config, f"--{setting}={'a' * 5000}"], "too long", capsys)
+
+
 def test_bad_arguments(place, capsys):
     config = str(place / "config.yaml")
     assert_one_line_error(["train", config, "beta=2"], "beta=2", capsys)

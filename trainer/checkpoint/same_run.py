@@ -11,6 +11,9 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
+from ..errors import UserError
 from ..model.adapters import bare_model
 from ..model.digest import IRRELEVANT
 from ..monitor.run_record import objective_facts, plain
@@ -105,19 +108,7 @@ def run_facts(
     reference: Any = getattr(trainer, "reference", None)
     config = bare_model(model).config
     text = config.get_text_config()
-    names = [name for name in defaults_of(type(args)) if not is_secret(name)]
-    facts = {
-        "settings": {
-            name: getattr(args, name)
-            for name in names
-            if KINDS.get(name, "same") in ("same", "noted")
-        },
-        "objective": objective_facts(objective),
-        "couples_pairs": objective.couples_pairs,
-        "pairs_per_step": args.pairs_per_step,
-        "micro_batches": args.gradient_accumulation_steps,
-        "pairs": len(rows),
-        "tokens": tokens_digest(rows),
+    facts = _facts_of_a_rank(args, objective, rows) | {
         "reference": None if reference is None else reference.content(rows),
         "model": {
             "type": text.model_type,
@@ -134,6 +125,47 @@ def run_facts(
         "weights_only": args.save_only_model,
     }
     return json.loads(json.dumps(plain(facts), sort_keys=True))
+
+
+def _facts_of_a_rank(args: PreferenceConfig, objective: Objective, rows: PairRows) -> Facts:
+    names = [name for name in defaults_of(type(args)) if not is_secret(name)]
+    return {
+        "settings": {
+            name: getattr(args, name)
+            for name in names
+            if KINDS.get(name, "same") in ("same", "noted")
+        },
+        "objective": objective_facts(objective),
+        "couples_pairs": objective.couples_pairs,
+        "pairs_per_step": args.pairs_per_step,
+        "micro_batches": args.gradient_accumulation_steps,
+        "pairs": len(rows),
+        "tokens": tokens_digest(rows),
+    }
+
+
+def check_ranks_agree(args: PreferenceConfig, objective: Objective, rows: PairRows) -> None:
+    """Raise ``UserError`` on every rank where one was started with other settings or data.
+
+    A collective with several ranks. Names of files may differ, their tokens may not.
+    """
+    if args.world_size == 1:
+        return
+    everyone: list[Facts] = [{}] * args.world_size
+    dist.all_gather_object(everyone, plain(_facts_of_a_rank(args, objective, rows)))
+    first = everyone[0]
+    for rank, facts in enumerate(everyone):
+        settings, others = (
+            list(_differing(before, after))
+            for before, after in ((first["settings"], facts["settings"]), (first, facts))
+        )
+        apart = [_differs(name, first["settings"], facts["settings"]) for name in settings]
+        apart += [f"other {name}" for name in others if name != "settings"]
+        if apart:
+            raise UserError(
+                "start every rank with the same settings and data; from rank 0 to rank "
+                f"{rank}: {'; '.join(apart[:5])}"
+            )
 
 
 def _adapter(model: Any) -> dict[str, Any]:

@@ -59,7 +59,8 @@ class JudgeRequest:
             self.client()  # checks the address
 
     def client(self) -> JudgeClient:
-        return JudgeClient(self.model or "", self.url or OPENAI, first_wait_s=self.first_wait_s)
+        url = OPENAI if self.url is None else self.url  # an empty one is a variable not set
+        return JudgeClient(self.model or "", url, first_wait_s=self.first_wait_s)
 
 
 def judge(
@@ -94,7 +95,7 @@ def judge(
     content = json.dumps(games, sort_keys=True).encode("utf-8", "replace")
     identity = {
         "judge": request.model,
-        "url": request.url or OPENAI,
+        "url": request.client().url,
         "instructions_sha256": hashlib.sha256(INSTRUCTIONS.encode()).hexdigest(),
         "answers_sha256": hashlib.sha256(content).hexdigest(),
     }

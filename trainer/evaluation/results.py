@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from ..errors import UserError, refusals
 from ..text import printable
 
 Record = dict[str, Any]
+
+SEAL = "crc32"
+"""A record's checksum, in its line of the file."""
 
 
 def output_folder(model: str, benchmark: str, out: Path | None) -> Path:
@@ -91,13 +95,13 @@ def _cell(value: Any) -> str:
 class Records:
     """``FOLDER/NAME.jsonl``: finished records by their ``id``; and the settings they came from.
 
-    Lines are only ever added, each on disk (fsync) when `append` returns. A last line that was cut
-    off when the process was killed is dropped, so only unfinished work is lost, and no id is there
-    twice. Use it as a context manager: one process at a time.
+    Lines are only ever added, each with its checksum, and on disk (fsync) when `append` returns. A
+    last line that was cut off when the process was killed is dropped, so only unfinished work is
+    lost, and no id is there twice. Use it as a context manager: one process at a time.
 
     Raises:
         UserError: the folder holds records of other settings (which ones is said), a line that is
-            no record, or another process is at it.
+            no record or was changed, or another process is at it.
     """
 
     def __init__(self, folder: Path, name: str, settings: Record) -> None:
@@ -126,7 +130,7 @@ class Records:
         """Add finished records, all in one write, and wait until they are on disk."""
         with self._lock, refusals(f"{self.path}: cannot be written", OSError):
             new = [record for record in records if record["id"] not in self.done]
-            self._file.write("".join(json.dumps(record) + "\n" for record in new).encode())
+            self._file.write("".join(map(_sealed, new)).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
             self.done |= {record["id"]: record for record in new}
@@ -185,12 +189,22 @@ class Records:
         for number, line in enumerate(lines.splitlines(), 1):
             try:
                 record = json.loads(line)
+                if record.pop(SEAL) != _seal(record):
+                    raise ValueError("its checksum differs")
                 self.done.setdefault(record["id"], record)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(
-                    f"{self.path}, line {number}: not a record; mend it, or give another folder "
-                    "with --out"
+                    f"{self.path}, line {number}: remove this line, and its record is made again; "
+                    "it is damaged"
                 ) from error
         if len(lines) < len(content):
             self._file.truncate(len(lines))
             os.fsync(self._file.fileno())
+
+
+def _sealed(record: Record) -> str:
+    return json.dumps(record | {SEAL: _seal(record)}) + "\n"
+
+
+def _seal(record: Record) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"

@@ -114,6 +114,11 @@ def test_addresses_that_are_none(url):
         JudgeClient("m", url)
 
 
+def test_an_empty_address_is_not_openai():
+    with pytest.raises(UserError, match="--judge-url: expected an address"):
+        judging.JudgeRequest("judge", "").client()
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 from widemargin.trainer.errors import UserError
@@ -82,6 +83,19 @@ def test_a_line_that_is_no_record(tmp_path):
         file.write("oops\n")
     with pytest.raises(UserError, match=r"r\.jsonl, line 2"):
         Records(tmp_path, "r", {}).__enter__()
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    with Records(tmp_path, "r", {}) as records:
+        records.append([{"id": "x", "output": "yes"}])
+    path = tmp_path / "r.jsonl"
+    good = path.read_bytes()
+    for bit in range(8 * (len(good) - 1)):  # the last byte ends the line: a cut line is dropped
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(damaged))
+        with suppress(UserError), Records(tmp_path, "r", {}) as records:
+            assert records.done in ({}, {"x": {"id": "x", "output": "yes"}})
 
 
 def test_threads_append_whole_lines(tmp_path):

@@ -301,6 +301,20 @@ def two_ranks(folder: Path, what: str, *runs: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.costly
+def test_ranks_with_other_settings_are_refused(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "apart.py").write_text(
+        "import os, sys\n"
+        "from widemargin.trainer.cli import main\n"
+        "sys.exit(main(['train', 'config.yaml', '--seed=' + os.environ['RANK']]))\n"
+    )
+    done = launch(tmp_path, "apart.py")
+    assert done.returncode != 0
+    assert "start every rank with the same settings" in done.stderr, done.stderr[-3000:]
+    assert "seed was 0, is 1" in done.stderr
+
+
+@pytest.mark.costly
 def test_two_ranks_agree(tmp_path):
     """SIGTERM to one rank saves on both, and the resumed run ends as the uninterrupted one."""
     write_run(tmp_path)
