@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from widemargin.kernels import reference
 from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.checkpoint.files import MANIFEST
 from widemargin.trainer.cli import main
 from widemargin.trainer.data.table import FILLER_ID, PairRows
 from widemargin.trainer.errors import UserError
@@ -80,6 +81,34 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, objective):
     trainer = tiny_trainer(tmp_path / "again", model=tiny_model(seed=7), **common)
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert torch.equal(parameters_of(trainer.model), uninterrupted)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2, 9])
+def test_a_resumed_run_reports_all_of_its_loss_and_time(tmp_path, logging_steps):
+    common = {
+        "max_steps": 4, "save_strategy": "steps", "save_steps": 3, "logging_steps": logging_steps,
+    }  # fmt: skip
+    whole = tiny_trainer(tmp_path / "whole", **common)
+    expected = whole.train()
+    manifest = tmp_path / "whole" / "checkpoint-3" / MANIFEST
+    before = json.loads(manifest.read_text())["run"]["progress"]["seconds"]
+    again = tiny_trainer(tmp_path / "again", **common)
+    resumed = again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.training_loss == expected.training_loss
+    assert resumed.metrics["train_runtime"] >= before
+    losses = [
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (whole, again)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_taken_up_again_keeps_its_loss(tmp_path):
+    common = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    expected = tiny_trainer(tmp_path, **common).train()
+    again = tiny_trainer(tmp_path / "again", **common)
+    resumed = again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.training_loss == expected.training_loss > 0
 
 
 def test_a_checkpoint_of_another_objective_is_refused(tmp_path):

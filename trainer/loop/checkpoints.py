@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..model.digest import frozen_digest
 from ..text import steady_console
 from .preemption import Preempted, Preemption
+from .progress import Progress
 from .watchdog import Watchdog
 from .weights import check_weights
 
@@ -58,6 +59,7 @@ class CheckpointedTrainer(Trainer):
     _save_problem: str | None = None
     _to_push: str | None = None
     _facts: Facts | None = None
+    _progress: Progress
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -91,6 +93,7 @@ class CheckpointedTrainer(Trainer):
             if folder is not None:
                 on_first_rank(self.args, lambda: check_same_run(folder, facts))
             checkpoint = None if folder is None else str(folder)
+            self._progress = Progress(self, folder)
             return self._train_from(checkpoint, *args, **kwargs)
 
     def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -140,8 +143,9 @@ class CheckpointedTrainer(Trainer):
             finally:
                 self._staging = None
             self._name_best(run_dir, staging / folder.name)
+        facts = (self._facts or {}) | {"progress": self._progress.facts()}
         if self._gather_problem() is None and self.args.should_save:
-            self._attempt(lambda: write_manifest(staging / folder.name, step, self._facts or {}))
+            self._attempt(lambda: write_manifest(staging / folder.name, step, facts))
             if self._save_problem is None:
                 self._attempt(lambda: publish(staging, folder))
         if self._gather_problem() is None:
@@ -242,6 +246,7 @@ class CheckpointedTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """transformers would make one more step where the checkpoint was of the last one."""
+        self._progress.restore()
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -251,13 +256,13 @@ class CheckpointedTrainer(Trainer):
         """Where only the best is saved, a run that is told to stop is saved too."""
         return super()._determine_best_metric(metrics, trial) or self.preemption.stopping
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """With save_total_limit: 1 transformers leaves the best alone, from which none goes on."""
         best = self.state.best_model_checkpoint
         if self.preemption.stopping:
             self.state.best_model_checkpoint = None
         try:
-            return super()._finalize_training(*args, **kwargs)
+            return super()._finalize_training(trial, num_train_samples, self._progress.began_at())
         finally:
             self.state.best_model_checkpoint = best
 

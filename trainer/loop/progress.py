@@ -1,0 +1,66 @@
+"""Losses and seconds of a run so far, kept in its checkpoints and reported by a resumed run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..checkpoint.files import MANIFEST, read_manifest
+
+
+class Progress:
+    """Puts into transformers' loop the sums that it had when its checkpoint was saved.
+
+    Without them the loss of a resumed run would be a mean over its own steps alone, and the first
+    loss logged would lack the steps between the last log and the checkpoint.
+
+    Args:
+        trainer: whose loop it is.
+        folder: of the checkpoint that the run goes on from, if it does.
+    """
+
+    def __init__(self, trainer: Any, folder: Path | None) -> None:
+        self.trainer = trainer
+        self.began = time.monotonic()
+        known = folder is not None and (folder / MANIFEST).is_file()
+        self.before: dict[str, float] = (
+            read_manifest(folder)["run"].get("progress", {}) if folder and known else {}
+        )
+        self.restored = False
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all processes that carried it out one after another."""
+        return self.before.get("seconds", 0.0) + time.monotonic() - self.began
+
+    def facts(self) -> dict[str, float]:
+        """What a checkpoint's manifest keeps; a collective with several ranks."""
+        pending = self.trainer._tr_loss.detach().clone()
+        if self.trainer.args.world_size > 1:
+            dist.all_reduce(pending)
+            pending /= self.trainer.args.world_size
+        return {
+            "loss_sum": self.trainer._total_loss_scalar,
+            "pending_loss": pending.item(),
+            "last_logged": self.trainer._globalstep_last_logged,
+            "seconds": self.seconds,
+        }
+
+    def restore(self) -> None:
+        """Once, after transformers has set its sums to zero and before the first step."""
+        if self.before and not self.restored:
+            trainer = self.trainer
+            trainer._total_loss_scalar = self.before["loss_sum"]
+            trainer._tr_loss = torch.full_like(trainer._tr_loss, self.before["pending_loss"])
+            trainer._globalstep_last_logged = int(self.before["last_logged"])
+        self.restored = True
+
+    def began_at(self) -> float:
+        """When the run would have begun in one piece; and all of its steps count from now on."""
+        if self.before:
+            self.trainer._initial_global_step = 0
+        return time.time() - self.seconds
