@@ -43,6 +43,51 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+MIXTURE = EXPERTS | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", {}),
+    "falcon_mamba": ("falcon_mamba", {}),
+    "mamba2": (
+        "mamba2",
+        {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    ),
+    "jamba": (
+        "jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, **EXPERTS},
+    ),
+    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1]}),
+    "zamba2": (
+        "zamba2",
+        {
+            "num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2,
+            "hybrid_layer_ids": [1, 3], "mamba_d_state": 8, "mamba_headdim": 8,
+            "n_mamba_heads": 8, "num_key_value_heads": 4,
+        },
+    ),
+    "falcon_h1": ("falcon_h1", MAMBA | {"mamba_d_ssm": 32, "mamba_d_head": 8}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        MAMBA | {"layer_types": ["mamba", "attention"], **EXPERTS},
+    ),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {**MIXTURE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    ),
+    "qwen3_next": ("qwen3_next", DELTA | MIXTURE),
+    "qwen3_5": ("qwen3_5_text", DELTA),
+    "qwen3_5_moe": ("qwen3_5_moe_text", DELTA | MIXTURE),
+    "olmo_hybrid": ("olmo_hybrid", DELTA),
+}  # fmt: skip
+"""Families with recurrent layers, most of them beside attention."""
+
 
 def token_pairs(count: int = 4, seed: int = 0, longest: int = 24) -> Rows:
     """Pairs of random tokens; prompts of 2 and more, completions of 1 and more."""
@@ -58,7 +103,7 @@ def token_pairs(count: int = 4, seed: int = 0, longest: int = 24) -> Rows:
 
 def family_model(family: str, attention: str = "eager") -> Any:
     """A tiny model whose attention is set by name alone: also what this machine cannot load."""
-    name, changes = (FAMILIES | RELATIVES)[family]
+    name, changes = (FAMILIES | RELATIVES | RECURRENT)[family]
     model: Any = tiny_model(name, **changes)
     model.config._attn_implementation = attention
     return model

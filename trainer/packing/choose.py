@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..settings.names import Layout
 from .collator import PairCollator
 from .layout import BLOCK, Rows, dense_cost, row_length
+from .recurrent import MIXED, RECURRENT, has_no_attention, is_recurrent
 from .varlen import knows_windows
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ FAMILIES = frozenset(
 )
 """Model types whose packed rows are tested to be exact, sliding windows included."""
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Kinds of layers whose mask is known here."""
+LAYER_TYPES = {"full_attention", "sliding_attention", *RECURRENT, MIXED, "mlp", "moe"}
+"""Kinds of layers that are known here; the last two see one token at a time."""
 
 WIDEST_HEAD = 256
 """Features of the widest attention head that flash attention takes."""
@@ -170,6 +171,19 @@ def _rows(
     config: Any, attention: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Rows], str]:
     """Kinds of rows that this attention reads, the fastest first, and why these (or none)."""
+    if has_no_attention(config):
+        return ["varlen"], "recurrent layers: sequence by sequence, without padding"
+    if is_recurrent(config):
+        kinds, why = _rows_of_attention(config, attention, device, dtype)
+        varlen: list[Rows] = [kind for kind in kinds if kind == "varlen"]
+        other = f"{config.model_type} has recurrent layers, which take no dense masks ({why})"
+        return varlen, why if varlen else other
+    return _rows_of_attention(config, attention, device, dtype)
+
+
+def _rows_of_attention(
+    config: Any, attention: str, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Rows], str]:
     if "flash" in attention:
         return ["varlen"], f"{attention}: rows without padding"
     if attention == "flex_attention":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .recurrent import RECURRENT, has_no_attention, is_recurrent, keep_sequences_apart
 from .varlen import VARLEN_ARGUMENTS, takes_varlen, window_of
 
 
@@ -47,7 +48,10 @@ def packed_arguments(
             "attention_mask: expected none beside segment_ids, which say what sees what"
         )
     if arguments.get("cu_seq_lens_q") is not None:
-        takes_varlen(config._attn_implementation)
+        if is_recurrent(config):
+            keep_sequences_apart(model)
+        if not has_no_attention(config):
+            takes_varlen(config._attn_implementation)
         return arguments | {"attention_mask": _no_mask(config, positions.device)}
     if segment_ids is None:
         raise UserError("segment_ids: packed rows without cu_seq_lens_q need them, [B, T]")
@@ -110,5 +114,12 @@ def pair_masks(
 def _no_mask(config: Any, device: torch.device) -> Any:
     """A stand-in that keeps a model from making its own mask; see `varlen.is_no_mask`."""
     stub = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+    if has_no_attention(config):
+        return None
     kinds = getattr(config, "layer_types", None)
-    return stub if kinds is None else dict.fromkeys(kinds, stub)
+    if kinds is None:
+        return stub
+    masks: dict[str, Tensor | None] = dict.fromkeys(kinds, stub)
+    if is_recurrent(config):  # mixed layers look two masks up, under these names
+        masks |= {"full_attention": stub, **dict.fromkeys(RECURRENT)}
+    return masks

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..settings.checks import is_split
 from .choose import FAMILIES, Packing, longest_sequence, packings
 from .collator import model_inputs
+from .recurrent import has_no_attention, is_recurrent, keep_sequences_apart
 from .rope import fix_rope
 from .varlen import takes_varlen
 
@@ -96,9 +97,13 @@ def settle_packing(
     """
     compared = stand_in if sharded else model
     candidates = packings(setting, model.config, checked=compared is not None, **circumstances)
-    for packing in candidates:
-        if packing.rows == "varlen":  # now, and not in a forward that torch.compile traces
+    if any(packing.rows == "varlen" for packing in candidates):
+        # Now, and not in a forward that torch.compile traces.
+        text = model.config.get_text_config()
+        if not has_no_attention(text):
             takes_varlen(circumstances.get("attention") or _attention(model))
+        if is_recurrent(text):
+            keep_sequences_apart(model)
     longest_row = _mask_size(model)
     if longest_row is not None:
         candidates = _padded_only(setting, longest_row)

@@ -106,10 +106,24 @@ def test_varlen_only_where_it_has_kernels_and_windows(monkeypatch):
 @pytest.mark.parametrize("wanted", ["packed", "prefix_shared"])
 def test_layers_of_unknown_kinds_are_refused(wanted):
     config = tiny_model("qwen3").config
-    config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(UserError, match="linear_attention"):
+    config.layer_types = ["spiral_attention", "full_attention"]
+    with pytest.raises(UserError, match="spiral_attention"):
         choose_packing(wanted, config)
-    assert "linear_attention" in choose_packing("auto", config).reason
+    assert "spiral_attention" in choose_packing("auto", config).reason
+
+
+def test_recurrent_layers_take_rows_by_their_lengths_alone():
+    config = tiny_model("qwen3").config
+    config.layer_types = ["linear_attention", "full_attention"]
+    chosen = choose_packing("auto", config, attention="sdpa")
+    assert (chosen.layout, chosen.rows) == ("prefix_shared", "varlen")
+    eager = choose_packing("auto", config, attention="eager")
+    assert eager.layout == "padded"
+    assert "recurrent layers" in eager.reason
+    with pytest.raises(UserError, match="which take no dense masks"):
+        choose_packing("packed", config, attention="eager")
+    config.layer_types = ["linear_attention", "conv"]
+    assert choose_packing("auto", config, attention="eager").rows == "varlen"
 
 
 def test_a_window_of_an_unknown_family_matters_where_data_is_longer():

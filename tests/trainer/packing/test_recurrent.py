@@ -1,0 +1,89 @@
+"""Recurrent layers over packed rows: exactly what every sequence gives alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.packing import PairCollator, model_inputs
+from widemargin.trainer.packing.recurrent import TIMED, keep_sequences_apart
+
+from tests.support.packed_rows import RECURRENT, alone, errors, family_model, gradient, token_pairs
+from tests.support.tiny_models import tiny_trainer
+
+BOUND = 5e-6
+UNKNOWN = "the installed transformers has no such family"
+known = [
+    pytest.param(family, marks=pytest.mark.skipif(name not in CONFIG_MAPPING, reason=UNKNOWN))
+    for family, (name, _) in RECURRENT.items()
+]
+
+
+@pytest.mark.parametrize("family", known)
+@pytest.mark.parametrize("layout", ["packed", "prefix_shared"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+def test_rows_give_what_each_sequence_gives_alone(family, layout, checkpointing):
+    model, rows = family_model(family, "sdpa").eval(), token_pairs(3)
+    logps = alone(model, rows)
+    expected = logps.detach(), gradient(model, logps)
+    batch = PairCollator(0, layout=layout, rows="varlen")(rows)
+    logp_error, gradient_error = errors(model, batch, expected, checkpointing=checkpointing)
+    bound = (2 if family == "zamba2" else 1) * BOUND  # it has twice the layers
+    assert logp_error < bound
+    assert gradient_error < bound
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1", "lfm2", "qwen3_next"])
+def test_one_answer_changes_no_other(family):
+    """Bit for bit: nothing is carried from a sequence into the next."""
+    model, rows = family_model(family, "sdpa").eval(), token_pairs(3)
+    patch_head(model, tail="exact")
+    changed = [dict(row) for row in rows]
+    changed[1]["chosen_ids"] = [token + 1 for token in rows[1]["chosen_ids"]]
+    first, second = (
+        model(**model_inputs(PairCollator(0, layout="prefix_shared", rows="varlen")(part)))
+        for part in (rows, changed)
+    )
+    bounds = PairCollator(0)(rows)["cu_seqlens"]
+    same = torch.ones(len(first.token_logps), dtype=torch.bool)
+    same[bounds[1] : bounds[2]] = False
+    assert torch.equal(first.token_logps[same], second.token_logps[same])
+    assert not torch.equal(first.token_logps[~same], second.token_logps[~same])
+
+
+def test_generation_and_other_models_are_as_before():
+    model, untouched = (family_model("qwen3_next", "sdpa").eval() for _ in range(2))
+    tokens = torch.arange(3, 11)[None]
+    before = untouched.generate(tokens, max_new_tokens=4, do_sample=False)
+    patch_head(model)
+    model(**model_inputs(PairCollator(0, layout="packed", rows="varlen")(token_pairs(2))))
+    assert torch.equal(model.generate(tokens, max_new_tokens=4, do_sample=False), before)
+    assert torch.equal(untouched.generate(tokens, max_new_tokens=4, do_sample=False), before)
+
+
+def test_a_function_is_wrapped_once():
+    model = family_model("qwen3_next", "sdpa")
+    keep_sequences_apart(model)
+    module = sys.modules[type(model).__module__]
+    wrapped = {name: vars(module).get(name) for name in TIMED}
+    keep_sequences_apart(model)
+    keep_sequences_apart(family_model("qwen3_next", "sdpa"))
+    assert {name: vars(module).get(name) for name in TIMED} == wrapped
+
+
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_next"])
+def test_auto_shares_prompts_and_trains_as_padded_rows_do(tmp_path, family):
+    learnt: list[Any] = []
+    for packing in ("auto", "padded"):
+        model = family_model(family, "sdpa")
+        trainer = tiny_trainer(tmp_path, model, packing=packing)
+        assert trainer.pipeline.layout == ("padded" if packing == "padded" else "prefix_shared")
+        trainer.train()
+        learnt.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    fresh = torch.cat([p.detach().flatten() for p in family_model(family).parameters()])
+    apart = (learnt[0] - learnt[1]).norm() / (learnt[1] - fresh).norm()
+    assert apart < 1e-3
