@@ -7,6 +7,7 @@ else defines the ops a second time.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ def head_logits(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """The full logits ``softcap(logit_scale * (hidden @ weight.T + bias))``, [N, V].
+    """The full logits ``softcap(logit_scale * (hidden @ weight.T + bias)) / temperature``, [N, V].
 
     Args:
         hidden: [N, H]. weight: [V, H]. bias: [V] or None.
@@ -33,7 +35,9 @@ def head_logits(
     if bias is not None:
         logits = logits + bias
     logits = logit_scale * logits
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
 
 
 def linear_logprob(
@@ -44,12 +48,31 @@ def linear_logprob(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Log-probability of each target under the head, [N]; 0 where the target is -100."""
-    logps = head_logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
+    logps = head_logits(hidden, weight, bias, logit_scale, softcap, temperature).log_softmax(-1)
     ignored = targets == IGNORE_INDEX
     picked = logps.gather(-1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
     return picked.masked_fill(ignored, 0.0)
+
+
+class TokenFacts(NamedTuple):
+    """Of each token's distribution over the vocabulary, [N]; see `token_facts`."""
+
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+
+
+def token_facts(logits: Tensor, targets: Tensor) -> TokenFacts:
+    """What `linear_logprob` returns on request, from logits [N, V]; 0 where the target is -100."""
+    logps = logits.log_softmax(-1)
+    ignored = targets == IGNORE_INDEX
+    entropy = torch.special.entr(logps.exp()).sum(-1)
+    found = (entropy, (2 * logps).logsumexp(-1), logits.mean(-1), logits.argmax(-1) == targets)
+    return TokenFacts(*(fact.masked_fill(ignored, 0) for fact in found))
 
 
 def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,13 +98,15 @@ class HeadKernel(NamedTuple):
 _HEAD = "widemargin.kernels.linear_logprob"
 HEAD = {
     "_forward_kernel": HeadKernel(
-        f"{_HEAD}.triton_forward", "forward", variants=("softcap", "sampled")
+        f"{_HEAD}.triton_forward", "forward", variants=("softcap", "sampled", "extras")
     ),
     "_forward_tma_kernel": HeadKernel(
         "bench.head.forwards.tma", "", ("bf16",), (90,), ("sampled",)
     ),
     "_statistics_kernel": HeadKernel("bench.head.forwards.library", "", product=False),
-    "_recompute_kernel": HeadKernel(f"{_HEAD}.triton_cells", "recompute", variants=("softcap",)),
+    "_recompute_kernel": HeadKernel(
+        f"{_HEAD}.triton_cells", "recompute", variants=("softcap", "entropy")
+    ),
     "_weight_kernel": HeadKernel(f"{_HEAD}.triton_cells", "d_weight"),
     "_hidden_kernel": HeadKernel(f"{_HEAD}.triton_cells", "d_hidden"),
     "_bias_kernel": HeadKernel(f"{_HEAD}.triton_cells", None, product=False),
@@ -116,13 +118,17 @@ HEAD = {
 }
 
 
+_ASKED = ("ENTROPY", "SQUARES", "MEANS", "TOP1")
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "softcap": {"HAS_SOFTCAP": True},
     "sampled": {"every": 1},
+    "extras": dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", *_ASKED), True),
+    "entropy": {"HAS_SOFTCAP": True, "ENTROPY": True},
 }
 """Constants of a kernel's variants. The forward's "sampled" adds every token tile to the profile,
-so `outside_main_loop` counts a tile that does; without it, one that does not."""
+so `outside_main_loop` counts a tile that does; without it, one that does not. "extras" is the
+forward asked for all of `Extras`, "entropy" the backward of its gradient."""
 
 
 def head_source(kernel: str, dtype: str, tile: Tile, variant: str = "") -> Source:
@@ -163,8 +169,7 @@ def head_source(kernel: str, dtype: str, tile: Tile, variant: str = "") -> Sourc
         "TOP_CUT": TOP_CUT,
         "LEVELS": LEVELS,
         "STEP": FINISH_STEP if kernel == "_finish_kernel" else STEP,
-        "HAS_BIAS": False,
-        "HAS_SOFTCAP": False,
+        **dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", *_ASKED), False),
         "TOPS": True,
         "PROFILE": True,
         "TAIL": True,
@@ -205,6 +210,8 @@ def _head(kernel: str, dtype: str, arch: int, variant: str) -> Callable[[], Sour
             tile = importlib.import_module(HEAD[kernel].module).TILE
         if kernel == "_forward_kernel" and variant == "softcap":
             tile = tile._replace(columns=BLOCK)
+        if variant == "extras":
+            tile = importlib.import_module(HEAD[kernel].module).tile_of_extras(tile)
         return head_source(kernel, dtype, tile, variant)
 
     return source

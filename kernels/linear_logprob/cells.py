@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .routing import BLOCK, TOP_CUT, num_blocks, target_grads
-from .types import HeadCall, Saved
+from .types import EntropyGrad, HeadCall, Saved
 
 TILE = 128
 """Tokens per tile."""
@@ -129,7 +129,13 @@ def list_cells(flags: Tensor, capacity: int) -> Cells:
     )
 
 
-def every_cell(call: HeadCall, saved: Saved, grad: Tensor, scored: Tensor) -> Routing:
+def every_cell(
+    call: HeadCall,
+    saved: Saved,
+    grad: Tensor,
+    scored: Tensor,
+    entropy: EntropyGrad | None = None,
+) -> Routing:
     """Every cell, tokens in their own order; the entries are the targets. Args: as in `choose`."""
     tokens, blocks = len(scored), num_blocks(len(call.weight))
     order = torch.arange(tokens, device=scored.device)
@@ -137,7 +143,8 @@ def every_cell(call: HeadCall, saved: Saved, grad: Tensor, scored: Tensor) -> Ro
     stats = torch.zeros(4, dtype=saved.lse.dtype, device=scored.device)
     stats[0], stats[3] = scored.any(), 1.0
     targets = saved.targets
-    target_grad = target_grads(call, grad * call.logit_scale, saved.logps, targets.clamp_min(0))
+    scale, entropy = call.logit_scale, entropy and entropy.scaled(call.logit_scale)
+    target_grad = target_grads(call, grad * scale, saved.logps, targets.clamp_min(0), entropy)
     target_blocks = torch.div(targets, BLOCK, rounding_mode="floor")
     by_block = torch.argsort(target_blocks, stable=True)
     every = torch.arange(blocks + 1, device=order.device)

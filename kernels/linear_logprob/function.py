@@ -2,7 +2,7 @@
 
 Forward, one pass over the head's weight, tile by tile:
 
-    z = softcap(logit_scale * (hidden @ weight.T + bias))            never stored
+    z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature    never stored
     partial_lse[b, i] = logsumexp of z[i] over vocabulary block b
     lse[i] = logsumexp_b partial_lse[b, i];  logp[i] = z[i, target_i] - lse[i]
 
@@ -23,7 +23,7 @@ routing, the exact target and the averaged tail are this project's (bench/ measu
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ def linear_logprob(
     bias: Tensor | None = ...,
     logit_scale: float = ...,
     softcap: float | None = ...,
+    temperature: float = ...,
     tail: Tail = ...,
     tail_eps: float = ...,
     backend: Backend = ...,
@@ -61,11 +62,33 @@ def linear_logprob(
     bias: Tensor | None = ...,
     logit_scale: float = ...,
     softcap: float | None = ...,
+    temperature: float = ...,
     tail: Tail = ...,
     tail_eps: float = ...,
     backend: Backend = ...,
     return_stats: Literal[True],
 ) -> tuple[Tensor, HeadStats]: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    tail: Tail = ...,
+    tail_eps: float = ...,
+    backend: Backend = ...,
+    return_stats: bool = ...,
+    return_entropy: bool = ...,
+    return_log_sum_sq_probs: bool = ...,
+    return_mean_logits: bool = ...,
+    return_is_top1: bool = ...,
+) -> Any: ...
 
 
 def linear_logprob(
@@ -76,12 +99,17 @@ def linear_logprob(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     tail: Tail = "mean",
     tail_eps: float = TAIL_EPS,
     backend: Backend = "auto",
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, HeadStats]:
-    """``log softmax(softcap(logit_scale * (hidden @ weight.T + bias)))[targets]``, without logits.
+    return_entropy: bool = False,
+    return_log_sum_sq_probs: bool = False,
+    return_mean_logits: bool = False,
+    return_is_top1: bool = False,
+) -> Tensor | tuple[Any, ...]:
+    """``log softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[targets]``.
 
     Differentiable in hidden, weight and bias; frozen ones cost nothing. Under autocast, products
     take inputs rounded to the autocast dtype, as `F.linear` would; accumulation is always fp32.
@@ -90,44 +118,61 @@ def linear_logprob(
         hidden: [N, H], fp32, bf16 or fp16; fp64 in the torch backend.
         weight: [V, H], hidden's dtype (any under autocast).
         targets: [N] int64 in [0, V), or -100: log-prob 0 and no gradient there. Such a position
-            still costs forward, so select positions first. Ranges are checked on a CPU only: a GPU
-            would be waited for; check where the data is made.
-        bias: [V] or None.
-        logit_scale: multiplies the logits, bias included.
+            costs forward, so select positions first. A GPU does not check the range.
+        bias: [V] or None. logit_scale: multiplies the logits, bias included.
         softcap: ``c`` in ``c * tanh(z / c)``; None for none.
-        tail: what happens to (token, 128-row vocabulary block) pairs of negligible mass in
-            backward. "mean" spreads their exact mass over the block's rows by the batch's average
+        tail: what (token, 128-row vocabulary block) pairs of negligible mass become in backward.
+            "mean" spreads their exact mass over the block's rows by the batch's average
             distribution there, "drop" ignores it, "exact" computes every pair.
-        tail_eps: mass from which a pair is computed, weighted by its token's share of the
-            gradient: ``|g_i| * mass >= tail_eps * mean|g|``. Probability in (0, 1). Train with
-            ``TRAINING_TAIL_EPS``: AdamW makes more of an error than its norm says.
+        tail_eps: mass from which a pair is computed, in (0, 1), weighted by its token's share of
+            the gradient: ``|g_i| * mass >= tail_eps * mean|g|``; see ``TRAINING_TAIL_EPS``.
         backend: "triton", "torch", or "auto": the fastest that takes these inputs.
         return_stats: also return `HeadStats`, which backward fills.
+        return_entropy and so on: also return this one of `Extras`, [N]. The entropy's gradient
+            needs ``tail="exact"``; with another tail, detach it or backward raises.
 
     Returns:
-        [N] log-probs in fp32 (fp64 for fp64 inputs); with ``return_stats`` a pair with HeadStats.
+        [N] log-probs in fp32 (fp64 for fp64 inputs); with one or more ``return_...`` a tuple of
+        the log-probs and these, in the order of the arguments.
 
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit.
     """
-    check_tensors(hidden=hidden, weight=weight, targets=targets)
-    if bias is not None:
-        check_tensors(bias=bias)
     _check_inputs(hidden, weight, targets, bias)
-    _check_settings(logit_scale, softcap, tail, tail_eps)
-    compute_dtype = _compute_dtype(hidden)
-    chosen = choose_backend(backend, hidden, compute_dtype)
-    inputs = (hidden, weight, bias)
-    _refuse_forward_mode(*inputs)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    dtype = torch.promote_types(compute_dtype, torch.float32)
-    stats = hidden.new_full((4,), torch.nan, dtype=dtype) if return_stats else None
-    settings = (logit_scale, softcap, tail, tail_eps, compute_dtype, chosen, keep)
-    logps = forward_op(hidden, weight, targets, bias, stats, *settings)[0]
-    return logps if stats is None else (logps, HeadStats(stats))
+    _check_settings(logit_scale, softcap, temperature, tail, tail_eps)
+    _refuse_forward_mode(hidden, weight, bias)
+    dtype = compute_dtype(hidden)
+    stats = _no_stats(hidden, dtype) if return_stats else None
+    scales = at_temperature(temperature, logit_scale, softcap)
+    settings = (*scales, tail, tail_eps, dtype, choose_backend(backend, hidden, dtype))
+    asked = [return_entropy, return_log_sum_sq_probs, return_mean_logits, return_is_top1]
+    keep = _needs_backward(hidden, weight, bias)
+    found = forward_op(hidden, weight, targets, bias, stats, *settings, keep, asked)
+    extras = [x for x, wanted in zip(found[-4:], asked, strict=True) if wanted]
+    answers = [found[0], *([] if stats is None else [HeadStats(stats)]), *extras]
+    return answers[0] if len(answers) == 1 else tuple(answers)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def at_temperature(
+    temperature: float, logit_scale: float, softcap: float | None
+) -> tuple[float, float | None]:
+    """Scale and softcap of ``c tanh(s y / c) / T``, which is ``(c / T) tanh((s / T) y / (c / T))``.
+
+    So a temperature costs nothing.
+    """
+    return logit_scale / temperature, None if softcap is None else softcap / temperature
+
+
+def _no_stats(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """For `HeadStats`, which backward fills."""
+    return hidden.new_full((4,), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _needs_backward(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype inputs are rounded to before products: autocast's, or their own."""
     if _autocast(hidden) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
@@ -150,6 +195,9 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Raise ``ValueError`` for the first tensor of the wrong shape, dtype or device."""
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        check_tensors(bias=bias)
     expect(hidden.dim() == 2, "hidden", "[N, H]; flatten batch and sequence", list(hidden.shape))
     width = hidden.shape[1]
     fits = weight.dim() == 2 and weight.shape[1] == width
@@ -174,12 +222,16 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     expect(len(devices) == 1, "devices", "all inputs on one device", sorted(map(str, devices)))
 
 
-def _check_settings(logit_scale: float, softcap: float | None, tail: str, tail_eps: float) -> None:
+def _check_settings(
+    logit_scale: float, softcap: float | None, temperature: float, tail: str, tail_eps: float
+) -> None:
     """Raise ``ValueError`` for the first setting that is out of its range."""
     scale = "a finite number (to learn one, multiply hidden by it)"
     expect(is_number(logit_scale), "logit_scale", scale, logit_scale)
     positive = softcap is None or (is_number(softcap) and softcap > 0)
     expect(positive, "softcap", "a positive number or None", repr(softcap))
+    hot = is_number(temperature) and temperature > 0
+    expect(hot, "temperature", "a number above 0", repr(temperature))
     expect(tail in TAILS, "tail", f"one of {', '.join(TAILS)}", repr(tail))
     fits = is_number(tail_eps) and 0 < tail_eps < 1
     expect(fits, "tail_eps", "a probability in (0, 1)", repr(tail_eps))

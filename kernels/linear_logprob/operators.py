@@ -20,7 +20,7 @@ from ..reference import IGNORE_INDEX
 from .routing import num_blocks
 from .torch_backward import backward as torch_backward
 from .torch_forward import forward as torch_forward
-from .types import GradRequest, HeadCall, Saved
+from .types import Asked, EntropyGrad, GradRequest, HeadCall, Saved
 
 
 @torch.library.custom_op("widemargin::linear_logprob", mutates_args=())
@@ -37,13 +37,18 @@ def forward_op(
     compute_dtype: torch.dtype,
     backend: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logps, lse, partial_lse, profile, tops of `Saved`; without ``keep`` the last three empty."""
+    asked: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, lse, partial_lse, profile, tops of `Saved`, and `Extras`.
+
+    Without ``keep`` the last three of `Saved` are empty, and so are extras not ``asked`` for.
+    """
     call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
     _check_targets(targets, len(weight))
     ignored = targets == IGNORE_INDEX
     targets = targets.masked_fill(ignored, 0)
-    kept = {"keep": keep, "profile": keep and tail == "mean", "tops": keep and tail != "exact"}
+    kept: dict[str, Any] = {"keep": keep, "profile": keep and tail == "mean"}
+    kept |= {"tops": keep and tail != "exact", "asked": Asked(*asked) if any(asked) else None}
     with plain_arithmetic(hidden):
         if backend == "triton":
             from .triton_forward import forward as triton_forward
@@ -52,12 +57,14 @@ def forward_op(
         else:
             saved = torch_forward(call, targets, **kept)
     logps = saved.logps.masked_fill_(ignored, 0.0)
-    return logps, saved.lse, saved.partial_lse, saved.profile, saved.tops
+    new, extras = saved.lse.new_empty, saved.extras or (None,) * 4
+    e, s, m, t = (new(0) if x is None else x.masked_fill_(ignored, 0) for x in extras)
+    return logps, saved.lse, saved.partial_lse, saved.profile, saved.tops, e, s, m, t
 
 
 @forward_op.register_fake
 def _(hidden, weight, *rest):
-    tail, _tail_eps, compute_dtype, _backend, keep = rest[-5:]
+    tail, _tail_eps, compute_dtype, _backend, keep, asked = rest[-6:]
     dtype = torch.promote_types(compute_dtype, torch.float32)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
 
@@ -71,6 +78,8 @@ def _(hidden, weight, *rest):
         new(blocks, rows),
         new(vocabulary if keep and tail == "mean" else 0),
         hidden.new_empty((blocks if tail != "exact" else 0, rows), dtype=torch.int32),
+        *(new(rows if wanted else 0) for wanted in asked[:-1]),
+        hidden.new_empty(rows, dtype=torch.bool) if asked[-1] else new(0),
     )
 
 
@@ -87,6 +96,8 @@ def backward_op(
     partial_lse: Tensor,
     profile: Tensor,
     tops: Tensor,
+    entropy: Tensor,
+    entropy_grad: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     tail: str,
@@ -100,7 +111,11 @@ def backward_op(
     scored = targets != IGNORE_INDEX
     saved = Saved(targets.masked_fill(~scored, 0), logps, lse, partial_lse, profile, tops)
     grad = torch.where(scored, grad.to(lse.dtype), 0.0)
-    request = GradRequest(grad, scored, 0.0 if tail == "exact" else tail_eps, *needs)
+    of_entropy = None
+    if entropy_grad is not None:
+        of_entropy = EntropyGrad(entropy, torch.where(scored, entropy_grad.to(lse.dtype), 0.0))
+    tail_eps = 0.0 if tail == "exact" else tail_eps
+    request = GradRequest(grad, scored, tail_eps, *needs, entropy=of_entropy)
     with plain_arithmetic(hidden):
         if backend == "triton":
             from .triton_backward import backward as triton_backward
@@ -124,11 +139,11 @@ def _(grad, hidden, weight, targets, bias, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, targets, bias, stats, *settings, _keep = inputs
-    _logps, *not_differentiable = output
-    ctx.mark_non_differentiable(*not_differentiable)
+    hidden, weight, targets, bias, stats, *settings, _keep, asked = inputs
+    kept, entropy, others = output[:5], output[5], output[6:]
+    ctx.mark_non_differentiable(*kept[1:], *others, *(() if asked[0] else (entropy,)))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, *output)
+    ctx.save_for_backward(hidden, weight, targets, bias, *kept, entropy)
     ctx.stats = stats  # written by backward, so not a saved tensor
     ctx.settings = settings
 
@@ -151,19 +166,30 @@ class _OnlyOnce(torch.autograd.Function):
         )
 
 
-def _backward(ctx, grad, *_):
-    none = (None,) * 12
-    if grad is None:
+def _backward(ctx, grad, _lse, _partial_lse, _profile, _tops, entropy_grad, *_):
+    none = (None,) * 13
+    if grad is None and entropy_grad is None:
         return none
+    check_entropy_grad(entropy_grad, ctx.settings[2])
+    grad = torch.zeros_like(entropy_grad) if grad is None else grad
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     hidden, weight, targets, bias, *kept = ctx.saved_tensors
     inputs = (hidden, weight, targets, bias)
     with torch.no_grad():
-        gradients = backward_op(grad, *inputs, ctx.stats, *kept, *ctx.settings, needs)
+        gradients = backward_op(grad, *inputs, ctx.stats, *kept, entropy_grad, *ctx.settings, needs)
     if torch.is_grad_enabled():  # create_graph=True
         gradients = (_OnlyOnce.apply(gradient, grad, *inputs) for gradient in gradients)
     d_hidden, d_weight, d_bias = (g if n else None for g, n in zip(gradients, needs, strict=True))
     return d_hidden, d_weight, None, d_bias, *none[4:]
+
+
+def check_entropy_grad(entropy_grad: Tensor | None, tail: str) -> None:
+    """Raise where the tail would not do: entropy's gradient has no mean over a block."""
+    if entropy_grad is not None and tail != "exact":
+        raise NotImplementedError(
+            "linear_logprob: pass tail='exact' to train with the entropy, or detach it; "
+            f"its gradient needs every pair, and tail={tail!r} computes some"
+        )
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .types import GradRequest, HeadCall, Saved
+from .types import EntropyGrad, GradRequest, HeadCall, Saved
 
 BLOCK = 128
 TOP_CUT = 1 / 4
@@ -29,6 +29,14 @@ _TARGET_ROWS = 1024
 def num_blocks(vocabulary: int) -> int:
     """Vocabulary blocks of ``BLOCK`` rows, the last one possibly ragged."""
     return -(-vocabulary // BLOCK)
+
+
+def blocked(chunk: Tensor, fill: float = 0.0) -> Tensor:
+    """[n, v] as [n, v / BLOCK, BLOCK]; a ragged last block is filled up."""
+    missing = -chunk.shape[1] % BLOCK
+    if missing:
+        chunk = torch.nn.functional.pad(chunk, (0, missing), value=fill)
+    return chunk.view(len(chunk), -1, BLOCK)
 
 
 def top_shares(tops: Tensor) -> Tensor:
@@ -114,12 +122,20 @@ def routing_stats(routed: Routed, scored: Tensor) -> Tensor:
     return torch.stack([fraction.to(mass.dtype), mass.sum() / count, top, dense.to(mass.dtype)])
 
 
-def target_grads(call: HeadCall, grad: Tensor, logps: Tensor, targets: Tensor) -> Tensor:
+def target_grads(
+    call: HeadCall,
+    grad: Tensor,
+    logps: Tensor,
+    targets: Tensor,
+    entropy: EntropyGrad | None = None,
+) -> Tensor:
     """Gradients ``g (1 - p)`` [N] of the targets' logits before the softcap.
 
     ``1 - p`` is computed as such, so no digits cancel where p is close to 1.
     """
     grads = grad * -torch.expm1(logps)
+    if entropy is not None:
+        grads -= entropy.grad * torch.exp(logps) * (logps + entropy.values)
     return grads if call.softcap is None else grads * _target_slopes(call, targets, call.softcap)
 
 

@@ -32,10 +32,12 @@ from .torch_forward import (
     profile_means,
     softcap_slope,
 )
-from .types import Gradients, GradRequest, HeadCall, Saved
+from .types import EntropyGrad, Gradients, GradRequest, HeadCall, Saved
 
 FULL_FRACTION = 0.75
 """A block active for more of the tokens than this takes all of them, without gathering."""
+_LOG_OF_NOTHING = -1e4
+"""Of a probability that is 0 in every dtype; a column that a bias masks has -inf."""
 
 
 def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradients, Tensor]:
@@ -99,11 +101,13 @@ class Entries(NamedTuple):
     grads: Tensor
 
 
-def list_entries(call: HeadCall, saved: Saved, grad: Tensor, tops: Tensor) -> Entries:
+def list_entries(
+    call: HeadCall, saved: Saved, grad: Tensor, tops: Tensor, entropy: EntropyGrad | None
+) -> Entries:
     """The targets' elements, and those of ``tops`` [B, N] bool, which need no product.
 
     Args:
-        grad: [N] of the log-probs, times ``logit_scale``.
+        grad: [N] of the log-probs, times ``logit_scale``; that of ``entropy`` too.
     """
     blocks, tokens = tops.nonzero(as_tuple=True)
     packed, partial_lse = saved.tops[blocks, tokens], saved.partial_lse[blocks, tokens]
@@ -114,7 +118,7 @@ def list_entries(call: HeadCall, saved: Saved, grad: Tensor, tops: Tensor) -> En
     entries = Entries(
         torch.cat([blocks * BLOCK + top_columns(packed), saved.targets]),
         torch.cat([tokens, torch.arange(len(grad), device=grad.device)]),
-        torch.cat([grads, target_grads(call, grad, saved.logps, saved.targets)]),
+        torch.cat([grads, target_grads(call, grad, saved.logps, saved.targets, entropy)]),
     )
     order = torch.argsort(entries.rows, stable=True)
     return Entries(*(x[order] for x in entries))
@@ -135,6 +139,7 @@ class Backward:
     def __init__(self, call: HeadCall, saved: Saved, request: GradRequest) -> None:
         self.call, self.saved, grad = call, saved, request.grad
         self.grad = grad * call.logit_scale
+        self.entropy = request.entropy and request.entropy.scaled(call.logit_scale)
         self.hidden = operand(call, call.hidden)
 
         width = call.hidden.shape[1]
@@ -151,7 +156,7 @@ class Backward:
 
     def run(self, routed: Routed) -> Gradients:
         full = routed.active.all(1).tolist()
-        entries = list_entries(self.call, self.saved, self.grad, routed.tops)
+        entries = list_entries(self.call, self.saved, self.grad, routed.tops, self.entropy)
         counts = torch.bincount(entries.rows // BLOCK, minlength=len(full))
         bounds = [0, *counts.cumsum(0).tolist()]
         if self.saved.profile.numel() and not all(full):
@@ -254,14 +259,20 @@ class Backward:
     def _logit_gradient(self, z: Tensor, rows: slice | Tensor, start: int | Tensor) -> None:
         """Turn logits ``z`` [n, v] into -g p times the softcap's slope; 0 at the targets.
 
-        `_entries` adds the targets' elements, see `target_grads`.
+        With a gradient of the entropy, ``-p (g + g_entropy (log p + entropy))``. `_entries` adds
+        the targets' elements, see `target_grads`.
 
         Args:
             start: the vocabulary row of the first column, of all or [n] of each.
         """
         softcap = self.call.softcap
         slope = None if softcap is None else softcap_slope(z, softcap)
-        z.sub_(self.saved.lse[rows, None]).exp_().mul_(-self.grad[rows, None])
+        z.sub_(self.saved.lse[rows, None])
+        coefficients = self.grad[rows, None]
+        if self.entropy is not None:
+            values, grad = (x[rows, None] for x in self.entropy)
+            coefficients = (z.clamp(min=_LOG_OF_NOTHING) + values) * grad + coefficients
+        z.exp_().mul_(coefficients.neg())
         if slope is not None:
             z *= slope
         column = (self.saved.targets[rows] - start)[:, None]

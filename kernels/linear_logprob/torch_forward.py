@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .routing import BLOCK, num_blocks
-from .types import HeadCall, Saved
+from .extras import BlockSums
+from .routing import BLOCK, blocked, num_blocks
+from .types import Asked, HeadCall, Saved
 
 ROWS = 1024
 """Tokens per product: a chunk of logits [ROWS, COLUMNS] stays in a core's cache."""
@@ -20,13 +21,22 @@ COLUMNS = 16 * BLOCK
 """Vocabulary rows per product."""
 
 
-def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool, tops: bool) -> Saved:
+def forward(
+    call: HeadCall,
+    targets: Tensor,
+    *,
+    keep: bool,
+    profile: bool,
+    tops: bool,
+    asked: Asked | None = None,
+) -> Saved:
     """Log-probs of ``targets`` [N] (in [0, V)) and what backward needs.
 
     Args:
         keep: whether backward will follow; without it ``partial_lse`` has no rows.
         profile: whether to average each block's distribution inside itself over the tokens.
         tops: whether to keep each block's largest element apart.
+        asked: for which `Extras`, if for any.
     """
     rows, vocabulary = len(call.hidden), len(call.weight)
     dtype = torch.promote_types(call.compute_dtype, torch.float32)
@@ -37,6 +47,7 @@ def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool, tops:
     column_sums = new(num_blocks(vocabulary), BLOCK if profile else 0, dtype=dtype).zero_()
     counts = column_sums.new_zeros(num_blocks(vocabulary), 1)
     buffer = new(min(rows, ROWS) * COLUMNS, dtype=dtype)
+    block_sums = None if asked is None else BlockSums(asked, partial_lse)
     operands = operand(call, call.hidden)
     for start in range(0, vocabulary, COLUMNS):
         weight = operand(call, call.weight[start : start + COLUMNS])  # cast once for all tokens
@@ -48,17 +59,23 @@ def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool, tops:
             _pick_targets(z, targets[tokens], start, target_logits[tokens])
             slope = softcap_slope(z, call.softcap) if profile and call.softcap else None
             blocks = slice(start // BLOCK, num_blocks(start + len(weight)))
+            if block_sums is not None:
+                block_sums.add_logits(z, (blocks, tokens))
             z, sums = _reduce(z, partial_lse[blocks, tokens])
+            if block_sums is not None:
+                block_sums.add_exponentials(blocked(z), sums, (blocks, tokens))
             if tops:
-                largest[blocks, tokens] = _pack_tops(_blocked(z), sums).T
+                largest[blocks, tokens] = _pack_tops(blocked(z), sums).T
             if profile:
                 inside = z if slope is None else z[:, : len(weight)].mul_(slope)
-                _add_profile(_blocked(inside), sums, column_sums[blocks], counts[blocks])
+                _add_profile(blocked(inside), sums, column_sums[blocks], counts[blocks])
     lse = partial_lse.logsumexp(0)
     column_sums /= counts.clamp_min_(1)
     profiles = column_sums.view(-1)[:vocabulary] if profile else column_sums.view(-1)
-    partial_lse = partial_lse if keep else partial_lse[:0]
-    return Saved(targets, target_logits - lse, lse, partial_lse, profiles, largest)
+    saved = Saved(targets, target_logits - lse, lse, partial_lse, profiles, largest)
+    if block_sums is not None:
+        saved = saved._replace(extras=block_sums.extras(saved, vocabulary))
+    return saved if keep else saved._replace(partial_lse=partial_lse[:0])
 
 
 def operand(call: HeadCall, tensor: Tensor) -> Tensor:
@@ -115,21 +132,13 @@ def _pick_targets(z: Tensor, targets: Tensor, start: int, out: Tensor) -> None:
     torch.where(inside, picked, out, out=out)
 
 
-def _blocked(chunk: Tensor, fill: float = 0.0) -> Tensor:
-    """[n, v] as [n, v / BLOCK, BLOCK]; a ragged last block is filled up."""
-    missing = -chunk.shape[1] % BLOCK
-    if missing:
-        chunk = torch.nn.functional.pad(chunk, (0, missing), value=fill)
-    return chunk.view(len(chunk), -1, BLOCK)
-
-
 def _reduce(z: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [n, v], overwritten, to their exponentials relative to each block's maximum.
 
     Writes the blocks' logsumexps to ``partial_lse`` [v / BLOCK, n]; returns the exponentials
     [n, v padded] and their sums [n, v / BLOCK].
     """
-    blocks = _blocked(z, fill=-torch.inf)
+    blocks = blocked(z, fill=-torch.inf)
     top = blocks.amax(-1).clamp_min_(torch.finfo(z.dtype).min)
     blocks.sub_(top[..., None]).exp_()
     sums = blocks.sum(-1)

@@ -27,7 +27,7 @@ from .triton_cells import (
 )
 from .triton_routing import choose, profile_means
 from .triton_tile import inner_contiguous, programs, triton_dtype
-from .types import Gradients, GradRequest, HeadCall, Saved
+from .types import EntropyGrad, Gradients, GradRequest, HeadCall, Saved
 
 WORKSPACE_BYTES = 256 * 2**20
 """Most memory for the cells' G, the sorted tokens' hidden states and the tail's rows together."""
@@ -44,7 +44,8 @@ def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradie
     outside = (saved.targets < 0) | (saved.targets >= vocabulary)
     saved = saved._replace(targets=saved.targets.masked_fill(outside, -1))
     routing = _route(call, saved, request)
-    launches = Launches.of(call, saved, routing, request.grad * call.logit_scale)
+    entropy = request.entropy and request.entropy.scaled(call.logit_scale).at(routing.order)
+    launches = Launches.of(call, saved, routing, request.grad * call.logit_scale, entropy)
     new = call.weight.new_empty
     d_hidden = _tail_of_hidden(call, saved, launches, routing) if request.hidden else None
     d_weight = new(vocabulary, width) if request.weight else None
@@ -69,7 +70,7 @@ def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradie
 def _route(call: HeadCall, saved: Saved, request: GradRequest) -> Routing:
     grad, scored, tail_eps, *_ = request
     if not tail_eps:
-        return every_cell(call, saved, grad, scored)
+        return every_cell(call, saved, grad, scored, request.entropy)
     return choose(call, saved, grad, scored, tail_eps, weighted=saved.profile.numel() > 0)
 
 
@@ -125,6 +126,7 @@ class Launches:
     weight: Tensor
     profile: Tensor
     tokens: SortedTokens
+    entropy: EntropyGrad | None
     tail: TailGrad | None
     entries: Entries
     cells: Cells
@@ -132,8 +134,16 @@ class Launches:
     tiles: Tiles
 
     @classmethod
-    def of(cls, call: HeadCall, saved: Saved, routing: Routing, grad: Tensor) -> Launches:
-        """Args: grad: [N] of the log-probs in the tokens' order, times ``logit_scale``."""
+    def of(
+        cls,
+        call: HeadCall,
+        saved: Saved,
+        routing: Routing,
+        grad: Tensor,
+        entropy: EntropyGrad | None = None,
+    ) -> Launches:
+        """Args: grad: [N] of the log-probs in the tokens' order, times ``logit_scale``. entropy: of
+        the sorted tokens, its gradient times ``logit_scale``."""
         tokens = sort_tokens(call, saved, routing.order, grad)
         capacity = _cells_that_fit(tokens.hidden, *routing.flags.shape)
         tail = None
@@ -145,6 +155,7 @@ class Launches:
             weight=inner_contiguous(call.weight),
             profile=saved.profile,
             tokens=tokens,
+            entropy=entropy,
             tail=tail,
             entries=routing.entries,
             cells=list_cells(routing.flags, capacity),
@@ -165,13 +176,14 @@ class Launches:
         call, tokens, cells, tile = self.call, self.tokens, self.cells, self.tiles.recompute
         _recompute_kernel[self._grid(len(self.work))](
             tokens.hidden, self.weight, self.weight if call.bias is None else call.bias,
-            tokens.targets, tokens.lse, tokens.grad, cells.cells, cells.slices, self.work,
+            tokens.targets, tokens.lse, tokens.grad, *(self.entropy or (tokens.grad, tokens.grad)),
+            cells.cells, cells.slices, self.work,
             tokens.hidden.stride(0), self.weight.stride(0), *tokens.hidden.shape,
             len(self.weight), self.token_tiles, piece,
             call.logit_scale, 1.0 if call.softcap is None else call.softcap,
             DEPTH=tile.depth, HAS_BIAS=call.bias is not None,
-            HAS_SOFTCAP=call.softcap is not None, **self._constants(),
-            num_warps=tile.warps, num_stages=tile.stages,
+            HAS_SOFTCAP=call.softcap is not None, ENTROPY=self.entropy is not None,
+            **self._constants(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def write_weight(self, piece: int, d_weight: Tensor) -> None:

@@ -24,15 +24,16 @@ from .triton_tile import logits_tile, softcap_parts
 
 @triton.jit(do_not_specialize=["N", "T", "piece"])
 def _recompute_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, grad_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, grad_ptr, entropy_ptr, entropy_grad_ptr,
     cells_ptr, slices_ptr, work_ptr,
     stride_hn, stride_wv, N, H, V, T, piece, logit_scale, softcap,
     TILE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """``-g p`` times the softcap's slope of a slice's cells, 0 at targets.
 
-    work: [cell, TILE, BLOCK]. hidden, targets, lse, grad: of the sorted tokens.
+    ENTROPY: ``-p (g + g_entropy (log p + entropy))`` times it. work: [cell, TILE, BLOCK]. hidden,
+    targets, lse, grad: of the sorted tokens.
     """
     first = tl.load(slices_ptr + piece).to(tl.int32)
     last = tl.load(slices_ptr + piece + 1).to(tl.int32)
@@ -53,7 +54,15 @@ def _recompute_kernel(
         lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
         grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0)
         targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
-        g = tl.exp(z - lse[:, None]) * -grad[:, None]
+        log_p = z - lse[:, None]
+        if ENTROPY:
+            entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+            entropy_grad = tl.load(entropy_grad_ptr + offs_n, mask=mask_n, other=0.0)
+            more = entropy_grad[:, None] * (log_p + entropy[:, None])
+            more = tl.where(log_p == float("-inf"), 0.0, more)
+            g = tl.exp(log_p) * -(grad[:, None] + more)
+        else:
+            g = tl.exp(log_p) * -grad[:, None]
         if HAS_SOFTCAP:
             g *= slope
         g = tl.where(mask_v[None, :] & (offs_v[None, :] != targets[:, None]), g, 0.0)

@@ -10,6 +10,7 @@ The mathematics stand in `function.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,14 @@ from torch import Tensor
 
 from .routing import BLOCK, num_blocks
 from .tiles import Tile, tiles_for
-from .triton_tile import inner_contiguous, logits_tile, store_statistics, triton_dtype
-from .types import HeadCall, Saved
+from .triton_tile import (
+    inner_contiguous,
+    logits_tile,
+    store_block_sums,
+    store_statistics,
+    triton_dtype,
+)
+from .types import Asked, HeadCall, Saved
 
 PROFILE_ALL = 1024
 """Tokens below which all of them make the profile."""
@@ -29,10 +36,11 @@ PROFILE_ALL = 1024
 @triton.jit(do_not_specialize=["N", "B", "every"])
 def _forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr,
-    partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
+    partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr, block_sums_ptr,
     stride_hn, stride_wv, N, H, V, B, every, logit_scale, softcap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TOPS: tl.constexpr, PROFILE: tl.constexpr,
+    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEANS: tl.constexpr, TOP1: tl.constexpr,
     ROUND: tl.constexpr,
 ):  # fmt: skip
     """One [ROWS, COLUMNS] tile; outputs as in `store_statistics`.
@@ -50,6 +58,11 @@ def _forward_kernel(
         hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, offs_n < N, offs_v < V,
         stride_hn, stride_wv, H, ROWS, COLUMNS, DEPTH, HAS_BIAS, ROUND,
     )  # fmt: skip
+    if ENTROPY or SQUARES or MEANS or TOP1:
+        store_block_sums(
+            z, tile, group, block_sums_ptr, N, V, B, logit_scale, softcap,
+            ROWS, COLUMNS, WIDTH, HAS_SOFTCAP, ENTROPY, SQUARES, MEANS, TOP1,
+        )  # fmt: skip
     store_statistics(
         z, tile, group, every, targets_ptr,
         partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
@@ -80,10 +93,35 @@ Launch = Callable[[HeadCall, Tensor, Statistics, Tile], None]
 """Computes the logits of a call whose targets are [N], and writes their statistics."""
 
 
-def forward(call: HeadCall, targets: Tensor, *, keep: bool, profile: bool, tops: bool) -> Saved:
+def forward(
+    call: HeadCall,
+    targets: Tensor,
+    *,
+    keep: bool,
+    profile: bool,
+    tops: bool,
+    asked: Asked | None = None,
+) -> Saved:
     """As `torch_forward.forward`, with the tile that `tiles.py` has for the chip."""
     tile = tiles_for(call.compute_dtype, call.hidden.device).forward
-    return forward_by(launch, tile, call, targets, keep=keep, profile=profile, tops=tops)
+    if asked is None:
+        return forward_by(launch, tile, call, targets, keep=keep, profile=profile, tops=tops)
+    from .extras import BlockSums
+
+    vocabulary = len(call.weight)
+    like = call.hidden.new_empty(num_blocks(vocabulary), len(call.hidden), dtype=torch.float32)
+    sums = BlockSums(asked, like)
+    launch_both = partial(launch, asked=asked, block_sums=sums.values)
+    saved = forward_by(
+        launch_both, tile_of_extras(tile), call, targets, keep=True, profile=profile, tops=tops
+    )
+    saved = saved._replace(extras=sums.extras(saved, vocabulary))
+    return saved if keep else saved._replace(partial_lse=saved.partial_lse[:0])
+
+
+def tile_of_extras(tile: Tile) -> Tile:
+    """The forward's tile where `Extras` are asked for: a smaller one has registers for them."""
+    return tile._replace(rows=64, columns=BLOCK)
 
 
 def forward_by(
@@ -150,17 +188,30 @@ def _positive_scale(call: HeadCall) -> HeadCall:
     )
 
 
-def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) -> None:
-    """The chip's product, by pointers; ``hidden`` and ``weight`` have contiguous rows."""
+def launch(
+    call: HeadCall,
+    targets: Tensor,
+    statistics: Statistics,
+    tile: Tile,
+    asked: Asked | None = None,
+    block_sums: Tensor | None = None,
+) -> None:
+    """The chip's product, by pointers; ``hidden`` and ``weight`` have contiguous rows.
+
+    Args:
+        asked, block_sums: see `extras.BlockSums`.
+    """
     hidden, weight = call.hidden, call.weight
     (rows, width), vocabulary = hidden.shape, len(weight)
     tiles, groups = triton.cdiv(rows, tile.rows), triton.cdiv(vocabulary, tile.columns)
     together = min(tiles, tile.together)
     _forward_kernel[(together, groups, triton.cdiv(tiles, together))](
         hidden, weight, weight if call.bias is None else call.bias, targets, *statistics,
+        statistics.partial_lse if block_sums is None else block_sums,
         hidden.stride(0), weight.stride(0), rows, width, vocabulary, num_blocks(vocabulary),
         profile_step(rows), call.logit_scale, 1.0 if call.softcap is None else call.softcap,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
         HAS_BIAS=call.bias is not None, HAS_SOFTCAP=call.softcap is not None, **statistics.flags(),
+        **dict(zip(("ENTROPY", "SQUARES", "MEANS", "TOP1"), asked or Asked(), strict=True)),
         ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -154,6 +154,50 @@ def store_statistics(
             tl.store(counts_ptr + row * B + offs_b, counts, mask=mask_b)
 
 
+@triton.jit
+def store_block_sums(
+    z, tile, group, block_sums_ptr, N, V, B, logit_scale, softcap,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEANS: tl.constexpr, TOP1: tl.constexpr,
+):  # fmt: skip
+    """Of logits ``z`` as in `store_statistics` the sums [K, B, N] that are asked for.
+
+    They are those of `extras.KEPT`, in its order.
+    """
+    BLOCKS: tl.constexpr = COLUMNS // WIDTH
+    offs_n = tile * ROWS + tl.arange(0, ROWS)
+    offs_b = group * BLOCKS + tl.arange(0, BLOCKS)
+    mask_v = group * COLUMNS + tl.arange(0, COLUMNS) < V
+    mask = (offs_n < N)[:, None] & (offs_b < B)[None, :]
+    places = block_sums_ptr + offs_b.to(tl.int64)[None, :] * N + offs_n[:, None]
+    z *= logit_scale
+    if HAS_SOFTCAP:
+        z, _ = softcap_parts(z, softcap)
+    if MEANS:
+        whole = tl.sum(tl.reshape(tl.where(mask_v[None, :], z, 0.0), [ROWS, BLOCKS, WIDTH]), axis=2)
+    blocks = tl.reshape(tl.where(mask_v[None, :], z, float("-inf")), [ROWS, BLOCKS, WIDTH])
+    largest = tl.max(blocks, axis=2)
+    below = blocks - tl.where(largest == float("-inf"), 0.0, largest)[:, :, None]
+    inside = tl.exp(below)
+    sums = tl.sum(inside, axis=2)
+    if ENTROPY:
+        spread = tl.sum(inside * tl.where(inside > 0, below, 0.0), axis=2)
+        tl.store(places, tl.where(sums == 0, 0.0, tl.log(sums) - spread / sums), mask=mask)
+        places += B.to(tl.int64) * N
+    if SQUARES:
+        squares = tl.sum(inside * inside, axis=2) / (sums * sums)
+        tl.store(places, tl.where(sums == 0, 1.0, squares), mask=mask)
+        places += B.to(tl.int64) * N
+    if MEANS:
+        tl.store(places, whole, mask=mask)
+        places += B.to(tl.int64) * N
+    if TOP1:
+        column = tl.arange(0, WIDTH)[None, None, :]
+        first = tl.min(tl.where(blocks == largest[:, :, None], column, WIDTH - 1), axis=2)
+        tl.store(places, largest, mask=mask)
+        tl.store(places + B.to(tl.int64) * N, first.to(tl.float32), mask=mask)
+
+
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
         dtype

@@ -37,13 +37,36 @@ class HeadCall(NamedTuple):
     compute_dtype: torch.dtype
 
 
+class Asked(NamedTuple):
+    """Which `Extras` a call asks for."""
+
+    entropy: bool = False
+    log_sum_sq_probs: bool = False
+    mean_logits: bool = False
+    is_top1: bool = False
+
+
+class Extras(NamedTuple):
+    """Facts about each token's distribution p, [N] each; None where not asked for.
+
+    log_sum_sq_probs: ``log sum_v p_v^2``. mean_logits: over the vocabulary, after scale, softcap
+    and temperature. is_top1: bool, whether greedy decoding would take the target, that is, no token
+    has a larger logit and none before it the same. The entropy alone has a gradient.
+    """
+
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+
+
 class Saved(NamedTuple):
     """What forward keeps. targets, logps, lse: [N]. partial_lse: [B, N]. profile: [V] or empty.
 
     ``targets`` are in [0, V), the others in fp32 (fp64 for fp64 inputs). tops: [B, N] int32, or [0,
     N] where nothing reads them: of each block's mass the share that its largest element has, as the
     bits of an fp32 number whose low 7 bits hold the element's column in the block instead. Not
-    finite where partial_lse is not.
+    finite where partial_lse is not. extras: of calls that ask for some; backward reads none.
     """
 
     targets: Tensor
@@ -52,13 +75,29 @@ class Saved(NamedTuple):
     partial_lse: Tensor
     profile: Tensor
     tops: Tensor
+    extras: Extras | None = None
+
+
+class EntropyGrad(NamedTuple):
+    """values: [N], the tokens' entropies. grad: [N] of them, 0 where not scored."""
+
+    values: Tensor
+    grad: Tensor
+
+    def scaled(self, scale: float) -> EntropyGrad:
+        return EntropyGrad(self.values, self.grad * scale)
+
+    def at(self, order: Tensor) -> EntropyGrad:
+        """Of the tokens [N] in ``order``."""
+        return EntropyGrad(self.values[order], self.grad[order])
 
 
 class GradRequest(NamedTuple):
     """What backward is asked for.
 
     grad: [N] of the log-probs, 0 where not scored. scored: [N] bool. tail_eps: 0 computes every
-    pair. hidden, weight, bias: which of them need a gradient.
+    pair. hidden, weight, bias: which of them need a gradient. entropy: None where the loss has
+    none; with one, ``tail_eps`` is 0.
     """
 
     grad: Tensor
@@ -67,6 +106,7 @@ class GradRequest(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    entropy: EntropyGrad | None = None
 
 
 class Gradients(NamedTuple):

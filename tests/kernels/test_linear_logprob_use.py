@@ -185,12 +185,14 @@ def test_fake_and_real_results_have_the_same_strides():
     weight = weight.T.contiguous().T
     settings = (1.0, None, "mean", 2**-4, torch.float32, "torch")
     inputs = (hidden, weight, targets, bias)
-    kept = operators.forward_op(*inputs, None, *settings, True)
-    arguments = (grad.float(), *inputs, None, *kept, *settings, [True] * 3)
+    asked = [True] * 4
+    kept = operators.forward_op(*inputs, None, *settings, True, asked)
+    of_entropy = (kept[5], None)
+    arguments = (grad.float(), *inputs, None, *kept[:5], *of_entropy, *settings, [True] * 3)
     real = (*kept, *operators.backward_op(*arguments))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-        fake = operators.forward_op(*fakes[1:5], None, *settings, True)
+        fake = operators.forward_op(*fakes[1:5], None, *settings, True, asked)
         fake = (*fake, *operators.backward_op(*fakes))
     for mine, expected in zip(fake, real, strict=True):
         assert (mine.shape, mine.dtype) == (expected.shape, expected.dtype)

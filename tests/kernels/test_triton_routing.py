@@ -87,4 +87,5 @@ def test_every_tile_comes_once_in_any_order():
         again = triton_forward.forward_by(
             triton_forward.launch, tile, call, targets, keep=True, profile=True, tops=True
         )
-        assert all(torch.equal(a, b) for a, b in zip(again, saved, strict=True))
+        assert again.extras is saved.extras is None
+        assert all(torch.equal(a, b) for a, b in zip(again[:-1], saved[:-1], strict=True))
