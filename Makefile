@@ -39,7 +39,7 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[dev]'
 	@mkdir -p $(LINKS)
-	@for name in kernels trainer configs; do ln -sfn "$(CURDIR)/$$name" "$(LINKS)/$$name"; done
+	@for name in kernels trainer integrations configs; do ln -sfn "$(CURDIR)/$$name" "$(LINKS)/$$name"; done
 	@touch $(BASE) $@
 
 $(DEEPSPEED): $(DEV)

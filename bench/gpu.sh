@@ -32,7 +32,7 @@ total=${TOTAL_S:-525}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 mkdir "$site/widemargin"
-for folder in kernels trainer configs; do
+for folder in kernels trainer integrations configs; do
     ln -s "$PWD/$folder" "$site/widemargin/$folder"
 done
 export PYTHONPATH="$site:$site/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}"

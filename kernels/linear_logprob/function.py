@@ -139,7 +139,7 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or settings that do not fit.
     """
     _check_inputs(hidden, weight, targets, bias)
-    _check_settings(logit_scale, softcap, temperature, tail, tail_eps)
+    check_settings(logit_scale, softcap, temperature, tail, tail_eps)
     _refuse_forward_mode(hidden, weight, bias)
     dtype = compute_dtype(hidden)
     stats = _no_stats(hidden, dtype) if return_stats else None
@@ -222,8 +222,12 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     expect(len(devices) == 1, "devices", "all inputs on one device", sorted(map(str, devices)))
 
 
-def _check_settings(
-    logit_scale: float, softcap: float | None, temperature: float, tail: str, tail_eps: float
+def check_settings(
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    tail: str = "exact",
+    tail_eps: float = TAIL_EPS,
 ) -> None:
     """Raise ``ValueError`` for the first setting that is out of its range."""
     scale = "a finite number (to learn one, multiply hidden by it)"

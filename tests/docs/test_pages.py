@@ -145,7 +145,8 @@ def _check_widemargin(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", WRITTEN, ids=named)
 def test_files_that_pages_name_exist(page):
-    pattern = r"(?:kernels|trainer|configs|bench|tests|docs)/[\w./-]+\.(?:py|yaml|json|png|md|sh)"
+    folders = r"(?:kernels|trainer|integrations|configs|bench|tests|docs)"
+    pattern = folders + r"/[\w./-]+\.(?:py|yaml|json|png|md|sh)"
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(pattern, text)) - NOT_THERE
     assert {name for name in named if not (ROOT / name).exists()} == set()

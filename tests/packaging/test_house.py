@@ -12,7 +12,7 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOPS = ("kernels", "trainer", "bench")
+TOPS = ("kernels", "trainer", "integrations", "bench")
 MODULES_IN_A_FOLDER, LINES_OF_A_MODULE, LINES_OF_A_FUNCTION = 14, 300, 60
 CODE = [path for top in TOPS for path in sorted((ROOT / top).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -21,7 +21,8 @@ PACKAGED = [it for it in CODE if ROOT / "bench" not in it.parents and it.stem !=
 
 @pytest.fixture(scope="module")
 def graph() -> grimp.ImportGraph:
-    return grimp.build_graph("bench", "widemargin.trainer", "widemargin.kernels", cache_dir=None)
+    packages = ("bench", *(f"widemargin.{top}" for top in TOPS if top != "bench"))
+    return grimp.build_graph(*packages, cache_dir=None)
 
 
 def named(path: Path) -> str:

@@ -30,7 +30,7 @@ OTHERS = {
     "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_DEEPSPEED_CONFIG_FILE",
     "ACCELERATE_DEEPSPEED_ZERO3_INIT", "ACCELERATE_USE_DEEPSPEED", "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "CUDA_LAUNCH_BLOCKING",
-    "HF_DATASETS_CACHE", "OMP_NUM_THREADS", "sync_each_batch",
+    "HF_DATASETS_CACHE", "OMP_NUM_THREADS", "sync_each_batch", "entropy_coef", "compute_metrics",
 }  # fmt: skip
 """Names of other programs that pages mention and the sources do not."""
 
@@ -71,7 +71,7 @@ def quoted_messages(page: Path) -> list[str]:
 def source_texts() -> str:
     """Every text in the package's sources, one a line, with a gap where a value is put in."""
     texts = []
-    for folder in ("trainer", "kernels"):
+    for folder in ("trainer", "kernels", "integrations"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
@@ -141,7 +141,7 @@ def flags() -> frozenset[str]:
 @cache
 def sources() -> str:
     """All that the project's own files say, pages left out."""
-    folders = ("trainer", "kernels", "configs", "bench", "tests")
+    folders = ("trainer", "kernels", "integrations", "configs", "bench", "tests")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     wanted = {".py", ".yaml", ".json", ".sh"}
     here = Path(__file__)

@@ -28,6 +28,7 @@ def doctor(model: str | None = None, *, as_json: bool = False) -> int:
         "Machine": machine,
         "What a run would use": lambda: choices(model),
         "Kernels, against fp64": kernels,
+        "Other trainers": other_trainers,
     }
     out, results = sys.stdout, {}
     # Libraries may print while they are imported: not in between the findings.
@@ -75,6 +76,13 @@ def choices(model: str | None) -> Findings:
     advice = "pip install triton: the kernels are several times faster" if slow else ""
     yield Finding(WARN if slow else OK, "head", f"{backend} ({why})", advice)
     yield from model_findings(model, device)
+
+
+def other_trainers() -> Findings:
+    """Those that can take the head."""
+    from .trl import trl
+
+    yield from trl()
 
 
 def kernels() -> Findings:

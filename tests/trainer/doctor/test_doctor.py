@@ -49,6 +49,7 @@ def test_text_for_people(capsys: Any, model: str) -> None:
     assert main(["doctor", "--model", model]) == 0
     printed = capsys.readouterr().out
     titles = ("Packages", "Machine", "What a run would use", "Kernels, against fp64")
+    titles += ("Other trainers",)
     assert [line for line in printed.splitlines() if line in titles] == list(titles)
     assert "  ok    torch: " in printed
     assert printed.splitlines()[-1].startswith("Ready to train.")
