@@ -21,12 +21,8 @@ from ..kernels.linear_logprob import TRAINING_TAIL_EPS, Tail
 from ..kernels.linear_logprob.function import at_temperature, check_settings, compute_dtype
 from ..kernels.linear_logprob.operators import backward_op, check_entropy_grad, forward_op
 from ..kernels.linear_logprob.types import Extras
-from ..trainer.doctor.trl import GLOBAL, seam
+from ..trainer.doctor.trl import COMPACT, GLOBAL, seam
 from ..trainer.errors import UserError
-
-COMPACT = "_use_triton"
-"""TRL's global that says whether labelled positions alone are scored. It is so on a GPU; on a CPU
-TRL scores prompts and padding too, for devices that compile for every size, which ours does not."""
 
 
 @contextlib.contextmanager
@@ -42,10 +38,10 @@ def use_widemargin_head(
             bonus needs ``tail="exact"``, and says so otherwise.
 
     Raises:
-        UserError: no TRL, one with another function than those tested, or an unknown setting.
+        UserError: no TRL, one that calls its head in another way, or an unknown setting.
     """
     utils = seam()
-    before = {name: getattr(utils, name) for name in (GLOBAL, COMPACT) if hasattr(utils, name)}
+    before = {name: getattr(utils, name) for name in (GLOBAL, COMPACT)}
     enable(tail=tail, tail_eps=tail_eps, backend=backend)
     try:
         yield
@@ -66,23 +62,22 @@ def enable(
         raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     disable()
     setattr(utils, GLOBAL, _function(utils, tail, tail_eps, backend))
-    theirs = getattr(utils, COMPACT, None)
-    if theirs is not None:
+    theirs = getattr(utils, COMPACT)
 
-        def compact(device: torch.device) -> bool:
-            return device.type == "cpu" or theirs(device)
+    def compact(device: torch.device) -> bool:
+        """TRL scores prompts and padding too on a CPU, as some devices compile for every size."""
+        return device.type == "cpu" or theirs(device)
 
-        compact.replaces = theirs  # type: ignore[attr-defined]
-        setattr(utils, COMPACT, compact)
+    compact.replaces = theirs  # type: ignore[attr-defined]
+    setattr(utils, COMPACT, compact)
 
 
 def disable() -> None:
     """Give TRL its own head back; nothing where it has it."""
     utils = seam()
     for name in (GLOBAL, COMPACT):
-        now = getattr(utils, name, None)
-        if hasattr(now, "replaces"):
-            setattr(utils, name, now.replaces)  # type: ignore[union-attr]
+        now = getattr(utils, name)
+        setattr(utils, name, getattr(now, "replaces", now))
 
 
 def _function(utils: Any, tail: Tail, tail_eps: float, backend: Backend) -> Any:
@@ -102,12 +97,11 @@ def _function(utils: Any, tail: Tail, tail_eps: float, backend: Backend) -> Any:
             chunk_size: int,
             final_logit_softcapping: float | None = None,
             logit_scale: float = 1.0,
-            outputs: tuple[str, ...] | None = None,
+            outputs: tuple[str, ...] = Extras._fields,
         ) -> tuple[Tensor | None, ...]:
-            """Log-probs and what ``outputs`` names; TRL 1.14 names none, and takes the entropy."""
+            """Log-probs, and of `Extras` those that ``outputs`` names."""
             ctx.set_materialize_grads(False)
-            names = ("entropy",) if outputs is None else outputs
-            asked = [name in names for name in Extras._fields]
+            asked = [name in outputs for name in Extras._fields]
             dtype = compute_dtype(hidden)
             scales = at_temperature(temperature, logit_scale, final_logit_softcapping)
             ctx.settings = *scales, tail, tail_eps, dtype, choose_backend(backend, hidden, dtype)
@@ -117,7 +111,7 @@ def _function(utils: Any, tail: Tail, tail_eps: float, backend: Backend) -> Any:
             ctx.save_for_backward(*inputs, *found[:6])
             extras = [x if wanted else None for x, wanted in zip(found[5:], asked, strict=True)]
             ctx.mark_non_differentiable(*(x for x in extras[1:] if x is not None))
-            return (found[0], *(extras[:1] if outputs is None else extras))
+            return found[0], *extras
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -14,33 +14,36 @@ from typing import Any
 from ..errors import UserError
 from .findings import OK, WARN, Finding, Findings
 
+TESTED = "1.16"
 GLOBAL = "_ChunkedLogProbFunction"
-_COMMON = ["weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
-SIGNATURES = {
-    "1.16": ["ctx", "hidden", *_COMMON, "logit_scale", "outputs"],
-    "1.14": ["ctx", "last_hidden", *_COMMON, "logit_scale"],
-}
-"""Arguments of the function's forward in the versions that were tested."""
+CALLER = "add_fused_lm_head"
+"""What calls it, for all trainers. Before, each trainer held the function itself, so that another
+one in the module's global would have changed nothing, and nobody would have noticed."""
+COMPACT = "_use_triton"
+"""Its global that says whether labelled positions alone are scored."""
+ARGUMENTS = (
+    "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size",
+    "final_logit_softcapping", "logit_scale", "outputs",
+)  # fmt: skip
+"""Of the function's forward."""
 
 
 def seam() -> Any:
     """The module ``trl.trainer.utils``, whose global can be replaced.
 
     Raises:
-        UserError: TRL is not installed, or its function is not one of `SIGNATURES`.
+        UserError: TRL is not installed, or calls another function, or by another way.
     """
-    tested = " or ".join(SIGNATURES)
     if find_spec("trl") is None:
-        raise UserError(f"trl: install TRL {tested} (pip install 'trl>=1.16'); it is not installed")
+        raise UserError(f"trl: install TRL {TESTED} (pip install 'trl>={TESTED}'); there is none")
     utils = importlib.import_module("trl.trainer.utils")
     function = getattr(utils, GLOBAL, None)
-    replaced = getattr(function, "replaces", function)
-    arguments = [] if replaced is None else list(inspect.signature(replaced.forward).parameters)
-    if arguments not in SIGNATURES.values():
-        how = f"takes {', '.join(arguments[1:])}" if arguments else "is not there"
+    function = getattr(function, "replaces", function)
+    arguments = () if function is None else tuple(inspect.signature(function.forward).parameters)
+    if arguments != ARGUMENTS or not all(hasattr(utils, name) for name in (CALLER, COMPACT)):
         raise UserError(
-            f"trl: install TRL {tested}, with which the head was tested; in {_version()} "
-            f"trl.trainer.utils.{GLOBAL} {how}"
+            f"trl: install TRL {TESTED}, with which the head was tested; {_version()} calls its "
+            "own head in another way"
         )
     return utils
 
