@@ -72,8 +72,8 @@ Rows are the same: `prompt`, `chosen` and `rejected`, as text or messages, or `c
 
 `beta` means the same everywhere. Defaults that differ: `max_length` 2048 (TRL 1024), \
 `truncation_mode` keep_end, which cuts the prompt (TRL: keep_start, which cuts the answer), and no \
-NLL term beside SimPO. Names of keys in files are in the table above; other objectives of TRL \
-(`robust`, `bco_pair`, `apo_zero`, ...) do not exist here.
+NLL term beside SimPO. Names of keys in files are in the table above; TRL's other objectives have \
+its names or those in the table above; a list of `loss_type` with `loss_weights` is a mixture.
 """
 
 

@@ -37,11 +37,48 @@ PAPERS = {
         "A General Theoretical Paradigm to Understand Learning from Human Preferences",
         "2310.12036",
     ),
+    "alphapo": ("AlphaPO: Reward Shape Matters for LLM Alignment", "2501.03884"),
+    "repo": ("RePO: ReLU-based Preference Optimization", "2503.07426"),
+    "simper": (
+        "SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters",
+        "2502.00883",
+    ),
     "kto": ("KTO: Model Alignment as Prospect Theoretic Optimization", "2402.01306"),
     "cpo": ("Contrastive Preference Optimization", "2401.08417"),
+    "robust": (
+        "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
+        "2403.00409",
+    ),
+    "exo": ("Towards Efficient Exact Optimization of Language Model Alignment", "2402.00856"),
+    "nca": ("Noise Contrastive Alignment of Language Models with Explicit Rewards", "2402.05369"),
+    "bco": (
+        "Binary Classifier Optimization for Large Language Model Alignment",
+        "2404.04656",
+    ),
+    "sppo": ("Self-Play Preference Optimization for Language Model Alignment", "2405.00675"),
+    "aot": ("Distributional Preference Alignment of LLMs via Optimal Transport", "2406.05882"),
+    "apo-zero": (
+        "Anchored Preference Optimization and Contrastive Revisions: Addressing "
+        "Underspecification in Alignment",
+        "2408.06266",
+    ),
+    "discopop": (
+        "Discovering Preference Optimization Algorithms with and for Large Language Models",
+        "2406.08414",
+    ),
     "orpo": ("ORPO: Monolithic Preference Optimization without Reference Model", "2403.07691"),
 }
-"""Title and arXiv number of what each objective is from."""
+"""Title and arXiv number of what each objective is from; sft is from no paper."""
+
+PAPERS |= {
+    "dpo-hinge": PAPERS["hinge"],
+    "dpo-norm": PAPERS["dpo"],
+    "cpo-hinge": PAPERS["cpo"],
+    "cpo-ipo": PAPERS["cpo"],
+    "bco-pair": PAPERS["bco"],
+    "aot-unpaired": PAPERS["aot"],
+    "apo-down": PAPERS["apo-zero"],
+}
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ASIDE = {
@@ -138,10 +175,12 @@ def _local_places(settings: dict[str, Any]) -> str:
 
 
 def _citation(name: str) -> str:
-    if name not in PAPERS:
-        return ""
-    title, number = PAPERS[name]
-    return f"[{title}](https://arxiv.org/abs/{number}), arXiv:{number}"
+    """The papers of an objective, or of a mixture's parts."""
+    parts = [part.rpartition("*")[2] for part in name.split(" + ")]
+    papers = dict.fromkeys(PAPERS[part] for part in parts if part in PAPERS)
+    return "\n\n".join(
+        f"[{title}](https://arxiv.org/abs/{number}), arXiv:{number}" for title, number in papers
+    )
 
 
 def _kept_step(trainer: Trainer) -> int | None:

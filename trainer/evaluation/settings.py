@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..data import DataSettings
 from ..errors import UserError
-from ..objectives import OBJECTIVES, canonical_name, hyperparameters_of
+from ..objectives import canonical_name, hyperparameters_of, spec_of
 from ..settings.coercion import coerced
 from ..settings.config import PreferenceConfig
 from ..settings.files import parse_overrides, read_yaml
@@ -196,7 +196,7 @@ def pair_settings(
 def _from_training(config: str, betas: dict[str, float]) -> dict[str, Any]:
     """The data settings in a training YAML; its beta goes to ``betas``."""
     given = name_objective(translate(read_yaml(Path(config)), []), "simpo", [])
-    objective = canonical_name(str(given["objective"]))
+    objective = canonical_name(given["objective"])
     hyperparameters = hyperparameters_of(objective)
     known = {field.name for field in fields(PreferenceConfig)} | hyperparameters.keys()
     _check_known([key for key in given if key not in TABLE], known, f"config {config}: ")
@@ -213,9 +213,10 @@ def _from_training(config: str, betas: dict[str, float]) -> dict[str, Any]:
 
 def _kind(objective: str) -> str:
     """The reward that an objective compares answers by."""
-    if OBJECTIVES[objective].needs_reference:
+    if spec_of(objective).needs_reference:
         return "against_reference"
-    return "sum_logps" if objective == "cpo" else "mean_logps"
+    length_norm = hyperparameters_of(objective).get("length_norm")
+    return "mean_logps" if length_norm is None or length_norm.default else "sum_logps"
 
 
 def _check_known(keys: Iterable[str], known: Collection[str], where: str = "") -> None:

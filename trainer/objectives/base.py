@@ -1,7 +1,7 @@
 """The frame every objective fits in.
 
 An objective is one pure function ``terms(pairs, hyperparameters, state) -> Terms`` and one row of
-the table in ``__init__.py``. ``Objective`` builds the ``Pairs`` it sees, keeps its state, adds
+a table in `losses`. ``Objective`` builds the ``Pairs`` it sees, keeps its state, adds
 what all objectives share (the SFT term, filler pairs, the mean) and reports what trainers chart.
 
 Shapes: N tokens, P pairs of this rank; sequences are P chosen, then P rejected.
@@ -21,7 +21,7 @@ from ...kernels.margin_loss.function import Kind, pair_losses, sequence_logps
 from ..errors import UserError
 from .gather import GlobalPairs, gather_pairs
 from .settings import Hyperparameters
-from .state import State
+from .state import State, taken_up, to_device
 
 # Pairs without ids are ordered by rank, then by place: ids of rank r start at r times this.
 IDS_PER_RANK = 2**32
@@ -97,6 +97,19 @@ def constant_margins(pairs: Pairs, margin: float) -> Tensor:
     return torch.full_like(pairs.ids, margin, dtype=pairs.sums.dtype)
 
 
+def chosen_nll(pairs: Pairs, counted: str) -> Tensor:
+    """[P] minus the chosen answers' log-probs, each answer's mean (``counted`` "answers").
+
+    For "tokens" scaled so that their mean over the global micro-batch is that over its tokens: a
+    collective, so call it on all ranks.
+    """
+    nll = -pairs.means.chunk(2)[0]
+    if counted == "answers":
+        return nll
+    lengths = pairs.lengths.chunk(2)[0].to(nll.dtype)
+    return nll * lengths / pairs.gather(lengths).mean().clamp(min=1).to(nll.dtype)
+
+
 def margin_terms(
     pairs: Pairs,
     beta: float,
@@ -138,7 +151,7 @@ class Objective:
     @property
     def couples_pairs(self) -> bool:
         """Whether a pair's loss depends on the other pairs of the global micro-batch."""
-        return self.spec.couples_pairs
+        return self.spec.couples_pairs or self.hyperparameters.nll == "tokens"
 
     @property
     def needs_reference(self) -> bool:
@@ -163,7 +176,7 @@ class Objective:
             group: processes whose pairs form one global micro-batch, or None for this one alone.
         """
         pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group)
-        self._state = _to_device(self._state, token_logps.device)
+        self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
             self._state = terms.state
@@ -209,7 +222,8 @@ class Objective:
     def _output(self, pairs: Pairs, terms: Terms) -> ObjectiveOutput:
         losses = terms.losses
         if self.hyperparameters.sft_weight:
-            losses = losses - self.hyperparameters.sft_weight * pairs.means.chunk(2)[0]
+            nll = chosen_nll(pairs, self.hyperparameters.nll)
+            losses = losses + self.hyperparameters.sft_weight * nll
         losses = torch.where(pairs.real, losses, 0.0)
         chosen_sums, rejected_sums = pairs.sums.detach().chunk(2)
         chosen_means, rejected_means = pairs.means.detach().chunk(2)
@@ -244,42 +258,7 @@ class Objective:
 
     def load_state_dict(self, state_dict: State) -> None:
         """Take up a state saved by the same objective; anything else is a UserError."""
-        mine = {f"{self.name}.{key}": value for key, value in self._state.items()}
-        if state_dict.keys() != mine.keys():
-            raise UserError(
-                f"state of objective {self.name!r}: expected {_listed(mine)}, got "
-                f"{_listed(state_dict)}; was it saved with another objective?"
-            )
-        for key, value in mine.items():
-            saved = state_dict[key]
-            if not isinstance(saved, Tensor) or _layout(saved) != _layout(value):
-                got = _layout(saved) if isinstance(saved, Tensor) else type(saved).__name__
-                raise UserError(
-                    f"state of objective {self.name!r}, {key}: expected {_layout(value)}, got {got}"
-                )
-        prefix = len(self.name) + 1
-        self._state = {
-            key[prefix:]: state_dict[key].cpu().clone()
-            if value.dtype == torch.uint8
-            else state_dict[key].clone()
-            for key, value in mine.items()
-        }
+        self._state = taken_up(self.name, self._state, state_dict)
 
     def __repr__(self) -> str:
         return f"Objective({self.name!r}, {self.hyperparameters})"
-
-
-def _to_device(state: State, device: torch.device) -> State:
-    """The state on ``device``, but for generators (uint8), which stay on the CPU."""
-    return {
-        key: value if value.dtype == torch.uint8 else value.to(device)
-        for key, value in state.items()
-    }
-
-
-def _layout(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
-
-
-def _listed(state: State) -> str:
-    return ", ".join(sorted(state)) or "nothing"

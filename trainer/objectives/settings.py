@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from ..errors import UserError
 
@@ -38,13 +38,26 @@ def setting(
 class Hyperparameters:
     """What every objective has; each adds its own fields. Constructing one validates it."""
 
+    LIKELIHOOD: ClassVar[bool] = False  # whether the objective has a likelihood term without it
+
     sft_weight: float = setting(
         0.0, "this multiple of minus the chosen mean logp is added to each loss", at_least=0
+    )
+    nll: str = setting(
+        "answers",
+        "what likelihood terms average: each chosen answer and then pairs, or all their tokens",
+        choices=("answers", "tokens"),
     )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, validated(field, getattr(self, field.name)))
+            if "bounds" in field.metadata:  # those without are a mixture's, checked by its parts
+                value = validated(field, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
+        if self.nll != "answers" and not (self.LIKELIHOOD or self.sft_weight):
+            raise UserError(
+                f"nll: set sft_weight above 0 beside it; without, {self.nll} has nothing to count"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ from transformers import TrainingArguments
 
 from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, Tail
 from ..errors import UserError, expect_one_of, is_whole
-from ..objectives import OBJECTIVES, Objective, build_objective, hyperparameters_of
+from ..objectives import (
+    OBJECTIVES,
+    Objective,
+    build_objective,
+    canonical_name,
+    hyperparameters_of,
+)
 from .checks import (
     check_attention,
     check_checkpointing,
@@ -43,8 +49,9 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
     replacement of non-finite losses.
     """
 
-    #: Name of the objective, a key of ``widemargin.trainer.objectives.OBJECTIVES``.
-    objective: str | None = None
+    #: Name of the objective, a key of ``widemargin.trainer.objectives.OBJECTIVES``; or several with
+    #: their weights, as ``{dpo: 0.8, bco: 0.2, sft: 1}`` or ``0.8*dpo + 0.2*bco + sft``.
+    objective: str | dict[str, float] | None = None
     #: Scale of the rewards; None for the objective's default.
     beta: float | None = None
     #: Base target margin as a share of beta; None for the objective's default.
@@ -129,6 +136,8 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
         setattr(self, f"{name}_kwargs", kwargs)
 
     def _set_what_this_trainer_needs(self) -> None:
+        if isinstance(self.objective, dict):
+            self.objective = canonical_name(self.objective)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # a step uses every parameter
         self.remove_unused_columns = False  # the data set has only those that are used

@@ -73,7 +73,7 @@ def run_config(tmp_path):
 
 
 def test_every_objective_has_its_paper():
-    assert set(PAPERS) == set(OBJECTIVES)
+    assert PAPERS.keys() == OBJECTIVES.keys() - {"sft"}
 
 
 @pytest.mark.costly

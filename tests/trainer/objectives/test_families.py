@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from widemargin.trainer.objectives import build_objective
-from widemargin.trainer.objectives.beta_po import largest_keys
 from widemargin.trainer.objectives.gather import gather_pairs
+from widemargin.trainer.objectives.losses.beta_po import largest_keys
 
 from tests.support.preference_batches import Pair, gap, pack, random_pairs, reference_sums
 

@@ -23,10 +23,17 @@ from widemargin.trainer.objectives import (
     hyperparameters_of,
 )
 
+from tests.support.objective_cases import MIXTURE
 from tests.support.preference_batches import Pair, pack, random_pairs, reference_sums
 
-STATEFUL = [name for name in OBJECTIVES if build_objective(name).state_dict()]
-COUPLED = [name for name, spec in OBJECTIVES.items() if spec.couples_pairs]
+TRAINED = [*OBJECTIVES, MIXTURE]
+STATEFUL = [name for name in TRAINED if build_objective(name).state_dict()]
+COUPLED: dict[str, dict[str, Any]] = {
+    **{name: {} for name, spec in OBJECTIVES.items() if spec.couples_pairs},
+    "sft": {"nll": "tokens"},
+    "simpo": {"nll": "tokens", "sft_weight": 0.5},
+    MIXTURE: {"nll": "tokens"},
+}
 
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -52,7 +59,7 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("transport", [through_torch, through_safetensors])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_resumed_equals_uninterrupted(name, transport):
     batches = [called(random_pairs(np.random.default_rng(i), 40 + i)) for i in range(16)]
     uninterrupted = build_objective(name)
@@ -82,7 +89,7 @@ def test_a_saved_state_is_a_copy(name):
     assert not same_state(other.state_dict(), saved)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_evaluation_leaves_the_state_alone(name):
     rng = np.random.default_rng(1)
     objective, undisturbed = build_objective(name), build_objective(name)
@@ -144,8 +151,9 @@ def run_rank(rank: int, folder: Path, capacity: int | None) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
     results = {}
-    for name in COUPLED:
-        objective = build_objective(name)
+    for name, given in COUPLED.items():
+        objective = build_objective(name, **given)
+        assert objective.couples_pairs
         objective.max_pairs_per_rank = capacity
         outs = []
         for step, (pairs, ids, split) in enumerate(global_batches()):
@@ -170,8 +178,9 @@ def run_rank(rank: int, folder: Path, capacity: int | None) -> None:
 def test_two_processes_equal_one(tmp_path, capacity):
     spawn(run_rank, (tmp_path, capacity), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    for name in COUPLED:
-        objective = build_objective(name)
+    for name, given in COUPLED.items():
+        objective = build_objective(name, **given)
+        assert objective.couples_pairs
         for step, (pairs, ids, _) in enumerate(global_batches()):
             out = objective.train(step != 5)(*called(pairs), pair_ids=torch.tensor(ids))
             margins, losses = torch.cat([rank[name][0][step] for rank in ranks], 1)
@@ -196,7 +205,7 @@ class NoReadBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("training", [True, False])
 def test_reads_nothing_back_to_the_host(name, training):
     objective = build_objective(name, sft_weight=0.1).train(training)
@@ -212,7 +221,7 @@ def test_reads_nothing_back_to_the_host(name, training):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_on_a_gpu_without_waiting_for_it(name):
     here, there = build_objective(name), build_objective(name)
     for step in range(4):
@@ -236,24 +245,28 @@ def test_on_a_gpu_without_waiting_for_it(name):
 def test_names():
     assert set(OBJECTIVES) == {
         *("simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo", "beta-dpo"),
-        *("dpo", "r-dpo", "ipo", "kto", "cpo", "orpo"),
+        *("dpo", "r-dpo", "ipo", "kto", "cpo", "orpo", "cpo-hinge", "cpo-ipo"),
+        *("alphapo", "repo", "simper", "sft", "dpo-hinge", "dpo-norm", "robust", "exo", "nca"),
+        *("bco", "bco-pair", "sppo", "apo-zero", "apo-down", "discopop", "aot", "aot-unpaired"),
     }
     published = {"gm-simpo": "gamma-simpo", "gm-dpo": "gamma-dpo"}
     published |= {"b-simpo": "beta-simpo", "b-dpo": "beta-dpo", "sigmoid": "simpo"}
-    assert published == ALIASES
+    trl = {"exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco-pair", "sppo_hard": "sppo"}
+    trl |= {"aot_unpaired": "aot-unpaired", "apo_zero": "apo-zero", "apo_down": "apo-down"}
+    assert published | trl | {"sigmoid_norm": "dpo-norm"} == ALIASES
     for alias, name in ALIASES.items():
         assert alias not in OBJECTIVES
         assert build_objective(alias).name == canonical_name(alias) == name
 
 
-WITH_MARGIN = ["simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo"]
+WITH_MARGIN = ["simpo", "hinge", "alphapo", "lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo"]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_hyperparameters_are_documented(name):
     fields = hyperparameters_of(name)
     assert "sft_weight" in fields
-    assert ("beta" in fields) == (name != "orpo")
+    assert ("beta" in fields) == (name not in ("orpo", "repo", "simper", "sft"))
     assert ("gamma_beta_ratio" in fields) == (name in WITH_MARGIN)
     assert "length_norm" in fields or not OBJECTIVES[name].needs_reference
     assert all(field.metadata["help"] for field in fields.values())
@@ -264,7 +277,7 @@ OTHER_VALUES = {
     "beta": 3.0,
     "gamma_beta_ratio": 0.25,
     "sft_weight": 0.5,
-    "label_smoothing": 0.1,
+    "label_smoothing": 0.2,
     "margin_weight": 0.5,
     "margin_shape": "log",
     "margin_power": 3,
@@ -276,16 +289,26 @@ OTHER_VALUES = {
     "sample_fraction": 0.5,
     "gap_decay": 0.5,
     "alpha": 0.5,
+    "target_margin": 0.2,
+    "discopop_tau": 0.5,
+    "f_divergence_type": "forward_kl",
+    "f_alpha_divergence_coef": 0.2,
+    "nll": "tokens",
 }
+BESIDE: dict[str, dict[str, Any]] = {
+    "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+    "nll": {"sft_weight": 0.5},
+}
+"""What must be given for a hyperparameter to have a meaning."""
 
 
 @pytest.mark.parametrize(
     ("name", "key"), [(n, k) for n in OBJECTIVES for k in hyperparameters_of(n)]
 )
 def test_every_hyperparameter_matters(name, key):
-    usual = build_objective(name)
+    usual = build_objective(name, **BESIDE.get(key, {}))
     value = OTHER_VALUES[key] if key in OTHER_VALUES else not getattr(usual.hyperparameters, key)
-    changed = build_objective(name, **{key: value})
+    changed = build_objective(name, **BESIDE.get(key, {}), **{key: value})
     for size in (300, 4):
         batch = called(random_pairs(np.random.default_rng(size), size))
         losses, others = usual(*batch).losses, changed(*batch).losses
@@ -324,6 +347,19 @@ def test_every_hyperparameter_matters(name, key):
         ("b-dpo", {"gap_decay": 1}, "gap_decay"),
         ("dpo", {"length_norm": 1}, "true or false"),
         ("gamma-simpo", {"sampling_seed": -1}, "a whole number >= 0"),
+        ("simpo", {"nll": "tokens"}, "nll: set sft_weight above 0"),
+        ("dpo", {"f_alpha_divergence_coef": 0.2}, "set f_divergence_type: alpha_divergence"),
+        ("dpo", {"f_divergence_type": "kl"}, "one of reverse_kl, forward_kl"),
+        ("kto", {"f_divergence_type": "forward_kl"}, "hyperparameter of kto"),
+        ("robust", {"label_smoothing": 0.5}, "< 0.5"),
+        ("exo", {"label_smoothing": 0.0}, "> 0"),
+        ("dpo + simpo", {"beta": -1.0}, "a number > 0"),
+        ("dpo + ipo", {"length_norm": 3}, "true or false"),
+        ("dpo + sft", {"gamma_beta_ratio": 1.0}, r"hyperparameter of dpo \+ sft"),
+        ("dpo + ddpo", {}, "objective 'ddpo' is not known; did you mean 'dpo'"),
+        ("dpo + dpo", {}, "name each part once"),
+        ("0*dpo + sft", {}, "give dpo a weight above 0, got '0'"),
+        ("dpo + x*sft", {}, "give sft a weight above 0, got 'x'"),
     ],
 )
 def test_errors_say_what_is_expected(name, hyperparameters, message):

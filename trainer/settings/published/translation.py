@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import UserError
 from ...objectives import ALIASES, OBJECTIVES, canonical_name, hyperparameters_of
 from .keys import TABLE, Key, Settings, note, number, yaml_value
+from .trl import trl_mixture, without_effect
 
 DATA = ("dataset", "dataset_name", "dataset_mixer")
 """What names the data, of which there is one."""
@@ -60,7 +61,7 @@ def merge(file: Settings, overrides: Settings) -> Settings:
 def _has_alpha(settings: Settings) -> bool:
     """Whether the objective has an alpha, which is its gamma_beta_ratio and cpo_alpha."""
     given = [settings.get(name) for name in ("objective", "loss_type")]
-    parts = [part for value in given for part in (value if isinstance(value, list) else [value])]
+    parts = [p for value in given for p in (value if isinstance(value, list | dict) else [value])]
     names = [ALIASES.get(str(part), str(part)) for part in parts]
     return any(name in OBJECTIVES and "alpha" in hyperparameters_of(name) for name in names)
 
@@ -81,6 +82,7 @@ SCRIPTS = {"run_lmpo": "lmpo", "run_simpo": "simpo", "run_xpo": None}
 
 TRAINER_TYPES = ("simpo", "dpo")
 ALWAYS_MEANS = ("simpo", "hinge", "lmpo", "gamma-simpo", "beta-simpo", "orpo")
+ALWAYS_MEANS += ("alphapo", "repo", "simper", "sft")
 """Objectives that know no sums, whatever ``length_norm`` says."""
 
 TRL_ONLY = ("cpo_alpha", "rpo_alpha", "precompute_ref_log_probs", "ref_model_name_or_path")
@@ -108,6 +110,9 @@ def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) ->
             is trained where nothing is named.
     """
     settings = dict(settings)
+    if isinstance(settings.get("objective"), dict):
+        settings["objective"] = canonical_name(settings["objective"])
+    settings = trl_mixture(settings, notes)
     loss_type, trainer_type = settings.pop("loss_type", None), settings.pop("trainer_type", None)
     if trainer_type not in (None, *TRAINER_TYPES):
         expected = ", ".join(TRAINER_TYPES)
@@ -189,6 +194,7 @@ def fit_objective(settings: Settings, notes: list[str]) -> Settings:
     settings = dict(settings)
     objective = canonical_name(str(settings["objective"]))
     known = hyperparameters_of(objective)
+    settings = without_effect(settings, known, objective, notes)
     if settings.get("cpo_alpha") is not None:
         weight = settings.pop("cpo_alpha")
         _rename(settings, "cpo_alpha", weight, "alpha" if "alpha" in known else "sft_weight", notes)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from .base import Pairs, Terms, constant_margins
+from ..base import Pairs, Terms, constant_margins
+from ..state import State
 from .dpo import ReferenceHyperparameters, log_ratios
-from .state import State
 
 
 def kto_terms(pairs: Pairs, hp: ReferenceHyperparameters, state: State) -> Terms:

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Pairs, Terms, margin_terms
+from ..base import Pairs, Terms, margin_terms
+from ..gather import GlobalPairs, pad_to_multiple
+from ..settings import Hyperparameters, setting
+from ..state import State, draw_uniform, seeded_generator
 from .dpo import DpoHyperparameters, log_ratios, reward_terms
-from .gather import GlobalPairs, pad_to_multiple
-from .settings import Hyperparameters, setting
 from .simpo import MarginHyperparameters
-from .state import State, draw_uniform, seeded_generator
 
 QUEUE_SIZE = 2048
 SET_SIZE = 256

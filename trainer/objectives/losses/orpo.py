@@ -1,7 +1,9 @@
 """ORPO, arXiv 2403.07691: likelihood of the chosen answer and an odds ratio, without a reference.
 
-    loss = -mean_w - alpha * log sigmoid(log_odds(mean_w) - log_odds(mean_l))
+    loss = nll - alpha * log sigmoid(log_odds(mean_w) - log_odds(mean_l))
     log_odds(x) = log(p / (1 - p)),  p = exp(x), the geometric mean of the tokens' probabilities
+
+nll is -mean_w, see `chosen_nll`.
 
 alpha is the paper's lambda, and what TRL calls beta; the loss has no other scale, so there is no
 ``beta`` here and rewards are reported as ``alpha * mean``, like TRL's.
@@ -15,15 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.margin_loss.function import pair_losses
-from .base import Pairs, Terms, constant_margins
-from .settings import Hyperparameters, setting
-from .state import State
+from ....kernels.margin_loss.function import pair_losses
+from ..base import Pairs, Terms, chosen_nll, constant_margins
+from ..settings import Hyperparameters, setting
+from ..state import State
 
 
 @dataclass(frozen=True)
 class OrpoHyperparameters(Hyperparameters):
     """The default is TRL's, and of the size the paper uses."""
+
+    LIKELIHOOD = True
 
     alpha: float = setting(0.1, "weight of the odds ratio, lambda", above=0)
 
@@ -31,7 +35,7 @@ class OrpoHyperparameters(Hyperparameters):
 def orpo_terms(pairs: Pairs, hp: OrpoHyperparameters, state: State) -> Terms:
     chosen, rejected = pairs.means.chunk(2)
     chosen_odds, rejected_odds = log_odds(pairs.means).chunk(2)
-    losses = hp.alpha * pair_losses(chosen_odds - rejected_odds) - chosen
+    losses = hp.alpha * pair_losses(chosen_odds - rejected_odds) + chosen_nll(pairs, hp.nll)
     return Terms(losses, hp.alpha * chosen, hp.alpha * rejected, constant_margins(pairs, 0.0))
 
 

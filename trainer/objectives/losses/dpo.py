@@ -11,19 +11,26 @@ DPO, arXiv 2305.18290; its smoothing is that of conservative DPO. R-DPO, arXiv 2
 chosen answer needs less of a gap. (gamma-PO's released trainer takes batch sizes for the lengths.)
 IPO, arXiv 2310.12036: its per-token form, which its authors advise over sums, is the default here.
 
+f-DPO, arXiv 2309.16240: another divergence from the reference than the reverse KL gives an answer
+the score ``f'(exp(rho))`` in place of rho, see `scores`. Other losses of these rewards are in
+`reward_losses`.
+
 Shapes: P pairs of this rank; sequences are P chosen, then P rejected.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ...kernels.margin_loss.function import pair_losses
-from .base import Pairs, Terms, constant_margins
-from .settings import Hyperparameters, LabelSmoothing, setting
-from .state import State
+from ....kernels.margin_loss.function import pair_losses, softplus
+from ...errors import UserError
+from ..base import Pairs, Terms, constant_margins
+from ..settings import Hyperparameters, LabelSmoothing, setting
+from ..state import State
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,33 @@ class ReferenceHyperparameters(Hyperparameters):
 
 
 @dataclass(frozen=True)
+class Divergence(ReferenceHyperparameters):
+    """Of objectives that know a pair by the difference of its two rewards alone."""
+
+    f_divergence_type: str = setting(
+        "reverse_kl",
+        "the divergence from the reference whose slope is an answer's score",
+        choices=("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    )
+    f_alpha_divergence_coef: float = setting(0.5, "alpha of alpha_divergence; at 1 reverse_kl")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        default = type(self).f_alpha_divergence_coef
+        if self.f_alpha_divergence_coef != default and self.f_divergence_type[:5] != "alpha":
+            raise UserError(
+                "f_alpha_divergence_coef: set f_divergence_type: alpha_divergence beside it; "
+                f"{self.f_divergence_type} has no alpha"
+            )
+
+
+@dataclass(frozen=True)
 class DpoHyperparameters(LabelSmoothing, ReferenceHyperparameters):
+    pass
+
+
+@dataclass(frozen=True)
+class DivergenceDpoHyperparameters(Divergence, DpoHyperparameters):
     pass
 
 
@@ -47,7 +80,7 @@ class RdpoHyperparameters(DpoHyperparameters):
 
 
 @dataclass(frozen=True)
-class IpoHyperparameters(ReferenceHyperparameters):
+class IpoHyperparameters(Divergence):
     length_norm: bool = setting(True, "take logps per token rather than summed")
 
 
@@ -58,8 +91,35 @@ def log_ratios(pairs: Pairs, length_norm: bool) -> Tensor:
     return ratios / pairs.lengths.clamp(min=1) if length_norm else ratios
 
 
+def scores(pairs: Pairs, hp: ReferenceHyperparameters) -> Tensor:
+    """[2P], differentiable: the slope of hp's divergence at each answer's likelihood ratio.
+
+    That is rho itself for the reverse KL, which is all that an ``hp`` without `Divergence` knows.
+    Per token with ``length_norm``: the slope at the whole answer's ratio, divided by its length.
+    """
+    rho = log_ratios(pairs, False)
+    if isinstance(hp, Divergence):
+        rho = slope(rho, hp.f_divergence_type, hp.f_alpha_divergence_coef)
+    return rho / pairs.lengths.clamp(min=1) if hp.length_norm else rho
+
+
+def slope(rho: Tensor, divergence: str, alpha: float) -> Tensor:
+    """``f'(exp(rho))`` of a divergence, up to its constant factor.
+
+    Exponents stay below what the dtype can hold; beyond, the slope is flat.
+    """
+    largest = 0.9 * math.log(torch.finfo(rho.dtype).max)
+    if divergence == "forward_kl":
+        return -torch.expm1((-rho).clamp(max=largest))
+    if divergence == "js_divergence":
+        return math.log(2) - softplus(-rho)
+    if divergence == "alpha_divergence" and alpha != 1:
+        return torch.expm1(((alpha - 1) * rho).clamp(max=largest)) / (alpha - 1)
+    return rho
+
+
 def dpo_terms(pairs: Pairs, hp: DpoHyperparameters, state: State) -> Terms:
-    rewards = hp.beta * log_ratios(pairs, hp.length_norm)
+    rewards = hp.beta * scores(pairs, hp)
     return reward_terms(rewards, constant_margins(pairs, 0.0), hp.label_smoothing)
 
 
@@ -71,8 +131,7 @@ def rdpo_terms(pairs: Pairs, hp: RdpoHyperparameters, state: State) -> Terms:
 
 
 def ipo_terms(pairs: Pairs, hp: IpoHyperparameters, state: State) -> Terms:
-    ratios = log_ratios(pairs, hp.length_norm)
-    chosen, rejected = ratios.chunk(2)
+    chosen, rejected = scores(pairs, hp).chunk(2)
     losses = (chosen - rejected - 1 / (2 * hp.beta)) ** 2
     # The target 1 / (2 beta) is one half in units of the reward.
     return Terms(losses, hp.beta * chosen, hp.beta * rejected, constant_margins(pairs, 0.5))

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels.margin_loss.function import pair_losses
-from .base import Pairs, Terms
+from ....kernels.margin_loss.function import pair_losses
+from ..base import Pairs, Terms
+from ..gather import GlobalPairs, padded_sum
+from ..settings import Hyperparameters, setting
+from ..state import State, draw_uniform, seeded_generator
 from .dpo import DpoHyperparameters, log_ratios
-from .gather import GlobalPairs, padded_sum
-from .settings import Hyperparameters, setting
 from .simpo import SimpoHyperparameters
-from .state import State, draw_uniform, seeded_generator
 
 DRAWS = 2048  # per micro-batch, however many pairs it has: pair i takes draw i modulo this
 LEAST_BETA = 1e-3

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Pairs, Terms, margin_terms
-from .gather import GlobalPairs
-from .settings import setting
+from ..base import Pairs, Terms, margin_terms
+from ..gather import GlobalPairs
+from ..settings import setting
+from ..state import State
 from .simpo import MarginHyperparameters
-from .state import State
 
 _EPS_STD = 1e-6
 _EPS_LOG = 1e-8

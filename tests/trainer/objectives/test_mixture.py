@@ -1,0 +1,64 @@
+"""Weighted sums of objectives against their parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.objectives import build_objective, canonical_name, spec_of
+
+from tests.support.objective_cases import MIXTURE
+from tests.support.preference_batches import pack, random_pairs, reference_sums
+
+PARTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
+
+
+def test_a_mixture_has_one_name():
+    assert canonical_name(PARTS) == canonical_name(MIXTURE) == MIXTURE
+    assert canonical_name({"nca_pair": 2, "sigmoid": 1}) == "2*nca + simpo"
+    assert canonical_name({"dpo": 1.0}) == canonical_name(" dpo ") == "dpo"
+    assert canonical_name({"dpo": 0.5}) == "0.5*dpo"
+    assert build_objective(PARTS).name == MIXTURE
+    for nothing in ({}, {"dpo": True}, {"dpo": None}, {"dpo": float("nan")}):
+        with pytest.raises(UserError, match="objective: "):
+            canonical_name(nothing)
+
+
+def test_a_mixture_couples_and_needs_what_its_parts_do():
+    assert spec_of(MIXTURE).couples_pairs
+    assert spec_of(MIXTURE).needs_reference
+    assert not spec_of("dpo + sft").couples_pairs
+    assert not spec_of("simpo + sft").needs_reference
+    assert build_objective("dpo + sft", nll="tokens").couples_pairs
+
+
+@pytest.mark.parametrize("order", [PARTS, dict(reversed(PARTS.items()))], ids=list)
+def test_losses_and_gradients_are_the_weighted_sums_of_the_parts(order):
+    mixture = build_objective(order, beta=0.5, nll="tokens", sft_weight=0.3)
+    parts = {name: build_objective(name, beta=0.5) for name in ("dpo", "bco")}
+    parts["sft"] = build_objective("sft", nll="tokens")
+    for seed in range(4):
+        pairs = random_pairs(np.random.default_rng(seed), 6)
+        tokens, cu_seqlens = pack(pairs)
+        reference = reference_sums(pairs)
+        out = mixture(tokens, cu_seqlens, reference)
+        outs = {name: part(tokens, cu_seqlens, reference) for name, part in parts.items()}
+        weights = PARTS | {"sft": 1.3}
+        total = sum(weights[name] * each.losses for name, each in outs.items())
+        assert isinstance(total, torch.Tensor)
+        torch.testing.assert_close(out.losses, total, rtol=1e-12, atol=1e-12)
+        (found,) = torch.autograd.grad(out.losses.sum(), tokens)
+        (expected,) = torch.autograd.grad(total.sum(), tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(out.chosen_rewards, outs["dpo"].chosen_rewards)
+
+
+def test_each_part_keeps_its_own_default_where_none_is_given():
+    pairs = random_pairs(np.random.default_rng(0), 6)
+    call = (*pack(pairs), reference_sums(pairs))
+    sums, means = (build_objective(name)(*call).losses for name in ("dpo", "ipo"))
+    torch.testing.assert_close(build_objective("dpo + ipo")(*call).losses, sums + means)
+    given = build_objective("dpo + ipo", length_norm=True, beta=0.3)(*call).losses
+    both = [build_objective(name, length_norm=True, beta=0.3) for name in ("dpo", "ipo")]
+    torch.testing.assert_close(given, both[0](*call).losses + both[1](*call).losses)
