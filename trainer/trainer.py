@@ -93,34 +93,35 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         reference = None if self.reference is None else self.reference.sums(model, inputs)
         balanced = self.balance.inputs(inputs, model.training)
         scored: Any = model(**model_inputs(inputs), **balanced)
-        out = self._pair_losses(scored.token_logps, reference, inputs, model.training)
+        out = self._pair_losses(scored, reference, inputs, model.training)
         loss = out.loss
         if num_items_in_batch is not None:
             loss = out.losses.sum() * self.args.world_size / num_items_in_batch
         if balanced:
             self.observer.training.add(aux_loss=scored.aux_loss)
             loss = loss + self.balance.share(scored, self.current_gradient_accumulation_steps)
-        self._observe(inputs, scored.mean_logits, reference, out, loss)
+        self._observe(inputs, scored, reference, out, loss)
         return (loss, {"pairs": out}) if return_outputs else loss
 
     def _pair_losses(
-        self, token_logps: Tensor, reference: Tensor | None, inputs: Any, training: bool
+        self, scored: Any, reference: Tensor | None, inputs: Any, training: bool
     ) -> ObjectiveOutput:
         """The objective of the micro-batch, with the other ranks' pairs where it couples them."""
         distributed = self.args.world_size > 1 and self.objective.couples_pairs
         self.objective.max_pairs_per_rank = self._max_pairs_per_rank(training)
         return self.objective.train(training)(
-            token_logps,
+            scored.token_logps,
             inputs["cu_seqlens"],
             reference,
             pair_ids=inputs["pair_ids"],
             group=dist.group.WORLD if distributed else None,
+            log_sum_squares=None if scored.figures is None else scored.figures[0],
         )
 
     def _observe(
         self,
         inputs: Any,
-        mean_logits: Tensor,
+        scored: Any,
         reference: Tensor | None,
         out: ObjectiveOutput,
         loss: Tensor,
@@ -128,7 +129,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         """Note metrics, and what would stop the step; nothing waits for the device."""
         training = self.objective.training
         with_margins = self.is_in_train and not training
-        self.observer.add(inputs, mean_logits, out, training=training, with_margins=with_margins)
+        self.observer.add(inputs, scored, out, training=training, with_margins=with_margins)
         if not training:
             return
         if self.reference is not None and reference is not None:
@@ -181,6 +182,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         lm, tokenizer = self._load(model, args, processing_class, peft_config)
         check_evaluation(args, eval_dataset)
         self.scoring = prepared_head(lm, args)
+        self.scoring.figures |= self.objective.hyperparameters.use_weighting
         self.balance = RouterBalance(bare_model(lm), args.router_aux_loss_coef)
         self.pipeline = PairPipeline(tokenizer, args, vocabulary_size(lm), self.objective)
         rows = self.pipeline.training_rows(train_dataset)

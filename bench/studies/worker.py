@@ -22,8 +22,8 @@ CURVES = {
     "loss": "loss",
     "accuracy": "rewards/accuracies",
     "margin": "rewards/margins",
-    "chosen_mean_logp": "logps/chosen",
-    "rejected_mean_logp": "logps/rejected",
+    "chosen_mean_logp": "logps/chosen_mean",
+    "rejected_mean_logp": "logps/rejected_mean",
     "active_fraction": "head/active_fraction",
 }
 """What is kept of every step, by the name it is logged under."""

@@ -26,7 +26,7 @@ from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tai
 from ..errors import UserError
 from ..packing.masks import packed_arguments
 from .experts import balance_loss
-from .logits import logit_settings
+from .logits import logit_settings, token_figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +38,7 @@ class ScoredTokens(ModelOutput):
 
     token_logps: Tensor | None = None  # [N] fp32, differentiable
     mean_logits: Tensor | None = None  # [N] mean over the vocabulary, before any softcap; detached
+    figures: Tensor | None = None  # [3, N] of `token_figures`, where `Scoring` asks for them
     aux_loss: Tensor | None = None  # [] of a mixture of experts, where router_weights were given
 
 
@@ -52,6 +53,8 @@ class Scoring:
     backend: Backend
     stats: HeadStats | None = None
     """Of the last call with gradients; backward fills it."""
+    figures: bool = False
+    """Whether to compute `token_figures` too: about another forward pass of the head."""
 
 
 def patch_head(
@@ -60,6 +63,7 @@ def patch_head(
     tail: Tail = "mean",
     tail_eps: float = TRAINING_TAIL_EPS,
     backend: Backend = "auto",
+    figures: bool = False,
 ) -> Scoring:
     """Teach ``model`` to return log-probs of given tokens; see the module's docstring.
 
@@ -74,7 +78,8 @@ def patch_head(
         UserError: an encoder-decoder model, an adapter on the head, or no head at all.
     """
     _check_model(model)
-    scoring = Scoring(**logit_settings(model.config), tail=tail, tail_eps=tail_eps, backend=backend)
+    logits = logit_settings(model.config)
+    scoring = Scoring(**logits, tail=tail, tail_eps=tail_eps, backend=backend, figures=figures)
     head: Any = model.get_output_embeddings()
     patched: Any
     for patched, forward in ((head, _head_forward), (model, _model_forward)):
@@ -126,11 +131,11 @@ def _model_forward(
     outputs = inner_model(self)(*args, **kwargs)
     hidden = outputs[0]
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, select)
-    token_logps, mean_logits = self.get_output_embeddings()(picked, targets=targets)
+    token_logps, mean_logits, figures = self.get_output_embeddings()(picked, targets=targets)
     aux_loss = None
     if router_weights is not None:
         aux_loss = balance_loss(outputs.router_logits, router_weights, self.num_experts_per_tok)
-    return ScoredTokens(token_logps, mean_logits, aux_loss)
+    return ScoredTokens(token_logps, mean_logits, figures, aux_loss)
 
 
 # Its operators are opaque to torch.compile anyway, and backward writes into what forward returned
@@ -157,7 +162,10 @@ def _head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> A
     )
     if torch.is_grad_enabled():
         scoring.stats = stats
-    return token_logps, _mean_logits(hidden, self.weight, bias, scoring.logit_scale)
+    mean_logits = _mean_logits(hidden, self.weight, bias, scoring.logit_scale)
+    head = (hidden, self.weight, targets, bias, scoring.logit_scale, scoring.softcap)
+    figures = token_figures(*head) if scoring.figures else None
+    return token_logps, mean_logits, figures
 
 
 @torch.no_grad()

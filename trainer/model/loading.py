@@ -182,4 +182,4 @@ def prepared_head(lm: PreTrainedModel, args: PreferenceConfig) -> Scoring:
             "Using one of %d GPUs; for all of them start with accelerate launch", args.n_gpu
         )
         args._n_gpu = 1
-    return patch_head(bare_model(lm), **args.head_settings)
+    return patch_head(bare_model(lm), **args.head_settings, figures=args.token_metrics)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..settings.names import SIDES
 from .margins import SAMPLES_FILE, Histogram, json_lines, read_margins
 
 Point = tuple[float, float]
@@ -29,12 +30,15 @@ HEADLINE_METRICS = (
     ("rewards/margins", "reward margin"),
     ("rewards/chosen", "reward, chosen"),
     ("rewards/rejected", "reward, rejected"),
-    ("logps/chosen", "log-prob, chosen"),
-    ("logps/rejected", "log-prob, rejected"),
+    ("logps/chosen_mean", "log-prob, chosen"),
+    ("logps/rejected_mean", "log-prob, rejected"),
     ("lengths/chosen", "tokens, chosen"),
     ("lengths/rejected", "tokens, rejected"),
     ("loss", "loss"),
 )
+
+EARLIER_NAMES = {f"{p}logps/{s}_mean": f"{p}logps/{s}" for p in ("", "eval_") for s in SIDES}
+"""Where the logs of earlier versions, which had means alone, have a metric."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Run:
         """All logged values of a metric, in order of steps; the last one counts for a step."""
         points: dict[float, float] = {}
         for entry in self.history:
-            step, value = number(entry.get("step")), number(entry.get(key))
+            logged = entry.get(key, entry.get(EARLIER_NAMES.get(key, key)))
+            step, value = number(entry.get("step")), number(logged)
             if step is not None and value is not None and math.isfinite(step):
                 points[step] = value if math.isfinite(value) else math.nan
         return sorted(points.items())

@@ -27,8 +27,10 @@ TOKENS = ("computed_tokens", "tokens", "padded_tokens")
 class PreferenceMetrics:
     """Sums over the pairs since the last report, for training or for evaluation.
 
-    Names as users chart them already; every figure is a mean over pairs, but for ``logits/*``
-    (over completion tokens), ``margin/std``, and ``head/*`` and ``aux_loss`` (over micro-batches).
+    Names and meanings as TRL has them; every figure is a mean over pairs, but for ``logits/*`` and
+    ``entropy`` (over completion tokens), ``nll_loss`` and ``mean_token_accuracy`` (over the chosen
+    ones), ``margin/std``, and ``head/*`` and ``aux_loss`` (over micro-batches). ``logps/*`` are the
+    sums or the means that the objective compares; ``logps/*_mean`` are the means whatever it is.
     """
 
     def __init__(self) -> None:
@@ -55,8 +57,11 @@ class PreferenceMetrics:
             "rewards/rejected": out.rejected_rewards,
             "rewards/accuracies": (gaps > 0).double(),
             "rewards/margins": gaps,
-            "logps/chosen": out.chosen_mean_logps,
-            "logps/rejected": out.rejected_mean_logps,
+            "logps/chosen": out.chosen_logps,
+            "logps/rejected": out.rejected_logps,
+            "logps/chosen_mean": out.chosen_mean_logps,
+            "logps/rejected_mean": out.rejected_mean_logps,
+            "nll_loss": -out.chosen_mean_logps * out.chosen_lengths,
             "lengths/chosen": out.chosen_lengths.double(),
             "lengths/rejected": out.rejected_lengths.double(),
             "margin/mean": out.target_margins,
@@ -66,6 +71,13 @@ class PreferenceMetrics:
         logits = segment_sums(mean_logits.detach(), cu_seqlens) * real.repeat(2)
         chosen, rejected = logits.chunk(2)
         self.add(**{"logits/chosen": chosen, "logits/rejected": rejected})
+
+    def add_figures(self, out: ObjectiveOutput, figures: Tensor, cu_seqlens: Tensor) -> None:
+        """Add one micro-batch's ``figures`` [3, N], see `token_figures`."""
+        entropy, correct = (
+            segment_sums(row.detach(), cu_seqlens) * out.real.repeat(2) for row in figures[1:]
+        )
+        self.add(entropy=entropy, mean_token_accuracy=correct.chunk(2)[0])
 
     def add_tokens(self, decoder_tokens: Tensor) -> None:
         """Add one micro-batch's ``decoder_tokens`` [3], see `PairCollator`."""
@@ -97,12 +109,15 @@ class PreferenceMetrics:
         variance = square - (total["margin/mean"] / pairs) ** 2
         scored = {side: total[f"lengths/{side}"] for side in SIDES}
         counts["scored"] = sum(scored.values())
+        over_tokens = {f"logits/{side}": scored[side] for side in SIDES}
+        over_tokens |= dict.fromkeys(("nll_loss", "mean_token_accuracy"), scored["chosen"])
+        over_tokens["entropy"] = counts["scored"]
         means = {
             name: value / (counts["batches"] if name.startswith(("head/", "aux_")) else pairs)
+            if name not in over_tokens
+            else value / max(over_tokens[name], 1.0)
             for name, value in total.items()
-            if not name.startswith("logits/")
         }
-        means |= {f"logits/{s}": total[f"logits/{s}"] / max(n, 1.0) for s, n in scored.items()}
         means["margin/std"] = math.sqrt(max(variance, 0.0))
         return {f"{prefix}{name}": value for name, value in means.items()}, counts
 

@@ -120,7 +120,7 @@ class Observer(TrainerCallback):
     def add(
         self,
         batch: Mapping[str, Any],
-        mean_logits: Tensor,
+        scored: Any,
         out: ObjectiveOutput,
         *,
         training: bool,
@@ -129,11 +129,13 @@ class Observer(TrainerCallback):
         """Add one micro-batch, without waiting for the device.
 
         Args:
-            mean_logits: [N].
+            scored: what the patched model returned.
             with_margins: also count the pairs in the evaluation's histograms of margins.
         """
         metrics = self.training if training else self.evaluation
-        metrics.add_pairs(out, mean_logits, batch["cu_seqlens"])
+        metrics.add_pairs(out, scored.mean_logits, batch["cu_seqlens"])
+        if scored.figures is not None:
+            metrics.add_figures(out, scored.figures, batch["cu_seqlens"])
         if with_margins:
             self.margins.add(out)
         if "decoder_tokens" in batch:  # a collator of the user's may not count

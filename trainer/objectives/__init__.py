@@ -12,10 +12,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Objective, ObjectiveOutput, ObjectiveSpec
+from .base import Objective
 from .losses import ALIASES, OBJECTIVES
 from .mixture import canonical_name, spec_of
 from .settings import unknown_name
+from .terms import ObjectiveOutput, ObjectiveSpec
 
 __all__ = [
     "ALIASES",

@@ -9,125 +9,21 @@ Shapes: N tokens, P pairs of this rank; sequences are P chosen, then P rejected.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels.margin_loss.function import Kind, pair_losses, sequence_logps
+from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
-from .gather import GlobalPairs, gather_pairs
 from .settings import Hyperparameters
 from .state import State, taken_up, to_device
+from .terms import ObjectiveOutput, ObjectiveSpec, Pairs, Terms, chosen_nll
+from .tokens import length_weighted, pair_weights
 
 # Pairs without ids are ordered by rank, then by place: ids of rank r start at r times this.
 IDS_PER_RANK = 2**32
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What an objective sees of a micro-batch. Sums and means are differentiable."""
-
-    sums: Tensor  # [2P] fp32, or fp64 for fp64; 0 for a filler pair
-    means: Tensor  # [2P] per token; 0 for an empty completion or a filler pair
-    lengths: Tensor  # [2P] int
-    reference_sums: Tensor | None  # [2P] of the frozen model
-    ids: Tensor  # [P] int64, negative for a filler pair
-    group: dist.ProcessGroup | None
-    max_pairs_per_rank: int | None
-    training: bool
-
-    @property
-    def real(self) -> Tensor:
-        """[P] bool: not a filler."""
-        return self.ids >= 0
-
-    def gather(self, values: Tensor) -> GlobalPairs:
-        """``values`` [P] or [P, C] of all ranks' pairs: one collective, so call it on all ranks."""
-        columns = values if values.dim() == 2 else values[:, None]
-        return gather_pairs(columns, self.ids, self.group, self.max_pairs_per_rank)
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What an objective's function returns, per pair [P]."""
-
-    losses: Tensor  # differentiable
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    target_margins: Tensor
-    state: State | None = None  # the next state; None: unchanged. Kept in training only
-
-
-@dataclass(frozen=True)
-class ObjectiveSpec:
-    """One row of the table of objectives."""
-
-    formula: str
-    hyperparameters: type[Hyperparameters]
-    terms: Callable[[Pairs, Any, State], Terms]
-    initial_state: Callable[[Any], State] | None = None
-    couples_pairs: bool = False  # needs one global micro-batch at a time
-    needs_reference: bool = False
-
-
-@dataclass(frozen=True)
-class ObjectiveOutput:
-    """Losses of one call. All but ``loss`` and ``losses`` are detached; [P] unless noted."""
-
-    loss: Tensor  # [] mean of losses over this rank's real pairs; 0 when it has none
-    losses: Tensor  # 0 for a filler pair
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    target_margins: Tensor  # 0 for a filler pair
-    chosen_sum_logps: Tensor
-    rejected_sum_logps: Tensor
-    chosen_mean_logps: Tensor
-    rejected_mean_logps: Tensor
-    chosen_lengths: Tensor  # int
-    rejected_lengths: Tensor  # int
-    real: Tensor  # bool, False for a filler pair
-
-
-def constant_margins(pairs: Pairs, margin: float) -> Tensor:
-    """[P] of one target margin."""
-    return torch.full_like(pairs.ids, margin, dtype=pairs.sums.dtype)
-
-
-def chosen_nll(pairs: Pairs, counted: str) -> Tensor:
-    """[P] minus the chosen answers' log-probs, each answer's mean (``counted`` "answers").
-
-    For "tokens" scaled so that their mean over the global micro-batch is that over its tokens: a
-    collective, so call it on all ranks.
-    """
-    nll = -pairs.means.chunk(2)[0]
-    if counted == "answers":
-        return nll
-    lengths = pairs.lengths.chunk(2)[0].to(nll.dtype)
-    return nll * lengths / pairs.gather(lengths).mean().clamp(min=1).to(nll.dtype)
-
-
-def margin_terms(
-    pairs: Pairs,
-    beta: float,
-    target_margins: Tensor,
-    *,
-    kind: Kind = "sigmoid",
-    label_smoothing: float = 0.0,
-    state: State | None = None,
-) -> Terms:
-    """Terms of a reference-free objective: the loss of ``margin_loss`` with these target margins.
-
-    From the means, which `Objective` has: the fused op would sum the tokens a second time.
-    """
-    target_margins = target_margins.to(pairs.sums.dtype)
-    chosen, rejected = pairs.means.chunk(2)
-    x = beta * (chosen - rejected) - target_margins.detach()
-    losses = pair_losses(x, kind, label_smoothing)
-    return Terms(losses, beta * chosen, beta * rejected, target_margins, state)
 
 
 class Objective:
@@ -157,6 +53,11 @@ class Objective:
     def needs_reference(self) -> bool:
         return self.spec.needs_reference
 
+    @property
+    def compares_sums(self) -> bool:
+        """Whether ``logps/*`` are sums: with a reference always, for else the means are its own."""
+        return self.needs_reference or not getattr(self.hyperparameters, "length_norm", True)
+
     def __call__(
         self,
         token_logps: Tensor,
@@ -164,6 +65,7 @@ class Objective:
         reference: Tensor | None = None,
         pair_ids: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
+        log_sum_squares: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Losses of P pairs, differentiable in ``token_logps``.
 
@@ -174,13 +76,33 @@ class Objective:
             pair_ids: [P] int64, the order of pairs across ranks; a negative id marks a filler pair,
                 whose loss is 0 and which enters no statistic. None: by rank, then by place.
             group: processes whose pairs form one global micro-batch, or None for this one alone.
+            log_sum_squares: [N] logarithm of the sum over the vocabulary of the policy's squared
+                probabilities where each token stands; for ``use_weighting`` alone.
         """
         pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group)
         self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
             self._state = terms.state
+        if self.hyperparameters.use_weighting:
+            if log_sum_squares is None:
+                raise UserError("log_sum_squares: give it for each token; use_weighting needs it")
+            weights = pair_weights(token_logps, log_sum_squares, cu_seqlens)
+            terms = dataclasses.replace(terms, losses=weights * terms.losses)
         return self._output(pairs, terms)
+
+    @property
+    def token_weights(self) -> str:
+        """How sums weigh their tokens, in words; "" where they weigh all alike."""
+        alpha = getattr(self.hyperparameters, "ld_alpha", 1.0)
+        return "" if alpha == 1 else f"ld_alpha {alpha:g}"
+
+    def sequence_sums(self, token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The summed logps [2P] of a model, as this objective compares them with another's."""
+        if self.token_weights:
+            alpha = self.hyperparameters.ld_alpha  # pyright: ignore[reportAttributeAccessIssue]
+            token_logps = length_weighted(token_logps, cu_seqlens, alpha)
+        return sequence_logps(token_logps, cu_seqlens)[0]
 
     def _pairs(
         self,
@@ -207,10 +129,14 @@ class Objective:
                 f"pair_ids: expected shape [{count}], one id per pair, got {list(pair_ids.shape)}"
             )
         # So that no gradient of a filler, not a number perhaps, gets past its sums.
-        sums = torch.where((pair_ids >= 0).repeat(2), sums, 0.0)
+        real = (pair_ids >= 0).repeat(2)
+        sums = torch.where(real, sums, 0.0)
+        means = sums / lengths.clamp(min=1)
+        if self.token_weights:
+            sums = torch.where(real, self.sequence_sums(token_logps, cu_seqlens), 0.0)
         return Pairs(
             sums=sums,
-            means=sums / lengths.clamp(min=1),
+            means=means,
             lengths=lengths,
             reference_sums=None if reference is None else reference.detach().to(sums.dtype),
             ids=pair_ids,
@@ -228,12 +154,15 @@ class Objective:
         chosen_sums, rejected_sums = pairs.sums.detach().chunk(2)
         chosen_means, rejected_means = pairs.means.detach().chunk(2)
         chosen_lengths, rejected_lengths = pairs.lengths.chunk(2)
+        sums = self.compares_sums
         return ObjectiveOutput(
             loss=losses.sum() / pairs.real.sum().clamp(min=1),
             losses=losses,
             chosen_rewards=terms.chosen_rewards.detach(),
             rejected_rewards=terms.rejected_rewards.detach(),
             target_margins=torch.where(pairs.real, terms.target_margins.detach(), 0.0),
+            chosen_logps=chosen_sums if sums else chosen_means,
+            rejected_logps=rejected_sums if sums else rejected_means,
             chosen_sum_logps=chosen_sums,
             rejected_sum_logps=rejected_sums,
             chosen_mean_logps=chosen_means,

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import UserError
-from .base import ObjectiveSpec, Pairs, Terms
 from .losses import ALIASES, OBJECTIVES
 from .settings import Hyperparameters, unknown_name
 from .state import State
+from .terms import ObjectiveSpec, Pairs, Terms
 
 Parts = tuple[tuple[str, float], ...]
 
@@ -111,7 +111,11 @@ def _hyperparameters(parts: Parts) -> type[Hyperparameters]:
             if name not in common
         ],
         bases=(_Shared,),
-        namespace={"PARTS": parts, "LIKELIHOOD": any(kind.LIKELIHOOD for kind in kinds)},
+        namespace={
+            "PARTS": parts,
+            "LIKELIHOOD": any(kind.LIKELIHOOD for kind in kinds),
+            "LOSSES_OF_PAIRS": all(kind.LOSSES_OF_PAIRS for kind in kinds),
+        },
         frozen=True,
     )
 
@@ -120,7 +124,11 @@ def _part(name: str, hp: Any) -> Any:
     """The hyperparameters of one part, but for what is added to the sum of losses once."""
     kind = OBJECTIVES[name].hyperparameters
     values = {field.name: getattr(hp, field.name) for field in dataclasses.fields(kind)}
-    values |= {"sft_weight": 0.0, "nll": hp.nll if kind.LIKELIHOOD else "answers"}
+    values |= {
+        "sft_weight": 0.0,
+        "use_weighting": False,
+        "nll": hp.nll if kind.LIKELIHOOD else "answers",
+    }
     return kind(**{key: value for key, value in values.items() if value is not None})
 
 

@@ -38,7 +38,8 @@ def setting(
 class Hyperparameters:
     """What every objective has; each adds its own fields. Constructing one validates it."""
 
-    LIKELIHOOD: ClassVar[bool] = False  # whether the objective has a likelihood term without it
+    LIKELIHOOD: ClassVar[bool] = False  # whether the objective has a likelihood term of its own
+    LOSSES_OF_PAIRS: ClassVar[bool] = True  # whether a loss is that of one pair's two answers
 
     sft_weight: float = setting(
         0.0, "this multiple of minus the chosen mean logp is added to each loss", at_least=0
@@ -49,6 +50,10 @@ class Hyperparameters:
         choices=("answers", "tokens"),
     )
 
+    use_weighting: bool = setting(
+        False, "multiply a pair's loss by how likely the policy is to write its answers (WPO)"
+    )
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if "bounds" in field.metadata:  # those without are a mixture's, checked by its parts
@@ -57,6 +62,10 @@ class Hyperparameters:
         if self.nll != "answers" and not (self.LIKELIHOOD or self.sft_weight):
             raise UserError(
                 f"nll: set sft_weight above 0 beside it; without, {self.nll} has nothing to count"
+            )
+        if self.use_weighting and not self.LOSSES_OF_PAIRS:
+            raise UserError(
+                "use_weighting: leave it out; aot sorts answers, so no loss is one pair's"
             )
 
 

@@ -45,7 +45,7 @@ Values = dict[str, np.ndarray]
 
 
 def precomputed(
-    rows: PairRows, model: str, score: Callable[[Any], Tensor], trainer: Trainer
+    rows: PairRows, model: str, score: Callable[[Any], Tensor], trainer: Trainer, weights: str = ""
 ) -> tuple[Values, str]:
     """The columns of `COLUMNS` for ``rows``, from disk or computed, and a line that says which.
 
@@ -55,9 +55,11 @@ def precomputed(
     Args:
         model: the digest of the model's content; only the main process's counts.
         score: a collated batch -> sums [2P].
+        weights: how ``score`` weighs tokens, "" for all alike.
     """
     main = trainer.args.process_index == 0
-    path = Path(cache_folder()) / f"reference-{cache_key(model, rows, trainer)}.safetensors"
+    key = cache_key(model, rows, trainer, weights)
+    path = Path(cache_folder()) / f"reference-{key}.safetensors"
     cached = [read(path, len(rows)) if main else None]
     if trainer.args.world_size > 1:
         broadcast_object_list(cached)
@@ -118,7 +120,7 @@ def cache_folder() -> str:
     return os.path.join(config.HF_DATASETS_CACHE, "widemargin")
 
 
-def cache_key(model: str, rows: PairRows, trainer: Trainer) -> str:
+def cache_key(model: str, rows: PairRows, trainer: Trainer, weights: str = "") -> str:
     """The hash of all that decides the log-probs of ``rows``."""
     accelerator, args = trainer.accelerator, trainer.args
     policy: Any = trainer.model
@@ -130,7 +132,7 @@ def cache_key(model: str, rows: PairRows, trainer: Trainer) -> str:
         str(accelerator.distributed_type) if is_split(args) else "",
         bool(args.tf32),
         bare_model(policy).config.get_text_config()._attn_implementation,
-    ]
+    ] + [weights] * bool(weights)
     return digest([json.dumps(facts)])
 
 

@@ -13,7 +13,6 @@ All are scored by the head without logits, in the batch's own layout and precisi
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,19 +21,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
 from ..model.adapters import bare_model, starts_as_its_base
 from ..model.digest import model_digest
 from ..model.frozen import place_frozen
 from ..model.head import patch_head
-from ..model.loading import load_model, vocabulary_size
+from ..model.loading import load_model
 from ..packing import model_inputs
 from ..packing.choose import longest_sequence
 from ..packing.rope import fix_rope
 from ..packing.verify import compare_with_alone
 from ..settings.checks import is_split
 from .cache import columns_digest, precomputed
+from .source import check_columns, check_tokenizer, checked, copy_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -55,6 +54,7 @@ class Reference:
     """Where the reference's log-probs come from.
 
     Args:
+        objective: what compares with it.
         policy: the bare or adapted model before training; not yet in ``peft_config``'s adapter.
         args: the run's settings.
         ref_model: a model to use, or None for what the settings say.
@@ -69,6 +69,7 @@ class Reference:
 
     def __init__(
         self,
+        objective: Objective,
         policy: Any,
         args: PreferenceConfig,
         ref_model: PreTrainedModel | None,
@@ -79,6 +80,7 @@ class Reference:
         starting: bool,
     ) -> None:
         self.args = args
+        self.objective = objective
         self.starting = starting
         self.model: PreTrainedModel | None = None
         self.notes: list[str] = []
@@ -90,16 +92,18 @@ class Reference:
         self._autocast: Any = nullcontext
         self._unwrap: Any = bare_model
         self._other = False
+        if len(self._lacking) < sum(part is not None for part in rows):
+            check_columns(objective)
         if not self._lacking and any(part is not None for part in rows):
             return
         self._other = ref_model is not None or not self.starting
         if self._other:
             if ref_model is None:
-                _check_tokenizer(args, tokenizer)
+                check_tokenizer(args, tokenizer)
                 ref_model = load_model(args, args.ref_model_name_or_path)
-            self.model = _checked(ref_model, policy)
+            self.model = checked(ref_model, policy)
         elif not self._policy_can_score():
-            self.model = _copy_of(policy, args)
+            self.model = copy_of(policy, args)
         if self.model is not None:
             fix_rope(self.model, longest_sequence(*(p.lengths for p in rows if p is not None)))
             self.model.requires_grad_(False).eval()
@@ -143,8 +147,11 @@ class Reference:
                 values, note = precomputed(
                     rows,
                     self._digest,
-                    lambda batch: _summed_logps(frozen, trainer._prepare_inputs(batch)),
+                    lambda batch: _summed_logps(
+                        self.objective, frozen, trainer._prepare_inputs(batch)
+                    ),
                     trainer,
+                    weights=self.objective.token_weights,
                 )
                 rows.set_reference(values)
                 self.notes.append(note)
@@ -182,7 +189,7 @@ class Reference:
                 "longer here; give it as eval_dataset, or set precompute_ref_log_probs: false"
             )
         with self._scoring(model, disable_adapter=self.model is None):
-            return _summed_logps(model, batch)
+            return _summed_logps(self.objective, model, batch)
 
     @contextmanager
     def _scoring(self, model: nn.Module, *, disable_adapter: bool) -> Iterator[None]:
@@ -247,7 +254,9 @@ def reference_for(
 ) -> Reference | None:
     """The `Reference` of an objective that needs one; None for the others, which refuse one."""
     if objective.needs_reference:
-        return Reference(policy, args, ref_model, tokenizer, peft_config, rows, starting=starting)
+        return Reference(
+            objective, policy, args, ref_model, tokenizer, peft_config, rows, starting=starting
+        )
     if ref_model is not None or args.ref_model_name_or_path is not None:
         raise UserError(f"ref_model: {objective.name} uses none; leave it out")
     if args.precompute_ref_log_probs:
@@ -255,46 +264,6 @@ def reference_for(
     return None
 
 
-def _summed_logps(model: Any, batch: Mapping[str, Any]) -> Tensor:
+def _summed_logps(objective: Objective, model: Any, batch: Mapping[str, Any]) -> Tensor:
     scored = model(**model_inputs(batch))
-    return sequence_logps(scored.token_logps, batch["cu_seqlens"])[0]
-
-
-def _check_tokenizer(args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The named reference's tokenizer, if it comes with one, has the same tokens."""
-    from transformers import AutoTokenizer
-
-    name: Any = args.ref_model_name_or_path
-    try:
-        theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):
-        return  # a folder with a model alone; its vocabulary's size still counts
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"ref_model_name_or_path: {name} has another tokenizer than the model, so its tokens "
-            "mean other text; give a reference with the model's own tokenizer"
-        )
-
-
-def _checked(model: PreTrainedModel, policy: Any) -> PreTrainedModel:
-    """A reference that can score the policy's tokens."""
-    if bare_model(model) is bare_model(policy):
-        raise UserError(
-            "ref_model: it is the model that trains; leave it out to compare with that model as "
-            "it is now, or give another"
-        )
-    size, policy_size = vocabulary_size(model), vocabulary_size(policy)
-    if size != policy_size:
-        raise UserError(
-            f"ref_model: its vocabulary has {size} tokens, the model's {policy_size}; give a "
-            "reference with the model's own tokenizer"
-        )
-    return model
-
-
-def _copy_of(policy: Any, args: PreferenceConfig) -> Any:
-    """A copy of the policy as it is now."""
-    if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
-        name = bare_model(policy).config._name_or_path  # ZeRO-3 took the weights apart: load again
-        return load_model(args, args.model_name_or_path or name)
-    return copy.deepcopy(policy)
+    return objective.sequence_sums(scored.token_logps, batch["cu_seqlens"])

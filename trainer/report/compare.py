@@ -17,10 +17,10 @@ from .samples import compared_samples
 METRICS = {
     "rewards/accuracies": Chart("Reward accuracy", ACCURACY, [], 0.0, 1.0, 0.5),
     "rewards/margins": Chart("Reward margin", MARGIN),
-    "logps/chosen": Chart(
+    "logps/chosen_mean": Chart(
         "Log-prob, chosen", "nats per token; falling: probability leaves good answers"
     ),
-    "logps/rejected": Chart("Log-prob, rejected", "nats per token"),
+    "logps/rejected_mean": Chart("Log-prob, rejected", "nats per token"),
     "loss": Chart("Loss", "mean over pairs; of unequal objectives not to be compared"),
 }
 """Of held-out pairs where every run has them."""

@@ -156,10 +156,10 @@ def _charts(run: Run) -> list[Chart]:
             Line("held-out", "accent", run.series("eval_" + key), "dotted"),
         ]
 
-    def sides(key: str) -> list[Line]:
+    def sides(key: str, suffix: str = "") -> list[Line]:
         lines = []
         for side in ("chosen", "rejected"):
-            name = f"{key}/{side}"
+            name = f"{key}/{side}{suffix}"
             lines.append(Line(side, side, run.series(name)))
             lines.append(Line(f"{side}, held-out", side, run.series("eval_" + name), "dots"))
         return lines
@@ -171,7 +171,7 @@ def _charts(run: Run) -> list[Chart]:
     charts = [
         Chart("Reward accuracy", ACCURACY, both("rewards/accuracies"), 0.0, 1.0, 0.5),
         Chart("Reward margin", MARGIN, both("rewards/margins")),
-        Chart("Log-probabilities", _mass_note(run), sides("logps")),
+        Chart("Log-probabilities", _mass_note(run), sides("logps", "_mean")),
         Chart("Loss", "mean over pairs", both("loss")),
         Chart("Target margin", asked, [_with_std(run)]),
         Chart("Lengths of the pairs", "completion tokens per answer", sides("lengths"), low=0.0),
@@ -198,7 +198,7 @@ def _mass_note(run: Run) -> str:
     note = "nats per token, mean over pairs"
     moves = []
     for side in ("chosen", "rejected"):
-        values = run.finite(f"{run.prefix()}logps/{side}")
+        values = run.finite(f"{run.prefix()}logps/{side}_mean")
         if len(values) < 2:
             return note
         moves.append(values[-1] - values[0])

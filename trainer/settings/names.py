@@ -23,6 +23,8 @@ METRICS = (
     "rewards/accuracies",
     "rewards/margins",
     *(f"{figure}/{side}" for figure in ("rewards", "logps", "logits", "lengths") for side in SIDES),
+    *(f"logps/{side}_mean" for side in SIDES),
+    "nll_loss",
     "margin/mean",
     "margin/std",
 )

@@ -190,3 +190,23 @@ def test_logits_treated_in_an_unknown_way_are_noticed():
     patch_head(model)
     with pytest.raises(UserError, match="own logits"):
         check_head(model)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_figures_of_tokens_are_those_of_the_models_logits(monkeypatch, softcap):
+    monkeypatch.setattr("widemargin.trainer.model.logits.LOGITS_AT_ONCE", 1000)
+    model = tiny_model()
+    tokens, _, select, targets = batch()
+    scoring = patch_head(model, figures=True)
+    scoring.softcap = softcap
+    figures = model(input_ids=tokens, select=select, targets=targets).figures
+    logits = model(input_ids=tokens).logits.flatten(0, 1)[select].double()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    p = logits.softmax(-1)
+    expected = torch.stack(
+        [(p**2).sum(-1).log(), -(p * p.log()).sum(-1), (p.argmax(-1) == targets).double()]
+    )
+    torch.testing.assert_close(figures.double(), expected, rtol=1e-4, atol=1e-5)
+    assert not figures.requires_grad
+    assert patch_head(model).figures is False
+    assert model(input_ids=tokens, select=select, targets=targets).figures is None

@@ -14,7 +14,7 @@ from widemargin.trainer.objectives import build_objective
 
 from tests.support.preference_batches import Pair, pack, random_pairs, reference_sums
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
+trl = pytest.importorskip("trl", minversion="1.16", reason="pip install trl==1.16.0")
 
 PAIRS, SEEDS = 9, 3
 
@@ -28,13 +28,28 @@ def padded(tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return rows, torch.cat([torch.zeros(len(rows), 1), mask], 1).long()
 
 
+def some_squares(tokens: Tensor) -> Tensor:
+    """Logarithms of summed squared probabilities, for WPO."""
+    return -0.5 - tokens.detach().sin().abs()
+
+
 def dpo_loss(pairs: list[Pair], tokens: Tensor, cu_seqlens: Tensor, **given: Any) -> Tensor:
     """What TRL's DPOTrainer makes of a batch, its model's forward pass replaced."""
     rows, mask = padded(tokens, cu_seqlens)
-    outputs = SimpleNamespace(log_probs=rows, entropy=rows, mean_logits=rows, is_top1=rows > 0)
+    squares, _ = padded(some_squares(tokens), cu_seqlens)
+    outputs = SimpleNamespace(
+        log_probs=rows, log_sum_sq_probs=squares, entropy=rows, mean_logits=rows, is_top1=rows > 0
+    )
     settings = trl.DPOConfig(output_dir="unused", use_cpu=True, bf16=False, **given)
     trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
-    names = ["beta", "label_smoothing", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting"]
+    names = [
+        "beta",
+        "label_smoothing",
+        "ld_alpha",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "use_weighting",
+    ]
     vars(trainer).update(
         {name: getattr(settings, name) for name in names},
         args=settings,
@@ -81,6 +96,22 @@ DPO: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
         {"nll": "tokens"},
     ),
     *(
+        ({"loss_type": [theirs], **given}, ours, given)
+        for theirs, ours in {
+            "sigmoid": "dpo",
+            "ipo": "ipo",
+            "nca_pair": "nca",
+            "aot": "aot",
+        }.items()
+        for given in ({"ld_alpha": 0.3}, {"ld_alpha": 0.0}, {"use_weighting": True})
+        if theirs != "aot" or "ld_alpha" in given
+    ),
+    (
+        {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5},
+        "dpo + sft",
+        {"nll": "tokens", "ld_alpha": 0.5},
+    ),
+    *(
         ({"loss_type": [theirs], "f_divergence_type": kind}, ours, {"f_divergence_type": kind})
         for theirs, ours in {"sigmoid": "dpo", "ipo": "ipo", "discopop": "discopop"}.items()
         for kind in ("forward_kl", "js_divergence", "alpha_divergence")
@@ -98,7 +129,9 @@ def test_dpo_trainer(theirs, name, ours, beta):
         tokens, cu_seqlens = pack(pairs, torch.float32)
         expected = dpo_loss(pairs, tokens, cu_seqlens, beta=beta, **theirs)
         reference = reference_sums(pairs, torch.float32)
-        compare(objective(tokens, cu_seqlens, reference).loss, expected, tokens)
+        squares = some_squares(tokens)
+        loss = objective(tokens, cu_seqlens, reference, log_sum_squares=squares).loss
+        compare(loss, expected, tokens)
 
 
 def compare(loss: Tensor, expected: Tensor, tokens: Tensor) -> None:
@@ -143,8 +176,7 @@ def test_cpo_trainer(theirs, name, ours):
             scores = scores / mask.sum(1)
         losses, *_ = trainer.cpo_loss(*scores.chunk(2))
         nll = -rows[:PAIRS].sum() / mask[:PAIRS].sum()  # its cross-entropy, over the batch's tokens
-        out = objective(tokens, cu_seqlens)
-        compare(out.loss, losses.mean() + weight * nll, tokens)
+        compare(objective(tokens, cu_seqlens).loss, losses.mean() + weight * nll, tokens)
 
 
 def test_orpo_trainer():

@@ -294,6 +294,7 @@ OTHER_VALUES = {
     "f_divergence_type": "forward_kl",
     "f_alpha_divergence_coef": 0.2,
     "nll": "tokens",
+    "ld_alpha": 0.3,
 }
 BESIDE: dict[str, dict[str, Any]] = {
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
@@ -306,12 +307,15 @@ BESIDE: dict[str, dict[str, Any]] = {
     ("name", "key"), [(n, k) for n in OBJECTIVES for k in hyperparameters_of(n)]
 )
 def test_every_hyperparameter_matters(name, key):
+    if key == "use_weighting" and name.startswith("aot"):
+        pytest.skip("refused, see below")
     usual = build_objective(name, **BESIDE.get(key, {}))
     value = OTHER_VALUES[key] if key in OTHER_VALUES else not getattr(usual.hyperparameters, key)
     changed = build_objective(name, **BESIDE.get(key, {}), **{key: value})
     for size in (300, 4):
         batch = called(random_pairs(np.random.default_rng(size), size))
-        losses, others = usual(*batch).losses, changed(*batch).losses
+        squares = torch.full_like(batch[0].detach(), -1.0)
+        losses, others = (each(*batch, log_sum_squares=squares).losses for each in (usual, changed))
     assert not torch.equal(losses, others)
 
 
@@ -347,6 +351,9 @@ def test_every_hyperparameter_matters(name, key):
         ("b-dpo", {"gap_decay": 1}, "gap_decay"),
         ("dpo", {"length_norm": 1}, "true or false"),
         ("gamma-simpo", {"sampling_seed": -1}, "a whole number >= 0"),
+        ("aot", {"use_weighting": True}, "use_weighting: leave it out; aot sorts answers"),
+        ("dpo + aot", {"use_weighting": True}, "use_weighting: leave it out"),
+        ("dpo", {"ld_alpha": 1.1}, ">= 0 and <= 1"),
         ("simpo", {"nll": "tokens"}, "nll: set sft_weight above 0"),
         ("dpo", {"f_alpha_divergence_coef": 0.2}, "set f_divergence_type: alpha_divergence"),
         ("dpo", {"f_divergence_type": "kl"}, "one of reverse_kl, forward_kl"),

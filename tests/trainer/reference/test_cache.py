@@ -151,13 +151,13 @@ def test_workers_outlive_a_sigterm(tmp_path, monkeypatch):
     summed = reference._summed_logps
     killed = []
 
-    def score(model, batch):
+    def score(objective, model, batch):
         if not killed:
             killed.extend(multiprocessing.active_children())
             for child in killed:
                 subprocess.run(["kill", str(child.pid)], check=True)
             time.sleep(0.3)
-        return summed(model, batch)
+        return summed(objective, model, batch)
 
     monkeypatch.setattr(reference, "_summed_logps", score)
     trainer = dpo_trainer(tmp_path, **ONCE, per_device_eval_batch_size=2, dataloader_num_workers=1)
@@ -173,3 +173,20 @@ def test_computing_draws_no_random_numbers_of_the_training(tmp_path, monkeypatch
         dpo_trainer(tmp_path / folder, precompute_ref_log_probs=True)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+@pytest.mark.costly
+def test_sums_of_a_weighted_tail_are_computed_once_too(tmp_path, cache):
+    tail = {"objective_args": {"ld_alpha": 0.3}}
+    plain, live = trained(tmp_path), trained(tmp_path, **tail)
+    assert losses(live) != pytest.approx(losses(plain), rel=1e-4)
+    assert losses(trained(tmp_path, **tail, **ONCE)) == pytest.approx(losses(live), rel=1e-4)
+    assert losses(trained(tmp_path, **ONCE)) == pytest.approx(losses(plain), rel=1e-4)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_columns_of_the_data_weigh_no_tail(tmp_path):
+    settings = tiny_config(tmp_path, objective="dpo", objective_args={"ld_alpha": 0.3})
+    rows = with_columns(REFERENCE_COLUMNS)
+    with pytest.raises(UserError, match=r"ld_alpha 0\.3: leave it out, or take the columns"):
+        PreferenceTrainer(tiny_model(), settings, rows, processing_class=TOKENIZER)

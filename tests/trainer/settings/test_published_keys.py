@@ -308,6 +308,7 @@ def test_the_table_names_settings_that_exist():
     ours = {field.name for field in dataclasses.fields(PreferenceConfig)}
     ours |= {"tau", "label_smoothing", "sft_weight", "length_norm", "alpha"}
     ours |= {"f_divergence_type", "f_alpha_divergence_coef", "discopop_tau"}
+    ours |= {"ld_alpha", "use_weighting"}
     for key in TABLE.values():
         assert not key.becomes or key.becomes in ours, key.name
         assert key.translate is not None or key.becomes, key.name

@@ -40,6 +40,7 @@ def test_a_mapping_of_objectives_is_a_mixture():
         ({"loss_type": ["sigmoid", "sft"], "objective": "dpo"}, "keep objective"),
         ({"loss_type": ["sigmoid", "kl"]}, "objective 'kl' is not known"),
         ({"objective": "kto", "f_divergence_type": "forward_kl"}, "kto knows reverse_kl alone"),
+        ({"objective": "simpo", "ld_alpha": 0.5}, "simpo knows 1 alone, got 0.5"),
     ],
 )
 def test_what_is_no_mixture_is_refused(given, message):
@@ -51,5 +52,8 @@ def test_arguments_of_other_losses_change_nothing():
     given = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.1}
     plain, with_them = built(objective="kto")[0], built(objective="kto", **given)[0]
     assert with_them.hyperparameters == plain.hyperparameters
+    assert built(objective="simpo", ld_alpha=None)[0].name == "simpo"
+    weighted = built(objective="dpo", ld_alpha=0.5, use_weighting=True)[0].hyperparameters
+    assert (weighted.ld_alpha, weighted.use_weighting) == (0.5, True)  # pyright: ignore
     tau = built(objective="discopop", **given)[0].hyperparameters
     assert tau.discopop_tau == 0.1  # pyright: ignore[reportAttributeAccessIssue]

@@ -6,7 +6,7 @@ are here; a family with many rows has its own table, ``ROWS``.
 
 from __future__ import annotations
 
-from ..base import ObjectiveSpec
+from ..terms import ObjectiveSpec
 from . import (
     across_pairs,
     beta_po,

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from ....kernels.margin_loss.function import pair_losses, softplus
-from ..base import ObjectiveSpec, Pairs, Terms, constant_margins
 from ..gather import GlobalPairs, padded_sum
 from ..settings import LabelSmoothing
 from ..state import State
+from ..terms import ObjectiveSpec, Pairs, Terms, constant_margins
 from .dpo import ReferenceHyperparameters, log_ratios
 
 
 @dataclass(frozen=True)
 class AotHyperparameters(LabelSmoothing, ReferenceHyperparameters):
-    pass
+    LOSSES_OF_PAIRS = False
 
 
 def no_rewards_yet(hp: ReferenceHyperparameters) -> State:

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from ....kernels.margin_loss.function import pair_losses
-from ..base import Pairs, Terms
 from ..gather import GlobalPairs, padded_sum
 from ..settings import Hyperparameters, setting
 from ..state import State, draw_uniform, seeded_generator
+from ..terms import Pairs, Terms
 from .dpo import DpoHyperparameters, log_ratios
 from .simpo import SimpoHyperparameters
 

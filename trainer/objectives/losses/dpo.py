@@ -28,9 +28,9 @@ from torch import Tensor
 
 from ....kernels.margin_loss.function import pair_losses, softplus
 from ...errors import UserError
-from ..base import Pairs, Terms, constant_margins
 from ..settings import Hyperparameters, LabelSmoothing, setting
 from ..state import State
+from ..terms import Pairs, Terms, constant_margins
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class ReferenceHyperparameters(Hyperparameters):
 
     beta: float = setting(0.1, "scale of the rewards", above=0)
     length_norm: bool = setting(False, "take logps per token rather than summed")
+    ld_alpha: float = setting(
+        1.0,
+        "weight in sums of the tokens past the length of the pair's shorter answer (LD-DPO)",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base import Pairs, Terms, margin_terms
 from ..gather import GlobalPairs, pad_to_multiple
 from ..settings import Hyperparameters, setting
 from ..state import State, draw_uniform, seeded_generator
+from ..terms import Pairs, Terms, margin_terms
 from .dpo import DpoHyperparameters, log_ratios, reward_terms
 from .simpo import MarginHyperparameters
 

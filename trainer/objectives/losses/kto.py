@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from ..base import Pairs, Terms, constant_margins
 from ..state import State
+from ..terms import Pairs, Terms, constant_margins
 from .dpo import ReferenceHyperparameters, log_ratios
 
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base import Pairs, Terms, margin_terms
 from ..gather import GlobalPairs
 from ..settings import setting
 from ..state import State
+from ..terms import Pairs, Terms, margin_terms
 from .simpo import MarginHyperparameters
 
 _EPS_STD = 1e-6

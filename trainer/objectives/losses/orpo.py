@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ....kernels.margin_loss.function import pair_losses
-from ..base import Pairs, Terms, chosen_nll, constant_margins
 from ..settings import Hyperparameters, setting
 from ..state import State
+from ..terms import Pairs, Terms, chosen_nll, constant_margins
 
 
 @dataclass(frozen=True)

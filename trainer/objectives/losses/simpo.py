@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from ....kernels.margin_loss.function import pair_losses
-from ..base import Pairs, Terms, chosen_nll, constant_margins, margin_terms
 from ..settings import Hyperparameters, LabelSmoothing, setting
 from ..state import State
+from ..terms import Pairs, Terms, chosen_nll, constant_margins, margin_terms
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,12 @@ def _named(losses: list[Any], weights: Any) -> str:
     return canonical_name(dict(zip(names, weights, strict=True)))
 
 
-OF_SOME = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": None, "discopop_tau": None}
+OF_SOME = {
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": None,
+    "discopop_tau": None,
+    "ld_alpha": 1,
+}
 """Arguments of some losses, and the value that leaves the others as they are; None: any does."""
 
 

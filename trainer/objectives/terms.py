@@ -1,0 +1,124 @@
+"""What a loss sees of a micro-batch, what it returns, and what all losses share.
+
+Shapes: N tokens, P pairs of this rank; sequences are P chosen, then P rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...kernels.margin_loss.function import Kind, pair_losses
+from .gather import GlobalPairs, gather_pairs
+from .settings import Hyperparameters
+from .state import State
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What an objective sees of a micro-batch. Sums and means are differentiable."""
+
+    sums: Tensor  # [2P] fp32, or fp64 for fp64; 0 for a filler pair. Weighted by ``ld_alpha``
+    means: Tensor  # [2P] per token; 0 for an empty completion or a filler pair
+    lengths: Tensor  # [2P] int
+    reference_sums: Tensor | None  # [2P] of the frozen model
+    ids: Tensor  # [P] int64, negative for a filler pair
+    group: dist.ProcessGroup | None
+    max_pairs_per_rank: int | None
+    training: bool
+
+    @property
+    def real(self) -> Tensor:
+        """[P] bool: not a filler."""
+        return self.ids >= 0
+
+    def gather(self, values: Tensor) -> GlobalPairs:
+        """``values`` [P] or [P, C] of all ranks' pairs: one collective, so call it on all ranks."""
+        columns = values if values.dim() == 2 else values[:, None]
+        return gather_pairs(columns, self.ids, self.group, self.max_pairs_per_rank)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an objective's function returns, per pair [P]."""
+
+    losses: Tensor  # differentiable
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    target_margins: Tensor
+    state: State | None = None  # the next state; None: unchanged. Kept in training only
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """One row of the table of objectives."""
+
+    formula: str
+    hyperparameters: type[Hyperparameters]
+    terms: Callable[[Pairs, Any, State], Terms]
+    initial_state: Callable[[Any], State] | None = None
+    couples_pairs: bool = False  # needs one global micro-batch at a time
+    needs_reference: bool = False
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """Losses of one call. All but ``loss`` and ``losses`` are detached; [P] unless noted."""
+
+    loss: Tensor  # [] mean of losses over this rank's real pairs; 0 when it has none
+    losses: Tensor  # 0 for a filler pair
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    target_margins: Tensor  # 0 for a filler pair
+    chosen_logps: Tensor  # sums, or means where the objective takes those without a reference
+    rejected_logps: Tensor
+    chosen_sum_logps: Tensor
+    rejected_sum_logps: Tensor
+    chosen_mean_logps: Tensor
+    rejected_mean_logps: Tensor
+    chosen_lengths: Tensor  # int
+    rejected_lengths: Tensor  # int
+    real: Tensor  # bool, False for a filler pair
+
+
+def constant_margins(pairs: Pairs, margin: float) -> Tensor:
+    """[P] of one target margin."""
+    return torch.full_like(pairs.ids, margin, dtype=pairs.sums.dtype)
+
+
+def chosen_nll(pairs: Pairs, counted: str) -> Tensor:
+    """[P] minus the chosen answers' log-probs, each answer's mean (``counted`` "answers").
+
+    For "tokens" scaled so that their mean over the global micro-batch is that over its tokens: a
+    collective, so call it on all ranks.
+    """
+    nll = -pairs.means.chunk(2)[0]
+    if counted == "answers":
+        return nll
+    lengths = pairs.lengths.chunk(2)[0].to(nll.dtype)
+    return nll * lengths / pairs.gather(lengths).mean().clamp(min=1).to(nll.dtype)
+
+
+def margin_terms(
+    pairs: Pairs,
+    beta: float,
+    target_margins: Tensor,
+    *,
+    kind: Kind = "sigmoid",
+    label_smoothing: float = 0.0,
+    state: State | None = None,
+) -> Terms:
+    """Terms of a reference-free objective: the loss of ``margin_loss`` with these target margins.
+
+    From the means, which `Objective` has: the fused op would sum the tokens a second time.
+    """
+    target_margins = target_margins.to(pairs.sums.dtype)
+    chosen, rejected = pairs.means.chunk(2)
+    x = beta * (chosen - rejected) - target_margins.detach()
+    losses = pair_losses(x, kind, label_smoothing)
+    return Terms(losses, beta * chosen, beta * rejected, target_margins, state)
