@@ -35,6 +35,7 @@ SAME = """
     optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     label_smoothing_factor neftune_noise_alpha average_tokens_across_devices
     bf16 fp16 dtype head_tail head_tail_eps disable_dropout router_aux_loss_coef
+    sync_ref_model ref_model_sync_steps ref_model_mixup_alpha
     load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant
     chat_date seed data_seed dataloader_drop_last train_sampling_strategy ignore_data_skip
 """

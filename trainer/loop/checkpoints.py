@@ -35,6 +35,7 @@ from .weights import check_weights
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
     from ..objectives import Objective
+    from ..reference.sync import SyncedReference
 
 OBJECTIVE_FILE = "objective.safetensors"
 
@@ -60,6 +61,7 @@ class CheckpointedTrainer(Trainer):
     _to_push: str | None = None
     _facts: Facts | None = None
     _progress: Progress
+    synced: SyncedReference | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -226,11 +228,15 @@ class CheckpointedTrainer(Trainer):
         if state and self.args.should_save:
             tensors = {name: value.cpu().contiguous() for name, value in state.items()}
             save_file(tensors, Path(output_dir) / OBJECTIVE_FILE)
+        if self.synced is not None and self.args.should_save:
+            self.synced.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.synced is not None:
+            self.synced.load(checkpoint)
         path = Path(checkpoint) / OBJECTIVE_FILE
         if path.is_file():
             self.objective.load_state_dict(load_file(path))

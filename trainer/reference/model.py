@@ -33,7 +33,8 @@ from ..packing.rope import fix_rope
 from ..packing.verify import compare_with_alone
 from ..settings.checks import is_split
 from .cache import columns_digest, precomputed
-from .source import check_columns, check_tokenizer, checked, copy_of
+from .source import check_columns, check_synced, check_tokenizer, checked, copy_of
+from .sync import SyncedReference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -136,6 +137,9 @@ class Reference:
 
                 apply_liger_kernel(self.model, self.args.liger_kernel_config)
             self.model = place_frozen(self.model, accelerator, self.args)
+        if self.model is not None and self.args.sync_ref_model:
+            trainer.synced = SyncedReference(self.model)  # pyright: ignore
+            trainer.add_callback(trainer.synced)  # pyright: ignore
         if self._other and packing is not None and not is_split(self.args):
             with self._autocast():
                 self._check_packing(packing)
@@ -254,11 +258,15 @@ def reference_for(
 ) -> Reference | None:
     """The `Reference` of an objective that needs one; None for the others, which refuse one."""
     if objective.needs_reference:
-        return Reference(
+        reference = Reference(
             objective, policy, args, ref_model, tokenizer, peft_config, rows, starting=starting
         )
+        check_synced(reference.model, args)
+        return reference
     if ref_model is not None or args.ref_model_name_or_path is not None:
         raise UserError(f"ref_model: {objective.name} uses none; leave it out")
+    if args.sync_ref_model:
+        raise UserError(f"sync_ref_model: {objective.name} has no reference; leave it out")
     if args.precompute_ref_log_probs:
         logger.warning("precompute_ref_log_probs: %s has no reference", objective.name)
     return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..model.adapters import bare_model
 from ..model.loading import load_model, vocabulary_size
+from ..settings.checks import is_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,22 @@ def check_columns(objective: Objective) -> None:
         raise UserError(
             f"{objective.token_weights}: leave it out, or take the columns reference_*_logps from "
             "the data: their sums weigh every token alike"
+        )
+
+
+def check_synced(model: PreTrainedModel | None, args: PreferenceConfig) -> None:
+    """A reference can follow the policy only as another model with weights like its own."""
+    if not args.sync_ref_model:
+        return
+    if model is None:
+        raise UserError(
+            "sync_ref_model: leave it out, or train without an adapter, precompute_ref_log_probs "
+            "and reference_*_logps columns; with them no frozen model is there to follow"
+        )
+    if is_split(args):
+        raise UserError(
+            "sync_ref_model: leave it out, or train without ZeRO-3 and FSDP, which split the "
+            "weights that it mixes"
         )
 
 

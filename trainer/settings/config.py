@@ -29,7 +29,7 @@ from .checks import (
 )
 from .data import DataSettings
 from .launch import has_launcher
-from .model import ModelSettings, SampleSettings
+from .model import ModelSettings, ReferenceSettings, SampleSettings
 from .names import BACKENDS, METRICS, PACKINGS, TAILS
 
 FIELDS_OF_OBJECTIVES = ("beta", "gamma_beta_ratio")
@@ -41,7 +41,9 @@ def default_workers() -> int:
 
 
 @dataclass
-class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArguments):
+class PreferenceConfig(
+    ModelSettings, ReferenceSettings, DataSettings, SampleSettings, TrainingArguments
+):
     """Settings of a preference run; all of `transformers.TrainingArguments` included.
 
     Defaults differ from transformers' where preference tuning wants otherwise: logs every 10
@@ -67,12 +69,6 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
     head_backend: Backend = "auto"
     #: Set every dropout probability to zero, so that a log-prob is one number.
     disable_dropout: bool = True
-    #: Folder or hub name of the frozen model of an objective with a reference; None for the model
-    #: as it is when training starts.
-    ref_model_name_or_path: str | None = None
-    #: Compute the reference's log-probs once before training, and keep them on disk for later
-    #: runs; the frozen model is not held in memory then.
-    precompute_ref_log_probs: bool = False
     #: How pairs are laid out for the decoder: "padded" (two sequences each, padded), "packed" (no
     #: padding), "prefix_shared" (and a pair's prompt once), or "auto", the fastest that is exact.
     packing: str = "auto"
@@ -197,6 +193,7 @@ class PreferenceConfig(ModelSettings, DataSettings, SampleSettings, TrainingArgu
             )
         if not isinstance(self.objective_args, dict):
             raise UserError(f"objective_args: expected a mapping, got {self.objective_args!r}")
+        self.check_reference()
         limit = self.max_tokens_per_micro_batch
         if limit is not None and not is_whole(limit, 1):
             raise UserError(

@@ -117,6 +117,32 @@ class ModelSettings(AdapterSettings):
 
 
 @dataclass
+class ReferenceSettings:
+    """The frozen model of an objective with a reference."""
+
+    #: Folder or hub name of the frozen model of an objective with a reference; None for the model
+    #: as it is when training starts.
+    ref_model_name_or_path: str | None = None
+    #: Compute the reference's log-probs once before training, and keep them on disk for later
+    #: runs; the frozen model is not held in memory then.
+    precompute_ref_log_probs: bool = False
+    #: Let the reference follow the model (TR-DPO): every ``ref_model_sync_steps`` steps its weights
+    #: become ``ref_model_mixup_alpha`` times the model's, plus the rest of its own.
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = 512
+    ref_model_mixup_alpha: float = 0.6
+
+    def check_reference(self) -> None:
+        """Raise ``UserError`` for the first of these settings that is out of range."""
+        expect_whole("ref_model_sync_steps", self.ref_model_sync_steps, 1)
+        share = self.ref_model_mixup_alpha
+        if not is_number(share) or not 0 < share <= 1:
+            raise UserError(
+                f"ref_model_mixup_alpha: expected a number above 0 and at most 1, got {share!r}"
+            )
+
+
+@dataclass
 class SampleSettings:
     """Whether evaluations write answers, and how long and how."""
 
