@@ -67,7 +67,9 @@ Rows are the same: `prompt`, `chosen` and `rejected`, as text or messages, or `c
 | `ref_model=` | the same; left out, it is the model as it starts, or under its disabled adapter |
 | `peft_config=` | the same, for everything but `lm_head` |
 | `processing_class=`, `data_collator=`, `callbacks=`, `optimizers=` | the same |
-| `loss_type="sigmoid"` in a file | write `objective: dpo`; alone, `sigmoid` is read as SimPO's |
+| `loss_type: sigmoid` in a file | write `objective: dpo` (CPOConfig: `cpo`); alone it is asked \
+about, as `hinge`, `ipo`, `kto` and a `simpo` without its margin are; a list, which only DPOConfig \
+has, is `dpo` |
 | a model given by name | `AutoModelForCausalLM.from_pretrained(name)`, or `widemargin train` |
 
 `beta` means the same everywhere. Defaults that differ: `max_length` 2048 (TRL 1024), \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Iterable, Sequence
@@ -13,10 +12,10 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..objectives import OBJECTIVES, hyperparameters_of
 from .coercion import LONGEST_NUMBER, as_number, coerced
 from .config import PreferenceConfig, objective_keys
 from .model import check_adapted
+from .published.ambiguity import check_loss_type
 from .published.keys import TABLE
 from .published.translation import (
     SCRIPTS,
@@ -26,6 +25,7 @@ from .published.translation import (
     name_objective,
     translate,
 )
+from .published.unknown import unknown_key
 
 _MOST_NESTED, _MOST_VALUES = 50, 100_000
 
@@ -185,6 +185,7 @@ def _under_our_names(
     settings: dict[str, Any], script: str | None, notes: list[str]
 ) -> dict[str, Any]:
     """The settings with published keys translated, and ``objective`` among them."""
+    check_loss_type(settings, script)
     if script is not None:
         settings = as_published_script(settings, notes)
     settings = translate(settings, notes)
@@ -212,7 +213,7 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
             arguments |= {} if value is None else {key: value}
         elif key not in fields:
             known = [*fields, *hyperparameters, *TABLE]
-            raise _unknown_key(key, settings["objective"], known)
+            raise unknown_key(key, settings["objective"], known)
     return arguments
 
 
@@ -220,11 +221,3 @@ def _config_fields() -> dict[str, Any]:
     """Name -> type of every setting that can be given."""
     hints = typing.get_type_hints(PreferenceConfig)
     return {f.name: hints[f.name] for f in dataclasses.fields(PreferenceConfig) if f.init}
-
-
-def _unknown_key(key: str, objective: str, known: list[str]) -> UserError:
-    owners = [name for name in OBJECTIVES if key in hyperparameters_of(name)]
-    if owners:
-        return UserError(f"{key}: {objective} has none; it belongs to {', '.join(owners)}")
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    return UserError(f"unknown setting {key!r}; did you mean {nearest!r}?")

@@ -128,10 +128,10 @@ REFUSED = [
     ({"trainer_type": "simpo"}, "objective: none is named"),
     ({"trainer_type": "simpo", "loss_type": "dpo"}, "set trainer_type: dpo"),
     ({"trainer_type": "dpo", "loss_type": "gm-simpo"}, "set trainer_type: simpo"),
-    ({"trainer_type": "dpo", "loss_type": "hinge"}, "set trainer_type: simpo"),
+    ({"trainer_type": "dpo", "loss_type": "hinge"}, "write objective: hinge"),
     ({"loss_type": "sppo_soft"}, "'sppo_soft' is not known; did you mean 'sppo'"),
-    ({"loss_type": "sigmoid", "cpo_alpha": 1.0}, "write objective: dpo, cpo or simpo"),
-    ({"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "write objective: dpo"),
+    ({"loss_type": "sigmoid", "cpo_alpha": 1.0}, "write objective: simpo"),
+    ({"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "write objective: simpo"),
     ({"objective": "gamma-simpo", "label_smoothing": 0.1}, "label_smoothing: gamma-simpo has none"),
     ({"objective": "simpo", "length_norm": False}, "simpo always uses means"),
     ({"objective": "simpo", "tau": 10}, "tau: simpo has none; it belongs to gamma-simpo"),
@@ -164,7 +164,7 @@ OBJECTIVES = [
     ("run_xpo", {"trainer_type": "dpo"}, "dpo"),
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "sigmoid"}, "dpo"),
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "gm-dpo"}, "gamma-dpo"),
-    (None, {"loss_type": "sigmoid"}, "simpo"),
+    (None, {"loss_type": ["sigmoid"]}, "dpo"),
     (None, {"loss_type": ["ipo"]}, "ipo"),
     (None, {"objective": "dpo", "trainer_type": "simpo"}, "dpo"),
 ]
@@ -283,7 +283,10 @@ def test_scripts_twins_add_what_the_scripts_did():
 
 def test_what_became_of_settings_is_printed_once(tmp_path, capsys):
     path = tmp_path / "c.yaml"
-    path.write_text("torch_dtype: null\nevaluation_strategy: 'no'\ntau: 1\nloss_type: simpo\n")
+    path.write_text(
+        "torch_dtype: null\nevaluation_strategy: 'no'\ntau: 1\n"
+        "loss_type: simpo\ngamma_beta_ratio: 0.5\n"
+    )
     load_config(path, ["--use_cpu=true", "--report_to=none"])
     printed = capsys.readouterr().out
     for line in (

@@ -176,7 +176,10 @@ SIMPO = (
     _same("label_smoothing", "where the objective has it; 0 is accepted everywhere"),
     _same("sft_weight", "averages over each chosen answer, then pairs; there: over all tokens"),
     Key(
-        "loss_type", "objective", "sigmoid is simpo, dpo under trainer_type: dpo, lmpo in run_lmpo"
+        "loss_type",
+        "objective",
+        "sigmoid is the launched twin's objective, and dpo under trainer_type: dpo; alone it, "
+        "hinge, ipo and kto mean another loss in each library, and are asked about",
     ),
     _same("disable_dropout", "attention's own dropout included"),
     _same("max_length", "null is no limit; the published trainers then took 512"),

@@ -85,9 +85,6 @@ ALWAYS_MEANS = ("simpo", "hinge", "lmpo", "gamma-simpo", "beta-simpo", "orpo")
 ALWAYS_MEANS += ("alphapo", "repo", "simper", "sft")
 """Objectives that know no sums, whatever ``length_norm`` says."""
 
-TRL_ONLY = ("cpo_alpha", "rpo_alpha", "precompute_ref_log_probs", "ref_model_name_or_path")
-"""Keys with which ``loss_type: sigmoid`` is likely to be meant as TRL's DPO or CPO."""
-
 TWINS = {"auto_insert_empty_system_msg": True}
 """What the published scripts did where their files say nothing; see `as_published_script`."""
 
@@ -125,7 +122,7 @@ def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) ->
         if trainer_type is not None:
             notes.append(note("trainer_type", trainer_type, {}, "the objective is named"))
         return settings
-    objective = _objective(loss_type, trainer_type, sigmoid, settings)
+    objective = _objective(loss_type, trainer_type, sigmoid)
     if objective is None:
         raise UserError(
             f"objective: none is named; add objective: with one of {', '.join(OBJECTIVES)}"
@@ -138,28 +135,25 @@ def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) ->
     return _hyperparameters(settings, objective, trainer_type, notes) if published else settings
 
 
-def _objective(
-    loss_type: Any, trainer_type: str | None, sigmoid: str | None, settings: Settings
-) -> str | None:
+def _objective(loss_type: Any, trainer_type: str | None, sigmoid: str | None) -> str | None:
     if isinstance(loss_type, list):
         if len(loss_type) != 1:
             raise UserError(f"loss_type: expected one objective, got {loss_type}; name one")
         (loss_type,) = loss_type
+        if loss_type in ("sigmoid", "hinge"):  # only TRL's DPOConfig has lists
+            trainer_type = trainer_type or "dpo"
     if loss_type is None:
         return "dpo" if trainer_type == "dpo" else sigmoid
     if loss_type == "sigmoid":
-        if trainer_type == "dpo":
-            return "dpo"
-        doubtful = [name for name in TRL_ONLY if settings.get(name)]
-        if doubtful and trainer_type is None:
-            raise UserError(
-                f"loss_type: sigmoid means {sigmoid or 'simpo'} here, but {doubtful[0]} goes with "
-                "another loss; write objective: dpo, cpo or simpo instead"
-            )
-        return sigmoid or "simpo"
+        return "dpo" if trainer_type == "dpo" else sigmoid or "simpo"
     objective = canonical_name(str(loss_type))
     if sigmoid == "lmpo" and objective == "hinge":
         raise UserError("loss_type: hinge has no form with LMPO's margin; use run_simpo")
+    if objective == "hinge" and trainer_type == "dpo":
+        raise UserError(
+            "loss_type: hinge has no form with a reference model here; write objective: hinge for "
+            "SimPO's, over means without a reference"
+        )
     if trainer_type and OBJECTIVES[objective].needs_reference != (trainer_type == "dpo"):
         other = "dpo" if trainer_type == "simpo" else "simpo"
         raise UserError(

@@ -1,0 +1,81 @@
+"""TRL's files and arguments: no other loss in silence, and keys that explain themselves."""
+
+from __future__ import annotations
+
+import pytest
+from widemargin.trainer import PreferenceConfig
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.settings.files import build_config
+from widemargin.trainer.settings.published.ambiguity import MEANINGS
+
+HERE = {"use_cpu": True, "report_to": "none"}
+
+AMBIGUOUS = [
+    ({"loss_type": "sigmoid"}, "write objective: simpo .*dpo .*or cpo"),
+    ({"loss_type": "sigmoid", "rpo_alpha": 1.0}, r"\(rpo_alpha is TRL's\)"),
+    ({"loss_type": "sigmoid", "cpo_alpha": 1.0}, r"\(cpo_alpha is TRL's\)"),
+    ({"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "write objective: .*dpo"),
+    ({"loss_type": "hinge"}, "write objective: hinge for SimPO's"),
+    ({"loss_type": "hinge", "cpo_alpha": 1.0}, "TRL's, over sums"),
+    ({"loss_type": ["hinge"]}, "hinge has no form with a reference"),
+    ({"loss_type": "ipo"}, "write objective: ipo"),
+    ({"loss_type": "ipo", "cpo_alpha": 1.0}, "one without, which does not exist"),
+    ({"loss_type": "kto"}, "write objective: kto"),
+    ({"loss_type": "simpo"}, "add gamma_beta_ratio"),
+    ({"loss_type": "simpo", "beta": 0.1, "cpo_alpha": 0.0}, "simpo_gamma: .in TRL 0.5"),
+    ({"loss_type": "simpo", "beta": 0.1, "simpo_gamma": 0.5}, "write cpo_alpha: 1.0, or 0.0"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), AMBIGUOUS, ids=str)
+def test_a_loss_that_libraries_mean_differently_is_asked_about(given, message):
+    with pytest.raises(UserError, match=message):
+        build_config(HERE | given)
+
+
+@pytest.mark.parametrize("script", ["run_simpo", "run_lmpo", "run_xpo"])
+def test_trls_keys_make_it_doubtful_in_a_twin_too(script):
+    with pytest.raises(UserError, match="rpo_alpha is TRL's"):
+        build_config(HERE | {"loss_type": "sigmoid", "rpo_alpha": 1.0}, script=script)
+
+
+@pytest.mark.parametrize("loss", MEANINGS)
+def test_trainer_type_or_objective_answers(loss):
+    trainer = "dpo" if loss in ("ipo", "kto") else "simpo"
+    assert build_config(HERE | {"loss_type": loss, "trainer_type": trainer}).objective
+    objective = {"sigmoid": "dpo"}.get(loss, loss)
+    assert build_config(HERE | {"objective": objective}).objective == objective
+
+
+def test_a_cpo_simpo_file_that_says_everything_is_read_as_trl_reads_it():
+    file = {"loss_type": "simpo", "beta": 0.1, "simpo_gamma": 0.5, "cpo_alpha": 1.0}
+    config = build_config(HERE | file)
+    assert (config.objective, config.gamma_beta_ratio) == ("simpo", 5.0)
+    assert config.objective_args == {"sft_weight": 1.0}
+
+
+IN_PYTHON = [
+    ({"torch_dtype": "bfloat16"}, "torch_dtype: write dtype='bfloat16' instead"),
+    ({"evaluation_strategy": "steps"}, "write eval_strategy='steps'"),
+    ({"warmup_ratio": 0.1}, "write warmup_steps=0.1"),
+    ({"simpo_gamma": 1.0, "beta": 2.0}, "write gamma_beta_ratio=0.5"),
+    ({"simpo_gamma": 1.0}, "give beta"),
+    ({"loss_type": "sigmoid"}, "loss_type: 'sigmoid' means another loss in each library"),
+    ({"loss_type": ["gm-dpo"]}, "write objective='gamma-dpo'"),
+    ({"loss_type": "sppo"}, "set objective to one of simpo"),
+    ({"tau": 10.0, "objective": "gamma-simpo"}, r"objective_args=\{'tau': 10.0\}"),
+    ({"cpo_alpha": 1.0}, "for cpo"),
+    ({"padding_value": 0}, "padding_value: leave it out"),
+    ({"save_safetensors": False}, "save_safetensors: False cannot be done here"),
+    ({"learning_rat": 1e-6}, "did you mean 'learning_rate'"),
+    (
+        {"torch_dtype": "float16", "no_cuda": True},
+        "dtype='float16' instead; no_cuda: write use_cpu",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), IN_PYTHON, ids=str)
+def test_keys_in_python_explain_themselves(given, message):
+    with pytest.raises(UserError, match=message):
+        PreferenceConfig(**given)

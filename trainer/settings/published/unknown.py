@@ -1,0 +1,64 @@
+"""What to write instead of a setting that does not exist, in YAML and in Python."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from ...errors import UserError
+from ...objectives import ALIASES, OBJECTIVES, hyperparameters_of
+from .ambiguity import MEANINGS
+from .keys import TABLE, Settings
+
+
+def unknown_key(key: str, objective: str, known: Iterable[str]) -> UserError:
+    """The error for a key of a YAML file that neither a run nor its objective has."""
+    owners = _owners(key)
+    if owners:
+        return UserError(f"{key}: {objective} has none; it belongs to {', '.join(owners)}")
+    return UserError(f"unknown setting {key!r}; did you mean {_nearest(key, known)!r}?")
+
+
+def unknown_argument(key: str, given: Settings, known: Iterable[str]) -> str:
+    """What to write instead of ``PreferenceConfig(key=...)``, ``given`` being all arguments."""
+    value = given[key]
+    if key in ("loss_type", "trainer_type"):
+        return f"{key}: {_objective_instead(value)}"
+    owners = _owners(key)
+    if owners:
+        return f"{key}: give it as objective_args={{{key!r}: {value!r}}}; it belongs to " + (
+            ", ".join(owners)
+        )
+    if key == "cpo_alpha":
+        return (
+            "cpo_alpha: give it as objective_args={'alpha': ...} for cpo, {'sft_weight': ...} for "
+            "simpo"
+        )
+    entry = TABLE.get(key)
+    if entry is None or entry.translate is None:
+        return f"unknown setting {key!r}; did you mean {_nearest(key, known)!r}?"
+    try:
+        new = entry.translate(value, given)
+    except UserError as error:
+        return str(error)
+    if not new:
+        return f"{key}: leave it out ({entry.left_out or entry.meaning})"
+    return f"{key}: write {', '.join(f'{name}={meant!r}' for name, meant in new.items())} instead"
+
+
+def _objective_instead(loss: Any) -> str:
+    names = loss if isinstance(loss, list) else [loss]
+    if len(names) == 1 and isinstance(loss, str) and loss in MEANINGS:
+        return f"{loss!r} means another loss in each library; instead of it write {MEANINGS[loss]}"
+    if len(names) == 1 and (names[0] in OBJECTIVES or names[0] in ALIASES):
+        return f"write objective={ALIASES.get(names[0], names[0])!r} instead"
+    return f"set objective to one of {', '.join(OBJECTIVES)} instead"
+
+
+def _owners(key: str) -> list[str]:
+    return [name for name in OBJECTIVES if key in hyperparameters_of(name)]
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)[0]
