@@ -53,8 +53,9 @@ NOTED = """
 """Settings that may differ, and whose change is said: how long, how precisely, what is best."""
 
 CONTENT = """
-    model_name_or_path model_revision tokenizer_name_or_path ref_model_name_or_path
-    precompute_ref_log_probs use_peft lora_r lora_alpha lora_dropout lora_target_modules
+    model_name_or_path model_revision tokenizer_name_or_path tokenizer_as_saved
+    ref_model_name_or_path precompute_ref_log_probs
+    use_peft lora_r lora_alpha lora_dropout lora_target_modules
     lora_target_parameters use_rslora use_dora
     lora_modules_to_save objective beta gamma_beta_ratio objective_args
     dataset dataset_mixer dataset_splits columns tools max_length max_prompt_length

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .template import bos_apart
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -51,8 +53,20 @@ class TripleEncoder:
         return cut if chosen.startswith(shared) and rejected.startswith(shared) else 0
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens beyond those written in it."""
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of each text, without special tokens beyond those written in it.
+
+    With a template that has BOS apart (`bos_apart`), a text's BOS is no part of what follows it.
+    """
+    if not bos_apart(tokenizer):
+        return _encoded(tokenizer, texts)
+    bos = str(tokenizer.bos_token)
+    heads = [[tokenizer.bos_token_id] if text.startswith(bos) else [] for text in texts]
+    ids = _encoded(tokenizer, [text.removeprefix(bos) for text in texts])
+    return [[*head, *rest] for head, rest in zip(heads, ids, strict=True)]
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     backend: Any = _plain_backend(tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import functools
 import os
 import re
 from pathlib import Path
@@ -60,6 +61,20 @@ def with_template(tokenizer: Any, settings: DataSettings) -> Any:
         else _dated(templates, settings.chat_date)
     )
     return dated
+
+
+def bos_apart(tokenizer: Any) -> bool:
+    """Whether the template is one of the shipped, which write a BOS that the published ones do not.
+
+    The published trainers tokenized texts without it, and put it in front. Some tokenizers write
+    the first word with another token where BOS stands before it in the text.
+    """
+    return tokenizer.bos_token is not None and tokenizer.chat_template in _shipped()
+
+
+@functools.cache
+def _shipped() -> frozenset[str]:
+    return frozenset(path.read_text(encoding="utf-8") for path in _SHIPPED.glob("*.jinja"))
 
 
 def writes_date(tokenizer: Any) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import chat
+from ..data.encoder import encode
 from ..data.rows import RowProblem
 from ..errors import UserError
 from ..model.generation import context_of
@@ -144,7 +145,7 @@ def render(
             raise UserError(
                 f"{why}; set chat_template: to one that takes it, or leave out system_prompt"
             )
-    return list(tokenizer([str(text) for text in texts], add_special_tokens=False)["input_ids"])
+    return encode(tokenizer, [str(text) for text in texts])
 
 
 def length_report(records: Sequence[Record]) -> dict[str, Any]:

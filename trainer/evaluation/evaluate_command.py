@@ -16,8 +16,8 @@ calibration, through the head without logits. The data are those of a training c
 """
 PAIRS_SETTINGS = """\
 settings, as --KEY=VALUE: those of the data as in training (max_length, max_prompt_length,
-  chat_template, chat_rendering, eval_dataset, ...); beta, packing, max_tokens_per_batch; dtype,
-  device, attn_implementation, model_revision, trust_remote_code"""
+  chat_template, chat_rendering, eval_dataset, ...); tokenizer_as_saved, beta, packing,
+  max_tokens_per_batch; dtype, device, attn_implementation, model_revision, trust_remote_code"""
 ANSWERS = """\
 Answer {benchmark}'s questions with a model, and write what its tool reads ({files}).
 A run that is stopped goes on where it was. If the tool is here and OPENAI_API_KEY is set, it is
@@ -28,8 +28,8 @@ called (a judge costs money; --no-judge leaves it out); else the command to run 
 ANSWERS_SETTINGS = """\
 settings, as --KEY=VALUE or in the config: temperature, top_p, top_k, max_new_tokens, seed,
   stop_token_ids, batch_size, engine (auto, transformers, vllm); chat_template, system_prompt,
-  generator; dtype, device, attn_implementation, model_name_or_path, model_revision,
-  trust_remote_code"""
+  tokenizer_as_saved, generator; dtype, device, attn_implementation, model_name_or_path,
+  model_revision, trust_remote_code"""
 HARNESS = """\
 Run the Language Model Evaluation Harness (pip install 'widemargin[eval]') with the tasks and
 numbers of examples of the Open LLM Leaderboards, or tasks by name.

@@ -40,11 +40,35 @@ def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrain
         if base is not None:
             return load_tokenizer(base, base.model_name_or_path)
     tokenizer = own_tokenizer(_load(AutoTokenizer, name, settings, "tokenizer"))
+    if settings.tokenizer_as_saved and changes_tokens(
+        tokenizer, saved := _as_saved(settings, name)
+    ):
+        tokenizer = saved
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {name}: it has neither a padding nor an end token; add one")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _as_saved(settings: ModelSettings, name: str) -> Any:
+    """The tokenizer of tokenizer.json as it is; None where there is no such file."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return _load(PreTrainedTokenizerFast, name, settings, "tokenizer")
+    except UserError:
+        return None
+
+
+def changes_tokens(tokenizer: Any, saved: Any) -> bool:
+    """Whether ``saved`` makes other tokens of text after special ones than ``tokenizer``."""
+    if saved is None:
+        return False
+    marks = ["", *(token.content for token in tokenizer.added_tokens_decoder.values())]
+    texts = [f"{mark}{text}" for mark in marks[:64] for text in ("[a b", " a")]
+    one, other = (each(texts, add_special_tokens=False)["input_ids"] for each in (tokenizer, saved))
+    return one != other
 
 
 def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedModel:

@@ -92,6 +92,10 @@ class ModelSettings(AdapterSettings):
     model_revision: str = "main"
     #: Folder or hub name of the tokenizer; None for the model's own.
     tokenizer_name_or_path: str | None = None
+    #: Tokenize as tokenizer.json says, as transformers 4 did and the published runs were made.
+    #: transformers 5 rebuilds some tokenizers by their settings: Mistral's with ``legacy: false``
+    #: then write the first word after ``<s>`` or ``[INST]`` with another token.
+    tokenizer_as_saved: bool = False
     #: Dtype to load and update the weights in: "float32", "bfloat16", "float16", or "auto" (as
     #: saved). In bfloat16 steps of 1e-6 round away unless DeepSpeed keeps fp32 weights beside;
     #: ``bf16: true`` computes in bfloat16 with any of them.
@@ -112,6 +116,10 @@ class ModelSettings(AdapterSettings):
             raise UserError(
                 f"router_aux_loss_coef: expected a number from 0 on, or null for the model's own, "
                 f"got {value!r}"
+            )
+        if not isinstance(self.tokenizer_as_saved, bool):
+            raise UserError(
+                f"tokenizer_as_saved: expected true or false, got {self.tokenizer_as_saved!r}"
             )
         self.check_adapter()
 

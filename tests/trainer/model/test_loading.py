@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.model.loading import load_model
+from widemargin.trainer.model.loading import changes_tokens, load_model, load_tokenizer
+from widemargin.trainer.settings.model import ModelSettings
 
+from tests.support.chat_tokenizers import family_tokenizer
 from tests.support.tiny_models import tiny_config, tiny_model
 
 
@@ -48,3 +51,42 @@ def test_nothing_is_trained_from_random(saved, setting, value, reason):
     path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
     with pytest.raises(UserError, match=reason):
         load(saved)
+
+
+@pytest.fixture(params=[True, False], ids=["legacy", "not legacy"])
+def mistral(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[bool, str]:
+    """A folder with Mistral's kind of tokenizer.json, under a class that is rebuilt on loading."""
+    family_tokenizer("mistral").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    own = {"tokenizer_class": "LlamaTokenizer", "legacy": request.param}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    return request.param, str(tmp_path)
+
+
+def test_a_tokenizer_as_saved_makes_the_tokens_of_its_file(mistral):
+    legacy, folder = mistral
+    rebuilt, saved = (
+        load_tokenizer(ModelSettings(model_name_or_path=folder, tokenizer_as_saved=as_saved))
+        for as_saved in (False, True)
+    )
+    text = "<s>[INST] yes [/INST] no </s>[INST] maybe [/INST]"
+    theirs = family_tokenizer("mistral")(text, add_special_tokens=False)["input_ids"]
+    assert saved(text, add_special_tokens=False)["input_ids"] == theirs
+    assert (rebuilt(text, add_special_tokens=False)["input_ids"] == theirs) == legacy
+
+
+def test_a_tokenizer_that_is_not_rebuilt_makes_the_same_tokens(tmp_path):
+    family_tokenizer("llama3").save_pretrained(tmp_path)
+    settings = ModelSettings(model_name_or_path=str(tmp_path))
+    plain = load_tokenizer(settings)
+    assert not changes_tokens(plain, load_tokenizer(replace(settings, tokenizer_as_saved=True)))
+    assert not changes_tokens(plain, None)  # no tokenizer.json
+
+
+def test_a_tokenizer_as_saved_stays_so_when_saved_again(mistral, tmp_path):
+    _, folder = mistral
+    tokenizer = load_tokenizer(ModelSettings(model_name_or_path=folder, tokenizer_as_saved=True))
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(ModelSettings(model_name_or_path=str(tmp_path / "again")))
+    text = "<s>[INST] yes"
+    assert again.tokenize(text) == tokenizer.tokenize(text)
