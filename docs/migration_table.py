@@ -6,9 +6,13 @@ The keys come from `settings.published.keys`, the names of objectives from `obje
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from widemargin.trainer.objectives import ALIASES, OBJECTIVES, hyperparameters_of
-from widemargin.trainer.settings.published.keys import SOURCES, Key
+from widemargin.trainer.settings.config import PreferenceConfig, defaults_of
+from widemargin.trainer.settings.published.departures import DEPARTURES
+from widemargin.trainer.settings.published.keys import SOURCES, Key, yaml_value
+from widemargin.trainer.settings.published.twins import TWINS
 
 INTRODUCTION = """\
 # Coming from a published repository, or from TRL
@@ -32,19 +36,12 @@ be trained, and stops. To try a file without a GPU, give `--use_cpu=true \
 each setting that had another name. The values of every published setting are also in \
 `configs/train/`, under the names used here, for `widemargin train` and `-m widemargin.trainer`.
 
-The three twins do what the scripts did where a file says nothing: they put an empty system \
-message before a prompt whose template has a place for one (`auto_insert_empty_system_msg: true`), \
-and use the published Mistral template for models with mistral in their name \
-(`chat_template: mistral`). What is otherwise better than in those scripts stays so:
-
-- A pair is rendered as one conversation, and the tokens that open an answer belong to the prompt. \
-The scripts rendered each answer alone: `chat_rendering: separate` gives their tokens.
-- Settings that a file leaves out have this project's defaults, not those of the scripts \
-(`gamma_beta_ratio` 0.5, there 0.25; `tau` of gamma-PO 10, there 1; `beta` of the DPO type 0.1, \
-there 2.0; lengths 2048 and 1800, there 512 and 128). No published file leaves them out.
-- `label_smoothing` follows the papers; in gamma-PO's SimPO trainer it also flipped the margin's \
-sign. `r-dpo` compares lengths, not batch sizes. LMPO's and gamma-PO's statistics cover all ranks \
-and change in training only.
+The three twins do what the scripts did where a file says nothing: every setting of the table \
+below has the scripts' default, of which a run's first lines tell. Other values in the file or on \
+the command line count. The Mistral template is for names with mistral in them, a hub name as it \
+stands, a local folder by its last part. A run takes up the last checkpoint in `output_dir`, \
+counts its steps as the scripts did (what fills no step is left out), evaluates at the end if \
+`do_eval` says so, and writes `train_results.json`, `eval_results.json` and `all_results.json`.
 """
 
 PYTHON = """\
@@ -81,7 +78,30 @@ its names or those in the table above; a list of `loss_type` with `loss_weights`
 
 def render() -> str:
     """The page, as Markdown."""
-    return INTRODUCTION + _objectives() + _keys() + PYTHON
+    return INTRODUCTION + _twins() + _objectives() + _keys() + PYTHON
+
+
+def _twins() -> str:
+    """What a twin has by default and `widemargin train` has not; and what neither does."""
+    ours = defaults_of(PreferenceConfig)
+    rows = [[f"`{n}`", _value(v), _value(ours[n])] for n, v in TWINS.items()]
+    own = {"beta": (2.0, "the objective's"), "gamma_beta_ratio": (0.25, "the objective's")}
+    own |= {"tau": ("1.0 (run_xpo)", "the objective's")}
+    own |= {"length_norm": ("true (run_xpo)", "the objective's")}
+    own |= {"zscore_bias_correction": ("false (run_lmpo)", "true")}
+    own |= {"lora_target_modules": ("[q_proj, v_proj]", "every linear layer but the head")}
+    rows += [[f"`{n}`", str(a), b] for n, (a, b) in own.items()]
+    lines = [[each.text, f"`{each.undo}`" if each.undo else "no"] for each in DEPARTURES]
+    return (
+        "\n"
+        + _table(("setting", "a twin's default", "`widemargin train`"), rows)
+        + "\nWhere both depart from the scripts, on purpose; a twin lists its run's first:\n\n"
+        + _table(("departure", "undone by"), lines)
+    )
+
+
+def _value(value: Any) -> str:
+    return f"`{yaml_value(value)}`"
 
 
 def _objectives() -> str:

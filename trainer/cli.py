@@ -163,9 +163,9 @@ def _train(
     overrides = ["--profile=true" if o == "--profile" else o for o in overrides]
     settings = load_config(config, overrides, script=script)
     if preflight:
-        run_preflight(settings)
+        run_preflight(settings, script)
     else:
-        train(settings)
+        train(settings, script)
     return 0
 
 

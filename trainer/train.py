@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import os
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,8 +19,10 @@ from .checkpoint.files import choose_checkpoint, could_not_write
 from .checkpoint.hub import push
 from .checkpoint.resume import output_claimed, settle_date, start_of_run
 from .data import PairData, load_pairs
-from .data.first_pair import preflight_lines
+from .data.chat import Rendering
+from .data.first_pair import first_tokens_line, preflight_lines
 from .data.table import PairRows
+from .data.template import with_template
 from .errors import UserError
 from .model.loading import load_model, load_model_config, load_tokenizer, vocabulary_size
 from .monitor.console import ConsoleLines, ConsoleProgress
@@ -28,19 +32,24 @@ from .packing.choose import choose_packing
 from .report.write import summary_lines, write_report
 from .settings.checks import check_output, uses_deepspeed
 from .settings.config import PreferenceConfig, check_evaluation
+from .settings.published.twins import is_mistral, published_steps
 from .text import colours
 from .trainer import PreferenceTrainer
 
 
-def train(config: PreferenceConfig) -> None:
-    """Load, train (resuming if told to), evaluate, save, and write ``run.json`` and the report."""
+def train(config: PreferenceConfig, script: str | None = None) -> None:
+    """Load, train (resuming if told to), evaluate, save, and write ``run.json`` and the report.
+
+    ``script`` names the published script whose twin this is: it counts steps as the script did,
+    and evaluates at the end if ``do_eval`` says so.
+    """
     objective = config.build_objective()
     check_output(config)
     with output_claimed(config):
-        _train(config, objective)
+        _train(config, objective, script)
 
 
-def _train(config: PreferenceConfig, objective: Objective) -> None:
+def _train(config: PreferenceConfig, objective: Objective, script: str | None) -> None:
     start = start_of_run(config, config.resume_from_checkpoint)
     tokenizer = load_tokenizer(config)
     settle_date(config, tokenizer)
@@ -49,9 +58,12 @@ def _train(config: PreferenceConfig, objective: Objective) -> None:
     data.report.notes += weight_notes(config, str(model.dtype).removeprefix("torch."))
     main = config.process_index == 0
     if main:
-        print("\n".join(data.report.lines()), flush=True)
+        print("\n".join([*_resume_lines(start.folder), *data.report.lines()]), flush=True)
     check_training_data(data)
     rows = PairRows(data.train)
+    if script is not None:
+        lines = count_steps_as_published(config, len(rows))
+        print("\n".join(lines if main else []), end="\n" if main and lines else "", flush=True)
     record = RunRecord(config, objective, data.report.as_dict())
     record.content["run"] = start.run
     if objective.needs_reference and config.ref_model_name_or_path == config.model_name_or_path:
@@ -64,6 +76,8 @@ def _train(config: PreferenceConfig, objective: Objective) -> None:
         processing_class=tokenizer,
         objective=objective,
     )
+    if script is not None:
+        trainer.saves_use_cache(True)
     _use_console(trainer)
     plan = trainer.pipeline.summary(rows)
     record.content["plan"] = plan.as_dict()
@@ -86,10 +100,39 @@ def _train(config: PreferenceConfig, objective: Objective) -> None:
             f"output_dir: the trained model cannot be written to {config.output_dir}: {error}. "
             "Make room and go on with resume_from_checkpoint: auto"
         ) from error
+    trainer.save_metrics("train", result.metrics | {"train_samples": len(rows)})
+    if script is not None and config.do_eval and data.evaluation is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics | {"eval_samples": len(data.evaluation)})
     if main:
         _write_results(config, record, result, trainer)
     if config.push_to_hub:
         push(trainer)
+
+
+def _resume_lines(checkpoint: Path | None) -> list[str]:
+    if checkpoint is None:
+        return []
+    return [f"Goes on from {checkpoint}; resume_from_checkpoint: false starts from the beginning"]
+
+
+def count_steps_as_published(config: PreferenceConfig, pairs: int) -> list[str]:
+    """Set ``max_steps`` to what a published script came to, where nothing is said of it.
+
+    Returns the line that says so, if it changes anything.
+    """
+    if config.max_steps > 0:
+        return []
+    accumulation = config.gradient_accumulation_steps
+    per_step, epochs = config.pairs_per_step, config.num_train_epochs
+    config.max_steps = published_steps(pairs, per_step, accumulation, epochs)
+    ours = math.ceil(epochs * math.ceil(pairs / per_step))
+    if config.max_steps == ours:
+        return []
+    return [
+        f"max_steps: {config.max_steps}, as the published script counted them, which left out what "
+        f"fills no step; max_steps: {ours} trains on all pairs"
+    ]
 
 
 def _write_results(
@@ -116,16 +159,16 @@ def _use_console(trainer: PreferenceTrainer) -> None:
     trainer.add_callback(ConsoleProgress() if bar else ConsoleLines())
 
 
-def preflight(config: PreferenceConfig) -> None:
+def preflight(config: PreferenceConfig, script: str | None = None) -> None:
     """Print the settings in effect, what becomes of the data and the first pair; train nothing."""
     if config.process_index > 0:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            _preflight(config)
+            _preflight(config, script)
     else:
-        _preflight(config)
+        _preflight(config, script)
 
 
-def _preflight(config: PreferenceConfig) -> None:
+def _preflight(config: PreferenceConfig, script: str | None) -> None:
     objective = config.build_objective()
     check_output(config)
     checkpoint = choose_checkpoint(  # by the sizes of its files; training hashes them
@@ -144,6 +187,8 @@ def _preflight(config: PreferenceConfig) -> None:
     print(f"\nObjective {objective.name}: {objective.spec.formula}")
     for name, value in dataclasses.asdict(objective.hyperparameters).items():
         print(f"  {name}: {value}")
+    if data.train is not None and script is not None:
+        print("\n".join(["", *count_steps_as_published(config, len(data.train))]), end="")
     if data.train is not None:
         print("\n" + "\n".join(_plan_lines(config, objective, data.train, model_config)))
     if checkpoint is not None:
@@ -153,8 +198,20 @@ def _preflight(config: PreferenceConfig) -> None:
     if data.train is not None:
         print("\nFirst pair")
         print("\n".join(preflight_lines(data.train[0], tokenizer, colours=colours())))
+        print(
+            first_tokens_line(tokenizer, _published_tokenizer(config), Rendering.of(config)) or ""
+        )
     check_training_data(data)
     check_evaluation(config, data.evaluation)
+
+
+def _published_tokenizer(config: PreferenceConfig) -> Any:
+    """The tokenizer with the chat template that the published scripts would have taken."""
+    settings = copy.copy(config)
+    settings.tokenizer_as_saved = True
+    if settings.chat_template is None and is_mistral(settings.model_name_or_path):
+        settings.chat_template = "mistral"
+    return with_template(load_tokenizer(settings), settings)
 
 
 def _plan_lines(

@@ -99,7 +99,7 @@ def check_same_run(checkpoint: Path, now: Facts) -> None:
         raise UserError(
             f"resume_from_checkpoint: {checkpoint} is of another run: {'; '.join(forbidden)}. "
             "Set what it was, or start a new run from its weights: model_name_or_path: "
-            f"{checkpoint}, without resume_from_checkpoint"
+            f"{checkpoint}, with resume_from_checkpoint: false"
         )
     for note in notes:
         logger.warning("Going on from %s: %s", checkpoint, note)

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..text import printable
-from .chat import only_id
+from .chat import PROBE, Rendering, only_id
+from .encoding import PairTokenizer
+from .limits import OK, Limits
 from .table import UNSCORED_COLUMNS
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ _PARTS = ("prompt", "chosen", "rejected")
 _GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 #: Tokens shown on each side of a completion's start.
 _AROUND = 6
+#: First tokens of a conversation that are compared with the published scripts'.
+_FIRST = 6
 
 
 def preflight_lines(
@@ -62,6 +66,42 @@ def preflight_lines(
         part_lines = _part_lines(part, ids[part], offset, kept, tokenizer, most_tokens)
         lines += [_coloured(line, scored) if colours else line for line, scored in part_lines]
     return lines
+
+
+def first_tokens_line(
+    tokenizer: PreTrainedTokenizerBase, published: PreTrainedTokenizerBase, rendering: Rendering
+) -> str | None:
+    """How a conversation begins, and how the published scripts began it, if they could.
+
+    ``published`` is the tokenizer with the template that they would have taken.
+    """
+    if not (tokenizer.chat_template and published.chat_template):
+        return None
+    said = Rendering(separate=True, empty_system=True)
+    pairs = ((tokenizer, rendering), (published, said))
+    ours, theirs = (_example_ids(each, how)[:_FIRST] for each, how in pairs)
+    if not ours or not theirs:
+        return None
+    shown = " ".join(_raw(tokenizer, i) for i in ours)
+    if ours == theirs:
+        return f"first tokens: {shown}, as the published scripts make them"
+    return (
+        f"first tokens: {shown}; the published scripts make "
+        f"{' '.join(_raw(published, i) for i in theirs)} (their twins, -m widemargin.trainer."
+        "run_simpo and so on, do)"
+    )
+
+
+def _example_ids(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[int]:
+    row = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    texts = {"prompt": PROBE, "chosen": "yes", "rejected": "no"}
+    batch = {part: [[{"role": row[part], "content": texts[part]}]] for part in _PARTS}
+    done = PairTokenizer(tokenizer, Limits(None, None, None, "keep_end"), rendering)(batch)
+    return list(done["prompt_ids"][0]) if done["status"][0] == OK else []
+
+
+def _raw(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    return f"'{printable(str(tokenizer.convert_ids_to_tokens(token_id)))}'"
 
 
 def _part_lines(

@@ -39,6 +39,10 @@ class OutputTrainer(Trainer):
         super().__init__(*args, **kwargs)
         check_saves_whole(self.accelerator.state)
 
+    def saves_use_cache(self, value: bool) -> None:
+        """Save the model's config with this ``use_cache`` in place of the one it came with."""
+        self._use_cache = value
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers', and with ``merge_adapter`` the merged model beside what it writes."""
         super().save_model(output_dir, _internal_call)

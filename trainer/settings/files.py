@@ -16,15 +16,10 @@ from .coercion import LONGEST_NUMBER, as_number, coerced
 from .config import PreferenceConfig, objective_keys
 from .model import check_adapted
 from .published.ambiguity import check_loss_type
+from .published.departures import departures, is_published, kept_defaults
 from .published.keys import TABLE
-from .published.translation import (
-    SCRIPTS,
-    as_published_script,
-    fit_objective,
-    merge,
-    name_objective,
-    translate,
-)
+from .published.translation import SCRIPTS, fit_objective, merge, name_objective, translate
+from .published.twins import as_published_class, as_published_script
 from .published.unknown import unknown_key
 
 _MOST_NESTED, _MOST_VALUES = 50, 100_000
@@ -52,9 +47,18 @@ def load_config(
     settings = merge(read_yaml(Path(path)), parse_overrides(overrides))
     notes: list[str] = []
     config = build_config(settings, script=script, notes=notes)
-    if notes and config.process_index == 0:
-        print("Settings under published names", *notes, sep="\n  ", flush=True)
+    if config.process_index == 0:
+        _print("Settings under published names", notes)
+        if script is not None:
+            _print(f"Where this run departs from scripts/{script}.py", departures(config))
+        elif is_published(settings):
+            _print("Kept from here, not from the published scripts", kept_defaults(config))
     return config
+
+
+def _print(title: str, lines: list[str]) -> None:
+    if lines:
+        print(title, *lines, sep="\n  ", flush=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -190,7 +194,8 @@ def _under_our_names(
         settings = as_published_script(settings, notes)
     settings = translate(settings, notes)
     settings = name_objective(settings, SCRIPTS.get(script) if script else None, notes)
-    return fit_objective(settings, notes)
+    settings = fit_objective(settings, notes)
+    return settings if script is None else as_published_class(settings, script, notes)
 
 
 def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def test_the_launchers_precision_is_said(alone, monkeypatch):
 
 
 def test_the_first_rank_alone_prints_the_preflight(alone, monkeypatch, capsys):
-    monkeypatch.setattr(train, "_preflight", lambda config: print("First pair"))
+    monkeypatch.setattr(train, "_preflight", lambda config, script: print("First pair"))
     for rank, printed in ((0, "First pair\n"), (1, "")):
         train.preflight(SimpleNamespace(process_index=rank))  # pyright: ignore[reportArgumentType]
         assert capsys.readouterr().out == printed

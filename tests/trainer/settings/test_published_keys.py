@@ -268,19 +268,6 @@ def test_an_override_wins_over_the_objectives_own_name_for_it(tmp_path):
             found(file)
 
 
-def test_scripts_twins_add_what_the_scripts_did():
-    model = "mistralai/Mistral-7B-Instruct-v0.2"
-    assert config_of("run_simpo", model_name_or_path=model).chat_template == "mistral"
-    own = config_of("run_simpo", model_name_or_path=model, chat_template="{{ messages }}")
-    assert own.chat_template == "{{ messages }}"
-    assert config_of("run_simpo", model_name_or_path="mistral/zephyr").chat_template is None
-    assert config_of("run_simpo").auto_insert_empty_system_msg
-    assert not config_of(
-        "run_simpo", auto_insert_empty_system_msg=False
-    ).auto_insert_empty_system_msg
-    assert not config_of().auto_insert_empty_system_msg
-
-
 def test_what_became_of_settings_is_printed_once(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text(

@@ -182,9 +182,12 @@ SIMPO = (
         "hinge, ipo and kto mean another loss in each library, and are asked about",
     ),
     _same("disable_dropout", "attention's own dropout included"),
-    _same("max_length", "null is no limit; the published trainers then took 512"),
-    _same("max_prompt_length", "null is no limit; the published trainers then took 128"),
-    _same("max_completion_length", "a limit of its own; the published trainers ignored it"),
+    _same("max_length", "null is no limit; in a twin 512, as in the published trainers"),
+    _same("max_prompt_length", "null is no limit; in a twin 128, as in the published trainers"),
+    _same(
+        "max_completion_length",
+        "a limit of its own; a twin ignores it, as the published trainers did",
+    ),
     _dropped("max_target_length", "for encoder-decoder models only"),
     _same("truncation_mode", "which side of a long prompt stays"),
     _renamed("dataset_num_proc", "preprocessing_num_workers"),
@@ -218,7 +221,11 @@ TRANSFORMERS = (
     _same("gradient_checkpointing", "under the name the installed transformers has for it"),
     _same("gradient_checkpointing_kwargs", "use_reentrant: false where nothing is said"),
     _same("hub_model_id", "with push_to_hub"),
-    _same("save_steps", "the published 1000000 means never; the trained model is saved anyway"),
+    _same(
+        "save_steps",
+        "the published 1000000 saves one checkpoint, after the last step; save_strategy: no saves "
+        "none, and the trained model is saved anyway",
+    ),
     _renamed("no_cuda", "use_cpu"),
     _only("save_safetensors", (True,), "weights are saved in no other format"),
     _only("group_by_length", (False,), "pairs are drawn at random, their tokens balanced anyway"),

@@ -85,19 +85,6 @@ ALWAYS_MEANS = ("simpo", "hinge", "lmpo", "gamma-simpo", "beta-simpo", "orpo")
 ALWAYS_MEANS += ("alphapo", "repo", "simper", "sft")
 """Objectives that know no sums, whatever ``length_norm`` says."""
 
-TWINS = {"auto_insert_empty_system_msg": True}
-"""What the published scripts did where their files say nothing; see `as_published_script`."""
-
-
-def as_published_script(settings: Settings, notes: list[str]) -> Settings:
-    """What the published scripts added to the files they read, for their twins here."""
-    added: Settings = {name: value for name, value in TWINS.items() if settings.get(name) is None}
-    name = str(settings.get("model_name_or_path", "")).rstrip("/").rpartition("/")[2]
-    if "mistral" in name.lower() and settings.get("chat_template") is None:
-        added["chat_template"] = "mistral"
-    notes += [f"{n}: {yaml_value(v)}, as the published script had it" for n, v in added.items()]
-    return settings | added
-
 
 def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) -> Settings:
     """``settings`` with ``objective`` instead of ``loss_type`` and ``trainer_type``.

@@ -1,0 +1,152 @@
+"""Where a run does something else than the published scripts, on purpose, and what undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .keys import Settings, yaml_value
+from .twins import TWINS
+
+
+@dataclass(frozen=True)
+class Departure:
+    """One deliberate difference. ``applies(config, hyperparameters)`` says whether a run has it."""
+
+    text: str
+    applies: Callable[[Any, Settings], bool]
+    undo: str = ""
+
+
+def _objective(*names: str) -> Callable[[Any, Settings], bool]:
+    return lambda config, _: config.objective in names
+
+
+def _always(config: Any, given: Settings) -> bool:
+    return True
+
+
+_MOVING = ("lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo", "beta-dpo")
+
+DEPARTURES = (
+    Departure(
+        "pairs share rows without padding where the model allows it; the sums are the same",
+        lambda config, _: config.packing != "padded",
+        "packing: padded",
+    ),
+    Departure(
+        "a row that cannot train (identical sides, an empty answer, nothing left of one) is left "
+        "out and counted; there it trained, or gave NaN",
+        lambda config, _: not config.strict_data,
+        "strict_data: true stops at the first",
+    ),
+    Departure(
+        "a step's loss is the mean over its pairs; there over its micro-batches' means, which is "
+        "another number where the last micro-batch of an epoch is smaller",
+        _always,
+    ),
+    Departure(
+        "sides that merge with the prompt's last token differently share a prompt one token "
+        "shorter; there each kept its own",
+        lambda config, _: config.chat_rendering == "separate",
+        "chat_rendering: joint",
+    ),
+    Departure(
+        "pairs that fill no step at the end of an epoch are a smaller step of their own, except in "
+        "the last; there their gradient went into the next epoch's first step",
+        lambda config, _: config.num_train_epochs > 1,
+        "num_train_epochs: 1",
+    ),
+    Departure(
+        "running statistics and queues change in training only, are the same on all ranks, and "
+        "are saved with checkpoints; there evaluation changed them, and none were saved",
+        _objective(*_MOVING),
+    ),
+    Departure(
+        "the queue of gaps starts empty and holds all ranks' pairs; there it started with eight "
+        "random numbers, and each rank had its own",
+        _objective("gamma-simpo", "gamma-dpo"),
+    ),
+    Departure(
+        "z is divided by the deviation + 1e-6; there by the deviation, which gives NaN for margins "
+        "that are all the same. At a deviation of 0.05 it is 2e-5 of z",
+        _objective("lmpo"),
+    ),
+    Departure(
+        "the margin is gamma_i - gamma, as in the paper; there gamma_i, more by gamma = "
+        "beta * gamma_beta_ratio",
+        _objective("gamma-dpo"),
+    ),
+    Departure(
+        "the KL terms are not differentiated, as in the paper; there they were, which turns the "
+        "gradient: by 0.6 to 0.7 of its norm for eight random pairs",
+        _objective("kto"),
+    ),
+    Departure(
+        "alpha * (chosen - rejected tokens) is added to the gap, as in the paper; there it was "
+        "subtracted, of batch sizes in place of lengths, so that nothing came of it. With alpha "
+        "0.01, 100 tokens more are 1.0",
+        _objective("r-dpo"),
+        "alpha: 0",
+    ),
+    Departure(
+        "label smoothing keeps the margin's sign, as in the paper; gamma-PO's SimPO trainer turned "
+        "it: -log sigmoid(-gap - gamma) in place of -log sigmoid(gamma - gap)",
+        lambda config, given: config.objective == "simpo" and bool(given.get("label_smoothing")),
+        "label_smoothing: 0",
+    ),
+    Departure(
+        "at least one pair is drawn; there 80% of one pair were none, and the loss NaN",
+        _objective("beta-simpo", "beta-dpo"),
+    ),
+    Departure(
+        "flip swaps each training pair by a seeded draw; there whole micro-batches, in evaluation "
+        "too",
+        lambda config, _: config.flip > 0,
+        "flip: 0",
+    ),
+    Departure(
+        "sft_weight's term averages over each chosen answer's tokens, then over pairs; there over "
+        "all chosen tokens of a micro-batch",
+        lambda _, given: bool(given.get("sft_weight")),
+        "sft_weight: 0",
+    ),
+)
+
+
+def departures(config: Any) -> list[str]:
+    """A line for each departure of this run; ``config`` is its `PreferenceConfig`."""
+    given = config.objective_args
+    lines = []
+    for each in DEPARTURES:
+        if each.applies(config, given):
+            lines.append(f"{each.text} [{_switch(each.undo)}]")
+    return lines
+
+
+def _switch(undo: str) -> str:
+    if not undo:
+        return "no switch"
+    return undo if " stops " in undo else f"undone by {undo}"
+
+
+def kept_defaults(config: Any) -> list[str]:
+    """A line for each setting of ``config`` that a published script had otherwise."""
+    defaults = TWINS | {"zscore_bias_correction": False}
+    lines = []
+    for name, theirs in defaults.items():
+        ours = config.objective_args.get(name, getattr(config, name, None))
+        if name == "zscore_bias_correction":
+            ours = True if ours is None and config.objective == "lmpo" else ours
+            if config.objective != "lmpo":
+                continue
+        if ours != theirs and not (name.startswith("max_") and ours is not None):
+            lines.append(f"{name}: {yaml_value(ours)}; there {yaml_value(theirs)}")
+    return [*lines, "an epoch's last pairs that fill no step are a smaller step; there left out"]
+
+
+def is_published(settings: Settings) -> bool:
+    """Whether a file is one of the published scripts', by keys that only they have together."""
+    theirs = ("evaluation_strategy", "warmup_ratio", "torch_dtype", "trainer_type", "loss_type")
+    return "dataset_mixer" in settings and any(name in settings for name in theirs)
