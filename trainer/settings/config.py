@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -32,9 +31,7 @@ from .data import DataSettings
 from .launch import has_launcher
 from .model import ModelSettings, ReferenceSettings, SampleSettings
 from .names import BACKENDS, METRICS, PACKINGS, TAILS
-from .published.unknown import unknown_argument
-
-Kind = TypeVar("Kind", bound=TrainingArguments)
+from .published.unknown import explaining
 
 FIELDS_OF_OBJECTIVES = ("beta", "gamma_beta_ratio")
 """Hyperparameters of objectives that are fields of `PreferenceConfig`."""
@@ -44,23 +41,7 @@ def default_workers() -> int:
     return 2 if torch.cuda.is_available() else 0
 
 
-def _explaining(kind: type[Kind]) -> type[Kind]:
-    """The class with an ``__init__`` that says what to write instead of an unknown argument."""
-    init = kind.__init__
-    known = [each.name for each in fields(kind) if each.init]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **given: Any) -> None:
-        lines = [unknown_argument(name, given, known) for name in given if name not in known]
-        if lines:
-            raise UserError("; ".join(lines))
-        init(self, *args, **given)
-
-    kind.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
-    return kind
-
-
-@_explaining
+@explaining
 @dataclass
 class PreferenceConfig(
     ModelSettings, ReferenceSettings, DataSettings, SampleSettings, TrainingArguments

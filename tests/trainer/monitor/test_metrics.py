@@ -11,7 +11,7 @@ from widemargin.trainer.monitor.metrics import PreferenceMetrics
 from widemargin.trainer.objectives import build_objective
 
 from tests.support.preference_batches import mean, pack, random_pairs, reference_sums
-from tests.support.tiny_models import tiny_trainer
+from tests.support.tiny_models import tiny_model, tiny_trainer
 
 
 def reported(name: str, **given) -> dict[str, float]:
@@ -77,7 +77,7 @@ def test_a_run_logs_entropy_and_accuracy_where_asked(tmp_path, name):
     )
     trainer.train()
     logs = trainer.state.log_history[0]
-    vocabulary = trainer.model.config.vocab_size
+    vocabulary = tiny_model().config.vocab_size
     assert 0.5 * math.log(vocabulary) < logs["entropy"] <= math.log(vocabulary)
     assert 0 <= logs["mean_token_accuracy"] <= 1
     assert logs["nll_loss"] > 0

@@ -35,7 +35,7 @@ def test_a_mapping_of_objectives_is_a_mixture():
     ("given", "message"),
     [
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1]}, "loss_weights: expected 2 numb"),
-        ({"loss_type": "sigmoid", "loss_weights": [1]}, "loss_weights: give loss_type a list"),
+        ({"loss_type": "aot", "loss_weights": [1]}, "loss_weights: give loss_type a list"),
         ({"loss_type": ["sigmoid", "dpo"]}, "name each loss once"),
         ({"loss_type": ["sigmoid", "sft"], "objective": "dpo"}, "keep objective"),
         ({"loss_type": ["sigmoid", "kl"]}, "objective 'kl' is not known"),

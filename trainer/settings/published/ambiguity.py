@@ -11,12 +11,10 @@ from .keys import Settings
 MEANINGS = {
     "sigmoid": "objective: simpo (SimPO's), dpo (TRL's DPOConfig) or cpo (TRL's CPOConfig)",
     "hinge": (
-        "objective: hinge for SimPO's, over means; TRL's, over sums with a reference "
-        "(DPOConfig) or without one (CPOConfig), does not exist here"
+        "objective: hinge (SimPO's), dpo-hinge (TRL's DPOConfig) or cpo-hinge (TRL's CPOConfig)"
     ),
     "ipo": (
-        "objective: ipo for the one with a reference (gamma-PO, TRL's DPOConfig); TRL's CPOConfig "
-        "has one without, which does not exist here"
+        "objective: ipo (gamma-PO, TRL's DPOConfig) or cpo-ipo (TRL's CPOConfig, no reference)"
     ),
     "kto": (
         "objective: kto for gamma-PO's, on pairs; TRL's KTOConfig takes its KL term from "

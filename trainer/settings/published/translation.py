@@ -138,8 +138,8 @@ def _objective(loss_type: Any, trainer_type: str | None, sigmoid: str | None) ->
         raise UserError("loss_type: hinge has no form with LMPO's margin; use run_simpo")
     if objective == "hinge" and trainer_type == "dpo":
         raise UserError(
-            "loss_type: hinge has no form with a reference model here; write objective: hinge for "
-            "SimPO's, over means without a reference"
+            "loss_type: hinge is SimPO's, over means without a reference; write objective: hinge "
+            "for it, or dpo-hinge for the one with a reference model"
         )
     if trainer_type and OBJECTIVES[objective].needs_reference != (trainer_type == "dpo"):
         other = "dpo" if trainer_type == "simpo" else "simpo"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from ...errors import UserError
 from ...objectives import ALIASES, OBJECTIVES, hyperparameters_of
 from .ambiguity import MEANINGS
 from .keys import TABLE, Settings
+
+Kind = TypeVar("Kind")
 
 
 def unknown_key(key: str, objective: str, known: Iterable[str]) -> UserError:
@@ -62,3 +66,19 @@ def _owners(key: str) -> list[str]:
 
 def _nearest(key: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)[0]
+
+
+def explaining(kind: type[Kind]) -> type[Kind]:
+    """The class with an ``__init__`` that says what to write instead of an unknown argument."""
+    init = kind.__init__
+    known = [each.name for each in fields(kind) if each.init]  # pyright: ignore[reportArgumentType]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        lines = [unknown_argument(name, given, known) for name in given if name not in known]
+        if lines:
+            raise UserError("; ".join(lines))
+        init(self, *args, **given)
+
+    kind.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
+    return kind
