@@ -65,8 +65,6 @@ def dpo_loss(pairs: list[Pair], tokens: Tensor, cu_seqlens: Tensor, **given: Any
         _total_train_tokens=0,
         _tp_size=1,
     )
-    if "exo_pair" in settings.loss_type and not settings.label_smoothing:
-        trainer.label_smoothing = 1e-3  # as its __init__ does
     chosen, rejected = reference_sums(pairs, torch.float32).chunk(2)
     inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
     inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
@@ -77,7 +75,7 @@ DPO: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
     ({"loss_type": ["sigmoid"]}, "dpo", {}),
     ({"loss_type": ["hinge"]}, "dpo-hinge", {}),
     ({"loss_type": ["ipo"]}, "ipo", {}),
-    ({"loss_type": ["exo_pair"]}, "exo", {}),
+    ({"loss_type": ["exo_pair"], "label_smoothing": 1e-3}, "exo", {}),
     ({"loss_type": ["nca_pair"]}, "nca", {}),
     ({"loss_type": ["robust"], "label_smoothing": 0.2}, "robust", {"label_smoothing": 0.2}),
     ({"loss_type": ["bco_pair"]}, "bco-pair", {}),
@@ -161,7 +159,7 @@ CPO: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("theirs", "name", "ours"), CPO, ids=lambda v: str(v)[:50])
 def test_cpo_trainer(theirs, name, ours):
-    beta, weight = 0.7, theirs.pop("cpo_alpha", 1.3)
+    beta, weight = 0.7, theirs.get("cpo_alpha", 1.3)
     given = {"beta": beta, "alpha": 0.0, "label_smoothing": 0.0, "simpo_gamma": 0.5} | theirs
     trainer = made("trl.experimental.cpo", "CPOTrainer", **given)
     likelihood = {"alpha" if name.startswith("cpo") else "sft_weight": weight} if weight else {}

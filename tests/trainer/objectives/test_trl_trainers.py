@@ -1,0 +1,122 @@
+"""Five AdamW steps of TRL's trainers and of ours on the same rows: losses and weights agree.
+
+pip install trl==1.16.0
+python -m pytest -m slow tests/trainer/objectives/test_trl_trainers.py
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback
+from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.data.pairs import tokenize_pairs
+
+from tests.support.tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_pairs
+from tests.trainer.objectives.test_against_trl import CPO, DPO
+
+trl = pytest.importorskip("trl", minversion="1.16", reason="pip install trl==1.16.0")
+cpo = pytest.importorskip("trl.experimental.cpo")
+
+pytestmark = pytest.mark.slow
+
+PAIRS = 8
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": PAIRS,
+    "max_steps": 5,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant",
+    "optim": "adamw_torch",
+    "max_grad_norm": 1.0,
+    "logging_steps": 1,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 0,
+}
+
+
+def rows() -> Dataset:
+    """Of unequal lengths; each step takes them all, so their order does not matter."""
+    return tokenize_pairs(tiny_pairs(PAIRS), TOKENIZER, tiny_config(Path("unused")))[0]
+
+
+def some_text() -> Dataset:
+    """A row for TRL's trainers to prepare, before the token ids take its place."""
+    return Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e f"}])
+
+
+def ours(folder: Path, name: Any, given: dict[str, Any]) -> tuple[list[float], torch.Tensor]:
+    fields = {key: given.pop(key, None) for key in ("beta", "gamma_beta_ratio")}
+    settings = SETTINGS | {"objective": name, **fields, "objective_args": given}
+    trainer = PreferenceTrainer(
+        tiny_model(),
+        tiny_config(folder, **settings, head_tail="exact"),
+        train_dataset=rows(),
+        processing_class=TOKENIZER,
+    )
+    return trained(trainer)
+
+
+def theirs(kind: Any, config: Any, columns: Any, **models: Any) -> tuple[list[float], torch.Tensor]:
+    data = [columns(row) for row in rows().to_list()]  # before: settings reset accelerate's state
+    trainer = kind(
+        tiny_model(), args=config, train_dataset=some_text(), processing_class=TOKENIZER, **models
+    )
+    trainer.train_dataset = Dataset.from_list(data)
+    return trained(trainer)
+
+
+def trained(trainer: Any) -> tuple[list[float], torch.Tensor]:
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, parameters_of(trainer.model)
+
+
+def compare(
+    mine: tuple[list[float], torch.Tensor], other: tuple[list[float], torch.Tensor]
+) -> None:
+    assert mine[0] == pytest.approx(other[0], rel=1e-5, abs=1e-5)
+    assert len(set(mine[0])) == SETTINGS["max_steps"]
+    update = (other[1] - parameters_of(tiny_model())).norm()
+    assert (mine[1] - other[1]).norm() < 1e-3 * update
+
+
+@pytest.mark.parametrize(("given", "name", "own"), DPO, ids=lambda v: str(v)[:60])
+def test_dpo_trainer(tmp_path, given, name, own):
+    config = trl.DPOConfig(output_dir=str(tmp_path / "trl"), beta=0.3, **given, **SETTINGS)
+    other = theirs(trl.DPOTrainer, config, lambda row: row, ref_model=copy.deepcopy(tiny_model()))
+    beta = {} if name == "sft" else {"beta": 0.3}
+    compare(ours(tmp_path, name, own | beta), other)
+
+
+def cpo_row(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A pair of token ids in the columns that TRL's CPO collator reads."""
+    prompt, columns = row["prompt_ids"], {}
+    for side in ("chosen", "rejected"):
+        completion = row[f"{side}_ids"]
+        columns[f"{side}_input_ids"] = prompt + completion
+        columns[f"{side}_attention_mask"] = [1] * len(prompt + completion)
+        columns[f"{side}_labels"] = [-100] * len(prompt) + completion
+    return columns | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+
+
+@pytest.mark.parametrize(("given", "name", "own"), CPO, ids=lambda v: str(v)[:60])
+def test_cpo_trainer(tmp_path, given, name, own):
+    given = {"cpo_alpha": 1.3, "alpha": 0.0, "simpo_gamma": 0.35, "beta": 0.7} | given
+    config = cpo.CPOConfig(output_dir=str(tmp_path / "trl"), **given, **SETTINGS)
+    other = theirs(cpo.CPOTrainer, config, cpo_row)
+    weight, of_cpo = given["cpo_alpha"], name.startswith("cpo")
+    own = own | ({"nll": "tokens", "alpha" if of_cpo else "sft_weight": weight} if weight else {})
+    own |= {} if of_cpo else {"gamma_beta_ratio": 0.5}
+    compare(ours(tmp_path, name, own | {"beta": 0.7}), other)
