@@ -117,7 +117,7 @@ def write_model_card(
         license=given.get("license"),
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*dict.fromkeys([*tags, *standard, objective.name])],
+        tags=[*dict.fromkeys([*tags, *standard, *_parts(objective.name)])],
         base_model=_on_hub(base),
         datasets=[name for name in map(_on_hub, _listed(data_sets)) if name] or None,
     )
@@ -175,12 +175,15 @@ def _local_places(settings: dict[str, Any]) -> str:
 
 
 def _citation(name: str) -> str:
-    """The papers of an objective, or of a mixture's parts."""
-    parts = [part.rpartition("*")[2] for part in name.split(" + ")]
-    papers = dict.fromkeys(PAPERS[part] for part in parts if part in PAPERS)
+    papers = dict.fromkeys(PAPERS[part] for part in _parts(name) if part in PAPERS)
     return "\n\n".join(
         f"[{title}](https://arxiv.org/abs/{number}), arXiv:{number}" for title, number in papers
     )
+
+
+def _parts(name: str) -> list[str]:
+    """The objectives in a mixture's name, or the one that it is."""
+    return [part.rpartition("*")[2] for part in name.split(" + ")]
 
 
 def _kept_step(trainer: Trainer) -> int | None:

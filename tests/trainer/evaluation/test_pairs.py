@@ -210,6 +210,8 @@ def test_data_settings_of_a_training_config(place, tmp_path):
     [
         ({"objective": "dpo", "beta": 0.01}, "against_reference", 0.01),
         ({"objective": "cpo", "beta": ...}, "sum_logps", 0.1),
+        ({"objective": {"cpo-ipo": 1, "sft": 0.5}, "beta": 3}, "mean_logps", 3),
+        ({"objective": {"dpo": 0.8, "sft": 1}, "beta": ...}, "against_reference", 0.1),
         ({"objective": "lmpo", "beta": ..., "objective_args": {"beta": 9}}, "mean_logps", 9),
         ({"objective": ..., "loss_type": "sigmoid", "beta": 2.5}, "mean_logps", 2.5),
         ({"objective": ..., "trainer_type": "dpo", "loss_type": "sigmoid"}, "against_reference", 7),
