@@ -21,7 +21,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-slow test-distributed test-eval torture families study lint format bench bench-baseline bench-compare bench-gpu wheels clean distclean
+.PHONY: help setup quickstart test test-quick test-slow test-distributed test-eval torture families study lint format bench bench-baseline bench-compare bench-gpu hub-kernel wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -106,6 +106,10 @@ bench-compare: $(DEV) ## Time them again, and fail where one is slower than save
 
 bench-gpu: $(DEV) ## Test and benchmark the kernels on this machine's GPU, into OUT
 	PYTHON=$(CURDIR)/$(BIN)/python bash bench/gpu.sh "$$(git rev-parse HEAD)" "$(or $(OUT),outputs/bench-gpu)"
+
+hub-kernel: $(DEV) ## Write the kernels as a package for Hugging Face's Hub into OUT, a new folder, and try it
+	$(BIN)/python -m widemargin.integrations.hub "$(or $(OUT),outputs/hub-kernel)"
+	$(BIN)/python -B -I "$(or $(OUT),outputs/hub-kernel)/tests/test_head.py"
 
 wheels: $(DEV) ## Gather the benchmark's peers into .whl, for a GPU machine without network
 	PIP_ARGS="$(PIP_ARGS)" bash bench/wheels.sh

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checks import expect
+from ..namespace import operator
 from ..reference import IGNORE_INDEX
 from .routing import num_blocks
 from .torch_backward import backward as torch_backward
@@ -23,7 +24,7 @@ from .torch_forward import forward as torch_forward
 from .types import Asked, EntropyGrad, GradRequest, HeadCall, Saved
 
 
-@torch.library.custom_op("widemargin::linear_logprob", mutates_args=())
+@operator("linear_logprob", mutates_args=())
 def forward_op(
     hidden: Tensor,
     weight: Tensor,
@@ -83,7 +84,7 @@ def _(hidden, weight, *rest):
     )
 
 
-@torch.library.custom_op("widemargin::linear_logprob_backward", mutates_args=("stats",))
+@operator("linear_logprob_backward", mutates_args=("stats",))
 def backward_op(
     grad: Tensor,
     hidden: Tensor,

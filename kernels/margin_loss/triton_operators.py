@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..namespace import operator
 from .triton_kernels import (
     BLOCK,
     _loss_backward_kernel,
@@ -21,7 +22,7 @@ from .triton_kernels import (
 )
 
 
-@torch.library.custom_op("widemargin::sequence_sums", mutates_args=())
+@operator("sequence_sums", mutates_args=())
 def sequence_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Summed logps [2P] in fp32."""
     sequences = len(cu_seqlens) - 1
@@ -42,7 +43,7 @@ def _(token_logps, cu_seqlens):
     return token_logps.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("widemargin::sequence_sums_backward", mutates_args=())
+@operator("sequence_sums_backward", mutates_args=())
 def _sequence_sums_backward(
     grad: Tensor, cu_seqlens: Tensor, tokens: int, dtype: torch.dtype
 ) -> Tensor:
@@ -81,7 +82,7 @@ def _backward_of_sums(ctx, grad):
 sequence_sums.register_autograd(_backward_of_sums, setup_context=_keep_for_sums)
 
 
-@torch.library.custom_op("widemargin::margin_loss", mutates_args=())
+@operator("margin_loss", mutates_args=())
 def _loss_op(
     token_logps: Tensor,
     cu_seqlens: Tensor,
@@ -118,7 +119,7 @@ def _(token_logps, cu_seqlens, target_margins, beta, hinge, label_smoothing):
     return losses, torch.empty_like(losses)
 
 
-@torch.library.custom_op("widemargin::margin_loss_backward", mutates_args=())
+@operator("margin_loss_backward", mutates_args=())
 def _loss_backward_op(
     grad: Tensor, slopes: Tensor, cu_seqlens: Tensor, tokens: int, dtype: torch.dtype
 ) -> Tensor:

@@ -71,7 +71,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         f"widemargin/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".json", ".jinja")
+        if path.suffix in (".py", ".yaml", ".json", ".jinja", ".txt")
     }
     assert content == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

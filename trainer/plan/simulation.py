@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...kernels.namespace import NAMESPACE
 from ..errors import UserError
 from ..model.head import patch_head
 from ..settings.config import PreferenceConfig
@@ -198,8 +199,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        forward = name == "widemargin::linear_logprob"
-        backward = name == "widemargin::linear_logprob_backward"
+        forward = name == f"{NAMESPACE}::linear_logprob"
+        backward = name == f"{NAMESPACE}::linear_logprob_backward"
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if not isinstance(leaf, Tensor):
