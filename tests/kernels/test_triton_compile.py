@@ -79,6 +79,19 @@ def test_names_are_unique() -> None:
 
 
 @pytest.mark.costly
+@pytest.mark.parametrize("arch", [80, 90])
+def test_no_number_of_tokens_compiles_again(arch: int) -> None:
+    """By Triton's own launch path, with a driver that does nothing in the place of CUDA's."""
+    printed = python_without_interpreter("-m", "bench.compile.launches", "--arch", str(arch))
+    found = json.loads(printed.splitlines()[-1])
+    assert found["first"].count("_forward_kernel") == 2  # with and without the entropy
+    assert {"_recompute_kernel", "_weight_kernel", "_hidden_kernel"} <= {*found["first"]}
+    assert len(found["later"]) == 11
+    assert {tokens: names for tokens, names in found["later"].items() if names} == {}
+    assert found["launched"] == 12 * len(found["first"])
+
+
+@pytest.mark.costly
 def test_results_are_current(measured) -> None:
     kept = json.loads(RESULTS.read_text())
     if kept["triton"] != measured["triton"]:
