@@ -4,7 +4,7 @@
 # Needs torch, triton, pytest and hypothesis in $PYTHON (default python3), and transformers and accelerate for TRL's head
 # and for training; no network, git or install. The package is found through a folder of links. What `make wheels` put
 # into .whl/ is unpacked beside it: the peers to compare with, and datasets.
-# Steps, in order: machine ours head tune tests shapes; and, only when named, training-1b training-8b training-flex, which
+# Steps, in order: machine checks ours head tune tests shapes; and, only when named, training-1b training-8b training-flex, which
 # need the lengths that `make wheels` writes, and scaling. Each has its own limit, and together they end within TOTAL_S
 # seconds (default 525); JSON is written case by case, so a step that is cut keeps its rows. OUTDIR gets at most eight
 # files. The JSON, put into bench/results/, shows on docs/results.md after `python -m bench.report`.
@@ -19,7 +19,7 @@ commit=$1
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
 shift 2
-default="machine ours head tune tests shapes"
+default="machine checks ours head tune tests shapes"
 steps=" ${*:-$default} "
 known=" $default training-1b training-8b training-flex scaling "
 for name in $steps; do
@@ -79,6 +79,13 @@ if [ "$failed" -ne 0 ]; then
     exit 1
 fi
 
+# Most of the tests' time is Triton compiling: several processes where pytest-xdist is there.
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
+# Half precision against fp64, and Triton against torch, before any time is measured.
+step checks 100 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" tests/kernels/test_triton_half.py \
+    tests/kernels/test_backends_agree.py tests/kernels/test_extras.py
+
 ours=(full-logits widemargin-triton-mean widemargin-triton-exact widemargin-triton-mean-tma
     widemargin-triton-mean-cublas)
 peers=(torch-linear-cross-entropy trl-chunked liger-scaled-ce liger-simpo liger-ce-mean liger-ce
@@ -89,9 +96,6 @@ step ours 100 "${head[@]}" --repeats 5 --budget-s 10 --providers "${ours[@]}" --
 step head 130 "${head[@]}" --repeats 10 --budget-s 20 --providers "${ours[@]}" "${peers[@]}" --out "$out/head.json"
 step tune 120 "$python" -m bench.compile.tune --dtype bf16 --kernel-s 18 --processes 12 --commit "$commit" --out "$out/tune.json"
 
-# Most of the tests' time is Triton compiling: several processes where pytest-xdist is there.
-parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12)
 step tests 150 "$python" -m pytest -p no:cacheprovider "${parallel[@]}" -m "gpu or not slow" \
     tests/kernels tests/bench/test_forwards.py --ignore-glob='*test_triton_compile*'
 

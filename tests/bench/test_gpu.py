@@ -31,6 +31,9 @@ def test_modules_and_paths_are_there() -> None:
         assert hasattr(import_module(module), name)
     assert "tests/kernels" in TEXT
     assert (ROOT / "tests" / "kernels").is_dir()
+    files = re.findall(r"tests/[\w/]+\.py", TEXT)
+    assert len(files) >= 4
+    assert [name for name in files if not (ROOT / name).is_file()] == []
 
 
 def test_cases_and_contenders_are_known() -> None:
