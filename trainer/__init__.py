@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from .settings.config import PreferenceConfig
     from .trainer import PreferenceTrainer
 
-__all__ = ["PreferenceConfig", "PreferenceTrainer"]
+__all__ = ["PreferenceConfig", "PreferenceTrainer", "__version__"]
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import __version__
 from .errors import UserError
 from .evaluation.evaluate_command import add_evaluate, run_evaluate
 from .plan.command import add_plan, run_plan
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="widemargin", description="Margin-based preference tuning without logits."
     )
+    parser.add_argument("--version", action="version", version=f"widemargin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",

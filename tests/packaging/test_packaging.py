@@ -56,6 +56,7 @@ def test_every_direct_dependency_is_pinned(pyproject: dict[str, Any]) -> None:
     project = pyproject["project"]
     extras = project["optional-dependencies"]
     declared = project["dependencies"] + extras["dev"] + extras["bench"] + extras["deepspeed"]
+    declared += [line for group in pyproject["dependency-groups"].values() for line in group]
     names = {requirements.Requirement(line).name for line in declared}
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [requirements.Requirement(line) for line in lines if line and line[0] != "#"]
@@ -71,9 +72,10 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         f"widemargin/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".json", ".jinja", ".txt")
+        if path.suffix in (".py", ".yaml", ".json", ".jinja", ".txt") or path.name == "py.typed"
     }
     assert content == expected
+    assert {f"widemargin/{folder}/py.typed" for folder in FOLDERS} <= content
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
