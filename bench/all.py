@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.lib import real_model
 from bench.lib.record import ROOT, find_commit, refused
 from bench.report import pages as results
 
@@ -36,6 +37,7 @@ class Part:
 
     @property
     def module(self) -> str:
+        """`bench.training` of both "training-simpo" and "training-real-dpo"."""
         return f"bench.{self.name.partition('-')[0]}"
 
 
@@ -66,22 +68,45 @@ PARTS = (
     ),
 )
 """Most wanted first, since what comes late may be cut."""
+_REAL = (
+    *("--model", str(real_model.FOLDER), "--batch", "2", "--steps", "5", "--warmup", "1"),
+    "--append",
+)
+REAL_PARTS = (
+    Part("training-real-simpo", (*_REAL, "--budget-s", "210"), "training_real_cpu.json", 330),
+    Part(
+        "training-real-dpo",
+        (
+            *(*_REAL, "--budget-s", "150", "--objective", "dpo"),
+            *("--contenders", "widemargin-padded", "widemargin-prefix_shared", "trl-dpo"),
+        ),
+        "training_real_cpu.json",
+        250,
+    ),
+)
+"""Steps of the real model of `bench/lib/real_model.py` (`make bench-real`), eight minutes."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.all", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder")
     names = [part.name for part in PARTS]
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="NAME")
+    real = [part.name for part in REAL_PARTS]
+    parser.add_argument("--parts", nargs="+", choices=names + real, default=names, metavar="NAME")
+    parser.add_argument(
+        "--real", action="store_const", const=real, dest="parts", help="steps of the real model"
+    )
     parser.add_argument("--total-s", type=float, default=TOTAL_S, help=f"default {TOTAL_S}")
     parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
+    parser.add_argument("--keep-noisy", action="store_true", help="store noisy training steps too")
     return parser.parse_args(arguments)
 
 
-def run(part: Part, out: Path, limit_s: float, allow_dirty: bool) -> str:
-    """Run it; "done in 12 s", or what became of it."""
+def run(part: Part, out: Path, limit_s: float, options: argparse.Namespace) -> str:
+    """Run it; "done in 12 s", or the reason why it is not."""
     command = [sys.executable, "-m", part.module, *part.arguments, "--out", str(out / part.file)]
-    command += ["--allow-dirty"] * allow_dirty
+    command += ["--allow-dirty"] * options.allow_dirty
+    command += ["--keep-noisy"] * (options.keep_noisy and part.module == "bench.training")
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     begin = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | quiet, start_new_session=True)
@@ -110,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     end = time.monotonic() + options.total_s
     fates: dict[str, str] = {}
-    for part in PARTS:
+    for part in (*PARTS, *REAL_PARTS):
         if part.name not in options.parts:
             continue
         left = min(part.limit_s, end - time.monotonic())
@@ -118,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             fates[part.name] = "skipped: no time is left"
         else:
             print(f"== {part.name}", flush=True)
-            fates[part.name] = run(part, out, left, options.allow_dirty)
+            fates[part.name] = run(part, out, left, options)
         print(f"== {part.name}: {fates[part.name]}\n", flush=True)
     if not any(out.glob("*.json")):
         print(json.dumps(fates, indent=1))

@@ -170,7 +170,16 @@ def _training(file: File) -> str:
             gaps[f"{row['objective']}, {prompts} prompts"] = row["largest_loss_gap"]
     said = "; ".join(f"{case}: {gap:.0e}" for case, gap in gaps.items())
     text = f"\n\nLargest relative difference between the trainers' losses of a step: {said}."
-    return training.table(file.rows) + (text if gaps else "")
+    rows = [row for row in file.rows if "others_load" in row]
+    quiet = ""
+    if rows:
+        load = max(row["others_load"] for row in rows)
+        spread = max(row.get("spread_per_token", 0) for row in rows)
+        quiet = (
+            f" Other programs used at most {load:.0%} of the machine; a trainer's time per token "
+            f"differed by at most {spread:.0%} between steps."
+        )
+    return training.table(file.rows) + (text if gaps else "") + quiet
 
 
 def _scaling(file: File) -> str:
@@ -213,16 +222,10 @@ def _resources(file: File) -> str:
 
 
 def head_table(files: Iterable[File]) -> str:
-    """README's table of heads: the standard case on each device that was measured."""
+    """The table of heads on docs/kernel.md: the standard case on each device that was measured."""
     names = ("head_cpu", "head_cuda", "head")
     rows = [row for f in files if f.kind == "head" and f.path.stem in names for row in f.rows]
     return head.table([row for row in rows if row["case"] in ("cpu", "llama3-8b")])
-
-
-def training_rows(files: Iterable[File]) -> str:
-    """README's table of trainers: SimPO's steps."""
-    rows = [row for file in files if file.kind == "training" for row in file.rows]
-    return training.table([row for row in rows if row["objective"] == "simpo"])
 
 
 def active_table(files: Iterable[File]) -> str:

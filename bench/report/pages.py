@@ -1,7 +1,7 @@
 """Tables, pictures and the page of results, from JSON alone: `python -m bench.report`.
 
-Without arguments: bench/results/*.json into README.md's tables, docs/results.md, the table
-of docs/how-the-head-works.md and the pictures beside the JSON. With another folder the page goes
+Without arguments: bench/results/*.json into README.md's claim and table, docs/results.md, tables
+of other pages and the pictures beside the JSON. With another folder the page goes
 there, and nothing else changes.
 """
 
@@ -14,10 +14,13 @@ from bench.head import plot as head_plot
 from bench.lib.record import RESULTS, ROOT
 from bench.lib.table import write_into
 from bench.report import page
+from bench.report import readme as front
 from bench.scaling import plot as scaling_plot
 from bench.training import plot as training_plot
 
 HEAD_PAGE = ROOT / "docs" / "how-the-head-works.md"
+KERNEL_PAGE = ROOT / "docs" / "kernel.md"
+HOW_PAGE = ROOT / "docs" / "how-it-works.md"
 DRAW = {
     "head": head_plot.draw,
     "active": head_plot.draw_active,
@@ -62,10 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
     out.write_text(page.page(files, "" if link == "." else f"{link}/"), encoding="utf-8")
     print(f"wrote {os.path.relpath(out)}")
     if readme is not None:
-        for name, text in (("head", page.head_table), ("training", page.training_rows)):
+        for name, text in (("claim", front.claim), ("training", front.table)):
             write_into(readme, text(files), name)
         print(f"wrote the tables in {os.path.relpath(readme)}")
     if published:
-        write_into(HEAD_PAGE, page.active_table(files), "active")
-        print(f"wrote the table in {os.path.relpath(HEAD_PAGE)}")
+        for path, table, name in (
+            (HEAD_PAGE, page.active_table(files), "active"),
+            (KERNEL_PAGE, page.head_table(files), "head"),
+            (HOW_PAGE, front.share_table(), "shares"),
+        ):
+            write_into(path, table, name)
+            print(f"wrote the table in {os.path.relpath(path)}")
     return 0

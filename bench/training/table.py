@@ -19,7 +19,7 @@ def table(rows: list[Row]) -> str:
             f"{row['device_name']}; torch {row['versions']['torch']}; "
             f"{(row['commit'] or 'no commit')[:9]}"
         )
-        base = next((r for r in rows if r["provider"].startswith("trl") and _same_case(r, row)), {})
+        base = next((r for r in rows if r["provider"].startswith("trl") and same_case(r, row)), {})
         groups.setdefault(heading, []).append([row["provider"], *_cells(row, base)])
     return "\n\n".join(f"{title}\n\n{markdown(COLUMNS, lines)}" for title, lines in groups.items())
 
@@ -37,5 +37,6 @@ def _cells(row: Row, base: Row) -> list[str]:
     ]
 
 
-def _same_case(a: Row, b: Row) -> bool:
+def same_case(a: Row, b: Row) -> bool:
+    """Whether two rows are of one run."""
     return all(a[key] == b[key] for key in (*CASE, "commit"))

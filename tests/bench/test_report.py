@@ -11,7 +11,7 @@ import pytest
 
 from bench.lib.record import RESULTS, ROOT
 from bench.lib.table import CLOSE
-from bench.report import page
+from bench.report import page, readme
 from bench.report import pages as results
 
 STATEMENT = "No figure on this page comes from a GPU."
@@ -39,8 +39,10 @@ def test_the_page_s_pictures_and_files_are_there() -> None:
 @pytest.mark.parametrize(
     ("file", "name", "made"),
     [
-        ("README.md", "head", page.head_table),
-        ("README.md", "training", page.training_rows),
+        ("README.md", "claim", readme.claim),
+        ("README.md", "training", readme.table),
+        ("docs/kernel.md", "head", page.head_table),
+        ("docs/how-it-works.md", "shares", lambda _: readme.share_table()),
         ("docs/how-the-head-works.md", "active", page.active_table),
     ],
 )
@@ -88,14 +90,53 @@ def test_results_of_another_folder_leave_readme_alone(
     for name in ("head_cpu.png", "training_cpu.png"):
         assert f"]({name})" in text
         assert (folder / name).stat().st_size > 10_000
-    readme = folder / "page.md"
-    readme.write_text(
-        "a\n<!-- table:head -->\n<!-- /table -->\n<!-- table:training -->\n<!-- /table -->\n"
+    front = folder / "page.md"
+    front.write_text(
+        "a\n<!-- table:claim -->\n<!-- /table -->\n<!-- table:training -->\n<!-- /table -->\n"
     )
-    assert results.main([str(folder), "--readme", str(readme), "--no-pictures"]) == 0
-    assert "trl-chunked" in readme.read_text()
-    assert "trl-cpo" in readme.read_text()
+    assert results.main([str(folder), "--readme", str(front), "--no-pictures"]) == 0
+    assert "times as fast as TRL" in front.read_text()
+    assert "TRL `CPOTrainer`" in front.read_text()
     (folder / "empty").mkdir()
     capsys.readouterr()
     assert results.main([str(folder / "empty")]) == 2
     assert "has no JSON of results" in capsys.readouterr().err
+
+
+def steps(provider: str, pairs_per_s: float, **facts: object) -> dict[str, object]:
+    row = json.loads((RESULTS / "training_cpu.json").read_text())["rows"][0]
+    return row | {"provider": provider, "pairs_per_s": pairs_per_s, **facts}
+
+
+def training_file(*rows: dict[str, object]) -> page.File:
+    return page.File(Path("training.json"), "training", {"rows": list(rows)})
+
+
+def test_readme_shows_the_real_model_as_soon_as_it_was_measured() -> None:
+    toy = training_file(steps("widemargin-prefix_shared", 9.0), steps("trl-cpo", 1.0))
+    real = {"case": readme.REAL, "spread_per_token": 0.1, "peak_mib": 100.0}
+    quiet = training_file(
+        steps(readme.BEST, 2.0, **real), steps("trl-cpo", 1.0, **real | {"peak_mib": 200.0})
+    )
+    assert "9.0 times as fast" in readme.claim([toy])
+    assert "noise was not measured" in readme.table([toy])
+    assert f"{readme.REAL} with SimPO 2.0 times as fast as TRL, in 50% of" in readme.claim(
+        [toy, quiet]
+    )
+    assert "nois" not in readme.table([toy, quiet])
+    assert "11M" not in readme.table([toy, quiet])
+    noisy = training_file(*(row | {"spread_per_token": 0.4} for row in quiet.rows))
+    assert "a noisy run, steps spread by 40%" in readme.table([noisy])
+    gpu = training_file(*(r | {"device": "cuda", "device_name": "Some GPU"} for r in quiet.rows))
+    assert readme.claim([toy, quiet, gpu]).startswith("**On Some GPU")
+
+
+def test_a_case_without_trl_makes_no_claim() -> None:
+    alone = training_file(steps(readme.BEST, 2.0))
+    with pytest.raises(ValueError, match="make bench-real"):
+        readme.claim([alone])
+
+
+def test_the_head_is_a_fifth_at_135m_and_a_fifteenth_at_8b() -> None:
+    shares = [readme.head_share(shape) for shape in readme.SHARES.values()]
+    assert shares == pytest.approx([28.3 / 134.5, 262.7 / 1235.7, 525.3 / 7504.9], rel=5e-3)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from bench.lib import noise
 from bench.lib.record import read_rows
 from bench.lib.table import write_into
 from bench.training import command as training
@@ -116,3 +117,25 @@ def test_the_peer_is_given_the_same_tokens():
     assert row["chosen_labels"] == [-100, -100, 3, 4]
     assert row["rejected_input_ids"] == [1, 2, 5]
     assert row["rejected_attention_mask"] == [1, 1, 1]
+
+
+@pytest.mark.costly
+def test_a_noisy_run_is_kept_apart(tmp_path, capsys, monkeypatch):
+    lengths = tmp_path / "lengths.json"
+    lengths.write_text(json.dumps([[3, 5, 4]] * 6))
+    monkeypatch.setattr(noise, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(noise, "NOISY", tmp_path / "noisy")
+    monkeypatch.setattr(noise, "MAX_SPREAD", -1.0)
+    arguments = [
+        *("--contenders", "widemargin-padded", "--shape", "tiny", "--lengths", str(lengths)),
+        *("--steps", "2", "--warmup", "1", "--batch", "2", "--allow-dirty"),
+        *("--out", str(tmp_path / "results" / "a.json")),
+    ]
+    assert training.main(arguments) == 1
+    assert "repeat it when the machine is idle" in capsys.readouterr().err
+    (row,) = read_rows(tmp_path / "noisy" / "a.json")
+    assert row["spread_per_token"] >= 0
+    assert 0 <= row["others_load"] <= 1
+    assert not (tmp_path / "results" / "a.json").exists()
+    assert training.main([*arguments, "--keep-noisy"]) == 0
+    assert (tmp_path / "results" / "a.json").is_file()

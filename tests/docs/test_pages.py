@@ -147,8 +147,9 @@ def _check_widemargin(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", WRITTEN, ids=named)
 def test_files_that_pages_name_exist(page):
-    folders = r"(?:kernels|trainer|integrations|configs|bench|tests|docs)"
-    pattern = folders + r"/[\w./-]+\.(?:py|yaml|json|png|md|sh)"
+    folders = "kernels|trainer|integrations|configs|bench|tests|docs|examples|containers|launch"
+    endings = "py|yaml|json|png|md|sh|sbatch|Dockerfile|ipynb"
+    pattern = rf"(?:{folders})/[\w./-]+\.(?:{endings})"
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(pattern, text)) - NOT_THERE
     assert {name for name in named if not (ROOT / name).exists()} == set()

@@ -34,7 +34,7 @@ OTHERS = {
 }  # fmt: skip
 """Names of other programs that pages mention and the sources do not."""
 
-PLACEHOLDERS = {"--key", "--name", "--signal", "--dependency"}
+PLACEHOLDERS = {"--key", "--name", "--signal", "--dependency", "--rm", "--env", "--export"}
 """Options that stand for any, and Slurm's."""
 NOT_THERE = {"kernels/__init__.py"}
 """Files that pages say must not be there."""

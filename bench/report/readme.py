@@ -1,0 +1,129 @@
+"""README's claim and its table, from the rows of whole training steps and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bench.lib.noise import MAX_SPREAD
+from bench.lib.record import Row
+from bench.lib.table import markdown
+from bench.report.page import File
+from bench.training.contenders import SHAPES
+from bench.training.table import same_case
+
+REAL = "SmolLM2-135M-Instruct"
+BEST = "widemargin-prefix_shared"
+NAMES = {
+    "cpu": "two CPU cores",
+    "trl-cpo": "TRL `CPOTrainer`",
+    "trl-dpo": "TRL `DPOTrainer`",
+    "small_lm": "a model of 11M parameters",
+    "random-11m": "a random model of 11M parameters",
+}
+OBJECTIVES = {"simpo": "SimPO", "dpo": "DPO", "lmpo": "LMPO"}
+COLUMNS = ("trainer", "pairs/s", "× TRL", "tokens a step", "peak memory, GiB")
+
+
+def shown(files: Iterable[File]) -> list[list[Row]]:
+    """The cases of README: the real model's, or the small model's where it was not measured.
+
+    Each is the rows of one run, TRL's among them. A GPU's come first.
+    """
+    rows = [row for f in files if f.kind == "training" for row in f.rows if "step_ms" in row]
+    cases: list[list[Row]] = []
+    for row in rows:
+        case = next((case for case in cases if same_case(case[0], row)), None)
+        if case is None:
+            cases.append([row])
+        else:
+            case.append(row)
+    cases = [case for case in cases if _base(case) and not case[0]["long_prompts"]]
+    real = [case for case in cases if case[0]["case"] == REAL or case[0]["device"] == "cuda"]
+    return sorted(real or cases, key=lambda case: (case[0]["device"] == "cpu", _order(case[0])))
+
+
+def _order(row: Row) -> int:
+    return list(OBJECTIVES).index(row["objective"])
+
+
+def _base(case: list[Row]) -> Row | None:
+    return next((row for row in case if row["provider"].startswith("trl")), None)
+
+
+def claim(files: Iterable[File]) -> str:
+    """One sentence with the number, from the first case that has our best layout."""
+    for case in shown(files):
+        best = next((row for row in case if row["provider"] == BEST), None)
+        base = _base(case)
+        if best is None or base is None:
+            continue
+        device = NAMES.get(best["device"], best["device_name"])
+        faster = best["pairs_per_s"] / base["pairs_per_s"]
+        memory = best["peak_mib"] / base["peak_mib"]
+        return (
+            f"**On {device}, widemargin trains {NAMES.get(best['case'], best['case'])} with "
+            f"{OBJECTIVES[best['objective']]} {faster:.1f} times as fast as TRL, in "
+            f"{memory:.0%} of the memory.**"
+        )
+    raise ValueError("bench/results has no training steps beside TRL's; run `make bench-real`")
+
+
+def table(files: Iterable[File]) -> str:
+    """Five columns, a heading for each case, and where it was measured."""
+    return "\n\n".join(_case(case) for case in shown(files))
+
+
+def _case(case: list[Row]) -> str:
+    row, base = case[0], _base(case)
+    assert base is not None
+    lengths = "/".join(str(round(n)) for n in row["mean_lengths"].values())
+    heading = (
+        f"{OBJECTIVES[row['objective']]} on {NAMES.get(row['case'], row['case'])}: "
+        f"{row['pairs_per_step']} pairs a step, "
+        f"prompt/chosen/rejected {lengths} tokens, {row['dtype']}; {row['device_name']}"
+        f"{_noise(case)}."
+    )
+    lines = [
+        [
+            NAMES.get(r["provider"], r["provider"].replace("widemargin-", "widemargin ")),
+            f"{r['pairs_per_s']:.2f}",
+            f"{r['pairs_per_s'] / base['pairs_per_s']:.2f}",
+            f"{r['tokens_per_step']:.0f}",
+            f"{r['peak_mib'] / 1024:.1f}",
+        ]
+        for r in case
+    ]
+    return f"{heading}\n\n{markdown(COLUMNS, lines)}"
+
+
+def _noise(case: list[Row]) -> str:
+    """A remark on a run that was not quiet, or whose noise nobody measured."""
+    spreads = [row.get("spread_per_token") for row in case]
+    if None in spreads:
+        return "; a busy machine, whose noise was not measured"
+    worst = max(spread for spread in spreads if spread is not None)
+    return f"; a noisy run, steps spread by {worst:.0%}" if worst > MAX_SPREAD else ""
+
+
+SHARES = {
+    REAL: {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+    "Llama-3.2-1B": SHAPES["llama-1b"],
+    "Llama-3-8B": SHAPES["llama-8b"],
+}  # fmt: skip
+
+
+def head_share(shape: dict[str, int]) -> float:
+    """The head's part of the multiplications for one token; attention scores are not counted."""
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    values = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    layer = 2 * hidden * hidden + 2 * hidden * values + 3 * hidden * shape["intermediate_size"]
+    head = shape["vocab_size"] * hidden
+    return head / (head + layers * layer)
+
+
+def share_table() -> str:
+    lines = [[name, f"{head_share(shape):.0%}"] for name, shape in SHARES.items()]
+    return markdown(("model", "the head's share of a step"), lines)

@@ -1,0 +1,111 @@
+"""Code blocks of README and docs run, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from widemargin.trainer.settings.files import load_config
+
+from tests.support.doc_pages import PAGES, ROOT, fenced
+from tests.support.pair_rows import bot, user
+from tests.support.tiny_models import TOKENIZER, tiny_model, tiny_pairs
+
+PYTHON = [
+    (page, i) for page in PAGES for i, (kind, _) in enumerate(fenced(page)) if kind == "python"
+]
+YAML = [(page, i) for page in PAGES for i, (kind, _) in enumerate(fenced(page)) if kind == "yaml"]
+SHELL = [(page, text) for page in PAGES for kind, text in fenced(page) if kind == "bash"]
+
+
+def named(value: Any) -> str:
+    return value.name if isinstance(value, Path) else str(value)
+
+
+def surroundings(folder: Path) -> dict[str, Any]:
+    """The names that blocks take as given: a model, its tokenizer, pairs, tokens."""
+    model = tiny_model()
+    model.set_attn_implementation("sdpa")
+    TOKENIZER.save_pretrained(folder / "model")
+    hidden = torch.randn(6, 16, requires_grad=True)
+    ids = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [9, 7]}
+    return {
+        "model": model,
+        "tokenizer": TOKENIZER,
+        "pairs": tiny_pairs(8),
+        "rows": [ids, ids | {"prompt_ids": [4]}],
+        "hidden": hidden,
+        "lm_head": torch.nn.Linear(16, 40, bias=False),
+        "targets": torch.arange(6),
+    }
+
+
+def test_there_are_blocks_to_run():
+    pages = {page.name for page, _ in PYTHON}
+    assert {"README.md", "first-run.md", "kernel.md"} <= pages
+    assert {page.name for page, _ in YAML} >= {"first-run.md", "objectives.md"}
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(("page", "place"), PYTHON, ids=named)
+def test_python_runs(page: Path, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    space = surroundings(tmp_path)
+    exec(fenced(page)[place][1], space)
+    if "logps" in space:
+        space["logps"].sum().backward()
+        leaf = space["hidden"] if "linear_logprob" in space else next(space["model"].parameters())
+        assert torch.isfinite(leaf.grad).all()
+    if "args" in space:
+        assert list((tmp_path / "outputs" / "my-run").iterdir())
+
+
+@pytest.mark.parametrize(("page", "place"), YAML, ids=named)
+def test_yaml_is_a_configuration(page: Path, place: int, tmp_path: Path):
+    """Whole files load; pieces, which name no model, load with one."""
+    values = yaml.safe_load(fenced(page)[place][1])
+    data = tmp_path / "pairs.jsonl"
+    row = {"prompt": [user("a")], "chosen": [bot("b")], "rejected": [bot("c")]}
+    data.write_text(json.dumps(row) + "\n")
+    values |= {"model_name_or_path": str(tmp_path), "dataset": str(data)}
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump({"objective": "simpo"} | values))
+    assert load_config(str(file), []).objective == values.get("objective", "simpo")
+
+
+@pytest.mark.parametrize(("page", "text"), SHELL, ids=named)
+def test_shell_is_well_formed(page: Path, text: str):
+    done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_is_short():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 120
+    header = next(line for line in readme.splitlines() if line.startswith("| trainer |"))
+    assert header.count("|") <= 6
+
+
+def test_every_page_is_in_the_navigation_once():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    for page in ROOT.glob("docs/*.md"):
+        assert len(re.findall(rf"\b{re.escape(page.name)}$", navigation, re.MULTILINE)) == 1, page
+
+
+@pytest.mark.costly
+@pytest.mark.skipif(find_spec("material") is None, reason="mkdocs-material is in the group docs")
+def test_site_builds_strictly(tmp_path: Path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert "linear_logprob" in api
