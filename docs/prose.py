@@ -1,4 +1,4 @@
-"""Print the hardest sentences of README, docs and docstrings: `python -m docs.prose` (`make prose`).
+"""Print the hardest sentences of pages and docstrings: `python -m docs.prose` (`make prose`).
 
 It is no gate: a person reads the list and mends it. A sentence's grade is textstat's automated
 readability index: the years of school that a reader needs, by letters a word and words a sentence
@@ -25,6 +25,7 @@ def sentences(text: str) -> Iterator[str]:
     """The sentences of a Markdown text or a docstring."""
     text = TABLE.sub("", FENCE.sub("", text))
     lines = [line.strip() for line in text.splitlines()]
+    lines = ["" if "   " in line else line for line in lines]  # columns of a docstring's table
     lines = [
         "" if line.startswith(("|", "#", ">", "!", "::", "<", "=")) else line for line in lines
     ]
@@ -33,7 +34,7 @@ def sentences(text: str) -> Iterator[str]:
         plain = re.sub(r"\]\([^)]*\)", "]", plain.replace("\n", " "))
         plain = re.sub(r"``[^`]+``|`[^`]+`", "name", re.sub(r"[*\[\]]", "", plain))
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", plain):
-            if len(re.findall(r"[A-Za-z]{2,}", sentence)) >= 5:
+            if len(re.findall(r"[A-Za-z]{2,}", sentence)) >= 5 and sentence[-1] in ".!?":
                 yield " ".join(sentence.split())
 
 

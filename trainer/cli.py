@@ -1,7 +1,6 @@
 """The `widemargin` command: train, plan, evaluate, merge, report, doctor, quickstart.
 
-A command's modules are imported when it runs: `--help`, and a mistake in the arguments, need not
-wait for torch.
+A command imports its modules when it runs, so `--help` and wrong arguments do not wait for torch.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from .quickstart.command import add_quickstart, quickstart
 from .text import printable, steady_console
 
 TRAIN_HELP = """\
-Train on preference pairs as a YAML file says. Settings are those of PreferenceConfig: model,
-data and objective, and all of transformers.TrainingArguments. Any of them can be overridden:
+Train on preference pairs with the settings of a YAML file: those of PreferenceConfig (model, data,
+objective) and all of transformers.TrainingArguments. Any setting can be overridden:
 
   widemargin train configs/train/quickstart.yaml --beta=2.5 --learning_rate=1e-6
 
---resume_from_checkpoint=auto goes on from the newest whole checkpoint in output_dir, if there is
-one. configs/train has the published settings with comments; --preflight shows those in effect.
---profile writes a trace of a few steps, trace.json.gz, for chrome://tracing.
+--resume_from_checkpoint=auto continues from the newest complete checkpoint in output_dir, if there
+is one. configs/train has the published settings with comments. --preflight shows the settings in
+effect. --profile writes a trace of a few steps, trace.json.gz, for chrome://tracing.
 """
 
 
 def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int:
     """Run the command line; 0 without errors, 2 for bad input, 130 when interrupted.
 
-    After SIGTERM during training it exits with 143: `loop` says how.
+    After SIGTERM during training it exits with 143, see `loop`.
 
-    ``script`` names the published script whose twin this is, such as "run_simpo".
+    ``script`` names the published script that this one replaces, such as "run_simpo".
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with steady_console():
@@ -95,13 +94,13 @@ def _run(argv: list[str], script: str | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="widemargin", description="Margin-based preference tuning without logits."
+        prog="widemargin", description="Preference tuning of language models without logits."
     )
     parser.add_argument("--version", action="version", version=f"widemargin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
-        help="train as a YAML file says",
+        help="train with the settings of a YAML file",
         description=TRAIN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -110,15 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--preflight",
         action="store_true",
-        help="show the settings, the data's counts and the first pair's tokens, and stop",
+        help="show the settings, the data's counts and the first pair's tokens; train nothing",
     )
     add_plan(commands)
     add_evaluate(commands)
     report = commands.add_parser(
         "report",
         help="write the report of a run, or of several in comparison",
-        description="Write a run's report as one HTML file, or several runs' in comparison. Runs "
-        "that differ in their seeds alone become one line with a band.",
+        description="Write the report of a run, or a comparison of several, as one HTML file. Runs "
+        "that differ only in their seeds become one line with a band.",
     )
     report.add_argument(
         "run", type=Path, nargs="+", metavar="RUN", help="output folders of training runs"
@@ -131,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="merge a trained adapter into its model",
-        description="Write the model that an adapter's folder belongs to, with the adapter merged "
-        "into it: a folder for transformers, vLLM and converters, without peft.",
+        description="Merge a trained adapter into its base model. transformers, vLLM and others "
+        "read the new folder without peft.",
     )
     merge.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder or checkpoint")
     merge.add_argument("--out", type=Path, help="where to write (default: merged in FOLDER)")
@@ -143,9 +142,9 @@ def _parser() -> argparse.ArgumentParser:
                        help="run Python code that comes with the model")  # fmt: skip
     doctor = commands.add_parser(
         "doctor",
-        help="tell what is installed, what a run would use, and whether the kernels work",
-        description="Check this machine: packages, devices, what a run would use and why, and the "
-        "kernels on a small case. Exits with 1 if something fails.",
+        help="show what is installed, what a run would use, and whether the kernels work",
+        description="Check this machine: its packages and devices, the choices of a run with their "
+        "reasons, and the kernels on a small case. Exits with 1 if something fails.",
     )
     doctor.add_argument("--model", help="a model's folder or hub name; its weights are not read")
     doctor.add_argument("--json", action="store_true", help="print JSON for other programs")

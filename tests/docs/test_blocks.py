@@ -16,6 +16,8 @@ import torch
 import yaml
 from widemargin.trainer.settings.files import load_config
 
+from docs import prose
+from docs.prose import sentences
 from tests.support.doc_pages import PAGES, ROOT, fenced
 from tests.support.pair_rows import bot, user
 from tests.support.tiny_models import TOKENIZER, tiny_model, tiny_pairs
@@ -109,3 +111,31 @@ def test_site_builds_strictly(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     assert "linear_logprob" in api
+
+
+def test_prose_reads_sentences_and_leaves_code_out():
+    text = (
+        "# A title that is left out here\n\nThe first sentence has `some_code` and words. "
+        "Short one. The [third](page.md) one\nruns over two lines of text.\n\n```\nnot a sentence "
+        "of this page at all.\n```\n\n| a cell of a table is no sentence. |\n\n- An item of a list "
+        "is one too."
+    )
+    assert list(sentences(text)) == [
+        "The first sentence has name and words.",
+        "The third one runs over two lines of text.",
+        "An item of a list is one too.",
+    ]
+
+
+@pytest.mark.skipif(find_spec("textstat") is None, reason="textstat is in the group docs")
+def test_prose_prints_the_hardest_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    page = tmp_path / "page.md"
+    hard = (
+        "Unquestionably incomprehensible formulations characterise insufficiently edited writing."
+    )
+    page.write_text(f"The cat sat on the mat. {hard}\n")
+    monkeypatch.setattr(prose, "ROOT", tmp_path)
+    assert prose.main([str(page), "--count", "1"]) == 0
+    assert hard in capsys.readouterr().out

@@ -73,7 +73,7 @@ def choose_checkpoint(
         raise UserError(
             f"resume_from_checkpoint: {output_dir} holds no complete checkpoint"
             + (f" ({'; '.join(skipped)})" if skipped else "")
-            + "; name one by its folder, or leave the setting out to start anew"
+            + "; name one by its folder, or leave the setting out to start from the beginning"
         )
     folder = Path(setting)
     if not folder.is_dir():

@@ -254,7 +254,7 @@ def _ranks(saved: Facts, now: Facts) -> tuple[list[str], list[str]]:
     phrase = _differs("ranks", saved, now)
     if now["engine"] == "DeepSpeed":
         return [f"{phrase}, and DeepSpeed's files are split by rank"], []
-    return [], [f"{phrase}: steps keep their pairs, results to rounding (dropout aside)"]
+    return [], [f"{phrase}: steps keep their pairs, results agree to rounding, except for dropout"]
 
 
 def _batch_advice(saved: Facts, now: Facts) -> str:

@@ -56,7 +56,7 @@ def _caught(check: Callable[[], Findings]) -> Findings:
     try:
         yield from check()
     except Exception as error:
-        yield Finding(FAIL, "this check", cause(error), "please report it with this whole output")
+        yield Finding(FAIL, "this check", cause(error), "please report it with all of this output")
 
 
 def choices(model: str | None) -> Findings:

@@ -64,7 +64,7 @@ def _size(model: Any, device: str) -> Finding:
     needed = STATE_BYTES * count / GIB
     detail = (
         f"{type(model).__name__}, {count / 1e6:,.1f} million parameters; training all of them "
-        f"with AdamW takes {needed:,.1f} GiB beside activations"
+        f"with AdamW takes {needed:,.1f} GiB besides activations"
     )
     if device == "cuda" and needed > torch.cuda.get_device_properties(0).total_memory / GIB:
         advice = "share it over GPUs (configs/accelerate), or train an adapter (use_peft: true)"

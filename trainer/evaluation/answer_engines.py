@@ -31,8 +31,8 @@ def engine_name(settings: AnswerSettings, model: str) -> str:
     adapter = adapted_model(model_settings(settings, model), model) is not None
     if settings.engine == "vllm" and adapter:
         raise UserError(
-            f"engine: vllm is given whole models here; widemargin merge {model}, then give the "
-            "folder merged/ in it, or set transformers"
+            f"engine: run widemargin merge {model} and give its folder merged/, or set "
+            "transformers; vllm takes no adapters here"
         )
     if settings.engine == "auto":
         installed = installed and not adapter

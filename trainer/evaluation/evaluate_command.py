@@ -72,7 +72,7 @@ def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="leaderboard-v1 (default), leaderboard-v2, or tasks of the harness between commas",
     )
     harness.add_argument("--limit", type=int, metavar="N", help="N questions a task, for a trial")
-    harness.add_argument("--include-path", type=Path, metavar="DIR", help="tasks of your own")
+    harness.add_argument("--include-path", type=Path, metavar="DIR", help="your own tasks")
 
 
 def _add(

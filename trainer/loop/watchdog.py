@@ -1,9 +1,9 @@
-"""Which rank the others wait for.
+"""Name the rank that the others wait for.
 
-Ranks wait for each other in collectives, which time out after ``ddp_timeout`` without saying for
-whom. So every rank's thread tells the job's key-value store, every few seconds, the step it is in
-and that it is alive; a rank that makes no progress for most of that time, or whose collective
-fails, reads what the others told and names those that are behind or silent.
+Ranks wait for each other in collectives. These time out after ``ddp_timeout`` and name no rank. So
+a thread of every rank writes its step and a sign of life to the job's key-value store every few
+seconds. A rank that makes no progress for most of that time, or whose collective fails, reads the
+store and names the ranks that are behind or silent.
 """
 
 from __future__ import annotations

@@ -192,8 +192,8 @@ def _load(loader: Any, name: str, settings: ModelSettings, what: str, **options:
             if "trust_remote_code=True" not in str(error):
                 raise
             raise UserError(
-                f"{what} {name}: it comes with Python code of its own, which does not run unless "
-                "you set trust_remote_code: true; read that code first"
+                f"{what} {name}: read the Python code that comes with it, then set "
+                "trust_remote_code: true to run that code"
             ) from error
 
 

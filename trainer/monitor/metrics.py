@@ -169,9 +169,9 @@ class Throughput:
         """Rates for what was done since the last report.
 
         Args:
-            counts: over all ranks, ``pairs``; decoder tokens in the batches' layout, all of them
-                (``computed_tokens``), without padding (``tokens``), and as padded batches would
-                have them (``padded_tokens``); tokens through the head (``scored``).
+            counts: sums over all ranks. ``pairs``; tokens through the head (``scored``); tokens
+                through the decoder: all (``computed_tokens``), those that are no padding
+                (``tokens``), and the number in padded batches (``padded_tokens``).
 
         Returns:
             ``pairs_per_s``, ``tokens_per_s`` (without padding), ``tokens/computed_vs_padded``

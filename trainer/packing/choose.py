@@ -100,7 +100,7 @@ def packings(
         if setting == "auto":
             return [Packing("padded", "dense", obstacle)]
         raise UserError(
-            f"packing: {setting} is not to be had here: {obstacle}; set packing: padded, or auto"
+            f"packing: {setting} cannot be used here: {obstacle}; set packing: padded, or auto"
         )
     cost = area_cost(text)
     shortest = _shortest(lengths, pairs_per_batch, max_tokens)

@@ -15,8 +15,8 @@ from .chips import Chip
 ENGINES = ("zero3", "zero2", "fsdp2", "ddp")
 
 HELP = """\
-Tell, before anything runs, what a rank needs in memory, how long training takes, and what to change
-where it does not fit. The model's config is enough, no weights and no GPU are needed:
+Estimate a run's memory and time before it starts, and name the change that helps if it does not
+fit. The model's config is enough: the estimate needs no weights and no GPU.
 
   widemargin plan configs/train/lmpo-llama3-8b-instruct.yaml --gpus 4 --gpu-memory 80 \\
     --mean-lengths 190,330,300
@@ -29,7 +29,7 @@ def add_plan(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     parser = commands.add_parser(
         "plan",
-        help="tell a run's memory, time and scaling before it starts",
+        help="estimate memory, time and scaling before a run starts",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -37,25 +37,45 @@ def add_plan(commands: Any) -> None:
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml")
     add("--gpus", type=_count, default=1, help="ranks, one on each GPU (default 1)")
-    add("--gpu-memory", type=_positive, default=80.0, help="of one GPU, GiB (default 80)")
+    add("--gpu-memory", type=_positive, default=80.0, help="memory of one GPU, GiB (default 80)")
     engine = parser.add_mutually_exclusive_group()
     engine.add_argument("--accelerate", type=Path, metavar="FILE", help="accelerate's config")
     engine.add_argument(
         "--engine",
         choices=ENGINES,
-        help="as shipped in configs/accelerate (default: zero3 on several GPUs)",
+        help="a config of configs/accelerate (default: zero3 on several GPUs)",
     )
     add("--model-config", type=Path, metavar="FILE", help="a config.json, or a folder with one")
-    add("--mean-lengths", type=_means, metavar="P,C,R", help="mean tokens of the three parts")
-    add("--pairs", type=_count, help="training pairs, where the data is not at hand")
-    add("--tflops", type=_positive, help="dense peak of a GPU (default 312, A100)")
-    add("--mfu", type=_positive, default=Chip.mfu, help=f"share of it reached (default {Chip.mfu})")
-    add("--pairs-per-s", type=_positive, help="measured on all these GPUs, in place of that")
-    add("--bench", type=Path, metavar="FILE", help="bench.training's JSON: pairs/s of one GPU")
-    add("--gpus-per-node", type=_count, default=Chip.per_node, help="of one machine (default 8)")
-    add("--node-bandwidth", type=_positive, default=Chip.node_gb_s, help="GB/s of a GPU within it")
-    add("--network-bandwidth", type=_positive, default=Chip.network_gb_s, help="GB/s beyond it")
-    add("--json", type=Path, metavar="FILE", help="write the plan there too")
+    add(
+        "--mean-lengths",
+        type=_means,
+        metavar="P,C,R",
+        help="mean tokens of prompt, chosen and rejected",
+    )
+    add("--pairs", type=_count, help="number of training pairs, if the data is not on this machine")
+    add("--tflops", type=_positive, help="peak of a GPU, dense (default 312, A100)")
+    add("--mfu", type=_positive, default=Chip.mfu, help=f"share of that peak (default {Chip.mfu})")
+    add("--pairs-per-s", type=_positive, help="measured speed of all GPUs; replaces those two")
+    add("--bench", type=Path, metavar="FILE", help="JSON of bench.training with one GPU's pairs/s")
+    add(
+        "--gpus-per-node",
+        type=_count,
+        default=Chip.per_node,
+        help="GPUs of one machine (default 8)",
+    )
+    add(
+        "--node-bandwidth",
+        type=_positive,
+        default=Chip.node_gb_s,
+        help="GB/s of a GPU within a machine",
+    )
+    add(
+        "--network-bandwidth",
+        type=_positive,
+        default=Chip.network_gb_s,
+        help="GB/s of a GPU between machines",
+    )
+    add("--json", type=Path, metavar="FILE", help="also write the plan to this file")
 
 
 def run_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -197,7 +197,7 @@ def _learning(rank: Rank) -> list[Part]:
         parts.append(Part("DDP's buckets", trained * gradient, "as large as the gradients"))
     waits = rank.accumulation > 1 and not _syncs(rank.settings)
     if engine.name == "fsdp2" and rank.ranks > 1 and waits:
-        note = "whole until the step's last micro-batch; accelerator_config's sync_each_batch"
+        note = "unreduced until the step's last micro-batch; accelerator_config's sync_each_batch"
         parts.append(Part("unreduced gradients", trained * compute, note))
     return parts
 

@@ -103,7 +103,7 @@ def _run(recipe: Recipe, batch: MicroBatch, layers: int) -> Held:
     except Exception as error:  # of another library's model code, for whatever reason
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"model {config.model_type}: its memory cannot be told without running it ({reason})"
+            f"model {config.model_type}: its memory is known only by running it ({reason})"
         ) from error
 
 

@@ -111,7 +111,7 @@ def _verdict(estimate: Estimate) -> list[str]:
 def _speed(estimate: Estimate) -> list[str]:
     speed, bound = estimate.speed, estimate.now.lengths.bound and not estimate.measured
     if speed is None:
-        return ["Time: not told for a CPU; --pairs-per-s or --tflops say how fast it is"]
+        return ["Time: give --pairs-per-s or --tflops; the speed of a CPU is not known"]
     most = "at most " if bound else ""
     steps = f"{speed.steps or speed.steps_per_epoch:,} steps"
     if not speed.steps and speed.epochs != 1:

@@ -37,7 +37,10 @@ def add_quickstart(commands: Any) -> None:
         "--folder", type=Path, default=DEFAULT_FOLDER, help="where to write (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of data, model and training (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of data, model and training (default: %(default)s)",
     )
 
 

@@ -32,7 +32,7 @@ IN_TRAINING = {
     "peak_memory_mib": Chart("Memory", "MiB at peak, in training", low=0.0),
     "grad_norm": Chart("Gradient norm", "before clipping", low=0.0),
     SAMPLED_TOKENS: Chart(
-        "Lengths of their own answers", "tokens, mean over the sampled prompts", low=0.0
+        "Lengths of sampled answers", "tokens, mean over the sampled prompts", low=0.0
     ),
     "lengths/chosen": Chart("Length, chosen", "completion tokens per answer", low=0.0),
     "lengths/rejected": Chart("Length, rejected", "completion tokens per answer", low=0.0),

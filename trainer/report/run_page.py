@@ -176,7 +176,7 @@ def _charts(run: Run) -> list[Chart]:
         Chart("Target margin", asked, [_with_std(run)]),
         Chart("Lengths of the pairs", "completion tokens per answer", sides("lengths"), low=0.0),
         Chart(
-            "Lengths of its own answers",
+            "Lengths of sampled answers",
             "tokens, mean over the sampled prompts",
             [Line("sampled", "accent", run.series(SAMPLED_TOKENS), "dotted")],
             low=0.0,

@@ -48,9 +48,8 @@ class PreferenceConfig(
 ):
     """Settings of a preference run; all of `transformers.TrainingArguments` included.
 
-    Defaults differ from transformers' where preference tuning wants otherwise: logs every 10
-    steps, evaluation in the batch size of training, non-reentrant checkpointing, no silent
-    replacement of non-finite losses.
+    Some defaults differ from transformers': the run logs every 10 steps, evaluates in the batch
+    size of training, uses non-reentrant checkpointing, and never replaces non-finite losses.
     """
 
     #: Name of the objective, a key of ``widemargin.trainer.objectives.OBJECTIVES``; or several with

@@ -44,7 +44,7 @@ def test_auto(attention, device, dtype, layout, rows):
     assert (packing.layout, packing.rows) == (layout, rows)
     assert packing.reason
     if layout == "padded":
-        with pytest.raises(UserError, match="packing: packed is not to be had here"):
+        with pytest.raises(UserError, match="packing: packed cannot be used here"):
             choose_packing("packed", config, attention=attention, device=device, dtype=dtype)
     named = choose_packing("padded", config, attention=attention, device=device, dtype=dtype)
     assert named.layout == "padded"

@@ -85,5 +85,5 @@ def test_an_adapter_needs_no_gradient_of_the_head():
 
 def test_a_model_that_cannot_run_without_data_is_an_error(monkeypatch):
     monkeypatch.setattr(simulation, "masks_for", lambda *_: torch.ones(3).item())
-    with pytest.raises(UserError, match="llama: its memory cannot be told"):
+    with pytest.raises(UserError, match="llama: its memory is known only"):
         simulate(recipe(AutoConfig.for_model(**TINY)), BATCH)

@@ -327,7 +327,7 @@ def test_lengths_of_sampled_answers_are_drawn(tmp_path: Path) -> None:
     lines = [{"step": s, "prompt": p, "answer": "x", "tokens": n} for s, p, n in rows]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert load_run(tmp_path).series(SAMPLED_TOKENS) == [(0, 50), (5, 30)]
-    assert "Lengths of its own answers" in read_report(tmp_path)
+    assert "Lengths of sampled answers" in read_report(tmp_path)
 
 
 def test_empty_parts_of_the_notes_are_left_out(tmp_path: Path) -> None:
