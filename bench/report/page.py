@@ -27,13 +27,15 @@ NEEDS_GPU = {
     "tune": "the head's fastest tiles",
     "scaling": "the head's scaling curves",
 }
+REAL = "SmolLM2-135M-Instruct"
 INTRO = """\
 # Results
 
 <!-- Made by `python -m bench.report`; edit bench/report/page.py instead. -->
-Every figure here is made from the JSON files named beside it, by `python -m bench.report`, and
-those are written by committed code only. `make bench` measures the same on your machine in under
-ten minutes; `bench/README.md` says how, and what each key of a row means. Load is the machine's
+This page has every measurement, so that you can check each claim. `python -m bench.report` makes
+each figure from the JSON file named below it, and only committed code writes those files. `make
+bench` measures the same on your machine in under ten minutes, and `make bench-real` a real model in
+eight. `bench/README.md` explains the method and each key of a row. A line's load is the machine's
 when a run began: above a few tenths of a core, CPU times say little.
 """
 
@@ -55,6 +57,11 @@ class File:
         """cuda where the rows, or the file itself, come from a GPU."""
         on_gpu = self.kind == "tune" and "device_name" in self.content
         return "cuda" if on_gpu or self.rows[0].get("device") == "cuda" else "cpu"
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the rows are of the real model of `bench/lib/real_model.py`."""
+        return self.rows[0].get("case") == REAL
 
     def pictures(self) -> dict[str, list[Row]]:
         """Names of the pictures beside this file, with the rows they show."""
@@ -80,13 +87,13 @@ class File:
 
 
 def read_files(folder: Path) -> list[File]:
-    """Every file of results in the folder, CPU before GPU, then by name."""
+    """Every file of results in the folder, CPU before GPU, the real model first, then by name."""
     files = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("rows"):
             files.append(File(path, _kind(path, content), content))
-    return sorted(files, key=lambda file: (file.device == "cuda", file.path))
+    return sorted(files, key=lambda file: (file.device == "cuda", not file.is_real, file.path))
 
 
 def _kind(path: Path, content: dict[str, Any]) -> str:

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from bench.lib.noise import MAX_SPREAD
 from bench.lib.record import Row
 from bench.lib.table import markdown
-from bench.report.page import File
+from bench.report.page import REAL, File
 from bench.training.contenders import SHAPES
-from bench.training.table import same_case
+from bench.training.table import same_case, variant
 
-REAL = "SmolLM2-135M-Instruct"
 BEST = "widemargin-prefix_shared"
 NAMES = {
     "cpu": "two CPU cores",
@@ -38,6 +37,7 @@ def shown(files: Iterable[File]) -> list[list[Row]]:
         else:
             case.append(row)
     cases = [case for case in cases if _base(case) and not case[0]["long_prompts"]]
+    cases = [case for case in cases if not variant(case[0])]
     real = [case for case in cases if case[0]["case"] == REAL or case[0]["device"] == "cuda"]
     return sorted(real or cases, key=lambda case: (case[0]["device"] == "cpu", _order(case[0])))
 

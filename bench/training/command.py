@@ -64,6 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizer", default="adamw_torch")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--lora", action="store_true", help="train an adapter on all linear layers")
     parser.add_argument("--head-tail", choices=("mean", "exact", "drop"), default="mean")
     parser.add_argument("--append", action="store_true", help="keep --out's rows of other cases")
     add_output_options(parser, "training_<device>.json")
@@ -118,7 +119,7 @@ def specification(
         "max_length": options.max_length,
         **{
             key: getattr(options, key)
-            for key in ("device", "dtype", "attention", "optimizer", "checkpointing")
+            for key in ("device", "dtype", "attention", "optimizer", "checkpointing", "lora")
         },
         "learning_rate": options.learning_rate,
     }
@@ -213,6 +214,7 @@ def shared_facts(options: argparse.Namespace, rows: Rows, commit: Commit) -> Row
         "attention": options.attention,
         "dtype": options.dtype,
         "checkpointing": options.checkpointing,
+        "lora": options.lora,
         "head_tail": options.head_tail,
         "optimizer": options.optimizer,
         **environment(options.device, commit),

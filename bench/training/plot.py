@@ -5,6 +5,7 @@ from typing import Any
 
 from bench.lib.plots import bars, colour, new_figure, save
 from bench.lib.record import Row
+from bench.training.table import variant
 
 PANELS = (
     ("pairs_per_s", "pairs per second", 1.0),
@@ -31,7 +32,7 @@ def _cases(rows: list[Row]) -> dict[str, list[Row]]:
     cases: dict[str, list[Row]] = {}
     for row in rows:
         prompts = "long prompts" if row["long_prompts"] else "short prompts"
-        title = f"{row['case']}, {row['objective']}, {row['attention']}, {prompts}"
+        title = f"{row['case']}, {row['objective']}, {row['attention']}, {prompts}{variant(row)}"
         cases.setdefault(title, []).append(row)
     return cases
 

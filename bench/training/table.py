@@ -3,7 +3,10 @@
 from bench.lib.record import Row
 from bench.lib.table import markdown
 
-CASE = ("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device")
+CASE = (
+    *("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device"),
+    *("checkpointing", "lora"),
+)
 """What rows of one table have in common, beside the commit."""
 COLUMNS = ("trainer", "pairs/s", "step ms (min–max)", "× TRL", "tokens a step", "peak memory MiB")
 
@@ -15,8 +18,8 @@ def table(rows: list[Row]) -> str:
         lengths = "/".join(str(round(n)) for n in row["mean_lengths"].values())
         heading = (
             f"{row['case']}, {row['objective']}, {row['pairs_per_step']} pairs a step, "
-            f"prompt/chosen/rejected {lengths} tokens, {row['attention']}, {row['dtype']}; "
-            f"{row['device_name']}; torch {row['versions']['torch']}; "
+            f"prompt/chosen/rejected {lengths} tokens, {row['attention']}, {row['dtype']}"
+            f"{variant(row)}; {row['device_name']}; torch {row['versions']['torch']}; "
             f"{(row['commit'] or 'no commit')[:9]}"
         )
         base = next((r for r in rows if r["provider"].startswith("trl") and same_case(r, row)), {})
@@ -39,4 +42,9 @@ def _cells(row: Row, base: Row) -> list[str]:
 
 def same_case(a: Row, b: Row) -> bool:
     """Whether two rows are of one run."""
-    return all(a[key] == b[key] for key in (*CASE, "commit"))
+    return all(a.get(key, False) == b.get(key, False) for key in (*CASE, "commit"))
+
+
+def variant(row: Row) -> str:
+    """The ways in which a run differs from full training without checkpointing."""
+    return ", LoRA" * row.get("lora", False) + ", checkpointing" * row.get("checkpointing", False)

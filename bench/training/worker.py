@@ -112,6 +112,15 @@ def load_tokenizer(spec: Spec) -> Any:
     )
 
 
+def adapter(spec: Spec) -> dict[str, Any]:
+    """The argument for a trainer that adds an adapter, if the benchmark asks for one."""
+    if not spec["lora"]:
+        return {}
+    peft = importlib.import_module("peft")
+    settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    return {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", **settings)}
+
+
 def common_arguments(spec: Spec) -> dict[str, Any]:
     """What every trainer is told alike."""
     cpu = spec["device"] == "cpu"
@@ -144,8 +153,9 @@ def ours(spec: Spec, model: Any, rows: list[dict[str, list[int]]], tokenizer: An
     arguments = common_arguments(spec)
     if not spec["checkpointing"]:
         del arguments["gradient_checkpointing_kwargs"]
-    reference = {"ref_model": load(spec)} if spec["objective"] == "dpo" else {}
-    margin = {} if reference else {"gamma_beta_ratio": spec["gamma_beta_ratio"]}
+    dpo = spec["objective"] == "dpo"
+    reference = {"ref_model": load(spec)} if dpo and not spec["lora"] else {}
+    margin = {} if dpo else {"gamma_beta_ratio": spec["gamma_beta_ratio"]}
     config = PreferenceConfig(
         **arguments,
         objective=spec["objective"],
@@ -157,7 +167,7 @@ def ours(spec: Spec, model: Any, rows: list[dict[str, list[int]]], tokenizer: An
     )
     data = Dataset.from_list(rows)
     return PreferenceTrainer(
-        model, config, train_dataset=data, processing_class=tokenizer, **reference
+        model, config, train_dataset=data, processing_class=tokenizer, **reference, **adapter(spec)
     )
 
 
@@ -173,7 +183,9 @@ def trl_cpo(spec: Spec, model: Any, rows: list[dict[str, list[int]]], tokenizer:
         simpo_gamma=spec["beta"] * spec["gamma_beta_ratio"],
         max_length=spec["max_length"],
     )
-    trainer = trl.CPOTrainer(model, config, train_dataset=some_text(), processing_class=tokenizer)
+    trainer = trl.CPOTrainer(
+        model, config, train_dataset=some_text(), processing_class=tokenizer, **adapter(spec)
+    )
     trainer.train_dataset = Dataset.from_list([cpo_row(row) for row in rows])
     return trainer
 
@@ -191,7 +203,10 @@ def cpo_row(row: dict[str, list[int]]) -> dict[str, list[int]]:
 
 
 def trl_dpo(spec: Spec, model: Any, rows: list[dict[str, list[int]]], tokenizer: Any) -> Any:
-    """TRL's `DPOTrainer` with a frozen copy, on the same token ids in the same order."""
+    """TRL's `DPOTrainer` on the same token ids in the same order.
+
+    Its reference is a frozen copy, or the base under the adapter.
+    """
     trl = importlib.import_module("trl")
     config = trl.DPOConfig(
         **common_arguments(spec),
@@ -200,7 +215,12 @@ def trl_dpo(spec: Spec, model: Any, rows: list[dict[str, list[int]]], tokenizer:
         max_length=spec["max_length"],
     )
     trainer = trl.DPOTrainer(
-        model, load(spec), args=config, train_dataset=some_text(), processing_class=tokenizer
+        model,
+        None if spec["lora"] else load(spec),
+        args=config,
+        train_dataset=some_text(),
+        processing_class=tokenizer,
+        **adapter(spec),
     )
     trainer.train_dataset = Dataset.from_list(rows)
     return trainer

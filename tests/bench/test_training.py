@@ -139,3 +139,20 @@ def test_a_noisy_run_is_kept_apart(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "results" / "a.json").exists()
     assert training.main([*arguments, "--keep-noisy"]) == 0
     assert (tmp_path / "results" / "a.json").is_file()
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("objective", ["simpo", "dpo"])
+def test_an_adapter_trains_in_place_of_all_weights(tmp_path, capsys, objective):
+    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
+    lengths.write_text(json.dumps([[3, 5, 4]] * 4))
+    arguments = [
+        *("--contenders", "widemargin-padded", "--shape", "tiny", "--lengths", str(lengths)),
+        *("--steps", "1", "--warmup", "0", "--batch", "2", "--out", str(out), "--allow-dirty"),
+        *("--objective", objective, "--append"),
+    ]
+    assert training.main([*arguments, "--lora"]) == 0, capsys.readouterr()
+    assert training.main(arguments) == 0, capsys.readouterr()
+    rows = read_rows(out)
+    assert [row["lora"] for row in rows] == [True, False]
+    assert "float32, LoRA;" in table(rows)
