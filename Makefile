@@ -8,7 +8,8 @@ OUT ?=
 BENCH_ARGS ?=
 BENCH_FAIL ?= min:30%
 
-VENV := .venv
+# constraints-next.txt has an environment of its own, .venv-next.
+VENV := .venv$(patsubst constraints%.txt,%,$(CONSTRAINTS))
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
@@ -58,7 +59,7 @@ $(EVAL): $(DEV)
 	@touch $@
 
 $(DOCS): $(DEV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --upgrade 'pip>=25.1' # older ones know no groups
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --upgrade 'pip>=25.1,<26' # older ones know no groups
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --group docs
 	@touch $@
 

@@ -84,3 +84,30 @@ def test_version_is_printed():
     command = [sys.executable, "-m", "widemargin.trainer.cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == f"widemargin {__version__}\n"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("containers/*.Dockerfile")), ids=lambda p: p.stem)
+def test_dockerfiles_copy_what_the_build_sees(path):
+    """Only what .dockerignore lets through can be copied."""
+    let_in = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"
+    }
+    text = path.read_text(encoding="utf-8")
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", text, re.M) for name in line.split()]
+    assert {"pyproject.toml", "kernels", "trainer", "configs"} <= set(copied) <= let_in
+    assert all((ROOT / name).exists() for name in copied)
+    assert re.search(r"^USER user$", text, re.MULTILINE)
+
+
+def test_launch_files_start_published_settings():
+    slurm = (ROOT / "launch/slurm.sbatch").read_text(encoding="utf-8")
+    subprocess.run(["bash", "-n"], input=slurm, text=True, check=True)
+    sky = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text(encoding="utf-8"))
+    subprocess.run(["bash", "-n"], input=sky["run"] + sky["setup"], text=True, check=True)
+    engine = sky["envs"]["ENGINE"]
+    assert (ROOT / sky["envs"]["CONFIG"]).is_file()
+    assert (ROOT / f"configs/accelerate/{engine}.yaml").is_file()
+    assert f"ENGINE:-{engine}" in slurm
+    for text in (slurm, sky["run"]):
+        assert "-m widemargin.trainer" in text
+        assert "--resume_from_checkpoint=auto" in text
