@@ -164,8 +164,8 @@ def _head(file: File) -> str:
     return (
         head.table(file.rows)
         + "\n\n*products*: the time over that of one bare product of hidden states and weight, "
-        "which every head needs. *passes*: the operations of all its products over those of that one. "
-        "*active*: the share that routing left for backward. Errors are relative to fp64."
+        "which every head needs. *passes*: the operations of all its products over those of that "
+        "one. *active*: the share that routing left for backward. Errors are relative to fp64."
     )
 
 
