@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench import all as everything
+from bench.lib import real_model
 from bench.lib.record import RESULTS, Commit
+from bench.training import command as training
 
 
 def test_make_bench_refuses_to_publish_from_a_dirty_tree(
@@ -53,3 +55,7 @@ def test_parts_name_benchmarks_and_fit_the_time() -> None:
 def test_real_takes_the_parts_of_the_real_model() -> None:
     assert everything.parse(["--real"]).parts == [part.name for part in everything.REAL_PARTS]
     assert everything.parse([]).parts == [part.name for part in everything.PARTS]
+    for part in everything.REAL_PARTS:
+        options = training.parse(list(part.arguments))
+        assert options.model == real_model.FOLDER
+        assert options.objective == part.name.rpartition("-")[2]
