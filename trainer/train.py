@@ -138,7 +138,7 @@ def count_steps_as_published(config: PreferenceConfig, pairs: int) -> list[str]:
 def _write_results(
     config: PreferenceConfig, record: RunRecord, result: Any, trainer: PreferenceTrainer
 ) -> None:
-    """What the run's folder holds beside the model, and what the terminal says of it."""
+    """Write the run's records, and print a summary."""
     record.write(
         train_seconds=result.metrics["train_runtime"],
         train_loss=result.training_loss,

@@ -81,7 +81,7 @@ def _case(case: list[Row]) -> str:
         f"{OBJECTIVES[row['objective']]} on {NAMES.get(row['case'], row['case'])}: "
         f"{row['pairs_per_step']} pairs a step, "
         f"prompt/chosen/rejected {lengths} tokens, {row['dtype']}; {row['device_name']}"
-        f"{_noise(case)}."
+        f"{_noise(case)}. {_agreement(case)}"
     )
     lines = [
         [
@@ -94,6 +94,12 @@ def _case(case: list[Row]) -> str:
         for r in case
     ]
     return f"{heading}\n\n{markdown(COLUMNS, lines)}"
+
+
+def _agreement(case: list[Row]) -> str:
+    """How far the trainers' losses are apart, as the records have it."""
+    gaps = [row["largest_loss_gap"] for row in case if row.get("largest_loss_gap") is not None]
+    return f"Their losses differ by at most {max(gaps):.0e} of their value." if gaps else ""
 
 
 def _noise(case: list[Row]) -> str:

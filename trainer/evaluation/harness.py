@@ -58,7 +58,7 @@ def lm_eval(
     Args:
         tasks: a key of `LEADERBOARDS`, or names of the harness's tasks, between commas.
         limit: questions of each task, for a trial; None for all.
-        include_path: a folder with tasks of your own.
+        include_path: a folder with your own tasks.
     """
     chosen = _chosen_tasks(tasks, limit, include_path)
     manager = _task_manager(chosen, include_path)

@@ -259,7 +259,7 @@ class CheckpointedTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
-        """Where only the best is saved, a run that is told to stop is saved too."""
+        """Save a run that must stop, also where only the best is saved."""
         return super()._determine_best_metric(metrics, trial) or self.preemption.stopping
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
@@ -274,4 +274,4 @@ class CheckpointedTrainer(Trainer):
 
 
 def _latest(checkpoint: Path | None) -> str:
-    return "there is none before it" if checkpoint is None else f"{checkpoint} is whole"
+    return "there is none before it" if checkpoint is None else f"{checkpoint} is complete"

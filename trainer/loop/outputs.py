@@ -44,7 +44,7 @@ class OutputTrainer(Trainer):
         self._use_cache = value
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers', and with ``merge_adapter`` the merged model beside what it writes."""
+        """As transformers'; with ``merge_adapter`` it also writes the merged model."""
         super().save_model(output_dir, _internal_call)
         args: Any = self.args
         if args.merge_adapter and args.should_save and not _internal_call:

@@ -158,7 +158,7 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 
 def name_base(folder: Path, revision: str) -> None:
-    """Let a saved adapter say which model it belongs to: a whole path, or a hub name and revision.
+    """Let a saved adapter say which model it belongs to: a full path, or a hub name and revision.
 
     peft's model card is removed, which names the path too.
     """

@@ -80,7 +80,7 @@ def writing_model(folder: Path, *, keep_merged: bool = False) -> Iterator[Path]:
 
 
 def check_saves_whole(state: Any) -> None:
-    """Raise ``UserError`` where the engine of accelerate's ``state`` would save no whole model."""
+    """Raise ``UserError`` if the engine of accelerate's ``state`` would save only a part."""
     fsdp = getattr(state, "fsdp_plugin", None)
     if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
         raise UserError(

@@ -94,7 +94,7 @@ class Run:
         return self._final("train_runtime")
 
     def pairs_per_s(self) -> float | None:
-        """Pairs per second of training over the whole run: slow stretches count by their time."""
+        """Pairs per second over all of training: slow stretches count by their time."""
         rates = [rate for rate in self.finite("pairs_per_s") if rate > 0]
         if not rates:
             return self._final("train_samples_per_second")

@@ -74,7 +74,7 @@ class MarginRecorder(TrainerCallback):
 
 
 def append(path: Path, lines: str) -> None:
-    """Add whole lines to a file, past a last one that a killed run left unfinished.
+    """Add complete lines to a file, after any line that a killed run left unfinished.
 
     Where they cannot be written, as on a full disk, they are left out with one warning a file:
     training is worth more than they are.

@@ -64,7 +64,7 @@ class ProfileCallback(TrainerCallback):
 
 
 def table(profiler: Any) -> list[str]:
-    """The operations with the most time of their own, on the GPU where there is one."""
+    """The operations with the most self time, on the GPU where there is one."""
     events = profiler.key_averages()
     on_device = any(event.self_device_time_total for event in events)
 

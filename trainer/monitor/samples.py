@@ -46,7 +46,7 @@ class SampleWriter(TrainerCallback):
             append(Path(args.output_dir) / SAMPLES_FILE, "".join(lines))
 
     def answers(self, step: int) -> list[dict[str, Any]]:
-        """One row a prompt: what the model answers now, and the chosen answer beside it."""
+        """One row a prompt: the model's answer now, and the chosen answer."""
         args: Any = self.trainer.args
         tokenizer: Any = self.trainer.processing_class
         pairs: Any = self.trainer.eval_dataset

@@ -28,12 +28,12 @@ class Kind:
 KINDS = {
     "reward_margins": Kind(
         "Reward margins over pairs",
-        "chosen minus rejected, each held-out pair; beside it the share above zero",
+        "chosen minus rejected, each held-out pair, with the share above zero",
         lambda histogram: f"{histogram.share_above_zero():.0%}",
     ),
     "target_margins": Kind(
         "Target margins over pairs",
-        "what the objective asks of each held-out pair; beside it the median",
+        "what the objective asks of each held-out pair, with the median",
         lambda histogram: f"{histogram.quantile(0.5):.2f}",
     ),
 }

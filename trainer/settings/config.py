@@ -60,7 +60,7 @@ class PreferenceConfig(
     #: Base target margin as a share of beta; None for the objective's default.
     gamma_beta_ratio: float | None = None
     #: Any other hyperparameters of the objective by name. In a YAML file or on the command line
-    #: they may stand beside the other settings.
+    #: they may stand among the other settings.
     objective_args: dict[str, Any] = field(default_factory=dict)
     #: What the head's backward does with negligible probability mass: "mean", "exact", "drop".
     head_tail: Tail = "mean"

@@ -24,7 +24,7 @@ class DataSettings:
     #: One data set to evaluate on, in place of the evaluation splits of the training sets.
     eval_dataset: str | None = None
     #: File, folder or hub name -> fraction, 0 to 1, of each of its training splits to use, from
-    #: its beginning. Evaluation splits are used whole.
+    #: its beginning. Evaluation splits are used in full.
     dataset_mixer: dict[str, float] = field(default_factory=dict)
     #: Splits to read. A name containing "train" is for training, every other one for evaluation.
     dataset_splits: list[str] = field(default_factory=lambda: list(DEFAULT_SPLITS))
@@ -34,7 +34,7 @@ class DataSettings:
     max_length: int | None = 2048
     #: Most tokens in a prompt; None for no limit.
     max_prompt_length: int | None = 1800
-    #: Most tokens in a completion; None for no limit of its own.
+    #: Most tokens in a completion; None for no separate limit.
     max_completion_length: int | None = None
     #: Which side of a prompt over its limit stays: "keep_end" or "keep_start". BOS always stays.
     truncation_mode: str = "keep_end"

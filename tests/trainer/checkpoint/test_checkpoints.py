@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up(run, tmp_path, caplog, file):
     assert names(tmp_path) == {"checkpoint-2"}
     check_files(tmp_path / "checkpoint-2")
     assert "Step 4: the checkpoint could not be saved" in caplog.text
-    assert f"{tmp_path / 'checkpoint-2'} is whole" in caplog.text
+    assert f"{tmp_path / 'checkpoint-2'} is complete" in caplog.text
 
 
 def test_other_errors_in_saving_are_not_taken_for_a_full_disk(tmp_path):
