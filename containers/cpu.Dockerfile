@@ -7,6 +7,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY kernels kernels
 COPY trainer trainer
+COPY integrations integrations
 COPY configs configs
 RUN pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu . \
     && useradd --create-home user

@@ -19,6 +19,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY kernels kernels
 COPY trainer trainer
+COPY integrations integrations
 COPY configs configs
 RUN pip install --constraint constraints.txt '.[deepspeed,qlora]'
 # hadolint ignore=DL3013

@@ -94,7 +94,9 @@ def test_dockerfiles_copy_what_the_build_sees(path):
     }
     text = path.read_text(encoding="utf-8")
     copied = [name for line in re.findall(r"^COPY (.+) \S+$", text, re.M) for name in line.split()]
-    assert {"pyproject.toml", "kernels", "trainer", "configs"} <= set(copied) <= let_in
+    assert (
+        {"pyproject.toml", "kernels", "trainer", "integrations", "configs"} <= set(copied) <= let_in
+    )
     assert all((ROOT / name).exists() for name in copied)
     assert re.search(r"^USER user$", text, re.MULTILINE)
 
