@@ -53,8 +53,20 @@ Rows are the same: `prompt`, `chosen` and `rejected`, as text or messages, or `c
 
 | TRL | here |
 | --- | --- |
-| `DPOTrainer(model, args, train_dataset, eval_dataset, processing_class, ...)` | \
-`PreferenceTrainer(...)`, the same arguments |
+| `DPOTrainer(model, ref_model, args, ...)`, `CPOTrainer(model, args, data_collator, ...)` | \
+`PreferenceTrainer(...)`, the same arguments by name; by place their order is another, which is \
+refused |
+| `args=None` | `args=PreferenceConfig(objective="dpo")`; the loss has to be named |
+| `compute_metrics=` | the same; it gets rewards [pairs, 2] of chosen and rejected, not logits |
+| `preprocess_logits_for_metrics=` | nothing: evaluation makes no logits |
+| `quantization_config=` | the same, for a model given by its name; else to `from_pretrained` |
+| `model_init=` | the same, called once |
+| `train_dataset=` an `IterableDataset` | the same: it is read onto the disk first, at most \
+`max_train_samples` rows of it |
+| prompt tuning, prefix tuning | LoRA or another adapter of weights |
+| a tokenizer without a padding token | the same: its end token pads, and is masked there |
+| `evaluate(other_dataset)` after `precompute_ref_log_probs` | the same with an adapter; without, \
+give the set as `eval_dataset`, or leave `precompute_ref_log_probs` out |
 | `DPOConfig(...)` | `PreferenceConfig(objective="dpo", ...)` |
 | `CPOConfig(loss_type="simpo", simpo_gamma=g, cpo_alpha=a, ...)` | \
 `PreferenceConfig(objective="simpo", gamma_beta_ratio=g / beta, objective_args={"sft_weight": a})` |

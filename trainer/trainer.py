@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from .batching.pipeline import PairPipeline
 from .checkpoint.resume import settle_date
 from .data.template import own_tokenizer
-from .errors import UserError, refusals
+from .errors import refusals
+from .loop.arguments import reference_source, settled_arguments
 from .loop.batches import BatchedTrainer
 from .loop.checkpoints import CheckpointedTrainer
 from .loop.nonfinite import NonFiniteGuard
@@ -26,10 +27,12 @@ from .model.loading import (
     load_tokenizer,
     prepared_head,
     vocabulary_size,
+    with_padding,
 )
 from .model.merging import check_merges_in_memory
 from .model.trial import check_learns, fit_lengths, trial_model, try_model
 from .monitor.observer import Observer
+from .monitor.pair_rewards import RewardMetrics
 from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
 from .packing import model_inputs
@@ -66,6 +69,12 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         data_collator: in place of `PairCollator`, with the same output.
         callbacks, optimizers: as in `transformers.Trainer`.
         objective: in place of the one that ``args`` name.
+        compute_metrics: called after an evaluation with transformers' ``EvalPrediction``, of
+            rewards and not of logits: ``predictions`` [pairs, 2] are those of chosen and rejected,
+            in the data's order, and ``label_ids`` [pairs] are 0, the better one's place.
+        quantization_config: of the model, where its name is given; it then needs an adapter.
+        model_init: called once, in place of ``model``.
+        preprocess_logits_for_metrics: refused, since there are no logits.
 
     Raises:
         UserError: settings, data or a model that do not fit; the message says what to do.
@@ -151,6 +160,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         with self.observer.evaluating():
             output: Any = super().evaluation_loop(*args, **kwargs)
+        output.metrics.update(self.reward_metrics.figures(prefix, self.args.world_size))
         output.metrics.update(self.observer.evaluation_figures(prefix, self.state.global_step))
         return output
 
@@ -159,12 +169,14 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        self.reward_metrics.add(inputs["pair_ids"], outputs["pairs"])
+        return loss.detach(), None, None
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
-        args: PreferenceConfig,
+        model: PreTrainedModel | str | None = None,
+        args: PreferenceConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -175,21 +187,31 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         *,
         objective: Objective | None = None,
+        compute_metrics: Any = None,
+        quantization_config: Any = None,
+        model_init: Any = None,
+        preprocess_logits_for_metrics: Any = None,
     ) -> None:
-        _check_arguments(model, args, processing_class)
+        model, args = settled_arguments(
+            *(model, args, train_dataset, processing_class, ref_model),
+            has_objective=objective is not None,
+            model_init=model_init,
+            quantization_config=quantization_config,
+            preprocess_logits=preprocess_logits_for_metrics,
+        )
+        self.reward_metrics = RewardMetrics(compute_metrics)
         self.objective = args.build_objective() if objective is None else objective
-        ref_model, starting = _reference_source(model, args, ref_model)
-        lm, tokenizer = self._load(model, args, processing_class, peft_config)
+        ref_model, starting = reference_source(model, args, ref_model)
+        lm, tokenizer = self._load(model, args, processing_class, peft_config, quantization_config)
         check_evaluation(args, eval_dataset)
         self.scoring = prepared_head(lm, args)
         self.scoring.figures |= self.objective.hyperparameters.use_weighting
         self.balance = RouterBalance(bare_model(lm), args.router_aux_loss_coef)
         self.pipeline = PairPipeline(tokenizer, args, vocabulary_size(lm), self.objective)
-        rows = self.pipeline.training_rows(train_dataset)
-        held_out = self.pipeline.evaluation_rows(eval_dataset)
+        rows, held_out = self.pipeline.rows_of_run(train_dataset, eval_dataset)
         parts = [rows, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
         fit_lengths(lm, parts)
-        peft_config = lora_config(args) if peft_config is None else peft_config
+        peft_config = peft_config or lora_config(args)
         self.reference = reference_for(
             self.objective, lm, args, ref_model, tokenizer, peft_config, parts, starting=starting
         )
@@ -214,7 +236,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         self._start(lm, small)
 
     def _load(
-        self, model: Any, args: PreferenceConfig, tokenizer: Any, peft_config: Any
+        self, model: Any, args: PreferenceConfig, tokenizer: Any, peft_config: Any, quantized: Any
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer, loaded if they are only named."""
         if isinstance(model, str):
@@ -223,14 +245,15 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         named = adapted_model(args, model) if isinstance(model, str) else None
         adapted = named is not None or args.use_peft or peft_config is not None
         adapted = adapted or hasattr(model, "get_base_model")
-        check_adapted(args, adapted)
-        lm: PreTrainedModel = load_model(args) if isinstance(model, str) else model
+        check_adapted(args, adapted, quantized is not None)
+        by_name = isinstance(model, str)
+        lm: PreTrainedModel = load_model(args, quantization=quantized) if by_name else model
         if args.merge_adapter and not self._merges_files:
             check_merges_in_memory(lm, args)
         if tokenizer is None:
             args.model_name_or_path = args.model_name_or_path or lm.config._name_or_path
             tokenizer = load_tokenizer(args)
-        tokenizer = own_tokenizer(tokenizer)
+        tokenizer = with_padding(own_tokenizer(tokenizer), "processing_class")
         settle_date(args, tokenizer)
         return lm, tokenizer
 
@@ -269,32 +292,3 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.observer.throughput.paused():
             super()._save_checkpoint(model, trial)
-
-
-def _reference_source(
-    model: Any, args: PreferenceConfig, ref_model: Any
-) -> tuple[PreTrainedModel | None, bool]:
-    """A reference that is a model and not a name, and whether it is the model as it is now."""
-    if isinstance(ref_model, str):
-        args.ref_model_name_or_path, ref_model = ref_model, None
-    # An object may have other weights by now than what its name stands for.
-    of_policy = (None, model) if isinstance(model, str) else (None,)
-    return ref_model, ref_model is None and args.ref_model_name_or_path in of_policy
-
-
-def _check_arguments(model: object, args: object, tokenizer: object) -> None:
-    """Raise ``UserError`` for an argument of another kind, such as TRL's settings."""
-    if not isinstance(model, str | torch.nn.Module):
-        raise UserError(
-            f"model: expected a causal language model or its name, got {type(model).__name__}"
-        )
-    if not isinstance(args, PreferenceConfig):
-        raise UserError(
-            f"args: expected a PreferenceConfig, got {type(args).__name__}; for other libraries' "
-            "settings see docs/migration.md"
-        )
-    if isinstance(tokenizer, str):
-        raise UserError(
-            "processing_class: expected a tokenizer, got its name; leave it out and set "
-            f"PreferenceConfig(tokenizer_name_or_path={tokenizer!r})"
-        )

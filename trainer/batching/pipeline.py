@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from datasets import IterableDataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..data import tokenize_pairs
@@ -19,6 +20,7 @@ from ..data.table import FILLER_ID, PairRows, is_tokenized
 from ..packing.verify import packing_for
 from .planner import Plan, Planner
 from .run_plan import PlanSummary, fit_micro_batches, planner_for, summarise
+from .streams import read_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +62,10 @@ class PairPipeline:
         self.packing: Packing | None = None
         self.layout = "padded"
 
+    def rows_of_run(self, training: Any, evaluation: Any) -> tuple[Any, Any]:
+        """`training_rows` and `evaluation_rows`."""
+        return self.training_rows(training), self.evaluation_rows(evaluation)
+
     def training_rows(self, dataset: Any) -> Any:
         """The rows of the data set of training, tokenized if it is raw; None for None."""
         return self._rows(dataset, "train_dataset", self.reports)
@@ -84,6 +90,9 @@ class PairPipeline:
             rows = PairRows(dataset)
             rows.check(name, self.vocab_size)
             return rows
+        if isinstance(dataset, IterableDataset):
+            which = "train" if name == "train_dataset" else "eval"
+            dataset = read_stream(dataset, getattr(self.settings, f"max_{which}_samples"))
         dataset, reports[name] = tokenize_pairs(
             dataset,
             self.tokenizer,

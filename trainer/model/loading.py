@@ -44,6 +44,11 @@ def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrain
         tokenizer, saved := _as_saved(settings, name)
     ):
         tokenizer = saved
+    return with_padding(tokenizer, name)
+
+
+def with_padding(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, with its end token to pad with where it has none; padding is masked."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {name}: it has neither a padding nor an end token; add one")
@@ -71,11 +76,14 @@ def changes_tokens(tokenizer: Any, saved: Any) -> bool:
     return one != other
 
 
-def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedModel:
+def load_model(
+    settings: ModelSettings, name: str | None = None, quantization: Any = None
+) -> PreTrainedModel:
     """The causal language model with its weights, safetensors only.
 
-    ``name`` is a folder or hub name in place of the settings'. Quantized if they say so. One that
-    holds an adapter gives peft's model of it, on its base, ready to learn on.
+    ``name`` is a folder or hub name in place of the settings'. Quantized if they say so, or as the
+    config ``quantization`` does. One that holds an adapter gives peft's model of it, on its base,
+    ready to learn on.
     """
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +92,7 @@ def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedMo
     if base is not None:
         from peft import PeftModel
 
-        model = load_model(base)
+        model = load_model(base, quantization=quantization)
         with refusals(f"adapter {name}: cannot be loaded", *REFUSALS):
             return PeftModel.from_pretrained(
                 model,
@@ -93,7 +101,9 @@ def load_model(settings: ModelSettings, name: str | None = None) -> PreTrainedMo
                 revision=_revision(settings, name),
             )  # pyright: ignore[reportReturnType]
     computes = "bfloat16" if getattr(settings, "bf16", False) else settings.dtype
-    quantization = quantization_config(settings, "float32" if computes == "auto" else computes)
+    quantization = quantization or quantization_config(
+        settings, "float32" if computes == "auto" else computes
+    )
     model, found = _load(
         AutoModelForCausalLM,
         name,

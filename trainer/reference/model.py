@@ -161,7 +161,6 @@ class Reference:
                 self.notes.append(note)
                 logger.info(note)
         self.model = None
-        self._under_adapter = False
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
 

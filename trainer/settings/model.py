@@ -67,8 +67,16 @@ class AdapterSettings:
                 )
 
 
-def check_adapted(settings: AdapterSettings, adapted: bool) -> None:
-    """Raise ``UserError`` for a setting that needs an adapter where none trains."""
+def check_adapted(settings: AdapterSettings, adapted: bool, quantized: bool = False) -> None:
+    """Raise ``UserError`` for a setting that needs an adapter where none trains.
+
+    ``quantized`` says that a quantization_config was given in Python.
+    """
+    if quantized and not adapted:
+        raise UserError(
+            "quantization_config: quantized weights cannot be trained themselves; give peft_config "
+            "to train an adapter, or leave it out"
+        )
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(settings, name) and not adapted:
             raise UserError(
