@@ -36,7 +36,9 @@ _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 def alpaca_eval(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer AlpacaEval's instructions, write ``model_outputs.json``, and have it judged."""
     settings, model, generator = _settings(options, "alpaca_eval", overrides)
-    questions = _limited(alpaca_questions(options.questions or ALPACA_QUESTIONS), options.limit)
+    questions = _limited(
+        alpaca_questions(options.questions or settings.questions or ALPACA_QUESTIONS), options.limit
+    )
     judge = _judge(options, alpaca_outputs)
     folder = output_folder(model, "alpaca-eval", options.out)
     records = answer(questions, settings, model, folder)
@@ -52,7 +54,9 @@ def alpaca_eval(options: argparse.Namespace, overrides: list[str]) -> None:
 def arena_hard(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer Arena-Hard's questions, write its answer file, and have it judged."""
     settings, model, generator = _settings(options, "arena_hard", overrides)
-    questions = _limited(arena_questions(options.questions or ARENA_QUESTIONS), options.limit)
+    questions = _limited(
+        arena_questions(options.questions or settings.questions or ARENA_QUESTIONS), options.limit
+    )
     judge = _judge(options, arena_outputs)
     version = arena_version(questions)
     for option, value in (("--judge-url", judge.url), ("--baseline", judge.baseline)):

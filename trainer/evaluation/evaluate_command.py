@@ -28,8 +28,8 @@ called (a judge costs money; --no-judge leaves it out); else the command to run 
 ANSWERS_SETTINGS = """\
 settings, as --KEY=VALUE or in the config: temperature, top_p, top_k, max_new_tokens, seed,
   stop_token_ids, batch_size, engine (auto, transformers, vllm); chat_template, system_prompt,
-  tokenizer_as_saved, generator; dtype, device, attn_implementation, model_name_or_path,
-  model_revision, trust_remote_code"""
+  tokenizer_as_saved, questions, generator; dtype, device, attn_implementation,
+  model_name_or_path, model_revision, trust_remote_code"""
 HARNESS = """\
 Run the Language Model Evaluation Harness (pip install 'widemargin[eval]') with the tasks and
 numbers of examples of the Open LLM Leaderboards, or tasks by name.

@@ -77,6 +77,8 @@ class AnswerSettings(LoadSettings):
     model_name_or_path: str | None = None
     #: What the model is called in the files written; None for the last part of its name.
     generator: str | None = None
+    #: Where the questions are, as ``--questions``, which wins; None for the benchmark's newest.
+    questions: str | None = None
     #: A Jinja chat template, its path, or the name of one shipped; None for the tokenizer's own.
     chat_template: str | None = None
     #: Tokenize as tokenizer.json says, as in training.

@@ -14,6 +14,9 @@ from ..errors import UserError
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
+LISTED = re.compile(r"[\w./-]+(\s*,\s*[\w./-]+)+")
+"""Names with commas between them, a list as the alignment handbook's command line has it."""
+
 LONGEST_NUMBER = 40
 """Characters of a number in a settings file; those of `fp64` have 25 at most."""
 
@@ -39,6 +42,8 @@ def coerced(key: str, value: Any, hint: Any) -> Any:
             value = float(value)
         if kinds & {int} and float not in kinds and type(value) is float and value.is_integer():
             value = int(value)
+    if list in kinds and isinstance(value, str) and LISTED.fullmatch(value):
+        value = [part.strip() for part in value.split(",")]
     if list in kinds and isinstance(value, str) and str not in kinds:
         value = [value]
     if str in kinds and type(value) is bool and bool not in kinds and key.endswith("_strategy"):

@@ -65,6 +65,33 @@ def test_renamed(given, name, value):
     assert getattr(config_of(**given), name) == value
 
 
+COMMAS = [
+    ("dataset_splits", "train_prefs,test_prefs", ["train_prefs", "test_prefs"]),
+    ("lora_target_modules", "q_proj, v_proj", ["q_proj", "v_proj"]),
+    ("lora_target_modules", ".*(q|v)_proj{1,2}", ".*(q|v)_proj{1,2}"),
+    ("lora_target_modules", "all-linear", "all-linear"),
+    ("report_to", "none", []),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "value"), COMMAS, ids=str)
+def test_lists_with_commas_are_read_as_the_handbook_does(tmp_path, name, given, value):
+    path = tmp_path / "c.yaml"
+    path.write_text("objective: simpo\nuse_cpu: true\nreport_to: none\n")
+    assert getattr(load_config(path, [f"--{name}={given}"]), name) == value
+
+
+def test_an_sft_file_is_refused_with_what_to_use_instead(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(
+        "model_name_or_path: a/b\ndataset_mixer: {HuggingFaceH4/ultrachat_200k: 1.0}\n"
+        "dataset_splits: [train_sft, test_sft]\nhub_strategy: every_save\nmax_seq_length: 2048\n"
+    )
+    for script in (None, "run_simpo"):
+        with pytest.raises(UserError, match=r"max_seq_length.*use TRL's SFTTrainer"):
+            load_config(path, script=script)
+
+
 def test_flash_attention_is_asked_for_by_either_name(monkeypatch):
     monkeypatch.setattr("widemargin.trainer.settings.config.check_attention", lambda *_: None)
     for given in ({}, {"attn_implementation": "flash_attention_2"}):

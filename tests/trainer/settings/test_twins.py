@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from widemargin.trainer.objectives import hyperparameters_of
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config, load_config
 from widemargin.trainer.settings.published.departures import departures, kept_defaults
@@ -123,6 +124,7 @@ def test_steps_as_the_scripts_counted_them(run, steps):
     assert published_steps(*run) == steps
 
 
+ANSWERS = {"nll": "answers"} if "nll" in hyperparameters_of("simpo") else {}
 OF_A_RUN = [
     ("run_lmpo", {}, "2e-5 of z"),
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "kto"}, "0.6 to 0.7 of its norm"),
@@ -131,7 +133,7 @@ OF_A_RUN = [
     ("run_xpo", {"loss_type": "simpo", "label_smoothing": 0.1}, "undone by label_smoothing: 0"),
     ("run_xpo", {"loss_type": "b-simpo"}, "at least one pair"),
     ("run_simpo", {"flip": 0.1}, "undone by flip: 0"),
-    ("run_simpo", {"sft_weight": 0.1}, "undone by sft_weight: 0"),
+    ("run_simpo", {"sft_weight": 0.1, **ANSWERS}, "averages over each chosen answer"),
     ("run_simpo", {"num_train_epochs": 2}, "smaller step of their own"),
     ("run_simpo", {}, "undone by packing: padded"),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...objectives import hyperparameters_of
 from .keys import Settings, yaml_value
 from .twins import TWINS
 
@@ -109,8 +110,8 @@ DEPARTURES = (
     Departure(
         "sft_weight's term averages over each chosen answer's tokens, then over pairs; there over "
         "all chosen tokens of a micro-batch",
-        lambda _, given: bool(given.get("sft_weight")),
-        "sft_weight: 0",
+        lambda _, given: bool(given.get("sft_weight")) and given.get("nll") != "tokens",
+        "nll: tokens" if "nll" in hyperparameters_of("simpo") else "sft_weight: 0",
     ),
 )
 

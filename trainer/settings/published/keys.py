@@ -166,7 +166,12 @@ HANDBOOK = (
     _dropped("truncation_side", "the published scripts set it to left; see truncation_mode"),
     _only("dataset_mixture", (), "write dataset_mixer (name: share) and dataset_splits instead"),
     _dropped("text_column", "for plain text, which this trainer does not train on"),
-    _only("max_seq_length", (), "it belongs to supervised fine-tuning, which is not done here"),
+    _only(
+        "max_seq_length",
+        (),
+        "it belongs to supervised fine-tuning, which is not done here: use TRL's SFTTrainer, and "
+        "then train its model here",
+    ),
 )
 
 SIMPO = (
@@ -269,7 +274,7 @@ TRL = (
     _only("activation_offloading", (False,), "use gradient_checkpointing"),
     _dropped("pad_token", "padding is masked, whichever token it is"),
     _only("lora_task_type", ("CAUSAL_LM",), "leave it out"),
-    _only("bnb_4bit_quant_storage", (), "leave it out"),
+    _only("bnb_4bit_quant_storage", ("uint8",), "leave it out"),
 )
 
 SOURCES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...objectives import canonical_name, hyperparameters_of
-from .keys import Settings, note, yaml_value
+from .keys import Settings, note, number, yaml_value
 
 TWINS: Settings = {
     "chat_rendering": "separate",
@@ -66,6 +66,8 @@ def as_published_class(settings: Settings, script: str, notes: list[str]) -> Set
         start["zscore_bias_correction"] = False
     if script == "run_xpo":
         start |= {"tau": 1.0, "length_norm": True}
+    if number("sft_weight", settings.get("sft_weight")):
+        start["nll"] = "tokens"
     known = hyperparameters_of(objective)
     given = (settings.get("objective_args") or {}) | settings
     added = {n: v for n, v in start.items() if n in known and given.get(n) is None}
