@@ -14,6 +14,8 @@ from widemargin.trainer.settings.published.departures import DEPARTURES
 from widemargin.trainer.settings.published.keys import SOURCES, Key, yaml_value
 from widemargin.trainer.settings.published.twins import TWINS
 
+from docs import trl_defaults
+
 INTRODUCTION = """\
 # Coming from a published repository, or from TRL
 
@@ -81,16 +83,14 @@ about, as `hinge`, `ipo`, `kto` and a `simpo` without its margin are; a list, wh
 has, is `dpo` |
 | a model given by name | `AutoModelForCausalLM.from_pretrained(name)`, or `widemargin train` |
 
-`beta` means the same everywhere. Defaults that differ: `max_length` 2048 (TRL 1024), \
-`truncation_mode` keep_end, which cuts the prompt (TRL: keep_start, which cuts the answer), and no \
-NLL term beside SimPO. Names of keys in files are in the table above; TRL's other objectives have \
-its names or those in the table above; a list of `loss_type` with `loss_weights` is a mixture.
+Names of keys in files are in the table above. TRL's other objectives have its names or those in \
+the table above; a list of `loss_type` with `loss_weights` is a mixture.
 """
 
 
 def render() -> str:
     """The page, as Markdown."""
-    return INTRODUCTION + _twins() + _objectives() + _keys() + PYTHON
+    return INTRODUCTION + _twins() + _objectives() + _keys() + PYTHON + _defaults()
 
 
 def _twins() -> str:
@@ -110,6 +110,61 @@ def _twins() -> str:
         + "\nWhere both depart from the scripts, on purpose; a twin lists its run's first:\n\n"
         + _table(("departure", "undone by"), lines)
     )
+
+
+ALIKE = {"output_dir", "logging_steps", "pad_token", "loss_type", "beta", "bf16"}
+"""TRL's settings whose defaults change nothing of what is learnt, are asked about, or are below."""
+
+BETWEEN_NAMES = (
+    ("CPOConfig", "simpo_gamma", "simpo", "gamma_beta_ratio", "divided by beta: 5.0 at TRL's 0.1"),
+    ("CPOConfig", "cpo_alpha", "simpo", "sft_weight", "TRL adds an NLL term to SimPO by default"),
+    ("CPOConfig", "beta", "simpo", "beta", ""),
+    ("CPOConfig", "cpo_alpha", "cpo", "alpha", ""),
+    ("CPOConfig", "beta", "cpo", "beta", ""),
+    ("ORPOConfig", "beta", "orpo", "alpha", ""),
+    ("DPOConfig", "beta", "dpo", "beta", ""),
+    ("DPOConfig", "beta", "ipo", "beta", ""),
+)
+"""TRL's class and name, the objective here and its name, and a remark."""
+
+BY_HAND = (
+    (
+        "tokens after the end of turn",
+        "read and scored, as the template writes them",
+        "dropped: the answer ends with the token that stops generation",
+    ),
+    (
+        "what is cut of a long pair",
+        "truncation_mode keep_start: the answer's end",
+        "the prompt to max_prompt_length, by its beginning, and then the answers' ends",
+    ),
+    ("`bf16`, where neither it nor `fp16` is given", "true", "false"),
+)
+
+
+def _defaults() -> str:
+    """Where TRL's settings and ours start from different values, by both libraries' classes."""
+    theirs, ours = trl_defaults.read(), defaults_of(PreferenceConfig)
+    rows = []
+    for name in sorted({n for kind in theirs.values() if isinstance(kind, dict) for n in kind}):
+        given = {k: v[name] for k, v in theirs.items() if isinstance(v, dict) and name in v}
+        said = {yaml_value(value) for value in given.values()}
+        if name in ours and name not in ALIKE and said != {yaml_value(ours[name])}:
+            kinds = ", ".join(given)
+            rows.append([f"`{name}` ({kinds})", " or ".join(sorted(said)), yaml_value(ours[name])])
+    for kind, name, objective, becomes, remark in BETWEEN_NAMES:
+        here = yaml_value(hyperparameters_of(objective)[becomes].default)
+        value = yaml_value(theirs[kind][name])
+        if value != here or remark:
+            text = f"{value} ({remark})" if remark else value
+            rows.append([f"`{name}` ({kind})", text, f"`{objective}`: `{becomes}` {here}"])
+    rows += [list(row) for row in BY_HAND]
+    title = (
+        "\n### Defaults that differ\n\n"
+        f"From the settings' classes of TRL {theirs['version']} and of this project. `beta` means "
+        "the same everywhere.\n\n"
+    )
+    return title + _table(("setting", "TRL", "here"), rows)
 
 
 def _value(value: Any) -> str:

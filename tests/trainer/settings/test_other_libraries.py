@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import pytest
 from widemargin.trainer import PreferenceConfig
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.settings.files import build_config
 from widemargin.trainer.settings.published.ambiguity import MEANINGS
+
+from docs import trl_defaults
 
 HERE = {"use_cpu": True, "report_to": "none"}
 
@@ -80,3 +86,27 @@ IN_PYTHON = [
 def test_keys_in_python_explain_themselves(given, message):
     with pytest.raises(UserError, match=message):
         PreferenceConfig(**given)
+
+
+def test_trls_defaults_on_the_page_are_of_the_version_that_is_compared_with():
+    """`python -m docs.trl_defaults` writes them, in the benchmarks' environment."""
+    root = Path(__file__).resolve().parents[3]
+    pinned = re.search(r"trl==([\d.]+)", (root / "constraints.txt").read_text())
+    theirs = trl_defaults.read()
+    assert pinned is None or theirs["version"] == pinned[1]
+    page = (root / "docs" / "migration.md").read_text().partition("### Defaults that differ")[2]
+    for row in (
+        "`learning_rate` .* 1e-06 .* 5e-05",
+        "`simpo_gamma` .* 5.0 at TRL's",
+        "`cpo_alpha`",
+    ):
+        assert re.search(row, page), row
+
+
+def test_a_classes_defaults_are_read_with_their_factories():
+    @dataclass
+    class Settings:
+        beta: float = 0.1
+        loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+
+    assert trl_defaults.defaults_of(Settings) == {"beta": 0.1, "loss_type": ["sigmoid"]}
