@@ -44,6 +44,9 @@ the command line count. The Mistral template is for names with mistral in them, 
 stands, a local folder by its last part. A run takes up the last checkpoint in `output_dir`, \
 counts its steps as the scripts did (what fills no step is left out), evaluates at the end if \
 `do_eval` says so, and writes `train_results.json`, `eval_results.json` and `all_results.json`.
+
+`python -m tests.published` runs the loss code and the tokenization of checkouts that you name \
+beside those here, and prints how far apart they are.
 """
 
 PYTHON = """\

@@ -129,7 +129,7 @@ OF_A_RUN = [
     ("run_lmpo", {}, "2e-5 of z"),
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "kto"}, "0.6 to 0.7 of its norm"),
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "r-dpo"}, "100 tokens more are 1.0"),
-    ("run_xpo", {"trainer_type": "dpo", "loss_type": "gm-dpo"}, "gamma_i - gamma"),
+    ("run_xpo", {"trainer_type": "dpo", "loss_type": "gm-dpo"}, "eight random numbers"),
     ("run_xpo", {"loss_type": "simpo", "label_smoothing": 0.1}, "undone by label_smoothing: 0"),
     ("run_xpo", {"loss_type": "b-simpo"}, "at least one pair"),
     ("run_simpo", {"flip": 0.1}, "undone by flip: 0"),

@@ -75,11 +75,6 @@ DEPARTURES = (
         _objective("lmpo"),
     ),
     Departure(
-        "the margin is gamma_i - gamma, as in the paper; there gamma_i, more by gamma = "
-        "beta * gamma_beta_ratio",
-        _objective("gamma-dpo"),
-    ),
-    Departure(
         "the KL terms are not differentiated, as in the paper; there they were, which turns the "
         "gradient: by 0.6 to 0.7 of its norm for eight random pairs",
         _objective("kto"),
