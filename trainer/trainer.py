@@ -192,13 +192,9 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         model_init: Any = None,
         preprocess_logits_for_metrics: Any = None,
     ) -> None:
-        model, args = settled_arguments(
-            *(model, args, train_dataset, processing_class, ref_model),
-            has_objective=objective is not None,
-            model_init=model_init,
-            quantization_config=quantization_config,
-            preprocess_logits=preprocess_logits_for_metrics,
-        )
+        given = (train_dataset, processing_class, ref_model, objective is not None)
+        of_trl = (model_init, quantization_config, preprocess_logits_for_metrics)
+        model, args = settled_arguments(model, args, *given, *of_trl)
         self.reward_metrics = RewardMetrics(compute_metrics)
         self.objective = args.build_objective() if objective is None else objective
         ref_model, starting = reference_source(model, args, ref_model)

@@ -26,11 +26,10 @@ def settled_arguments(
     train_dataset: Any,
     processing_class: Any,
     ref_model: Any,
-    *,
     has_objective: bool,
-    model_init: Any = None,
-    quantization_config: Any = None,
-    preprocess_logits: Any = None,
+    model_init: Any,
+    quantization_config: Any,
+    preprocess_logits: Any,
 ) -> tuple[Any, PreferenceConfig]:
     """Model and settings, made where TRL would make them.
 
