@@ -32,10 +32,11 @@ def defaults_of(kind: type) -> dict[str, Any]:
 
 
 def write() -> None:
-    import trl  # pyright: ignore[reportMissingImports]
+    import trl
     from transformers import TrainingArguments
-    from trl.experimental.cpo import CPOConfig  # pyright: ignore[reportMissingImports]
-    from trl.experimental.orpo import ORPOConfig  # pyright: ignore[reportMissingImports]
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+    from trl.trainer.dpo_config import DPOConfig
 
     of_transformers = defaults_of(TrainingArguments)
     kinds = {
@@ -44,7 +45,7 @@ def write() -> None:
             for name, value in defaults_of(kind).items()
             if name not in of_transformers or of_transformers[name] != value
         }
-        for kind in (trl.DPOConfig, CPOConfig, ORPOConfig)
+        for kind in (DPOConfig, CPOConfig, ORPOConfig)
     }
     FILE.write_text(json.dumps({"version": trl.__version__} | kinds, indent=1) + "\n")
 

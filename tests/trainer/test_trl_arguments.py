@@ -29,7 +29,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_refused_with_what_to_do(tmp_path, change, message):
     given = {"model": tiny_model(), "args": tiny_config(tmp_path), "train_dataset": tiny_pairs()}
     with pytest.raises(UserError, match=message):
