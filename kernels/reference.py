@@ -76,7 +76,7 @@ def token_facts(logits: Tensor, targets: Tensor) -> TokenFacts:
 
 
 def sequence_logps(token_logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums [2P] and lengths [2P] of the sequences ``cu_seqlens`` [2P + 1] cuts out of [N]."""
+    """Sums [S] and lengths [S] of the sequences that ``cu_seqlens`` [S + 1] cuts out of [N]."""
     bounds = cu_seqlens.tolist()
     sequences = [token_logps[a:b] for a, b in pairwise(bounds)]
     sums = [sequence.sum() for sequence in sequences]

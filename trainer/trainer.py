@@ -35,6 +35,7 @@ from .monitor.observer import Observer
 from .monitor.pair_rewards import RewardMetrics
 from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
+from .objectives.terms import by_edges
 from .packing import model_inputs
 from .reference.model import reference_for
 from .settings.config import PreferenceConfig, check_evaluation
@@ -60,8 +61,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         args: every setting; its ``objective`` must be named.
         train_dataset, eval_dataset: pairs, raw (``prompt``, ``chosen``, ``rejected``; tokenized
             here by ``args``) or tokenized (``prompt_ids``, ``chosen_ids``, ``rejected_ids``).
-            Several of evaluation as a dict: metrics are then ``eval_NAME_...``, and the report,
-            which charts ``eval_...``, leaves them out.
+            Several of evaluation as a dict: their ``eval_NAME_...`` are not in the report.
         processing_class: the tokenizer, or a processor with one; the model's own if None.
         ref_model: a frozen model for objectives with a reference; if None, the one that ``args``
             name, or else the model as it is now. It is patched too.
@@ -125,6 +125,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             pair_ids=inputs["pair_ids"],
             group=dist.group.WORLD if distributed else None,
             log_sum_squares=None if scored.figures is None else scored.figures[0],
+            edges=inputs.get("edges"),
         )
 
     def _observe(
@@ -142,6 +143,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         if not training:
             return
         if self.reference is not None and reference is not None:
+            reference = by_edges(reference, inputs.get("edges"))
             self.reference.check_first(out, reference, self.state.global_step, self.objective.name)
         self.nonfinite_guard.saw(inputs["pair_ids"], out.losses, loss)
 

@@ -76,12 +76,12 @@ def sequence_logps(
 
     Args:
         token_logps: [N] floating.
-        cu_seqlens: [2P + 1] int32 or int64, ascending, first 0, last at most N; equal neighbours
+        cu_seqlens: [S + 1] int32 or int64, ascending, first 0, last at most N; equal neighbours
             are an empty sequence, whose sum is 0.
         backend: as in `margin_loss`.
 
     Returns:
-        sums [2P] in fp32 (fp64 for fp64) and lengths [2P] in the dtype of ``cu_seqlens``.
+        sums [S] in fp32 (fp64 for fp64) and lengths [S] in the dtype of ``cu_seqlens``.
     """
     _check_tokens(token_logps, cu_seqlens)
     lengths = cu_seqlens.diff()
@@ -136,14 +136,11 @@ def _check_tokens(token_logps: Tensor, cu_seqlens: Tensor) -> None:
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            "cu_seqlens: expected an int32 or int64 tensor of shape [2P + 1], got "
+            "cu_seqlens: expected an int32 or int64 tensor of shape [S + 1], got "
             f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         )
-    if cu_seqlens.numel() % 2 == 0:
-        raise ValueError(
-            "cu_seqlens: expected 2P + 1 boundaries (P chosen, then P rejected sequences), got "
-            f"{cu_seqlens.numel()}"
-        )
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens: expected at least one boundary, got none")
     if cu_seqlens.device != token_logps.device:
         raise ValueError(
             f"cu_seqlens: expected the device of token_logps, {token_logps.device}, got "
@@ -173,6 +170,11 @@ def _check_settings(
     label_smoothing: float,
 ) -> None:
     check_tensors(target_margins=target_margins)
+    if cu_seqlens.numel() % 2 == 0:
+        raise ValueError(
+            "cu_seqlens: expected 2P + 1 boundaries (P chosen, then P rejected sequences), got "
+            f"{cu_seqlens.numel()}"
+        )
     pairs = cu_seqlens.numel() // 2
     if target_margins.shape != (pairs,):
         raise ValueError(

@@ -24,7 +24,7 @@ from .triton_kernels import (
 
 @operator("sequence_sums", mutates_args=())
 def sequence_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Summed logps [2P] in fp32."""
+    """Summed logps [S] in fp32."""
     sequences = len(cu_seqlens) - 1
     sums = token_logps.new_empty(sequences, dtype=torch.float32)
     if sequences:

@@ -17,6 +17,7 @@ from ..data import tokenize_pairs
 from ..data.chat import pad_token
 from ..data.report import SplitReport
 from ..data.table import FILLER_ID, PairRows, is_tokenized
+from ..errors import UserError
 from ..packing.verify import packing_for
 from .planner import Plan, Planner
 from .run_plan import PlanSummary, fit_micro_batches, planner_for, summarise
@@ -114,6 +115,11 @@ class PairPipeline:
             collator: the user's, in place of ours.
             stand_in: a small model of its family, where its own weights will be split.
         """
+        if rows is not None and rows.trees is not None and self.objective.token_weights:
+            raise UserError(
+                f"group_by_prompt: set it to false; {self.objective.token_weights} weighs the tokens "
+                "of an answer by the other answer of each pair, so pairs cannot share it"
+            )
         if collator is None:
             lengths = None if rows is None else rows.lengths
             self.packing = packing_for(model, self.settings, lengths, stand_in)

@@ -17,7 +17,12 @@ Global micro-batches go by prompt, chosen and rejected tokens, whatever the layo
 layout sees the same ones; ranks go by what the layout in use computes. All of it is integer
 arithmetic, the same on every rank.
 
-Legend: K steps of S pairs, A micro-batches a step, R ranks; B bins.
+What is dealt are trees: the pairs of a step that share a prompt stay together, so that it runs
+once. They are cut only where a step ends (see `line`), where there would be fewer of them than
+micro-batches or ranks, and where a limit on tokens asks for it. A pair that shares its prompt with
+no other is a tree by itself.
+
+Legend: K steps of S pairs, A micro-batches a step, R ranks; U trees.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import torch
 
 from ..data.table import PairLengths
 from ..errors import UserError
+from .line import Line, in_steps
 
 FULL = np.iinfo(np.int64).max
 
@@ -72,13 +78,20 @@ class Plan:
 
     def tokens(self, layout: str) -> np.ndarray:
         """[micro-batches, R] tokens that each rank's decoder computes in this layout."""
-        alone = self.lengths.alone(layout)[self.order]
-        filled = self.pairs.ravel() > 0
-        tokens = np.zeros(self.pairs.size, np.int64)
-        reduce = np.maximum if layout == "padded" else np.add
-        tokens[filled] = reduce.reduceat(alone, self.bounds[:-1][filled])
-        tokens = tokens.reshape(self.pairs.shape)
-        return tokens * self.pairs if layout == "padded" else tokens
+        tokens = self.lengths.computed(layout, self.order, self.places, self.pairs.size)
+        return tokens.reshape(self.pairs.shape)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """[pairs used] ``m·R + r`` of every pair of ``order``."""
+        return np.repeat(np.arange(self.pairs.size), self.pairs.ravel())
+
+    @property
+    def trees(self) -> tuple[int, int]:
+        """Trees of the pairs, and how many a micro-batch's rank has of them, summed: those cut."""
+        tree = self.lengths.tree[self.order]
+        count = int(tree.max(initial=-1)) + 1
+        return len(np.unique(tree)), len(np.unique(self.places * count + tree))
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ class Planner:
         coupled: fix global micro-batches before ranks; see the module's docstring.
         layout: of the rows, by whose tokens ranks are balanced; see `PairLengths.alone`.
         drop_last: leave out what does not fill a global micro-batch at the epoch's end.
+        most_tokens: a tree that takes more in this layout is cut in pieces.
 
     Raises:
         UserError: ``drop_last`` leaves nothing.
@@ -107,6 +121,7 @@ class Planner:
     coupled: bool = True
     layout: str = "prefix_shared"
     drop_last: bool = False
+    most_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.lengths) and not self.micro_batches_per_epoch:
@@ -139,24 +154,21 @@ class Planner:
 
     def plan(self, epoch: int = 0) -> Plan:
         """The epoch's micro-batches, every pair in exactly one (but for ``drop_last``)."""
-        order = self._order(epoch)
-        computed = self.lengths.alone(self.layout)
+        line = in_steps(self.lengths, self._order(epoch), self.pairs_per_step)
         in_whole_steps = self.whole_steps * self.pairs_per_step
         rest, tail = self.tail
-        parts = [
-            (order[:in_whole_steps].reshape(-1, self.pairs_per_step), self.micro_batches),
-            (order[in_whole_steps : in_whole_steps + rest][None], tail),
-        ]
         pairs, bins, first = [], [], 0
-        for steps, micro_batches in parts:
-            if not steps.size:
+        for begin, end, micro_batches in (
+            (0, in_whole_steps, self.micro_batches),
+            (in_whole_steps, in_whole_steps + rest, tail),
+        ):
+            if begin == end:
                 continue
-            lengths = (self.lengths.shared[steps] if self.coupled else None, computed[steps])
-            places = assign(*lengths, micro_batches, self.ranks)
-            places += first + np.arange(len(steps))[:, None] * micro_batches * self.ranks
-            first += len(steps) * micro_batches * self.ranks
-            pairs.append(steps.ravel())
-            bins.append(places.ravel())
+            steps = line.part(begin, end, self.pairs_per_step)
+            dealt, places = self._assign(steps, micro_batches)
+            pairs.append(dealt)
+            bins.append(first + places)
+            first += (len(steps.groups) - 1) * micro_batches * self.ranks
         placed = np.concatenate(bins) if bins else np.zeros(0, np.int64)
         counts = np.bincount(placed, minlength=self.micro_batches_per_epoch * self.ranks)
         starts = np.arange(self.whole_steps + 1) * self.micro_batches
@@ -169,38 +181,50 @@ class Planner:
         )
 
     def _order(self, epoch: int) -> np.ndarray:
+        """[U] the trees of the epoch."""
+        trees = int(self.lengths.tree.max(initial=-1)) + 1
         if self.seed is None:
-            return np.arange(len(self.lengths))
+            return np.arange(trees)
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(len(self.lengths), generator=generator).numpy()
+        return torch.randperm(trees, generator=generator).numpy()
 
+    def _assign(self, line: Line, micro_batches: int) -> tuple[np.ndarray, np.ndarray]:
+        """Deal a line of K steps: its pairs in another order, and each one's place.
 
-def assign(
-    shared: np.ndarray | None, computed: np.ndarray, micro_batches: int, ranks: int
-) -> np.ndarray:
-    """The place of every pair of K steps: [K, S] numbers ``micro_batch · R + rank``.
+        Places are numbered step by step, ``micro_batch · R + rank`` inside a step.
+        """
+        steps = len(line.groups) - 1
+        if self.most_tokens is not None:
+            line = line.no_heavier(self.lengths, self.layout, self.most_tokens)
+        outer, inner = micro_batches, self.ranks
+        if not self.coupled:
+            outer, inner = inner, outer
+        shared = "prefix_shared" if self.coupled else self.layout
+        line, _ = self._dealt(line, outer, shared, even=True)
+        line, loads = self._dealt(line, inner, self.layout, even=False)
+        loads = loads.reshape(steps, outer, inner)
+        names = _by_running_total(loads) if self.coupled else _heaviest_first(loads)
+        step, first, _ = np.indices(loads.shape)
+        micro_batch, rank = (first, names) if self.coupled else (names, first)
+        places = (step * micro_batches + micro_batch) * self.ranks + rank
+        return line.pairs, np.repeat(places.ravel(), np.diff(line.groups))
 
-    Args:
-        shared: [K, S] int64, what global micro-batches go by; None to fix ranks first.
-        computed: [K, S] int64, above 0, what ranks go by.
-    """
-    coupled = shared is not None
-    outer, inner = (micro_batches, ranks) if coupled else (ranks, micro_batches)
-    counts = even_shares(computed.shape[1], outer)
-    first, _ = deal(shared if coupled else computed, outer, counts)
-    members = _members(first, counts)  # [K, outer, most pairs], -1 where there is no pair
-    real = members >= 0
-    steps = np.broadcast_to(np.arange(len(computed))[:, None, None], members.shape)
-    inside = np.where(real, computed[steps, members], 0)
-    second, loads = deal(inside.reshape(-1, inside.shape[2]), inner)
-    loads = loads.reshape(-1, outer, inner)
-    names = _by_running_total(loads) if coupled else _heaviest_first(loads)
-    second = np.take_along_axis(names, second.reshape(members.shape), axis=2)
-    group = np.arange(outer)[:, None]
-    places = group * ranks + second if coupled else second * ranks + group
-    out = np.empty_like(computed)
-    out[steps[real], members[real]] = places[real]
-    return out
+    def _dealt(self, line: Line, bins: int, layout: str, *, even: bool) -> tuple[Line, np.ndarray]:
+        """The line with every group dealt over bins, which become its groups, and their tokens.
+
+        Args:
+            layout: of the tokens to go by.
+            even: give the bins equal counts of pairs, as far as trees stay together.
+        """
+        line = line.at_least(bins)
+        groups, group = len(line.groups) - 1, line.group
+        column = np.arange(len(group)) - np.searchsorted(group, group)
+        tokens, pairs = np.zeros((2, groups, int(column.max()) + 1), np.int64)
+        tokens[group, column] = line.tokens(self.lengths, layout)
+        pairs[group, column] = line.sizes
+        room = even_shares(int(line.groups[1]), bins) if even else None
+        place, loads = deal(tokens, bins, room, pairs)
+        return line.sorted_by(group * bins + place[group, column], groups * bins), loads
 
 
 def even_shares(items: int, bins: int) -> np.ndarray:
@@ -209,39 +233,38 @@ def even_shares(items: int, bins: int) -> np.ndarray:
 
 
 def deal(
-    tokens: np.ndarray, bins: int, room: np.ndarray | None = None
+    tokens: np.ndarray,
+    bins: int,
+    room: np.ndarray | None = None,
+    sizes: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Deal each row's items over ``bins``, longest first, each to the bin with the fewest tokens.
 
     Args:
         tokens: [G, M] int64; an item of 0 tokens stands for none.
-        room: [bins] most items each bin takes; None for no limit.
+        room: [bins] sizes that each bin takes; an item that fits in none goes where most room is
+            left. None for no limit.
+        sizes: [G, M] int64, what the items take of it; 1 each if None.
 
     Returns:
         [G, M] each item's bin, and [G, bins] the bins' tokens.
     """
     rows = np.arange(len(tokens))
     load = np.zeros((len(tokens), bins), np.int64)
-    # A bin without room looks as heavy as can be, and its true load is put back at the end.
-    left = np.tile(np.full(bins, tokens.shape[1]) if room is None else room, (len(tokens), 1))
-    seen = np.where(left > 0, 0, FULL)
+    left = None if room is None else np.tile(room, (len(tokens), 1))
+    sizes = np.ones_like(tokens) if sizes is None else sizes
     out = np.empty(tokens.shape, np.int64)
     for item in np.argsort(-tokens, axis=1, kind="stable").T:
-        bin_ = seen.argmin(axis=1)
+        size = sizes[rows, item]
+        bin_ = load.argmin(axis=1)
+        if left is not None:
+            fits = left >= size[:, None]
+            lightest = np.where(fits, load, FULL).argmin(axis=1)
+            bin_ = np.where(fits.any(axis=1), lightest, left.argmax(axis=1))
+            left[rows, bin_] -= size
         out[rows, item] = bin_
         load[rows, bin_] += tokens[rows, item]
-        left[rows, bin_] -= 1
-        seen[rows, bin_] = np.where(left[rows, bin_] > 0, load[rows, bin_], FULL)
     return out, load
-
-
-def _members(bins: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[K, B, most] which items of each row are in each bin, -1 past the bin's count [B]."""
-    order = np.argsort(bins, axis=1, kind="stable")
-    columns = np.arange(counts.max())
-    first = np.cumsum(counts) - counts
-    place = np.where(columns < counts[:, None], first[:, None] + columns, -1)
-    return np.where(place >= 0, order[:, place], -1)
 
 
 def _heaviest_first(loads: np.ndarray) -> np.ndarray:

@@ -112,6 +112,7 @@ def with_limit(planner: Planner, limit: int, epochs: int) -> Planner:
             f"tokens by itself ({planner.layout}), more than {limit:,}; raise it, or lower "
             "max_length"
         )
+    planner = replace(planner, most_tokens=limit)
     # One pair per rank and micro-batch is as far as it goes, and that fits.
     for micro_batches in range(planner.micro_batches, planner.pairs_per_step // planner.ranks):
         candidate = replace(planner, micro_batches=micro_batches)
@@ -147,14 +148,18 @@ class PlanSummary:
     micro_batches: int  # of a whole step
     steps_per_epoch: int
     tokens: int  # in the layout in use
-    padded_tokens: int  # of the same micro-batches, padded
+    padded_tokens: int  # of the same micro-batches, padded pair by pair
     step_balance: float  # the largest rank's tokens over the mean, averaged over steps
     micro_batch_balance: float  # the same over micro-batches
     largest_tokens: int  # of a rank in a micro-batch
     largest_pairs: int
+    pairs: int
+    trees: int
+    cut_trees: int  # how often a prompt runs again, as its tree was cut
+    pair_tokens: int  # of the same micro-batches, with nothing shared between pairs
 
     def lines(self) -> list[str]:
-        """Two lines of text."""
+        """Two lines of text, or three where pairs share prompts."""
         times = f" in {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""
         steps = f"{self.steps_per_epoch:,} step" + "s" * (self.steps_per_epoch > 1)
         first = (
@@ -174,7 +179,18 @@ class PlanSummary:
             f"largest micro-batch of a rank {self.largest_tokens:,} tokens, at most "
             f"{self.largest_pairs} pairs"
         )
-        return [first, f"  {second}"]
+        return [first, f"  {second}", *self._of_trees()]
+
+    def _of_trees(self) -> list[str]:
+        if self.trees == self.pairs:
+            return []
+        line = (
+            f"  {self.trees:,} trees, {self.pairs:,} pairs, "
+            f"{self.pair_tokens / self.tokens:.1f} times fewer tokens than pair by pair"
+        )
+        if self.cut_trees:
+            line += f"; trees are cut {self.cut_trees:,} times, their prompts repeated"
+        return [line]
 
     def as_dict(self) -> dict[str, Any]:
         """For ``run.json``."""
@@ -185,6 +201,8 @@ def summarise(planner: Planner) -> PlanSummary:
     """The summary of the planner's first epoch."""
     plan = planner.plan(0)
     tokens = plan.tokens(planner.layout)
+    apart = replace(plan, lengths=plan.lengths.apart)
+    trees, parts = plan.trees
     per_step = np.add.reduceat(tokens, plan.steps[:-1])
     return PlanSummary(
         layout=planner.layout,
@@ -193,11 +211,15 @@ def summarise(planner: Planner) -> PlanSummary:
         micro_batches=planner.micro_batches,
         steps_per_epoch=planner.steps_per_epoch,
         tokens=int(tokens.sum()),
-        padded_tokens=int(plan.tokens("padded").sum()),
+        padded_tokens=int(apart.tokens("padded").sum()),
         step_balance=busiest(per_step),
         micro_batch_balance=busiest(tokens),
         largest_tokens=int(tokens.max()),
         largest_pairs=plan.most_pairs,
+        pairs=len(plan.order),
+        trees=trees,
+        cut_trees=parts - trees,
+        pair_tokens=int(apart.tokens(planner.layout).sum()),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..objectives import ObjectiveOutput
+from ..objectives.terms import by_edges
 from ..settings.names import SIDES
 
 if TYPE_CHECKING:
@@ -42,11 +43,17 @@ class PreferenceMetrics:
             total = value.detach().sum(dtype=torch.float64)
             self._sums[name] = self._sums[name] + total if name in self._sums else total
 
-    def add_pairs(self, out: ObjectiveOutput, mean_logits: Tensor, cu_seqlens: Tensor) -> None:
-        """Add one micro-batch of P pairs.
+    def add_pairs(
+        self,
+        out: ObjectiveOutput,
+        mean_logits: Tensor,
+        cu_seqlens: Tensor,
+        edges: Tensor | None = None,
+    ) -> None:
+        """Add one micro-batch of P pairs of S sequences.
 
         Args:
-            mean_logits: [N]. cu_seqlens: [2P + 1].
+            mean_logits: [N]. cu_seqlens: [S + 1]. edges: [P, 2], see `Objective`.
         """
         real = out.real
         gaps = out.chosen_rewards - out.rejected_rewards
@@ -68,14 +75,21 @@ class PreferenceMetrics:
             "margin/square": out.target_margins.double().square(),
         }
         self.add(**{name: torch.where(real, value, 0) for name, value in per_pair.items()})
-        logits = segment_sums(mean_logits.detach(), cu_seqlens) * real.repeat(2)
+        logits = by_edges(segment_sums(mean_logits.detach(), cu_seqlens), edges) * real.repeat(2)
         chosen, rejected = logits.chunk(2)
         self.add(**{"logits/chosen": chosen, "logits/rejected": rejected})
 
-    def add_figures(self, out: ObjectiveOutput, figures: Tensor, cu_seqlens: Tensor) -> None:
+    def add_figures(
+        self,
+        out: ObjectiveOutput,
+        figures: Tensor,
+        cu_seqlens: Tensor,
+        edges: Tensor | None = None,
+    ) -> None:
         """Add one micro-batch's ``figures`` [3, N], see `token_figures`."""
         entropy, correct = (
-            segment_sums(row.detach(), cu_seqlens) * out.real.repeat(2) for row in figures[1:]
+            by_edges(segment_sums(row.detach(), cu_seqlens), edges) * out.real.repeat(2)
+            for row in figures[1:]
         )
         self.add(entropy=entropy, mean_token_accuracy=correct.chunk(2)[0])
 

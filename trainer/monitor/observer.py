@@ -133,9 +133,10 @@ class Observer(TrainerCallback):
             with_margins: also count the pairs in the evaluation's histograms of margins.
         """
         metrics = self.training if training else self.evaluation
-        metrics.add_pairs(out, scored.mean_logits, batch["cu_seqlens"])
+        sequences = batch["cu_seqlens"], batch.get("edges")
+        metrics.add_pairs(out, scored.mean_logits, *sequences)
         if scored.figures is not None:
-            metrics.add_figures(out, scored.figures, batch["cu_seqlens"])
+            metrics.add_figures(out, scored.figures, *sequences)
         if with_margins:
             self.margins.add(out)
         if "decoder_tokens" in batch:  # a collator of the user's may not count

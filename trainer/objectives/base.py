@@ -19,7 +19,7 @@ from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
 from .settings import Hyperparameters
 from .state import State, taken_up, to_device
-from .terms import ObjectiveOutput, ObjectiveSpec, Pairs, Terms, chosen_nll
+from .terms import ObjectiveOutput, ObjectiveSpec, Pairs, Terms, by_edges, chosen_nll
 from .tokens import length_weighted, pair_weights
 
 # Pairs without ids are ordered by rank, then by place: ids of rank r start at r times this.
@@ -66,20 +66,23 @@ class Objective:
         pair_ids: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
         log_sum_squares: Tensor | None = None,
+        edges: Tensor | None = None,
     ) -> ObjectiveOutput:
-        """Losses of P pairs, differentiable in ``token_logps``.
+        """Losses of P pairs of S sequences, differentiable in ``token_logps``.
 
         Args:
-            token_logps: [N] floating, P chosen completions back to back, then P rejected.
-            cu_seqlens: [2P + 1] int32 or int64.
-            reference: [2P] summed logps of the frozen model; reference-free objectives ignore it.
+            token_logps: [N] floating, the completions of the sequences back to back.
+            cu_seqlens: [S + 1] int32 or int64.
+            reference: [S] summed logps of the frozen model; reference-free objectives ignore it.
             pair_ids: [P] int64, the order of pairs across ranks; a negative id marks a filler pair,
                 whose loss is 0 and which enters no statistic. None: by rank, then by place.
             group: processes whose pairs form one global micro-batch, or None for this one alone.
             log_sum_squares: [N] logarithm of the sum over the vocabulary of the policy's squared
                 probabilities where each token stands; for ``use_weighting`` alone.
+            edges: [P, 2] int64, each pair's chosen and rejected sequence; pairs may share them.
+                None: P chosen sequences, then P rejected, so S is 2P.
         """
-        pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group)
+        pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group, edges)
         self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
@@ -87,7 +90,7 @@ class Objective:
         if self.hyperparameters.use_weighting:
             if log_sum_squares is None:
                 raise UserError("log_sum_squares: give it for each token; use_weighting needs it")
-            weights = pair_weights(token_logps, log_sum_squares, cu_seqlens)
+            weights = pair_weights(token_logps, log_sum_squares, cu_seqlens, edges)
             terms = dataclasses.replace(terms, losses=weights * terms.losses)
         return self._output(pairs, terms)
 
@@ -111,16 +114,22 @@ class Objective:
         reference: Tensor | None,
         pair_ids: Tensor | None,
         group: dist.ProcessGroup | None,
+        edges: Tensor | None,
     ) -> Pairs:
         sums, lengths = sequence_logps(token_logps, cu_seqlens)
-        count = len(lengths) // 2
         if self.needs_reference and reference is None:
-            raise UserError(f"reference: {self.name} needs the frozen model's summed logps [2P]")
+            raise UserError(f"reference: {self.name} needs the frozen model's summed logps [S]")
         if reference is not None and reference.shape != lengths.shape:
             raise UserError(
-                f"reference: expected shape [{2 * count}], one sum per sequence, got "
+                f"reference: expected shape [{len(lengths)}], one sum per sequence, got "
                 f"{list(reference.shape)}"
             )
+        if edges is None and len(lengths) % 2:
+            count = len(lengths)
+            raise UserError(f"edges: give them, [P, 2]; cu_seqlens has {count} sequences, not 2P")
+        sums, lengths = by_edges(sums, edges), by_edges(lengths, edges)
+        reference = None if reference is None else by_edges(reference, edges)
+        count = len(lengths) // 2
         if pair_ids is None:
             first = 0 if group is None else IDS_PER_RANK * dist.get_rank(group)
             pair_ids = torch.arange(first, first + count, device=token_logps.device)

@@ -86,6 +86,11 @@ class ObjectiveOutput:
     real: Tensor  # bool, False for a filler pair
 
 
+def by_edges(values: Tensor, edges: Tensor | None) -> Tensor:
+    """``values`` [S] of sequences as those of pairs [2P]: P chosen ones, then P rejected."""
+    return values if edges is None else values[edges.T.reshape(-1)]
+
+
 def constant_margins(pairs: Pairs, margin: float) -> Tensor:
     """[P] of one target margin."""
     return torch.full_like(pairs.ids, margin, dtype=pairs.sums.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.margin_loss.function import sequence_logps
+from .terms import by_edges
 
 
 def length_weighted(token_logps: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
@@ -27,12 +28,14 @@ def length_weighted(token_logps: Tensor, cu_seqlens: Tensor, alpha: float) -> Te
 
 
 @torch.no_grad()
-def pair_weights(token_logps: Tensor, log_sum_squares: Tensor, cu_seqlens: Tensor) -> Tensor:
+def pair_weights(
+    token_logps: Tensor, log_sum_squares: Tensor, cu_seqlens: Tensor, edges: Tensor | None = None
+) -> Tensor:
     """[P], in [0, ...]: how likely the policy is to write both answers of a pair.
 
     WPO, arXiv 2406.11827, eq. 2: the product over both answers of their probability per token,
     each token's measured against the policy's own sampling, ``log_sum_squares`` [N].
     """
     sums, lengths = sequence_logps(token_logps.detach() - log_sum_squares, cu_seqlens)
-    chosen, rejected = (sums / lengths.clamp(min=1)).chunk(2)
+    chosen, rejected = by_edges(sums / lengths.clamp(min=1), edges).chunk(2)
     return torch.exp(chosen + rejected)

@@ -154,16 +154,19 @@ def _most(config: Any, name: str) -> int:
 def dense_costs(lengths: PairLengths, pairs: int, area: float) -> dict[str, float]:
     """Tokens that each layout's micro-batches cost with dense masks, summed over a sample."""
     batches = max(1, min(SAMPLED_BATCHES, len(lengths) // pairs))
-    rows = np.linspace(0, len(lengths) - 1, min(len(lengths), batches * pairs)).astype(int)
+    trees = int(lengths.tree.max()) + 1
+    count = min(trees, -(-batches * pairs * trees // len(lengths)))
+    sampled = np.isin(lengths.tree, np.linspace(0, trees - 1, count).astype(int))
+    rows = np.flatnonzero(sampled)
+    rows = rows[np.argsort(lengths.tree[rows], kind="stable")]
     costs = {"prefix_shared": 0.0, "packed": 0.0, "padded": 0.0}
-    parts = np.stack([lengths.prompt, lengths.chosen, lengths.rejected])[:, rows]
-    for begin in range(0, parts.shape[1], pairs):
-        prompt, chosen, rejected = parts[:, begin : begin + pairs]
-        sequences = np.concatenate([prompt + chosen, prompt + rejected])
-        longest = int(sequences.max())
-        costs["padded"] += len(sequences) * longest * (1 + area * longest)
-        costs["packed"] += dense_cost(sequences, area)
-        costs["prefix_shared"] += dense_cost(prompt + chosen + rejected, area)
+    for begin in range(0, len(rows), pairs):
+        batch = rows[begin : begin + pairs]
+        sequences = lengths.unfold(batch, np.zeros_like(batch))
+        longest = int(sequences.totals.max())
+        costs["padded"] += len(sequences.totals) * longest * (1 + area * longest)
+        costs["packed"] += dense_cost(sequences.totals, area)
+        costs["prefix_shared"] += dense_cost(sequences.tree_tokens, area)
     return costs
 
 
@@ -247,6 +250,7 @@ def _shortest(lengths: PairLengths | None, pairs: int, max_tokens: int | None) -
     """
     if lengths is None or not len(lengths):
         return BLOCK
-    total = lengths.prompt + lengths.chosen + lengths.rejected
-    usual = row_length(int(total.mean() * pairs / 2))
+    every = np.arange(len(lengths))
+    total = lengths.computed("prefix_shared", every, np.zeros_like(every), 1)[0]
+    usual = row_length(int(total / len(lengths) * pairs / 2))
     return usual if max_tokens is None else min(usual, row_length(max_tokens))

@@ -1,4 +1,4 @@
-"""Tokenized pairs -> one batch, and where its completions are predicted."""
+"""Tokenized pairs -> one batch of their trees, and where its completions are predicted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
 from ..settings.names import Layout
+from .forest import Forest
 from .layout import (
     BLOCK,
     Rows,
@@ -35,7 +36,6 @@ MODEL_INPUTS = (
     "select",
     "targets",
 )
-PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,36 +46,40 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 class PairCollator:
     """Collates P rows with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
 
-    Rows may also have ``chosen_unscored`` and ``rejected_unscored``, positions in those completions
-    that are read but not scored. Whatever the layout, with N scored completion tokens in all and
-    [B, T] tokens in a batch:
+    Rows of one ``tree_id`` share their prompt, and answers of one number in ``leaf_ids`` are one
+    leaf: the batch has U prompts and S sequences, each a prompt and one leaf, and P *edges* between
+    them. A row without those numbers is a tree with two leaves, so that S is 2P. Rows may also have
+    ``chosen_unscored`` and ``rejected_unscored``, positions in those completions that are read but
+    not scored. Whatever the layout, with N scored completion tokens in all and [B, T] tokens in a
+    batch:
 
     =====================  ==========  ==========================================================
     ``input_ids``          [B, T]      int64
     ``select``             [N]         int64, flat positions in [B·T] that predict a completion
                                        token: from the last prompt token to the last but one
-    ``targets``            [N]         int64, the completion tokens themselves, P chosen
-                                       completions and then P rejected
-    ``cu_seqlens``         [2P + 1]    int32, where each completion begins in ``targets``
+    ``targets``            [N]         int64, the completion tokens themselves: the first leaf of
+                                       every tree, then the second of every one, and so on
+    ``cu_seqlens``         [S + 1]     int32, where each completion begins in ``targets``
+    ``edges``              [P, 2]      int64, the sequences of each pair's chosen and rejected
+                                       answer: i and P + i where no pair shares its prompt
     ``pair_ids``           [P]         int64, the rows' ``pair_id`` (their place in the batch where
                                        they carry none); below 0 marks a filler pair
     ``decoder_tokens``     [3]         int64: tokens computed, of those not padding, tokens that
-                                       the padded layout would compute
-    ``reference_logps``    [2P]        fp32, where the rows carry ``reference_chosen_logps`` and
+                                       the padded layout would compute of the pairs
+    ``reference_logps``    [S]         fp32, where the rows carry ``reference_chosen_logps`` and
                                        ``reference_rejected_logps``: a frozen model's summed
                                        log-probs
     =====================  ==========  ==========================================================
 
-    ``layout`` says what a row holds. "padded" stacks P chosen and P rejected sequences, B = 2P,
-    padded on the right to the longest, with ``attention_mask`` [2P, T] int64. The others lay
-    *segments* one after another in a row: "packed" a sequence each (prompt and completion),
-    "prefix_shared" a pair each (prompt, chosen, rejected; rejected restarts its positions after the
-    prompt and must not see chosen):
+    ``layout`` says what a row holds. "padded" stacks the sequences, B = S, padded on the right to
+    the longest, with ``attention_mask`` [S, T] int64. The others lay *segments* one after another
+    in a row: "packed" a sequence each (prompt and completion), "prefix_shared" a tree each (prompt
+    and leaves; every leaf starts its positions after the prompt and must not see the others):
 
     =====================  ==========  ==========================================================
     ``position_ids``       [B, T]      int64, in the token's own sequence
-    ``segment_ids``        [B, T]      int32, the sequence or pair a token is of; -1 on padding
-    ``branch_ids``         [B, T]      int32: 0 prompt or packed sequence, 1 chosen, 2 rejected
+    ``segment_ids``        [B, T]      int32, the sequence or tree a token is of; -1 on padding
+    ``branch_ids``         [B, T]      int32: 0 prompt or packed sequence, then leaves from 1 on
     =====================  ==========  ==========================================================
 
     ``rows`` says how many rows, by what attention costs: "dense" (a mask of T² entries, all of
@@ -88,7 +92,7 @@ class PairCollator:
     ``cu_seq_lens_k``
     ``max_length_q``, ``k``            the longest of each, numbers on the host
     ``kv_index``            [K]        int64, "prefix_shared" only: the tokens whose keys each
-                                       sequence sees, prompt and chosen or prompt and rejected
+                                       sequence sees: its prompt's and its leaf's
     ======================  =========  ==========================================================
     """
 
@@ -108,100 +112,98 @@ class PairCollator:
         self.shortest_row = shortest_row
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        prompts = [row["prompt_ids"] for row in rows]
-        sides = [[row[f"{side}_ids"] for row in rows] for side in ("chosen", "rejected")]
-        lengths = np.array([[len(part) for part in p] for p in (prompts, *sides)], np.int64)
-        completions = [completion for side in sides for completion in side]
-        if self.layout == "padded":
-            batch = self._padded(prompts, completions, lengths)
-        elif self.layout == "packed":
-            batch = self._packed(prompts, completions, lengths)
-        else:
-            batch = self._prefix_shared(prompts, sides, lengths)
-        cu_seqlens = np.zeros(2 * len(rows) + 1, dtype=np.int32)
-        np.cumsum(lengths[1:].ravel(), out=cu_seqlens[1:])
-        batch["targets"] = np.concatenate([np.asarray(c, np.int64) for c in completions])
-        batch["cu_seqlens"] = cu_seqlens
+        forest = Forest.of(rows)
+        layouts = {
+            "padded": self._padded,
+            "packed": self._packed,
+            "prefix_shared": self._prefix_shared,
+        }
+        batch = layouts[self.layout](forest)
+        batch["targets"] = np.concatenate([np.asarray(c, np.int64) for c in forest.completions])
+        batch["cu_seqlens"] = np.concatenate([[0], np.cumsum(forest.counts)]).astype(np.int32)
         if any(name in rows[0] for name in UNSCORED_COLUMNS):
-            _leave_unscored_out(batch, rows)
+            _leave_unscored_out(batch, forest.of_leaves(rows, UNSCORED_COLUMNS, ()))
+        batch["edges"] = forest.edges
         batch["pair_ids"] = np.array(
             [row.get("pair_id", i) for i, row in enumerate(rows)], np.int64
         )
-        padded = 2 * len(rows) * int((lengths[0] + lengths[1:]).max())
-        real = lengths.sum() + (0 if self.layout == "prefix_shared" else lengths[0].sum())
+        shared = self.layout == "prefix_shared"
+        real = forest.counts.sum() + (forest.starts if shared else forest.prompts_again).sum()
+        padded = 2 * len(rows) * int(forest.totals.max())
         batch["decoder_tokens"] = np.array([batch["input_ids"].size, real, padded], np.int64)
         if all(name in rows[0] for name in REFERENCE_COLUMNS):
-            logps = [row[name] for name in REFERENCE_COLUMNS for row in rows]
+            logps = forest.of_leaves(rows, REFERENCE_COLUMNS)
             batch["reference_logps"] = np.array(logps, np.float32)
         return {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             for name, value in batch.items()
         }
 
-    def _padded(self, prompts: list, completions: list, lengths: np.ndarray) -> dict[str, Any]:
-        starts, counts = np.tile(lengths[0], 2), lengths[1:].ravel()
-        width = int((starts + counts).max())
-        begins = np.arange(len(starts)) * width
-        pieces = [*prompts, *prompts, *completions]
-        flat = self._filled(len(starts) * width, pieces, np.concatenate([begins, begins + starts]))
-        mask = np.arange(width) < (starts + counts)[:, None]
+    def _padded(self, forest: Forest) -> dict[str, Any]:
+        width = int(forest.totals.max())
+        begins = np.arange(len(forest.totals)) * width
+        flat = self._sequences(len(begins) * width, begins, forest)
+        mask = np.arange(width) < forest.totals[:, None]
         return {
             "input_ids": flat.reshape(-1, width),
             "attention_mask": mask.astype(np.int64),
-            "select": runs(begins + starts - 1, counts),
+            "select": runs(begins + forest.prompts_again - 1, forest.counts),
         }
 
-    def _packed(self, prompts: list, completions: list, lengths: np.ndarray) -> dict[str, Any]:
-        starts, counts = np.tile(lengths[0], 2), lengths[1:].ravel()
-        totals = starts + counts
+    def _packed(self, forest: Forest) -> dict[str, Any]:
+        totals = forest.totals
         begins, shape = self._place(totals)
-        pieces = [*prompts, *prompts, *completions]
-        flat = self._filled(shape[0] * shape[1], pieces, np.concatenate([begins, begins + starts]))
+        flat = self._sequences(shape[0] * shape[1], begins, forest)
         sequences, zeros = np.arange(len(totals)), np.zeros_like(totals)
         batch = {
             "input_ids": flat.reshape(shape),
             **token_ids(shape, begins, totals, sequences, zeros, zeros),
-            "select": runs(begins + starts - 1, counts),
+            "select": runs(begins + forest.prompts_again - 1, forest.counts),
         }
         if self.rows == "varlen":
             batch |= varlen_lengths(totals, totals)
         return batch
 
-    def _prefix_shared(
-        self, prompts: list, sides: list[list], lengths: np.ndarray
-    ) -> dict[str, Any]:
-        starts, chosen, rejected = lengths
-        begins, shape = self._place(lengths.sum(0))
+    def _prefix_shared(self, forest: Forest) -> dict[str, Any]:
+        starts, counts, tree = forest.starts, forest.counts, forest.tree
+        leaves = np.bincount(tree, weights=counts).astype(np.int64)
+        begins, shape = self._place(starts + leaves)
         ends = begins + starts
-        # Parts in the order prompts, chosen, rejected; P of each.
-        part_begins = np.concatenate([begins, ends, ends + chosen])
-        pieces = [*prompts, *sides[0], *sides[1]]
+        # A leaf begins where the one before it in its tree ends; the first, where the prompt does.
+        order = forest.by_tree
+        before = np.cumsum(counts[order]) - counts[order]
+        leaf_begins = np.empty_like(counts)
+        leaf_begins[order] = before + (ends - (np.cumsum(leaves) - leaves))[tree[order]]
+        part_begins = np.concatenate([begins, leaf_begins])
+        pieces = [*forest.prompts, *forest.completions]
         flat = self._filled(shape[0] * shape[1], pieces, part_begins)
-        pairs = np.arange(len(starts))
-        select = runs(np.concatenate([ends - 1, ends + chosen - 1]), lengths[1:].ravel())
-        # What follows rejected's first token is predicted inside rejected, the first by the prompt.
-        first = int(chosen.sum()) + np.cumsum(rejected) - rejected
-        select[first[rejected > 0]] = (ends - 1)[rejected > 0]
+        select = runs(leaf_begins - 1, counts)
+        # What follows a leaf's first token is predicted inside the leaf, the first by the prompt.
+        first = np.cumsum(counts) - counts
+        select[first[counts > 0]] = (ends[tree] - 1)[counts > 0]
         batch = {
             "input_ids": flat.reshape(shape),
             **token_ids(
                 shape,
                 part_begins,
-                lengths.ravel(),
-                np.tile(pairs, 3),
-                np.concatenate([np.zeros_like(starts), starts, starts]),
-                np.repeat([PROMPT, CHOSEN, REJECTED], len(pairs)),
+                np.concatenate([starts, counts]),
+                np.concatenate([np.arange(len(starts)), tree]),
+                np.concatenate([np.zeros_like(starts), starts[tree]]),
+                np.concatenate([np.zeros_like(starts), forest.branch]),
             ),
             "select": select,
         }
         if self.rows == "varlen":
-            first_branch = starts + chosen
-            queries = alternate(first_branch, rejected)
-            keys = alternate(first_branch, starts + rejected)
-            batch |= varlen_lengths(queries, keys)
-            spans = [(begins, first_branch), (begins, starts), (ends + chosen, rejected)]
+            prompt, leaf = starts[tree[order]], counts[order]
+            batch |= varlen_lengths(leaf + prompt * (forest.branch[order] == 1), leaf + prompt)
+            spans = [(begins[tree[order]], prompt), (leaf_begins[order], leaf)]
             batch["kv_index"] = runs(*(alternate(*part) for part in zip(*spans, strict=True)))
         return batch
+
+    def _sequences(self, size: int, begins: np.ndarray, forest: Forest) -> np.ndarray:
+        """Flat padding with every sequence where it begins."""
+        pieces = [*(forest.prompts[tree] for tree in forest.tree), *forest.completions]
+        return self._filled(size, pieces, np.concatenate([begins, begins + forest.prompts_again]))
 
     def _place(self, totals: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """Flat beginning of every segment, and the shape [B, T] of the rows."""
@@ -220,10 +222,9 @@ class PairCollator:
         return flat
 
 
-def _leave_unscored_out(batch: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+def _leave_unscored_out(batch: dict[str, Any], unscored: Sequence[Any]) -> None:
     """Take what is not scored out of ``select`` and ``targets``: it stays in the input alone."""
     begins = batch["cu_seqlens"]
-    unscored = [row.get(name, ()) for name in UNSCORED_COLUMNS for row in rows]
     keep = np.ones(len(batch["targets"]), dtype=bool)
     for begin, positions in zip(begins[:-1], unscored, strict=True):
         keep[begin + np.asarray(positions, np.int64)] = False

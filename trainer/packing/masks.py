@@ -1,8 +1,9 @@
 """Attention for packed rows: one mask per kind of layer, or lengths for varlen attention.
 
-A row holds several *segments* (see `PairCollator`): sequences, or pairs laid out as prompt, chosen,
-rejected. A token sees the tokens before it of its own segment that are of the prompt or of its own
-branch; where a layer has a sliding window, those less than a window of *positions* away.
+A row holds several *segments* (see `PairCollator`): sequences, or trees laid out as a prompt and
+its leaves, each a branch. A token sees the tokens before it of its own segment that are of the
+prompt or of its own branch; where a layer has a sliding window, those less than a window of
+*positions* away.
 
 The masks come from the attention implementation's own factory and are built once per forward,
 inside the patched model (`model.head`), so that only integer tensors cross DDP, FSDP
@@ -34,7 +35,7 @@ def packed_arguments(
         arguments: those of its forward; ``position_ids`` [B, T] among them, and for varlen
             attention ``cu_seq_lens_q`` and the rest of what `PairCollator` gives.
         segment_ids: [B, T]; -1 on padding.
-        branch_ids: [B, T]: 0 prompt, 1 chosen, 2 rejected; None where no prefix is shared.
+        branch_ids: [B, T]: 0 prompt, leaves from 1 on; None where no prefix is shared.
 
     Raises:
         UserError: arguments that do not fit together, or that the model's attention cannot take.

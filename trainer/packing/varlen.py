@@ -1,10 +1,10 @@
 """Varlen attention over packed rows: no mask and no padding, prefixes shared.
 
-Sequence s has queries ``cu_seq_lens_q[s] : cu_seq_lens_q[s + 1]`` of the row. Where a pair shares
-its prompt, rejected's queries stand alone, and its keys and values are gathered behind the
-prompt's (``kv_index``): the row then has the keys ``[prompt + chosen | prompt + rejected]`` of
-every pair. Fewer queries than keys mean the last ones, so that causality, sliding windows and
-softcaps fall out right in one call of any varlen kernel.
+Sequence s has queries ``cu_seq_lens_q[s] : cu_seq_lens_q[s + 1]`` of the row. Where answers share
+their prompt, the queries of all but the first stand alone, and their keys and values are gathered
+behind the prompt's (``kv_index``): the row then has the keys ``[prompt + leaf | prompt + leaf]``,
+and so on, of every tree. Fewer queries than keys mean the last ones, so that causality, sliding
+windows and softcaps fall out right in one call of any varlen kernel.
 
 The function stands in the place of transformers' own under the *same* name and hands over to it
 wherever no lengths are given: generation, other models and padded batches see no difference, and

@@ -9,7 +9,7 @@ import numpy as np
 from ..batching.planner import Plan
 from ..data.table import PairLengths
 from ..packing.choose import Packing
-from ..packing.layout import alternate, place_dense, row_length
+from ..packing.layout import place_dense, row_length
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class MicroBatch:
 
 def micro_batch(lengths: PairLengths, packing: Packing) -> MicroBatch:
     """The batch of all these pairs (at least one)."""
-    prompt, chosen, rejected = lengths.prompt, lengths.chosen, lengths.rejected
-    sequences = np.concatenate([prompt + chosen, prompt + rejected])
-    scored = int(chosen.sum() + rejected.sum())
+    every = np.arange(len(lengths))
+    forest = lengths.unfold(every, np.zeros_like(every))
+    sequences, scored = forest.totals, int(forest.completion.sum())
     layout = packing.layout
     if layout == "padded":
         return MicroBatch(layout, "dense", len(sequences), int(sequences.max()), scored)
-    totals = sequences if layout == "packed" else lengths.shared
+    totals = sequences if layout == "packed" else forest.tree_tokens
     if packing.rows == "dense":
         _, (rows, length) = place_dense(totals, packing.area_cost)
         return MicroBatch(layout, "dense", rows, length, scored)
@@ -50,10 +50,7 @@ def micro_batch(lengths: PairLengths, packing: Packing) -> MicroBatch:
         return MicroBatch(layout, "blocks", 1, length, scored)
     queries = keys = sequences
     if layout == "prefix_shared":
-        queries, keys = (
-            alternate(prompt + chosen, rejected),
-            alternate(prompt + chosen, prompt + rejected),
-        )
+        queries, keys = (part[forest.by_tree] for part in (forest.branch_tokens, sequences))
     return MicroBatch(
         layout, "varlen", 1, length, scored, tuple(queries.tolist()), tuple(keys.tolist())
     )
@@ -64,7 +61,4 @@ def largest(plan: Plan, packing: Packing) -> MicroBatch:
     tokens = plan.tokens(packing.layout)
     place, rank = np.unravel_index(int(tokens.argmax()), tokens.shape)
     pairs = plan.share(int(place), int(rank))
-    lengths = plan.lengths
-    return micro_batch(
-        PairLengths(lengths.prompt[pairs], lengths.chosen[pairs], lengths.rejected[pairs]), packing
-    )
+    return micro_batch(plan.lengths.take(np.array(pairs)), packing)

@@ -138,23 +138,20 @@ def _with_pairs_per_step(now: Scenario, pairs: int) -> Scenario | None:
 
 def _flops(plan: Plan, layout: str, work: Work) -> np.ndarray:
     """[micro-batches, R] operations of each rank."""
-    lengths = plan.lengths
-    prompt, chosen, rejected = (
-        x[plan.order].astype(float) for x in (lengths.prompt, lengths.chosen, lengths.rejected)
-    )
-    both = (prompt + chosen) ** 2 + (prompt + rejected) ** 2
+    count, tokens = plan.pairs.size, plan.tokens(layout)
+    forest = plan.lengths.unfold(plan.order, plan.places)
+    totals, prompt = forest.totals.astype(float), forest.prompt.astype(float)
     if layout == "padded":
-        area = 2 * (prompt + np.maximum(chosen, rejected)) ** 2
-    elif layout == "packed":
-        area = both
-    else:
-        area = (prompt + chosen + rejected) ** 2 if work.dense else both - prompt**2
+        totals = tokens.ravel()[forest.group] / forest.rows(count)[forest.group]
+    area = totals**2
+    if layout == "prefix_shared" and work.dense:
+        area = np.where(forest.leads, forest.tree_tokens.astype(float)[forest.tree] ** 2, 0.0)
+    elif layout == "prefix_shared":
+        area -= np.where(forest.leads, 0.0, prompt**2)
     area = area if work.dense else area / 2
-    per_pair = work.per_area * area + work.per_scored * (chosen + rejected)
-    filled = plan.pairs.ravel() > 0
-    flops = np.zeros(plan.pairs.size)
-    flops[filled] = np.add.reduceat(per_pair, plan.bounds[:-1][filled])
-    return flops.reshape(plan.pairs.shape) + work.per_token * plan.tokens(layout)
+    each = work.per_area * area + work.per_scored * forest.completion
+    flops = np.bincount(forest.group, weights=each, minlength=count)
+    return flops.reshape(plan.pairs.shape) + work.per_token * tokens
 
 
 def traffic(

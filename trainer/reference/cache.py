@@ -31,6 +31,7 @@ from ..data.table import TOKEN_COLUMNS, UNSCORED_COLUMNS, PairRows
 from ..errors import UserError
 from ..files import digest, replacing
 from ..model.adapters import bare_model
+from ..objectives.terms import by_edges
 from ..settings.checks import is_split
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def precomputed(
 
     Args:
         model: the digest of the model's content; only the main process's counts.
-        score: a collated batch -> sums [2P].
+        score: a collated batch -> sums [S].
         weights: how ``score`` weighs tokens, "" for all alike.
     """
     main = trainer.args.process_index == 0
@@ -80,12 +81,11 @@ def precomputed(
 def _computed(rows: PairRows, score: Callable[[Any], Tensor], trainer: Trainer) -> Values:
     """Every rank's share of each batch, gathered batch by batch: no rank waits for long."""
     args = trainer.args
-    batches = list(_batches(rows, args.eval_batch_size * args.world_size))
-    shares = [batch[args.process_index :: args.world_size].tolist() for batch in batches]
+    shares = list(_shares(rows, args.eval_batch_size, args.world_size))
     loader: Any = sheltered(
         DataLoader(
             rows,
-            batch_sampler=shares,  # pyright: ignore[reportArgumentType]
+            batch_sampler=[share[args.process_index].tolist() for share in shares],  # pyright: ignore
             collate_fn=trainer.data_collator,
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator(),  # the global one is the training's
@@ -97,20 +97,26 @@ def _computed(rows: PairRows, score: Callable[[Any], Tensor], trainer: Trainer) 
         loader = tqdm(loader, desc="Reference log-probs")
     gathered = []
     for batch in loader:
-        sums = score(batch).view(2, -1).T.contiguous()
-        gathered.append(trainer.accelerator.gather(sums))
+        sums = score(batch)
+        sums = by_edges(sums, batch["edges"].to(sums.device))
+        gathered.append(trainer.accelerator.gather(sums.view(2, -1).T.contiguous()))
     sums = torch.cat(gathered).cpu().numpy()  # pairs by batch, then by rank, chosen and rejected
-    order = [batch[rank :: args.world_size] for batch in batches for rank in range(args.world_size)]
     values = np.empty((len(rows), 2), sums.dtype)
-    values[np.concatenate(order)] = sums
+    values[np.concatenate([share.ravel() for share in shares])] = sums
     return {name: values[:, i].copy() for i, name in enumerate(COLUMNS)}
 
 
-def _batches(rows: PairRows, size: int) -> Iterator[np.ndarray]:
-    """Row numbers, longest pairs first, ``size`` at a time; the last repeats some to be full."""
-    order = np.argsort(-rows.lengths.shared, kind="stable")
-    for start in range(0, len(order), size):
-        yield np.resize(order[start : start + size], size)
+def _shares(rows: PairRows, size: int, ranks: int) -> Iterator[np.ndarray]:
+    """[ranks, size] row numbers of a batch on each rank, the longest trees first.
+
+    Trees stay together as far as a rank's batch has room; the last batch repeats rows to be full.
+    """
+    lengths, every = rows.lengths, np.arange(len(rows))
+    tokens = lengths.computed("prefix_shared", every, lengths.tree, len(every))
+    order = np.lexsort((lengths.tree, -tokens[lengths.tree]))
+    for start in range(0, len(order), size * ranks):
+        batch = np.resize(order[start : start + size * ranks], size * ranks)
+        yield batch.reshape(-1, ranks).T if rows.trees is None else batch.reshape(ranks, -1)
 
 
 def cache_folder() -> str:

@@ -181,7 +181,7 @@ class Reference:
             )
 
     def sums(self, policy: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Summed log-probs [2P] of the batch's completions, fp32 (fp64 for an fp64 model)."""
+        """Summed log-probs [S] of the batch's completions, fp32 (fp64 for an fp64 model)."""
         given = batch.get("reference_logps")
         if given is not None:
             return given

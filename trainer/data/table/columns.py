@@ -1,0 +1,97 @@
+"""Columns of the table of tokens: their names, and how pairs become rows of it.
+
+Every name of a column stands here, of raw rows and of tokenized ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+from ..limits import FLAGS, OK, Tokens
+from ..rows import RowProblem
+
+PARTS = ("prompt", "chosen", "rejected")
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+UNSCORED_COLUMNS = ("chosen_unscored", "rejected_unscored")
+"""Positions in the answers that are read but not scored; a data set without them scores all."""
+_OUTCOME_COLUMNS = ("status", "detail", "flags", "max_id")
+REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
+THEIR_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # in TRL
+
+FILLER_ID = -1
+"""The ``pair_id`` of a pair that only fills a batch; smaller ones name the row it repeats."""
+
+
+def is_tokenized(dataset: Any) -> bool:
+    """Whether a data set holds token ids already, by its columns."""
+    return set(TOKEN_COLUMNS) <= set(getattr(dataset, "column_names", None) or ())
+
+
+def reference_columns(columns: list[str]) -> list[str]:
+    for names in (REFERENCE_COLUMNS, THEIR_REFERENCE_COLUMNS):
+        if set(names) <= set(columns):
+            return list(names)
+    return []
+
+
+def other_side(column: str) -> str:
+    sides = {"chosen": "rejected", "rejected": "chosen"}
+    return re.sub("chosen|rejected", lambda side: sides[side[0]], column)
+
+
+def reference_of(table: Any) -> list[str]:
+    return [name for name in REFERENCE_COLUMNS if name in table.column_names]
+
+
+def with_reference(name: str, table: Any, raw: Any) -> Any:
+    """``table`` with the reference's log-probs, where the columns of ``raw`` have them."""
+    for ours, theirs in zip(REFERENCE_COLUMNS, reference_columns(raw.column_names), strict=False):
+        try:
+            logps = np.array(raw[theirs][:], dtype=np.float64)
+        except (TypeError, ValueError):
+            logps = np.array([np.nan])
+        if not np.isfinite(logps).all():
+            raise UserError(
+                f"{name}: {theirs} holds something that is no finite number; mend the column, or "
+                "leave it out to have the reference's log-probs computed"
+            )
+        table = table.add_column(ours, logps)
+    return table
+
+
+def check_reference(tables: list[Any], names: str) -> None:
+    if len({bool(reference_of(table)) for table in tables}) > 1:
+        raise UserError(
+            f"{names}: some have reference_chosen_logps and reference_rejected_logps and "
+            "some not; leave the columns out, or have them in all"
+        )
+
+
+def features() -> Any:
+    """The ``datasets.Features`` of what `token_columns` makes."""
+    from datasets import Features, List, Value
+
+    types = dict.fromkeys((*TOKEN_COLUMNS, *UNSCORED_COLUMNS), List(Value("int32")))
+    numbers = {"flags": Value("int32"), "max_id": Value("int64")}
+    return Features({**types, "status": Value("string"), "detail": Value("string"), **numbers})
+
+
+def token_columns(outcomes: Iterable[Tokens | RowProblem]) -> dict[str, list[Any]]:
+    """A batch of tokenized rows by column: those of `features`, empty where a row cannot train."""
+    names = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *_OUTCOME_COLUMNS)
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for outcome in outcomes:
+        if isinstance(outcome, RowProblem):
+            values = ([], [], [], [], [], outcome.reason, outcome.detail, 0, -1)
+        else:
+            sides = (outcome.prompt, outcome.chosen, outcome.rejected)
+            flags = sum(1 << i for i, flag in enumerate(FLAGS) if flag in outcome.flags)
+            values = (*sides, *outcome.unscored, OK, outcome.detail, flags, max(map(max, sides)))
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    return columns

@@ -1,0 +1,127 @@
+"""Tokens of pairs, and what groups of pairs cost in a batch, whatever they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from .trees import Trees
+
+
+@dataclass(frozen=True)
+class PairLengths:
+    """Tokens of every pair's parts, [pairs] int64 each, and the trees that pairs form."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    trees: Trees | None = None  # None: every pair is a tree of its own
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @cached_property
+    def tree(self) -> np.ndarray:
+        """[pairs] the tree of every pair."""
+        return np.arange(len(self)) if self.trees is None else self.trees.tree
+
+    @cached_property
+    def apart(self) -> PairLengths:
+        """The same pairs with nothing shared between them."""
+        return replace(self, trees=None)
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """[pairs] prompt, chosen and rejected tokens."""
+        return self.prompt + self.chosen + self.rejected
+
+    def alone(self, layout: str) -> np.ndarray:
+        """[pairs] tokens the decoder computes for each pair when it is by itself.
+
+        Args:
+            layout: "padded", "packed" (two sequences) or "prefix_shared" (one prompt for both).
+        """
+        if layout == "padded":
+            return 2 * (self.prompt + np.maximum(self.chosen, self.rejected))
+        return self.shared + self.prompt if layout == "packed" else self.shared
+
+    def take(self, pairs: np.ndarray) -> PairLengths:
+        """Those of some pairs."""
+        trees = None if self.trees is None else self.trees.take(pairs)
+        return PairLengths(self.prompt[pairs], self.chosen[pairs], self.rejected[pairs], trees)
+
+    def unfold(self, pairs: np.ndarray, groups: np.ndarray) -> SequenceLengths:
+        """The sequences of pairs that are computed in groups: of each group every leaf once.
+
+        Args:
+            pairs: [M] which.
+            groups: [M] int64 from 0, where each is computed.
+        """
+        some = self.take(pairs)
+        trees = some.trees or Trees.apart(len(some))
+        size = int(trees.leaves.max(initial=-1)) + 1
+        inside = Trees(
+            groups * (int(trees.tree.max(initial=-1)) + 1) + trees.tree,
+            groups[:, None] * size + trees.leaves,
+        ).sequences()
+        pair = inside.first // 2
+        completions = np.stack([some.chosen, some.rejected], axis=1).ravel()[inside.first]
+        return SequenceLengths(
+            some.prompt[pair], completions, groups[pair], inside.tree, inside.by_tree
+        )
+
+    def computed(
+        self, layout: str, pairs: np.ndarray, groups: np.ndarray, count: int
+    ) -> np.ndarray:
+        """[count] tokens the decoder computes for each group of pairs; see `unfold`."""
+        sequences = self.unfold(pairs, groups)
+        if layout == "prefix_shared":
+            return sequences.per_group(sequences.branch_tokens, count)
+        if layout == "packed":
+            return sequences.per_group(sequences.totals, count)
+        longest = np.zeros(count, np.int64)
+        np.maximum.at(longest, sequences.group, sequences.totals)
+        return longest * sequences.rows(count)
+
+
+@dataclass(frozen=True)
+class SequenceLengths:
+    """Tokens of sequences, [S] each, in the order of `Sequences`."""
+
+    prompt: np.ndarray
+    completion: np.ndarray
+    group: np.ndarray
+    tree: np.ndarray  # from 0; a tree in two groups counts as two
+    by_tree: np.ndarray  # the order in which they lie in a row
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """[S] prompt and completion."""
+        return self.prompt + self.completion
+
+    @cached_property
+    def leads(self) -> np.ndarray:
+        """[S] bool: the first of its tree, which computes the prompt where it is shared."""
+        leads = np.zeros(len(self.tree), bool)
+        leads[np.unique(self.tree, return_index=True)[1]] = True
+        return leads
+
+    @cached_property
+    def branch_tokens(self) -> np.ndarray:
+        """[S] tokens that each adds where prompts are shared."""
+        return self.completion + self.prompt * self.leads
+
+    @cached_property
+    def tree_tokens(self) -> np.ndarray:
+        """[U] tokens of every tree: its prompt and its leaves."""
+        return np.bincount(self.tree, weights=self.branch_tokens).astype(np.int64)
+
+    def rows(self, count: int) -> np.ndarray:
+        """[count] sequences of each group."""
+        return np.bincount(self.group, minlength=count)
+
+    def per_group(self, values: np.ndarray, count: int) -> np.ndarray:
+        """[count] sums of whole numbers [S] over the sequences of each group."""
+        return np.bincount(self.group, weights=values, minlength=count).astype(np.int64)

@@ -1,0 +1,162 @@
+"""Rows of a tokenized data set as batches read them, with the trees that they form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch.utils.data import Dataset
+
+from ...errors import UserError
+from .columns import (
+    FILLER_ID,
+    PARTS,
+    REFERENCE_COLUMNS,
+    THEIR_REFERENCE_COLUMNS,
+    TOKEN_COLUMNS,
+    UNSCORED_COLUMNS,
+)
+from .lengths import PairLengths
+from .trees import name_trees
+
+
+class PairRows(Dataset):
+    """Rows of a tokenized data set with their ``pair_id``, as `PairBatches` indexes them.
+
+    A row has its token columns and, where the data set has both (or was given them later), the
+    reference's log-probs. Where pairs are grouped it also has ``tree_id`` and, of its chosen and
+    its rejected answer, ``leaf_ids``.
+
+    Args:
+        dataset: with the token columns.
+        group_by_prompt: pairs whose prompts have equal tokens form one tree, and equal answers in
+            it (scored alike, with the same log-probs of a reference) one leaf.
+    """
+
+    def __init__(self, dataset: Any, *, group_by_prompt: bool = False) -> None:
+        columns: list[str] = list(TOKEN_COLUMNS)
+        if set(THEIR_REFERENCE_COLUMNS) <= set(dataset.column_names):
+            names = zip(THEIR_REFERENCE_COLUMNS, REFERENCE_COLUMNS, strict=True)
+            dataset = dataset.rename_columns(dict(names))
+        if set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+            columns += REFERENCE_COLUMNS
+        columns += [name for name in UNSCORED_COLUMNS if _is_used(dataset, name)]
+        self.dataset = dataset.select_columns(columns).with_format("arrow")
+        self._reference: dict[str, np.ndarray] = {}
+        self.trees = name_trees(self._contents()) if group_by_prompt else None
+
+    def _contents(self) -> Iterator[tuple[bytes, bytes, bytes]]:
+        """What makes prompts and answers of pairs equal."""
+        names = self.dataset.column_names
+        for table in self.dataset.iter(batch_size=4096):
+            columns = {name: _values(table.column(name)) for name in names}
+            chosen, rejected = (
+                [columns[name] for name in names if side in name] for side in PARTS[1:]
+            )
+            for i, prompt in enumerate(columns[TOKEN_COLUMNS[0]]):
+                yield prompt.tobytes(), _content(chosen, i), _content(rejected, i)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether rows carry the reference's log-probs."""
+        return bool(self._reference) or REFERENCE_COLUMNS[0] in self.dataset.column_names
+
+    def set_reference(self, logps: dict[str, np.ndarray]) -> None:
+        """Give every row the reference's log-probs: columns named as in `REFERENCE_COLUMNS`."""
+        self._reference = logps
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @cached_property
+    def lengths(self) -> PairLengths:
+        """Tokens of every pair's parts, from Arrow's offsets: no token is read."""
+        prompt, chosen, rejected = (self._list_lengths(name) for name in TOKEN_COLUMNS)
+        return PairLengths(prompt, chosen, rejected, self.trees)
+
+    @cached_property
+    def scored(self) -> PairLengths:
+        """The same with the scored tokens of the answers alone, over which means are taken."""
+        lengths = self.lengths
+        left: dict[str, Any] = {
+            name: self._list_lengths(name) if name in self.dataset.column_names else 0
+            for name in UNSCORED_COLUMNS
+        }
+        chosen, rejected = (left[name] for name in UNSCORED_COLUMNS)
+        return replace(
+            lengths, chosen=lengths.chosen - chosen, rejected=lengths.rejected - rejected
+        )
+
+    def _list_lengths(self, name: str) -> np.ndarray:
+        # The table's rows stand as they were stored; select and shuffle keep a list beside it.
+        stored = self.dataset._indices
+        rows = slice(None) if stored is None else stored.column(0).to_numpy()
+        return _list_lengths(self.dataset.data.column(name)).astype(np.int64)[rows]
+
+    def check(self, name: str, vocab_size: int) -> None:
+        """Raise ``UserError`` for tokens that cannot train; ``name`` is what messages call them."""
+        in_stored_order = self.dataset._indices is None
+        table: Any = self.dataset.data if in_stored_order else self.dataset[:]
+        for column, part in zip(TOKEN_COLUMNS, PARTS, strict=True):
+            empty = np.flatnonzero(getattr(self.lengths, part) == 0)
+            if len(empty):
+                raise UserError(
+                    f"{name}: {column} of row {empty[0]} is empty, {len(empty)} in all; every "
+                    "pair needs a prompt (BOS at least) and two answers: leave such rows out"
+                )
+            ids = pc.call_function("list_flatten", [table.column(column)])
+            limits = pc.call_function("min_max", [ids])
+            least, most = (limits[key].as_py() for key in ("min", "max"))
+            if least is not None and not 0 <= least <= most < vocab_size:
+                raise UserError(
+                    f"{name}: {column} has token ids from {least} to {most}, the model's "
+                    f"vocabulary those from 0 to {vocab_size - 1}; use the model's own tokenizer"
+                )
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        row_numbers = [index if index >= 0 else FILLER_ID - index for index in indices]
+        table: pa.Table = self.dataset[row_numbers]
+        columns = {name: _values(table.column(name)) for name in table.column_names}
+        columns |= {name: logps[row_numbers] for name, logps in self._reference.items()}
+        if self.trees is not None:
+            trees = self.trees.take(np.array(row_numbers))
+            columns |= {"tree_id": trees.tree, "leaf_ids": trees.leaves}
+        return [
+            {
+                **{name: column[i] for name, column in columns.items()},
+                "pair_id": index if index >= 0 else FILLER_ID,
+            }
+            for i, index in enumerate(indices)
+        ]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+
+def _values(column: pa.ChunkedArray) -> Sequence[Any]:
+    """A column's values by row: arrays of tokens, or numbers."""
+    if not pa.types.is_nested(column.type):
+        return column.to_numpy()
+    tokens = pc.call_function("list_flatten", [column]).to_numpy()
+    ends = np.cumsum(_list_lengths(column))
+    return np.split(tokens, ends[:-1])
+
+
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.call_function("list_value_length", [column]).to_numpy()
+
+
+def _is_used(dataset: Any, name: str) -> bool:
+    """Whether a column of lists is there and not empty in every row."""
+    return name in dataset.column_names and bool(_list_lengths(dataset.data.column(name)).any())
+
+
+def _content(columns: list[Sequence[Any]], row: int) -> bytes:
+    """A row's numbers in these columns, as bytes that only the same ones give."""
+    values = [value for column in columns if (value := np.asarray(column[row])).size]
+    return str([value.shape for value in values]).encode() + b"".join(v.tobytes() for v in values)
