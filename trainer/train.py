@@ -60,7 +60,7 @@ def _train(config: PreferenceConfig, objective: Objective, script: str | None) -
     if main:
         print("\n".join([*_resume_lines(start.folder), *data.report.lines()]), flush=True)
     check_training_data(data)
-    rows = PairRows(data.train)
+    rows = PairRows(data.train, group_by_prompt=config.group_by_prompt)
     if script is not None:
         lines = count_steps_as_published(config, len(rows))
         print("\n".join(lines if main else []), end="\n" if main and lines else "", flush=True)
@@ -72,7 +72,7 @@ def _train(config: PreferenceConfig, objective: Objective, script: str | None) -
         model,
         config,
         train_dataset=rows,
-        eval_dataset=None if data.evaluation is None else PairRows(data.evaluation),
+        eval_dataset=data.evaluation,
         processing_class=tokenizer,
         objective=objective,
     )
@@ -218,7 +218,7 @@ def _plan_lines(
     config: PreferenceConfig, objective: Objective, pairs: Dataset, model_config: Any
 ) -> list[str]:
     """The packing that these settings should get, and the plan of the first epoch."""
-    lengths = PairRows(pairs).lengths
+    lengths = PairRows(pairs, group_by_prompt=config.group_by_prompt).lengths
     packing = choose_packing(
         config.packing,
         model_config,

@@ -33,6 +33,9 @@ PAIRS = {UNTIED: 21, TIED: 17}
 then 1 and 1), or a single one, so that one rank has a filler."""
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_dropout": 0.0, "learning_rate": 0.1}
+TREES = {"group_by_prompt": True, "max_prompt_length": 4, "truncation_mode": "keep_start"}
+"""Prompts cut so short that several pairs have the same one."""
+
 RUNS: dict[str, dict[str, Any]] = {
     "simpo": {"model": UNTIED, "objective": "simpo", "packing": "padded"},
     "simpo-tied": {"model": TIED, "objective": "simpo", "packing": "prefix_shared"},
@@ -50,6 +53,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "precompute_ref_log_probs": True,
     },
     "dpo-lora": {"model": TIED, "objective": "dpo", "packing": "packed", "beta": 0.5, **LORA},
+    "lmpo-trees": {"model": UNTIED, "objective": "lmpo", "packing": "prefix_shared", **TREES},
+    "dpo-trees": {
+        "model": TIED, "objective": "dpo", "packing": "packed", "beta": 0.5,
+        "precompute_ref_log_probs": True, **TREES,
+    },
     "checkpointing": {
         "model": UNTIED, "objective": "lmpo", "packing": "padded", "gradient_checkpointing": True,
     },

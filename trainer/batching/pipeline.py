@@ -85,10 +85,13 @@ class PairPipeline:
         return self._rows(dataset, "eval_dataset", {})
 
     def _rows(self, dataset: Any, name: str, reports: dict[str, SplitReport]) -> Any:
+        grouped = self.settings.group_by_prompt
+        if isinstance(dataset, PairRows) and grouped and dataset.trees is None:
+            return PairRows(dataset.dataset, group_by_prompt=True)
         if dataset is None or isinstance(dataset, PairRows):
             return dataset
         if is_tokenized(dataset):
-            rows = PairRows(dataset)
+            rows = PairRows(dataset, group_by_prompt=grouped)
             rows.check(name, self.vocab_size)
             return rows
         if isinstance(dataset, IterableDataset):
@@ -102,7 +105,7 @@ class PairPipeline:
             vocab_size=self.vocab_size,
             name=name,
         )
-        return PairRows(dataset)
+        return PairRows(dataset, group_by_prompt=grouped)
 
     def choose_collator(
         self, model: Any, rows: PairRows | None, collator: Any = None, stand_in: Any = None
@@ -117,7 +120,7 @@ class PairPipeline:
         """
         if rows is not None and rows.trees is not None and self.objective.token_weights:
             raise UserError(
-                f"group_by_prompt: set it to false; {self.objective.token_weights} weighs the tokens "
+                f"group_by_prompt: set it to false; {self.objective.token_weights} weighs tokens "
                 "of an answer by the other answer of each pair, so pairs cannot share it"
             )
         if collator is None:

@@ -38,6 +38,7 @@ SAME = """
     sync_ref_model ref_model_sync_steps ref_model_mixup_alpha
     load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant
     chat_date seed data_seed dataloader_drop_last train_sampling_strategy ignore_data_skip
+    group_by_prompt
 """
 """Settings that a resumed run must share with its checkpoint; unknown ones count as such."""
 

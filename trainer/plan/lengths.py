@@ -72,7 +72,7 @@ def _of_data(settings: PreferenceConfig, vocab_size: int, names: list[str]) -> L
     data = load_pairs(settings, load_tokenizer(settings), vocab_size)
     if data.train is None or not len(data.train):
         raise UserError("dataset_splits: none of them is for training; name a train split")
-    lengths = PairRows(data.train).lengths
+    lengths = PairRows(data.train, group_by_prompt=settings.group_by_prompt).lengths
     means = (lengths.prompt.mean(), lengths.chosen.mean(), lengths.rejected.mean())
     text = ", ".join(f"{mean:.0f}" for mean in means)
     return Lengths(
@@ -110,4 +110,5 @@ def at_limits(settings: PreferenceConfig, count: int) -> PairLengths:
         )
     answer = min(settings.max_length - 1, settings.max_completion_length or settings.max_length)
     prompt = max(1, min(settings.max_length - answer, settings.max_prompt_length or answer))
-    return PairLengths(*(np.full(count, length) for length in (prompt, answer, answer)))
+    prompts, answers = (np.full(count, length) for length in (prompt, answer))
+    return PairLengths(prompts, answers, answers)

@@ -67,6 +67,9 @@ class DataSettings:
     preprocessing_num_workers: int | None = None
     #: Label noise: the probability, in [0, 1], that a training pair has its sides swapped.
     flip: float = 0.0
+    #: Pairs whose prompts have the same tokens run as one tree: the prompt once, and each distinct
+    #: answer once. The pairs of a prompt then share a step, as far as it has room.
+    group_by_prompt: bool = False
     #: Shuffle the mixed data sets once before training (the order of each epoch is drawn later).
     shuffle: bool = True
     #: Seed of that shuffle and of ``flip``. 42 gives the published mixtures' order.
@@ -95,11 +98,10 @@ class DataSettings:
                 "the published scripts did)"
             )
         self._check_date()
-        if not isinstance(self.auto_insert_empty_system_msg, bool):
-            raise UserError(
-                "auto_insert_empty_system_msg: expected true or false, "
-                f"got {self.auto_insert_empty_system_msg!r}"
-            )
+        for name in ("auto_insert_empty_system_msg", "group_by_prompt"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise UserError(f"{name}: expected true or false, got {value!r}")
         if not is_number(self.flip) or not 0 <= self.flip <= 1:
             raise UserError(f"flip: expected a probability from 0 to 1, got {self.flip!r}")
         expect_whole("mix_seed", self.mix_seed, 0)
