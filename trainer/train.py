@@ -60,7 +60,7 @@ def _train(config: PreferenceConfig, objective: Objective, script: str | None) -
     if main:
         print("\n".join([*_resume_lines(start.folder), *data.report.lines()]), flush=True)
     check_training_data(data)
-    rows = PairRows(data.train, group_by_prompt=config.group_by_prompt)
+    rows = PairRows.of(data.train, config)
     if script is not None:
         lines = count_steps_as_published(config, len(rows))
         print("\n".join(lines if main else []), end="\n" if main and lines else "", flush=True)
@@ -218,7 +218,7 @@ def _plan_lines(
     config: PreferenceConfig, objective: Objective, pairs: Dataset, model_config: Any
 ) -> list[str]:
     """The packing that these settings should get, and the plan of the first epoch."""
-    lengths = PairRows(pairs, group_by_prompt=config.group_by_prompt).lengths
+    lengths = PairRows.of(pairs, config).lengths
     packing = choose_packing(
         config.packing,
         model_config,

@@ -36,7 +36,7 @@ from .monitor.pair_rewards import RewardMetrics
 from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
 from .objectives.terms import by_edges
-from .packing import model_inputs
+from .packing import PAIR_INPUTS, model_inputs
 from .reference.model import reference_for
 from .settings.config import PreferenceConfig, check_evaluation
 from .settings.model import check_adapted
@@ -56,15 +56,13 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
     saves and resumes, `OutputTrainer` writes the trained model and its card.
 
     Args:
-        model: a causal language model, or the name or folder of one. It is patched in place, see
-            `patch_head`; without targets it behaves as before.
+        model: a causal language model (patched in place, see `patch_head`), or its name or folder.
         args: every setting; its ``objective`` must be named.
         train_dataset, eval_dataset: pairs, raw (``prompt``, ``chosen``, ``rejected``; tokenized
             here by ``args``) or tokenized (``prompt_ids``, ``chosen_ids``, ``rejected_ids``).
             Several of evaluation as a dict: their ``eval_NAME_...`` are not in the report.
         processing_class: the tokenizer, or a processor with one; the model's own if None.
-        ref_model: a frozen model for objectives with a reference; if None, the one that ``args``
-            name, or else the model as it is now. It is patched too.
+        ref_model: a frozen model; if None, the one that ``args`` name, or the model as it is now.
         peft_config: wrap the model in this adapter, not on lm_head; if None, as ``args`` say.
         data_collator: in place of `PairCollator`, with the same output.
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -125,7 +123,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             pair_ids=inputs["pair_ids"],
             group=dist.group.WORLD if distributed else None,
             log_sum_squares=None if scored.figures is None else scored.figures[0],
-            edges=inputs.get("edges"),
+            **{name: inputs[name] for name in PAIR_INPUTS if name in inputs},
         )
 
     def _observe(

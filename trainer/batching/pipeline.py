@@ -85,13 +85,12 @@ class PairPipeline:
         return self._rows(dataset, "eval_dataset", {})
 
     def _rows(self, dataset: Any, name: str, reports: dict[str, SplitReport]) -> Any:
-        grouped = self.settings.group_by_prompt
-        if isinstance(dataset, PairRows) and grouped and dataset.trees is None:
-            return PairRows(dataset.dataset, group_by_prompt=True)
+        if isinstance(dataset, PairRows) and self.settings.group_by_prompt and not dataset.trees:
+            return PairRows.of(dataset.source, self.settings)
         if dataset is None or isinstance(dataset, PairRows):
             return dataset
         if is_tokenized(dataset):
-            rows = PairRows(dataset, group_by_prompt=grouped)
+            rows = PairRows.of(dataset, self.settings)
             rows.check(name, self.vocab_size)
             return rows
         if isinstance(dataset, IterableDataset):
@@ -105,7 +104,7 @@ class PairPipeline:
             vocab_size=self.vocab_size,
             name=name,
         )
-        return PairRows(dataset, group_by_prompt=grouped)
+        return PairRows.of(dataset, self.settings)
 
     def choose_collator(
         self, model: Any, rows: PairRows | None, collator: Any = None, stand_in: Any = None

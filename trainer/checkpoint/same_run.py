@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..model.adapters import bare_model
 from ..model.digest import IRRELEVANT
 from ..monitor.run_record import objective_facts, plain
-from ..reference.cache import tokens_digest
+from ..reference.cache import numbers_digest, tokens_digest
 from ..settings.coercion import is_secret
 from ..settings.config import defaults_of
 
@@ -59,7 +59,8 @@ CONTENT = """
     use_peft lora_r lora_alpha lora_dropout lora_target_modules
     lora_target_parameters use_rslora use_dora
     lora_modules_to_save objective beta gamma_beta_ratio objective_args
-    dataset dataset_mixer dataset_splits columns tools max_length max_prompt_length
+    dataset dataset_mixer dataset_splits columns edges edge_gap
+    pair_weighting margin_from tools max_length max_prompt_length
     max_completion_length chat_template_kwargs
     truncation_mode chat_template chat_rendering auto_insert_empty_system_msg flip shuffle mix_seed
     max_train_samples score per_device_train_batch_size gradient_accumulation_steps
@@ -145,6 +146,7 @@ def _facts_of_a_rank(args: PreferenceConfig, objective: Objective, rows: PairRow
         "micro_batches": args.gradient_accumulation_steps,
         "pairs": len(rows),
         "tokens": tokens_digest(rows),
+        "numbers": numbers_digest(rows),
     }
 
 
@@ -208,6 +210,8 @@ def compare(saved: Facts, now: Facts) -> tuple[list[str], list[str]]:
         forbidden.append(f"the training data had {saved.get('pairs')} pairs, has {now['pairs']}")
     elif saved.get("tokens") != now["tokens"]:
         forbidden.append("the training data has other tokens")
+    elif saved.get("numbers", "") != now.get("numbers", ""):
+        forbidden.append("the training data has other weights or margins")
     before, after = saved.get("settings") or {}, now.get("settings") or {}
     for name in _differing(before, after):
         noted = KINDS.get(name, "same") == "noted"

@@ -32,7 +32,8 @@ from .chat import (
     takes_empty_system,
 )
 from .encoder import TripleEncoder, single_bos
-from .formats.shapes import standard_row
+from .formats.answers import NUMBERS, Edges
+from .formats.shapes import standard_rows
 from .guard import guarded
 from .limits import (
     BOS_DOUBLED,
@@ -54,6 +55,7 @@ from .rows import (
     attempt,
     common_prefix,
     dressed,
+    numbers_of,
     read_row,
 )
 from .separate import last_turns, render_separately, split_separate
@@ -75,9 +77,11 @@ class PairTokenizer:
         limits: Limits,
         rendering: Rendering | None = None,
         stops: frozenset[int] = frozenset(),
+        edges: Edges | None = None,
     ):
         self.tokenizer = tokenizer
         self.limits = limits
+        self.edges = edges or Edges()
         self.rendering = rendering or Rendering()
         self.bos_id = only_id(tokenizer.bos_token_id)
         self.eos_id = only_id(tokenizer.eos_token_id)
@@ -94,11 +98,15 @@ class PairTokenizer:
         example = example_prompt(tokenizer, generation) if has_template else None
         self.encode = TripleEncoder(tokenizer, example)
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-        pairs = [attempt(self._read, row) for row in rows]
+    def __call__(
+        self, batch: dict[str, list[Any]], indices: list[int] | None = None
+    ) -> dict[str, list[Any]]:
+        """Columns of the pairs of these rows, each with its row's number in ``indices``."""
+        origins, pairs = [], []
+        for place, values in enumerate(zip(*batch.values(), strict=True)):
+            made = self._pairs(dict(zip(batch, values, strict=True)))
+            origins += [place if indices is None else indices[place]] * len(made)
+            pairs += made
         rendered = [
             guarded(pair, texts, self.template)
             for pair, texts in zip(pairs, self._render(pairs), strict=True)
@@ -109,11 +117,19 @@ class PairTokenizer:
             if isinstance(texts, RowProblem)
             else attempt(self._finish, pair, texts, *next(ids))
             for pair, texts in zip(pairs, rendered, strict=True)
-        )
+        ) | {"row": origins}
+
+    def _pairs(self, row: dict[str, Any]) -> list[Pair | RowProblem]:
+        """The pairs of a row, which may have several answers."""
+        numbers = attempt(numbers_of, row)
+        made = attempt(standard_rows, row, self.edges)
+        if problem := next((it for it in (made, numbers) if isinstance(it, RowProblem)), None):
+            return [problem]
+        return [attempt(self._read, numbers | each) for each in made]
 
     def _read(self, row: dict[str, Any]) -> Pair:
-        row = standard_row(row)
         pair = read_row(row)
+        pair.numbers = numbers_of(row)
         if self.rendering.separate:
             pair = last_turns(pair, row)
         if not pair.conversation:
@@ -150,6 +166,7 @@ class PairTokenizer:
         rejected: list[int],
     ) -> Tokens:
         tokens = self._cut(pair, texts, prompt, chosen, rejected)
+        tokens.numbers = pair.numbers
         if pair.lost:
             tokens.flags.add(TEXT_LOST)
             tokens.detail = pair.lost
@@ -230,15 +247,22 @@ class TokenizedReader:
         self.limits = limits
         self.bos_id = bos_id
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        names = [name for name in (*TOKEN_COLUMNS, *UNSCORED_COLUMNS) if name in batch]
-        rows = zip(*(batch[name] for name in names), strict=True)
-        return token_columns(
-            attempt(self._read, dict(zip(names, row, strict=True))) for row in rows
-        )
+    def __call__(
+        self, batch: dict[str, list[Any]], indices: list[int] | None = None
+    ) -> dict[str, list[Any]]:
+        names = [name for name in (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBERS) if name in batch]
+        rows = [
+            dict(zip(names, row, strict=True))
+            for row in zip(*(batch[name] for name in names), strict=True)
+        ]
+        origins = list(range(len(rows))) if indices is None else indices
+        return token_columns(attempt(self._read, row) for row in rows) | {"row": origins}
 
     def _read(self, row: dict[str, Any]) -> Tokens:
+        numbers = numbers_of(row)
         for name, ids in row.items():
+            if name in NUMBERS:
+                continue
             if not isinstance(ids, list) or not all(
                 isinstance(i, int) and 0 <= i <= _LARGEST_ID for i in ids
             ):
@@ -248,5 +272,5 @@ class TokenizedReader:
         for name, ids, positions in zip(UNSCORED_COLUMNS, sides, left, strict=True):
             if positions and (positions[-1] >= len(ids) or len(positions) == len(ids)):
                 raise RowProblem(NOT_SCORED, f"{name} has a position past the end, or all of them")
-        tokens = Tokens(prompt, *sides, flags=set(), unscored=(left[0], left[1]))
+        tokens = Tokens(prompt, *sides, flags=set(), unscored=(left[0], left[1]), numbers=numbers)
         return fit(tokens, self.limits, self.bos_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .rows import EMPTY_COMPLETION, IDENTICAL, RowProblem
@@ -54,6 +54,8 @@ class Tokens:
     detail: str = ""
     #: Positions in ``chosen`` and in ``rejected`` that are read, but not scored.
     unscored: tuple[list[int], list[int]] = ([], [])
+    #: What the row says of the pair, by column: see ``rows.NUMBERS``.
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,4 +132,11 @@ def fit(
     unscored = tuple([i for i in side if i < room] for side in tokens.unscored)
     if any(len(ids) == len(left) for ids, left in zip((chosen, rejected), unscored, strict=True)):
         raise RowProblem(NOT_SCORED, f"what is scored comes after {room} tokens")
-    return Tokens(prompt, chosen, rejected, flags, tokens.detail, (unscored[0], unscored[1]))
+    return replace(
+        tokens,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        flags=flags,
+        unscored=(unscored[0], unscored[1]),
+    )

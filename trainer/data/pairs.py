@@ -1,45 +1,33 @@
-"""Settings, or a raw data set -> tokenized pairs in their final order, and the report of rows.
-
-Rows are tokenized once: `cached_map` keeps the result on disk under a hash of everything the tokens
-depend on. The hash covers the raw rows (the data set's own fingerprint), the tokenizer's content
-and template, the rendering and the limits; never the identity of an object, nor the truncation and
-padding that a tokenizer remembers from its last call. So the next run finds the result, and so do
-the other processes of this one: they wait for the first on a lock file, not in a collective that
-times out. A file that is damaged or cut off is tokenized again.
-"""
+"""Settings, or a raw data set -> tokenized pairs in their final order, and the report of rows."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..settings.data import DataSettings
-from .chat import Rendering, only_id, template_notes
-from .encoding import PairTokenizer, TokenizedReader
-from .formats.cached_files import DyingWithParent, unchanged
+from .cached import cached_map
+from .chat import template_notes
+from .formats.answers import NUMBERS, SCORES
 from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE
-from .limits import OK, TEXT_LOST, Limits
+from .limits import OK, TEXT_LOST
 from .report import DataReport, SourceCount, SplitReport, count_rows
-from .sources import Part, checked_columns, gather
+from .sources import Part, checked_columns, gather, has_answers
 from .table import (
     TOKEN_COLUMNS,
     UNSCORED_COLUMNS,
     check_reference,
-    features,
-    is_tokenized,
     other_side,
     reference_of,
     with_reference,
 )
+from .table.lengths import runs
 from .template import generation_stops, with_template
 from .turns import end_of_turn_id
 
@@ -47,9 +35,6 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-# Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
-_VERSION = 4
 
 
 @dataclass
@@ -80,6 +65,7 @@ def load_pairs(
             "no data: set dataset: (or dataset_mixer:) to a file, a folder or a hub name, "
             "and dataset_splits: to the splits to use"
         )
+    _settle_grouping(settings, [*parts[0], *parts[1]])
     tokenizer = with_template(tokenizer, settings)
     if tokenizer.chat_template:
         end_id = end_of_turn_id(tokenizer, generation_stops(tokenizer, settings))
@@ -119,8 +105,10 @@ def tokenize_pairs(
     settings = settings or DataSettings()
     settings.check()
     tokenizer = with_template(tokenizer, settings)
-    rows, notes = checked_columns(name, dataset, settings.columns)
+    several = settings.edges is not None
+    rows, notes = checked_columns(name, dataset, settings.columns, several=several)
     part = Part(name, ONE_TABLE, rows, len(rows), notes)
+    _settle_grouping(settings, [part])
     return assemble(
         [part], tokenizer, settings, training=training, shuffle=False, vocab_size=vocab_size
     )
@@ -146,16 +134,18 @@ def assemble(
     if not len(order):
         raise UserError(f"{_names(parts)}: no rows; check the fractions and the files")
     used = np.sort(order)
-    tables, sources, origins = [], [], []
+    tables, sources, origins, places = [], [], [], []
     for part, low, high in zip(parts, starts[:-1], starts[1:], strict=True):
         rows = used[(used >= low) & (used < high)] - low
         sources.append(SourceCount(part.name, part.split, part.available, len(rows), part.notes))
-        origins += [(part, int(row)) for row in rows]
         if len(rows):
             raw = part.rows if len(rows) == len(part.rows) else part.rows.select(rows)
             with naming_bad_text(part.name, part.rows):
                 tokens = cached_map(raw, tokenizer, settings)
             tables.append(with_reference(part.name, tokens, raw))
+            made = np.array(tokens["row"][:])
+            origins += [(part, int(rows[row])) for row in made]
+            places.append(made + np.searchsorted(used, low))
     check_reference(tables, _names(parts))
     table = concatenate_datasets(tables)
     arrow: pyarrow.Table = table.with_format("arrow")[:]
@@ -163,11 +153,32 @@ def assemble(
     report = count_rows("train" if training else "evaluation", sources, origins, arrow, trains)
     _check_rows(report, settings)
     _check_vocabulary(int(arrow["max_id"].to_numpy().max()), vocab_size)
-    positions = np.searchsorted(used, order)
+    positions = _of_rows(np.concatenate(places), np.searchsorted(used, order))
     some = any(pc.list_value_length(arrow[name]).to_numpy().any() for name in UNSCORED_COLUMNS)  # pyright: ignore
-    kept = [*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ()), *reference_of(table)]
+    said = [name for name in NUMBERS if not np.isnan(arrow[name].to_numpy()[trains]).all()]
+    if training and settings.margin_from == "scores" and not set(SCORES) <= set(said):
+        raise UserError(
+            f"margin_from: the rows of {_names(parts)} have no columns {' and '.join(SCORES)}; "
+            "give them, rows with several answers and scores, or leave margin_from out"
+        )
+    kept = [*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ()), *reference_of(table), *said]
     table = table.select_columns(kept)
     return _arrange(table, positions[trains[positions]], settings, training, report), report
+
+
+def _settle_grouping(settings: DataSettings, parts: Sequence[Part]) -> None:
+    """Give ``group_by_prompt`` its value where it is None."""
+    if settings.group_by_prompt is None:
+        several = [part for part in parts if has_answers(part.rows)]
+        settings.group_by_prompt = bool(several)
+        for part in several:
+            part.notes.append("pairs of one prompt run together (group_by_prompt: true)")
+
+
+def _of_rows(places: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Where the pairs of these rows stand: ``places`` has each pair's row, in order."""
+    begins, ends = (np.searchsorted(places, rows, side=side) for side in ("left", "right"))
+    return runs(begins, ends - begins)
 
 
 def _arrange(
@@ -182,7 +193,8 @@ def _arrange(
 
     if training and settings.flip:
         swaps = np.random.default_rng([settings.mix_seed, 1]).random(len(positions)) < settings.flip
-        swapped = table.rename_columns({c: other_side(c) for c in table.column_names[1:]})
+        sides = {c: other_side(c) for c in table.column_names if c != other_side(c)}
+        swapped = table.rename_columns(sides)
         # Both orders one after the other, without copying: a swapped pair is a row of the second.
         positions = positions + len(table) * swaps
         table = concatenate_datasets([table, swapped.select_columns(table.column_names)])
@@ -219,72 +231,3 @@ def _check_vocabulary(largest: int, vocab_size: int | None) -> None:
             f"model {vocab_size} embedding rows; use the model's own tokenizer, or resize its "
             "embeddings"
         )
-
-
-def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Dataset:
-    """The rows of ``raw`` tokenized (or, if they hold ids already, checked and cut)."""
-    from datasets import config
-    from filelock import FileLock
-
-    limits, rendering = Limits.of(settings), Rendering.of(settings)
-    if is_tokenized(raw) and rendering.score != "completion":
-        raise UserError(
-            f"score: {rendering.score} needs the conversations, and the data set holds token ids; "
-            f"give it the columns {', '.join(UNSCORED_COLUMNS)}, or set score: completion"
-        )
-    stops = generation_stops(tokenizer, settings)
-    key = fingerprint(raw, tokenizer, limits, rendering, stops)
-    folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin")
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"pairs-{key}.arrow")
-    with FileLock(path + ".lock"), unchanged(Path(folder), key):
-        return raw.map(
-            DyingWithParent(
-                TokenizedReader(limits, only_id(tokenizer.bos_token_id))
-                if is_tokenized(raw)
-                else PairTokenizer(tokenizer, limits, rendering, stops)
-            ),
-            batched=True,
-            remove_columns=raw.column_names,
-            features=features(),
-            num_proc=settings.preprocessing_num_workers,
-            new_fingerprint=key,
-            cache_file_name=path,
-            desc="Tokenizing pairs",
-        )
-
-
-def fingerprint(
-    raw: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    rendering: Rendering | None = None,
-    stops: frozenset[int] = frozenset(),
-) -> str:
-    """The hash of all that decides the tokens of ``raw``."""
-    import tokenizers
-    import transformers
-    from datasets.fingerprint import Hasher
-
-    versions = [_VERSION, transformers.__version__, tokenizers.__version__]
-    settings = [asdict(limits), asdict(rendering or Rendering()), sorted(stops)]
-    facts = [versions, raw._fingerprint, _tokenizer_content(tokenizer), settings]
-    return Hasher.hash(json.dumps(facts, sort_keys=True, default=str))
-
-
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    content: Any
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content = {"vocabulary": tokenizer.get_vocab(), "init": tokenizer.init_kwargs}
-    else:
-        backend.no_truncation()  # left from its last call; the next call sets it again
-        backend.no_padding()
-        content = backend.to_str()
-    return {
-        "class": type(tokenizer).__name__,
-        "content": content,
-        "special": tokenizer.special_tokens_map,
-        "template": tokenizer.chat_template,
-        "split_special": getattr(tokenizer, "split_special_tokens", None),
-    }

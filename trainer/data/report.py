@@ -79,7 +79,7 @@ class SplitReport:
     flipped: int = 0
 
     def lines(self) -> Iterator[str]:
-        skipped = self.rows - self.pairs
+        skipped = sum(self.skipped.values())
         yield f"{self.split}: {self.pairs:,} pairs of {self.rows:,} rows, {skipped:,} skipped"
         for source in self.sources:
             yield f"  from {printable(str(source))}"
@@ -130,9 +130,9 @@ def count_rows(
     Args:
         split: "train" or "evaluation".
         sources: what was taken of each.
-        origins: of every row, its part and its number there.
-        arrow: all rows as `token_columns` made them.
-        trains: [rows] whether a row can train.
+        origins: of every pair, its part and its row's number there.
+        arrow: all pairs as `token_columns` made them.
+        trains: [pairs] whether a pair can train.
     """
     skipped = Counter(status for status in arrow["status"].to_pylist() if status != OK)
 
@@ -147,7 +147,7 @@ def count_rows(
     return SplitReport(
         split,
         sources,
-        rows=len(trains),
+        rows=sum(source.used for source in sources),
         pairs=int(trains.sum()),
         skipped=dict(skipped.most_common()),
         examples=first(~trains, lambda i: _why(arrow, i)),

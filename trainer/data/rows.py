@@ -20,10 +20,12 @@ absent              texts sharing their beginning            plain text
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .formats.answers import NUMBERS
 from .formats.messages import (
     MISSING,
     as_messages,
@@ -46,6 +48,9 @@ NO_SHARED_PROMPT = "no shared prompt"
 ANSWER_MARK = "\n\nAssistant:"
 
 
+BAD_NUMBER = "a number that cannot be used"
+
+
 @dataclass
 class Pair:
     """A row ready to tokenize: three texts, or (``conversation``) three lists of messages."""
@@ -60,6 +65,8 @@ class Pair:
     arguments: dict[str, Any] = field(default_factory=dict)
     #: What of its text the chat template left out.
     lost: str = ""
+    #: Of the columns `NUMBERS` that the row has.
+    numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def several_turns(self) -> bool:
@@ -74,6 +81,21 @@ def attempt(function: Any, *args: Any) -> Any:
         return function(*args)
     except RowProblem as problem:
         return problem
+
+
+def numbers_of(row: dict[str, Any]) -> dict[str, float]:
+    """The row's `NUMBERS`; ``RowProblem`` for one that is not finite, or a weight below 0."""
+    numbers = {}
+    for name in NUMBERS:
+        if name not in row:
+            continue
+        value = row[name]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or (name == "weight" and value < 0):
+            wanted = "a finite number of 0 or more" if name == "weight" else "a finite number"
+            raise RowProblem(BAD_NUMBER, f"{name} is {value!r}, not {wanted}")
+        numbers[name] = float(value)
+    return numbers
 
 
 def read_row(row: dict[str, Any]) -> Pair:
@@ -179,6 +201,8 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
 def _continued(prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
     """The pair whose prompt ends in an answer that both sides go on with."""
     begun = prompt[-1]
+    if len(prompt) == 1:
+        raise RowProblem(NO_SHARED_PROMPT, "the prompt is the beginning of an answer, and no more")
     firsts = [side[0] for side in (chosen, rejected)]
     if not all(isinstance(m.get("content"), str) for m in (begun, *firsts)):
         raise RowProblem(WRONG_TYPE, "the prompt ends in an answer, to go on with text alone")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..settings.data import DEFAULT_SPLITS, DataSettings, is_training_split
+from .formats.answers import NUMBERS
 from .formats.converters import best_and_worst
 from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE, open_source
@@ -103,7 +104,8 @@ def _parts(
                 "set dataset_splits: to those to use"
             )
         with naming_bad_text(name, table):
-            rows, notes = checked_columns(name, table, settings.columns)
+            several = settings.edges is not None
+            rows, notes = checked_columns(name, table, settings.columns, several=several)
         head = rows.select(range(int(fraction * len(rows))))
         split = ONE_TABLE if ONE_TABLE in tables else split
         parts.append(Part(name, split, head, len(rows), notes))
@@ -121,7 +123,7 @@ def _splits_present(tables: dict[str, Dataset]) -> str:
 
 
 def checked_columns(
-    name: str, dataset: Any, renamed: Mapping[str, str] | None = None
+    name: str, dataset: Any, renamed: Mapping[str, str] | None = None, *, several: bool = False
 ) -> tuple[Dataset, list[str]]:
     """``dataset`` with only the columns that matter, and what to say of the others.
 
@@ -129,6 +131,7 @@ def checked_columns(
         name: what messages call the data set.
         dataset: the data set as it was given.
         renamed: names of columns here -> those in the data set.
+        several: where rows have a pair and several answers, take the answers.
 
     Raises:
         UserError: there are no pairs in it, or pairs that cannot be read as they are.
@@ -139,16 +142,17 @@ def checked_columns(
         advice = _ADVICE.get(kind, "make one with Dataset.from_list(rows)")
         raise UserError(f"{name}: expected a datasets.Dataset, got {kind}; {advice}")
     if is_tokenized(dataset):
-        known = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS)
+        known = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBERS)
         return dataset.select_columns([name for name in known if name in columns]), []
     dataset = _renamed(name, _in_python(name, dataset), renamed or {})
     columns = dataset.column_names
-    shape = shape_of(tuple(columns))
+    shape = shape_of(tuple(columns), several)
     if shape is None:
         raise UserError(
             f"data set {name!r} has the columns {', '.join(columns) or '(none)'}; expected prompt, "
             "chosen and rejected (or chosen and rejected that share their beginning); give their "
-            "names in columns: {prompt: ..., chosen: ..., rejected: ...}"
+            "names in columns: {prompt: ..., chosen: ..., rejected: ...}; or prompt, completions "
+            "and scores (or ranks), several answers a row"
         )
     _check_media(name, dataset)
     read = shape.reads(columns)
@@ -161,11 +165,18 @@ def checked_columns(
         notes.append(f"the reference's log-probs are its columns {', '.join(reference)}")
     given = [column for column in read if column in ARGUMENTS]
     notes += [f"the chat template is given its columns {', '.join(given)}"] if given else []
+    notes += [f"{column}: {NUMBERS[column]}" for column in read if column in NUMBERS]
     unread = [column for column in columns if column not in (*read, *reference)]
     notes += [f"nothing reads its columns {', '.join(unread)}"] if unread else []
     if shape.needs == GROUPED:
         return _grouped(dataset, notes), notes
     return dataset.select_columns([*read, *reference]), notes
+
+
+def has_answers(dataset: Any) -> bool:
+    """Whether the rows of checked columns have several answers."""
+    shape = None if is_tokenized(dataset) else shape_of(tuple(dataset.column_names))
+    return shape is not None and shape.answers is not None
 
 
 def _check_text(name: str, column: str, kind: Any) -> None:

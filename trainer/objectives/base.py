@@ -22,6 +22,11 @@ from .state import State, taken_up, to_device
 from .terms import ObjectiveOutput, ObjectiveSpec, Pairs, Terms, by_edges, chosen_nll
 from .tokens import length_weighted, pair_weights
 
+TAKES_MARGINS = frozenset(
+    ("simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "dpo", "r-dpo", "beta-simpo", "beta-dpo")
+)
+"""Objectives that add the data's margins to their target margins."""
+
 # Pairs without ids are ordered by rank, then by place: ids of rank r start at r times this.
 IDS_PER_RANK = 2**32
 
@@ -67,6 +72,8 @@ class Objective:
         group: dist.ProcessGroup | None = None,
         log_sum_squares: Tensor | None = None,
         edges: Tensor | None = None,
+        weights: Tensor | None = None,
+        margins: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Losses of P pairs of S sequences, differentiable in ``token_logps``.
 
@@ -81,8 +88,15 @@ class Objective:
                 probabilities where each token stands; for ``use_weighting`` alone.
             edges: [P, 2] int64, each pair's chosen and rejected sequence; pairs may share them.
                 None: P chosen sequences, then P rejected, so S is 2P.
+            weights: [P] that the pairs' losses are multiplied by; statistics weigh all pairs alike.
+            margins: [P] added to the target margins; an objective without one refuses them.
         """
-        pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group, edges)
+        if margins is not None and self.name not in TAKES_MARGINS:
+            raise UserError(
+                f"margin: set margin_from: none, or take another objective; {self.name} has no "
+                "target margin to add the data's to"
+            )
+        pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group, edges, margins)
         self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
@@ -90,9 +104,9 @@ class Objective:
         if self.hyperparameters.use_weighting:
             if log_sum_squares is None:
                 raise UserError("log_sum_squares: give it for each token; use_weighting needs it")
-            weights = pair_weights(token_logps, log_sum_squares, cu_seqlens, edges)
-            terms = dataclasses.replace(terms, losses=weights * terms.losses)
-        return self._output(pairs, terms)
+            likely = pair_weights(token_logps, log_sum_squares, cu_seqlens, edges)
+            terms = dataclasses.replace(terms, losses=likely * terms.losses)
+        return self._output(pairs, terms, weights)
 
     @property
     def token_weights(self) -> str:
@@ -115,6 +129,7 @@ class Objective:
         pair_ids: Tensor | None,
         group: dist.ProcessGroup | None,
         edges: Tensor | None,
+        margins: Tensor | None,
     ) -> Pairs:
         sums, lengths = sequence_logps(token_logps, cu_seqlens)
         if self.needs_reference and reference is None:
@@ -149,16 +164,19 @@ class Objective:
             lengths=lengths,
             reference_sums=None if reference is None else reference.detach().to(sums.dtype),
             ids=pair_ids,
+            margins=margins,
             group=group,
             max_pairs_per_rank=self.max_pairs_per_rank,
             training=self.training,
         )
 
-    def _output(self, pairs: Pairs, terms: Terms) -> ObjectiveOutput:
+    def _output(self, pairs: Pairs, terms: Terms, weights: Tensor | None) -> ObjectiveOutput:
         losses = terms.losses
         if self.hyperparameters.sft_weight:
             nll = chosen_nll(pairs, self.hyperparameters.nll)
             losses = losses + self.hyperparameters.sft_weight * nll
+        if weights is not None:
+            losses = losses * weights.to(losses.dtype)
         losses = torch.where(pairs.real, losses, 0.0)
         chosen_sums, rejected_sums = pairs.sums.detach().chunk(2)
         chosen_means, rejected_means = pairs.means.detach().chunk(2)

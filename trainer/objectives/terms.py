@@ -28,6 +28,7 @@ class Pairs:
     lengths: Tensor  # [2P] int
     reference_sums: Tensor | None  # [2P] of the frozen model
     ids: Tensor  # [P] int64, negative for a filler pair
+    margins: Tensor | None  # [P] that the data add to the target margins
     group: dist.ProcessGroup | None
     max_pairs_per_rank: int | None
     training: bool
@@ -36,6 +37,11 @@ class Pairs:
     def real(self) -> Tensor:
         """[P] bool: not a filler."""
         return self.ids >= 0
+
+    def widened(self, target_margins: Tensor) -> Tensor:
+        """Target margins [P] with those of the data added."""
+        target_margins = target_margins.to(self.sums.dtype)
+        return target_margins if self.margins is None else target_margins + self.margins
 
     def gather(self, values: Tensor) -> GlobalPairs:
         """``values`` [P] or [P, C] of all ranks' pairs: one collective, so call it on all ranks."""
@@ -122,7 +128,7 @@ def margin_terms(
 
     From the means, which `Objective` has: the fused op would sum the tokens a second time.
     """
-    target_margins = target_margins.to(pairs.sums.dtype)
+    target_margins = pairs.widened(target_margins)
     chosen, rejected = pairs.means.chunk(2)
     x = beta * (chosen - rejected) - target_margins.detach()
     losses = pair_losses(x, kind, label_smoothing)

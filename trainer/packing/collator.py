@@ -38,6 +38,10 @@ MODEL_INPUTS = (
 )
 
 
+PAIR_INPUTS = ("edges", "weights", "margins")
+"""What an objective takes of a batch beside sequences, where the batch has it."""
+
+
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a patched model's forward, out of a collated batch."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
@@ -64,6 +68,8 @@ class PairCollator:
                                        answer: i and P + i where no pair shares its prompt
     ``pair_ids``           [P]         int64, the rows' ``pair_id`` (their place in the batch where
                                        they carry none); below 0 marks a filler pair
+    ``weights``,           [P]         fp32, where the rows carry ``weight``, ``margin``: what
+    ``margins``                        multiplies a pair's loss, and what its target margin gains
     ``decoder_tokens``     [3]         int64: tokens computed, of those not padding, tokens that
                                        the padded layout would compute of the pairs
     ``reference_logps``    [S]         fp32, where the rows carry ``reference_chosen_logps`` and
@@ -131,6 +137,9 @@ class PairCollator:
         real = forest.counts.sum() + (forest.starts if shared else forest.prompts_again).sum()
         padded = 2 * len(rows) * int(forest.totals.max())
         batch["decoder_tokens"] = np.array([batch["input_ids"].size, real, padded], np.int64)
+        for name in ("weight", "margin"):
+            if name in rows[0]:
+                batch[f"{name}s"] = np.array([row[name] for row in rows], np.float32)
         if all(name in rows[0] for name in REFERENCE_COLUMNS):
             logps = forest.of_leaves(rows, REFERENCE_COLUMNS)
             batch["reference_logps"] = np.array(logps, np.float32)

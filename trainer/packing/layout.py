@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..data.table.lengths import runs as runs
+
 Rows = Literal["dense", "blocks", "varlen"]
 """How many rows a packed batch has, by the attention that reads it; `PairCollator` has the details.
 """
@@ -68,12 +70,6 @@ def row_length(tokens: int, shortest: int = BLOCK) -> int:
     while length < tokens:
         length += max(BLOCK, length // 4 // BLOCK * BLOCK)
     return length
-
-
-def runs(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """``begin, begin + 1, ...`` of each length, one run after another: [sum of lengths] int64."""
-    shifts = begins - (np.cumsum(lengths) - lengths)
-    return np.arange(int(lengths.sum())) + np.repeat(shifts, lengths)
 
 
 def alternate(*parts: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ def _of_data(settings: PreferenceConfig, vocab_size: int, names: list[str]) -> L
     data = load_pairs(settings, load_tokenizer(settings), vocab_size)
     if data.train is None or not len(data.train):
         raise UserError("dataset_splits: none of them is for training; name a train split")
-    lengths = PairRows(data.train, group_by_prompt=settings.group_by_prompt).lengths
+    lengths = PairRows.of(data.train, settings).lengths
     means = (lengths.prompt.mean(), lengths.chosen.mean(), lengths.rejected.mean())
     text = ", ".join(f"{mean:.0f}" for mean in means)
     return Lengths(

@@ -157,6 +157,12 @@ def tokens_digest(rows: PairRows) -> str:
     return digest(chunks())
 
 
+def numbers_digest(rows: PairRows) -> str:
+    """The hash of every pair's weight and margin; "" where there are none."""
+    numbers = sorted(rows.numbers.items())
+    return digest(name.encode() + v.tobytes() for name, v in numbers) if numbers else ""
+
+
 def columns_digest(rows: PairRows) -> str:
     """The hash of the log-probs that the data set itself has."""
     table: Any = rows.dataset.with_format("numpy")[:]

@@ -11,6 +11,9 @@ from ..errors import UserError, expect_one_of, expect_whole, is_number, is_whole
 DEFAULT_SPLITS = ["train", "test"]
 TRUNCATION_MODES = ("keep_end", "keep_start")
 RENDERINGS = ("joint", "separate")
+EDGES = ("best-vs-rest", "best-worst", "adjacent", "all", "above-gap")
+PAIR_WEIGHTINGS = ("pair", "prompt")
+MARGINS = ("margin", "scores", "none")
 SCORES = ("completion", "last_turn", "all_assistant", "answer")
 
 
@@ -68,8 +71,21 @@ class DataSettings:
     #: Label noise: the probability, in [0, 1], that a training pair has its sides swapped.
     flip: float = 0.0
     #: Pairs whose prompts have the same tokens run as one tree: the prompt once, and each distinct
-    #: answer once. The pairs of a prompt then share a step, as far as it has room.
-    group_by_prompt: bool = False
+    #: answer once. The pairs of a prompt then share a step, as far as it has room. None: where rows
+    #: have several answers.
+    group_by_prompt: bool | None = None
+    #: Which answers of a row with several make a pair: "best-vs-rest" (also None), "best-worst",
+    #: "adjacent" in their order, "all", or "above-gap", those whose scores are ``edge_gap`` apart.
+    #: Equal scores make none. Rows that have chosen and rejected too are that pair if it is None.
+    edges: str | None = None
+    #: The least difference of scores that makes a pair, for ``edges: above-gap``.
+    edge_gap: float = 0.0
+    #: What a pair's loss weighs beside a column ``weight``: "pair", every pair alike; "prompt",
+    #: every prompt alike, however many pairs it has.
+    pair_weighting: str = "pair"
+    #: What is added to each pair's target margin: "margin", the column of that name where there is
+    #: one; "scores", ``score_chosen`` minus ``score_rejected``; "none".
+    margin_from: str = "margin"
     #: Shuffle the mixed data sets once before training (the order of each epoch is drawn later).
     shuffle: bool = True
     #: Seed of that shuffle and of ``flip``. 42 gives the published mixtures' order.
@@ -100,8 +116,9 @@ class DataSettings:
         self._check_date()
         for name in ("auto_insert_empty_system_msg", "group_by_prompt"):
             value = getattr(self, name)
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) and (value is not None or name != "group_by_prompt"):
                 raise UserError(f"{name}: expected true or false, got {value!r}")
+        self._check_edges()
         if not is_number(self.flip) or not 0 <= self.flip <= 1:
             raise UserError(f"flip: expected a probability from 0 to 1, got {self.flip!r}")
         expect_whole("mix_seed", self.mix_seed, 0)
@@ -113,6 +130,16 @@ class DataSettings:
                 "dataset_splits: expected a list of split names such as [train, test], "
                 f"got {self.dataset_splits!r}"
             )
+
+    def _check_edges(self) -> None:
+        if self.edges is not None:
+            expect_one_of("edges", self.edges, EDGES)
+        if not is_number(self.edge_gap) or self.edge_gap < 0:
+            raise UserError(f"edge_gap: expected a number of 0 or more, got {self.edge_gap!r}")
+        if self.edge_gap and self.edges != "above-gap":
+            raise UserError(f"edge_gap: set edges: above-gap to use it; edges is {self.edges}")
+        expect_one_of("pair_weighting", self.pair_weighting, PAIR_WEIGHTINGS)
+        expect_one_of("margin_from", self.margin_from, MARGINS)
 
     def _check_date(self) -> None:
         try:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from widemargin.trainer.data import DataSettings, load_pairs, tokenize_pairs
+from widemargin.trainer.data.cached import fingerprint
 from widemargin.trainer.data.chat import Rendering
 from widemargin.trainer.data.encoding import PairTokenizer
 from widemargin.trainer.data.limits import Limits
-from widemargin.trainer.data.pairs import fingerprint
 
 from tests.support.chat_tokenizers import family_tokenizer
 from tests.support.pair_rows import make_rows, names, write
@@ -57,10 +57,10 @@ def test_cache_key_is_the_same_in_another_process(tmp_path: Path) -> None:
     Dataset.from_list(make_rows(5)).save_to_disk(tmp_path / "raw")
     program = (
         "import sys; from datasets import load_from_disk; from transformers import AutoTokenizer\n"
-        "from widemargin.trainer.data import pairs, limits as sizes\n"
+        "from widemargin.trainer.data import cached, limits as sizes\n"
         "limits = sizes.Limits(9, 5, None, 'keep_end')\n"
         "raw = load_from_disk(sys.argv[1] + '/raw')\n"
-        "key = pairs.fingerprint(raw, AutoTokenizer.from_pretrained(sys.argv[1]), limits)\n"
+        "key = cached.fingerprint(raw, AutoTokenizer.from_pretrained(sys.argv[1]), limits)\n"
         "print('key', key)\n"
     )
 
@@ -87,10 +87,10 @@ def test_processes_that_arrive_together_tokenize_once(monkeypatch: pytest.Monkey
     calls: list[int] = []
     tokenize = PairTokenizer.__call__
 
-    def slow(self: Any, batch: Any) -> Any:
+    def slow(self: Any, *batch: Any) -> Any:
         calls.append(1)
         time.sleep(0.3)
-        return tokenize(self, batch)
+        return tokenize(self, *batch)
 
     monkeypatch.setattr(PairTokenizer, "__call__", slow)
     raw = Dataset.from_list(make_rows(9, 1000))
@@ -104,9 +104,9 @@ def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     calls: list[int] = []
     tokenize = PairTokenizer.__call__
 
-    def counted(self: Any, batch: Any) -> Any:
+    def counted(self: Any, *batch: Any) -> Any:
         calls.append(1)
-        return tokenize(self, batch)
+        return tokenize(self, *batch)
 
     monkeypatch.setattr(PairTokenizer, "__call__", counted)
     setting = DataSettings(write(tmp_path / "a.jsonl", make_rows(7)))

@@ -67,7 +67,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_shapes_become_the_same_pair_and_are_named(name):
-    texts, lines = made([KNOWN[name] | {"id": 3}])
+    texts, lines = made([KNOWN[name] | {"id": 3}], edges="best-worst")
     prompt = TURN.replace(" wet", "\nwet") if name == "alpaca" else TURN
     assert texts == [(prompt, f"{GOOD}<|end|>", f"{BAD}<|end|>")]
     assert "read as " in lines

@@ -41,11 +41,11 @@ class DyingWithParent:
     def __init__(self, read: Any) -> None:
         self.read, self.parent, self.watched = read, os.getpid(), False
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, batch: Any, indices: list[int]) -> Any:
         if os.getpid() != self.parent and not self.watched:
             self.watched = True
             threading.Thread(target=self._watch, daemon=True).start()
-        return self.read(batch)
+        return self.read(batch, indices)
 
     def _watch(self) -> None:
         while os.getppid() == self.parent:

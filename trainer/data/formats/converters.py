@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .messages import MISSING, WRONG_TYPE, RowProblem, as_messages, from_json, kind
+from .messages import WRONG_TYPE, RowProblem, as_messages, kind
 
 Row = dict[str, Any]
 NO_PREFERENCE = "no preference between the answers"
@@ -89,36 +89,10 @@ def arena(row: Row) -> Row:
     return {"chosen": row[better], "rejected": row[worse]}
 
 
-def ranked(prompt: str, answers: str, text: str, worth: tuple[str, ...], sign: int):
-    """The best and the worst of a list of answers, by the first of ``worth`` that they have."""
-
-    def standard(row: Row) -> Row:
-        listed = from_json(row[answers])
-        if not isinstance(listed, list):
-            raise RowProblem(WRONG_TYPE, f"{answers} is {kind(listed)}")
-        scored = []
-        for answer in listed:
-            score = next((answer[name] for name in worth if answer.get(name) is not None), None)
-            if isinstance(score, int | float):
-                scored.append((sign * score, answer.get(text)))
-        if not scored:
-            raise RowProblem(MISSING, f"{answers} has no answer with {' or '.join(worth)}")
-        best, worst = max(scored, key=_first), min(scored, key=_first)
-        if best[0] == worst[0]:
-            raise RowProblem(NO_PREFERENCE, f"{len(scored)} answers, all of the same score")
-        return conversation(_transcript(row[prompt]), best[1], worst[1])
-
-    return standard
-
-
-def _first(scored: tuple[float, Any]) -> float:
-    return scored[0]
-
-
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-def _transcript(text: Any) -> Any:
+def transcript(text: Any) -> Any:
     """A text of ``Human:`` and ``Assistant:`` turns as messages; another value as it is."""
     if not isinstance(text, str) or not text.lstrip().startswith(_HUMAN.strip()):
         return text

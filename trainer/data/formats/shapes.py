@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from .answers import NUMBERS, SCORES, Edges, Reader, beside, in_columns, inside, rows_of
 from .converters import (
     Row,
     arena,
@@ -20,7 +21,6 @@ from .converters import (
     grouped,
     number,
     opens,
-    ranked,
     same,
     swift,
     talk,
@@ -44,21 +44,30 @@ class Shape:
         needs: the columns it is known by.
         standard: a row -> one with prompt (or none), chosen and rejected.
         also: further columns that it reads where they are there.
+        answers: of rows with several answers, in place of ``standard``.
     """
 
     name: str
     needs: tuple[str, ...]
-    standard: Callable[[Row], Row]
+    standard: Callable[[Row], Row] | None = None
     also: tuple[str, ...] = ()
+    answers: Reader | None = None
 
     def reads(self, columns: Collection[str]) -> list[str]:
         """Those of ``columns`` that become tokens."""
-        known = {*self.needs, *self.also, *BEFORE, *ARGUMENTS}
+        known = {*self.needs, *self.also, *BEFORE, *ARGUMENTS, *NUMBERS}
         return [column for column in columns if column in known]
 
-    def row(self, row: Row) -> Row:
-        """``row`` with prompt (or none), chosen, rejected and `ARGUMENTS`."""
-        standard = self.standard(row)
+    def rows(self, row: Row, edges: Edges) -> list[Row]:
+        """The pairs of ``row`` with prompt (or none), chosen, rejected, scores and `ARGUMENTS`."""
+        if self.answers is not None:
+            pairs = rows_of(*self.answers(row), edges)
+        else:
+            assert self.standard is not None
+            pairs = [self.standard(row) | {name: row[name] for name in SCORES if name in row}]
+        return [self._complete(pair, row) for pair in pairs]
+
+    def _complete(self, standard: Row, row: Row) -> Row:
         before = _system(row) + ([] if "history" in self.needs else _history(row.get("history")))
         if any(column in row for column in BEFORE if column not in self.needs):
             standard = _after(before, standard)
@@ -128,17 +137,50 @@ SHAPES = (
         asked("instruction", "chosen_response", "rejected_response"),
     ),
     Shape(
-        "UltraFeedback, the best and the worst of its completions",
+        "UltraFeedback",
         ("instruction", "completions"),
-        ranked(
+        answers=inside(
             "instruction", "completions", "response",
-            ("fine-grained_score", "overall_score", "score"), 1,
+            ("fine-grained_score", "overall_score", "score"),
         ),
     ),
     Shape(
-        "Nectar, the first and the last of its answers",
+        "Nectar",
         ("prompt", "answers"),
-        ranked("prompt", "answers", "answer", ("rank",), -1),
+        answers=inside("prompt", "answers", "answer", ("rank",), -1),
+    ),
+    Shape(
+        "answers with scores",
+        ("prompt", "completions", "scores"),
+        answers=beside("prompt", "completions", "scores", talk=False),
+    ),
+    Shape(
+        "answers with ranks",
+        ("prompt", "completions", "ranks"),
+        answers=beside("prompt", "completions", "ranks", sign=-1, talk=False),
+    ),
+    Shape(
+        "SimPO's answers with a reward model's scores",
+        ("prompt", "all_generated_responses", "all_rm_scores"),
+        answers=beside("prompt", "all_generated_responses", "all_rm_scores"),
+    ),
+    Shape(
+        "RRHF", ("query", "responses", "scores"), answers=beside("query", "responses", "scores")
+    ),
+    Shape(
+        "distilabel",
+        ("instruction", "generations", "ratings"),
+        answers=beside("instruction", "generations", "ratings"),
+    ),
+    Shape(
+        "NCA",
+        ("prompt", "A0", "A1", "A0_score", "A1_score"),
+        also=tuple(name.format(i) for i in range(2, 32) for name in ("A{}", "A{}_score")),
+        answers=in_columns("prompt", "A{}", "A{}_score"),
+    ),
+    *(
+        Shape("answers, the best first", (it, "responses"), answers=beside(it, "responses", None))
+        for it in ("prompt", "instruction", "query")
     ),
     Shape(
         "HelpSteer2 with preferences",
@@ -179,15 +221,21 @@ SHAPES = (
 
 
 @lru_cache
-def shape_of(columns: tuple[str, ...]) -> Shape | None:
-    """The shape of a data set with these columns, or None."""
-    return next((shape for shape in SHAPES if set(shape.needs) <= set(columns)), None)
+def shape_of(columns: tuple[str, ...], several: bool = False) -> Shape | None:
+    """The shape of a data set with these columns, or None.
+
+    Where it has a pair and several answers, ``several`` says that the answers count.
+    """
+    shapes = [shape for shape in SHAPES if set(shape.needs) <= set(columns)]
+    if several:
+        shapes.sort(key=lambda shape: shape.answers is None)
+    return next(iter(shapes), None)
 
 
-def standard_row(row: Row) -> Row:
-    """A row of a data set of any of `SHAPES`, with the columns that `rows` reads."""
+def standard_rows(row: Row, edges: Edges) -> list[Row]:
+    """The pairs of a row of a data set of any of `SHAPES`, with the columns that `rows` reads."""
     shape = shape_of(tuple(row))
-    return row if shape is None else shape.row(row)
+    return [row] if shape is None else shape.rows(row, edges)
 
 
 def arguments_of(row: Row) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Every name of a column stands here, of raw rows and of tokenized ones.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ..formats.answers import NUMBERS
 from ..limits import FLAGS, OK, Tokens
 from ..rows import RowProblem
 
@@ -19,7 +21,8 @@ PARTS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 UNSCORED_COLUMNS = ("chosen_unscored", "rejected_unscored")
 """Positions in the answers that are read but not scored; a data set without them scores all."""
-_OUTCOME_COLUMNS = ("status", "detail", "flags", "max_id")
+_NO_NUMBERS = (math.nan,) * len(NUMBERS)
+_OUTCOME_COLUMNS = ("status", "detail", "flags", "max_id", *NUMBERS)
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 THEIR_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # in TRL
 
@@ -49,7 +52,7 @@ def reference_of(table: Any) -> list[str]:
 
 
 def with_reference(name: str, table: Any, raw: Any) -> Any:
-    """``table`` with the reference's log-probs, where the columns of ``raw`` have them."""
+    """``table`` with the reference's log-probs, where the columns of ``raw`` have them, by row."""
     for ours, theirs in zip(REFERENCE_COLUMNS, reference_columns(raw.column_names), strict=False):
         try:
             logps = np.array(raw[theirs][:], dtype=np.float64)
@@ -60,7 +63,7 @@ def with_reference(name: str, table: Any, raw: Any) -> Any:
                 f"{name}: {theirs} holds something that is no finite number; mend the column, or "
                 "leave it out to have the reference's log-probs computed"
             )
-        table = table.add_column(ours, logps)
+        table = table.add_column(ours, logps[np.array(table["row"][:])])
     return table
 
 
@@ -77,21 +80,27 @@ def features() -> Any:
     from datasets import Features, List, Value
 
     types = dict.fromkeys((*TOKEN_COLUMNS, *UNSCORED_COLUMNS), List(Value("int32")))
-    numbers = {"flags": Value("int32"), "max_id": Value("int64")}
+    numbers = {"flags": Value("int32"), "max_id": Value("int64"), "row": Value("int64")}
+    numbers |= dict.fromkeys(NUMBERS, Value("float64"))
     return Features({**types, "status": Value("string"), "detail": Value("string"), **numbers})
 
 
 def token_columns(outcomes: Iterable[Tokens | RowProblem]) -> dict[str, list[Any]]:
-    """A batch of tokenized rows by column: those of `features`, empty where a row cannot train."""
+    """A batch of tokenized pairs by column: those of `features` but ``row``.
+
+    Lists are empty where a pair cannot train, and numbers NaN where its row says nothing.
+    """
     names = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *_OUTCOME_COLUMNS)
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for outcome in outcomes:
         if isinstance(outcome, RowProblem):
-            values = ([], [], [], [], [], outcome.reason, outcome.detail, 0, -1)
+            values = ([], [], [], [], [], outcome.reason, outcome.detail, 0, -1, *_NO_NUMBERS)
         else:
             sides = (outcome.prompt, outcome.chosen, outcome.rejected)
             flags = sum(1 << i for i, flag in enumerate(FLAGS) if flag in outcome.flags)
-            values = (*sides, *outcome.unscored, OK, outcome.detail, flags, max(map(max, sides)))
+            numbers = [outcome.numbers.get(name, math.nan) for name in NUMBERS]
+            largest = max(map(max, sides))
+            values = (*sides, *outcome.unscored, OK, outcome.detail, flags, largest, *numbers)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     return columns

@@ -125,3 +125,9 @@ class SequenceLengths:
     def per_group(self, values: np.ndarray, count: int) -> np.ndarray:
         """[count] sums of whole numbers [S] over the sequences of each group."""
         return np.bincount(self.group, weights=values, minlength=count).astype(np.int64)
+
+
+def runs(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """``begin, begin + 1, ...`` of each length, one run after another: [sum of lengths] int64."""
+    shifts = begins - (np.cumsum(lengths) - lengths)
+    return np.arange(int(lengths.sum())) + np.repeat(shifts, lengths)

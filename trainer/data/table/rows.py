@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
 from ...errors import UserError
+from ...settings.data import DataSettings
+from ..formats.answers import NUMBERS, SCORES
 from .columns import (
     FILLER_ID,
     PARTS,
@@ -22,7 +24,7 @@ from .columns import (
     UNSCORED_COLUMNS,
 )
 from .lengths import PairLengths
-from .trees import name_trees
+from .trees import Trees, name_trees
 
 
 class PairRows(Dataset):
@@ -30,15 +32,33 @@ class PairRows(Dataset):
 
     A row has its token columns and, where the data set has both (or was given them later), the
     reference's log-probs. Where pairs are grouped it also has ``tree_id`` and, of its chosen and
-    its rejected answer, ``leaf_ids``.
+    its rejected answer, ``leaf_ids``; and ``weight`` and ``margin`` where there are any.
 
     Args:
         dataset: with the token columns.
         group_by_prompt: pairs whose prompts have equal tokens form one tree, and equal answers in
             it (scored alike, with the same log-probs of a reference) one leaf.
+        margin_from, pair_weighting: as in the settings of data.
     """
 
-    def __init__(self, dataset: Any, *, group_by_prompt: bool = False) -> None:
+    @classmethod
+    def of(cls, dataset: Any, settings: DataSettings) -> PairRows:
+        """The rows as the settings want them."""
+        return cls(
+            dataset,
+            group_by_prompt=bool(settings.group_by_prompt),
+            margin_from=settings.margin_from,
+            pair_weighting=settings.pair_weighting,
+        )
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        group_by_prompt: bool = False,
+        margin_from: str = "margin",
+        pair_weighting: str = "pair",
+    ) -> None:
         columns: list[str] = list(TOKEN_COLUMNS)
         if set(THEIR_REFERENCE_COLUMNS) <= set(dataset.column_names):
             names = zip(THEIR_REFERENCE_COLUMNS, REFERENCE_COLUMNS, strict=True)
@@ -46,9 +66,18 @@ class PairRows(Dataset):
         if set(REFERENCE_COLUMNS) <= set(dataset.column_names):
             columns += REFERENCE_COLUMNS
         columns += [name for name in UNSCORED_COLUMNS if _is_used(dataset, name)]
+        said = {
+            name: np.array(dataset[name][:], np.float64)
+            for name in NUMBERS
+            if name in dataset.column_names
+        }
+        self.source = dataset
         self.dataset = dataset.select_columns(columns).with_format("arrow")
         self._reference: dict[str, np.ndarray] = {}
-        self.trees = name_trees(self._contents()) if group_by_prompt else None
+        by_prompt = pair_weighting == "prompt"
+        trees = name_trees(self._contents()) if group_by_prompt or by_prompt else None
+        self.trees = trees if group_by_prompt else None
+        self.numbers = pair_numbers(said, margin_from, trees if by_prompt else None)
 
     def _contents(self) -> Iterator[tuple[bytes, bytes, bytes]]:
         """What makes prompts and answers of pairs equal."""
@@ -122,7 +151,8 @@ class PairRows(Dataset):
         row_numbers = [index if index >= 0 else FILLER_ID - index for index in indices]
         table: pa.Table = self.dataset[row_numbers]
         columns = {name: _values(table.column(name)) for name in table.column_names}
-        columns |= {name: logps[row_numbers] for name, logps in self._reference.items()}
+        numbers = self._reference | self.numbers
+        columns |= {name: values[row_numbers] for name, values in numbers.items()}
         if self.trees is not None:
             trees = self.trees.take(np.array(row_numbers))
             columns |= {"tree_id": trees.tree, "leaf_ids": trees.leaves}
@@ -136,6 +166,29 @@ class PairRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
+
+
+def pair_numbers(
+    said: dict[str, np.ndarray], margin_from: str, trees: Trees | None
+) -> dict[str, np.ndarray]:
+    """``weight`` and ``margin`` of every pair, those there are; a pair that says nothing has 1, 0.
+
+    Args:
+        said: columns of numbers, NaN where a row says nothing.
+        margin_from: as in the settings of data.
+        trees: where every prompt is to weigh alike, however many pairs it has.
+    """
+    numbers = {}
+    if "weight" in said or trees is not None:
+        numbers["weight"] = np.nan_to_num(said.get("weight", np.ones(1)), nan=1.0)
+    if trees is not None:
+        share = len(trees.tree) / len(trees) / np.bincount(trees.tree)
+        numbers["weight"] = numbers["weight"] * share[trees.tree]
+    if margin_from == "margin" and "margin" in said:
+        numbers["margin"] = np.nan_to_num(said["margin"], nan=0.0)
+    if margin_from == "scores" and set(SCORES) <= set(said):
+        numbers["margin"] = np.nan_to_num(said[SCORES[0]] - said[SCORES[1]], nan=0.0)
+    return numbers
 
 
 def _values(column: pa.ChunkedArray) -> Sequence[Any]:

@@ -93,8 +93,9 @@ def _terms(
     if pairs.training:
         beta, weights, state = drawn(pairs, hp.beta * gaps, hp, state)
         beta, weights = beta.to(gaps.dtype).expand_as(gaps), weights.to(gaps.dtype)
-    losses = weights * pair_losses(beta * (gaps - ratio), label_smoothing=hp.label_smoothing)
-    return Terms(losses, hp.beta * chosen, hp.beta * rejected, beta * ratio, state)
+    margins = pairs.widened(beta * ratio)
+    losses = weights * pair_losses(beta * gaps - margins, label_smoothing=hp.label_smoothing)
+    return Terms(losses, hp.beta * chosen, hp.beta * rejected, margins, state)
 
 
 @torch.no_grad()

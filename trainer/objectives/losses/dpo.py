@@ -126,14 +126,15 @@ def slope(rho: Tensor, divergence: str, alpha: float) -> Tensor:
 
 def dpo_terms(pairs: Pairs, hp: DpoHyperparameters, state: State) -> Terms:
     rewards = hp.beta * scores(pairs, hp)
-    return reward_terms(rewards, constant_margins(pairs, 0.0), hp.label_smoothing)
+    margins = pairs.widened(constant_margins(pairs, 0.0))
+    return reward_terms(rewards, margins, hp.label_smoothing)
 
 
 def rdpo_terms(pairs: Pairs, hp: RdpoHyperparameters, state: State) -> Terms:
     rewards = hp.beta * log_ratios(pairs, hp.length_norm)
     chosen_lengths, rejected_lengths = pairs.lengths.chunk(2)
     margins = hp.alpha * (rejected_lengths - chosen_lengths).to(rewards.dtype)
-    return reward_terms(rewards, margins, hp.label_smoothing)
+    return reward_terms(rewards, pairs.widened(margins), hp.label_smoothing)
 
 
 def ipo_terms(pairs: Pairs, hp: IpoHyperparameters, state: State) -> Terms:

@@ -76,7 +76,7 @@ def gamma_dpo_terms(pairs: Pairs, hp: GammaDpoHyperparameters, state: State) -> 
     chosen, rejected = rewards.chunk(2)
     gamma = hp.beta * hp.gamma_beta_ratio
     margins, state = dynamic_margins(pairs, chosen - rejected, gamma, hp.tau, state)
-    return reward_terms(rewards, margins - gamma, hp.label_smoothing, state)
+    return reward_terms(rewards, pairs.widened(margins - gamma), hp.label_smoothing, state)
 
 
 @torch.no_grad()

@@ -1,0 +1,144 @@
+"""Rows with several answers: the pairs that their scores make, and the trees they run as."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+from widemargin.trainer.data import DataSettings, tokenize_pairs
+from widemargin.trainer.data.formats.answers import Edges
+from widemargin.trainer.data.table import PairRows
+from widemargin.trainer.errors import UserError
+
+from tests.support.pair_rows import bot, user
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+Q = "Is water wet?"
+ANSWERS, SCORES = ["no", "yes, it is", "maybe", "yes"], [1.0, 9.0, 5.0, 9.0]
+OURS = {"prompt": Q, "completions": ANSWERS, "scores": SCORES}
+KNOWN = {
+    "scores": {"prompt": [user(Q)], "completions": [[bot(a)] for a in ANSWERS], "scores": SCORES},
+    "ranks": {
+        "prompt": [user(Q)], "completions": [[bot(a)] for a in ANSWERS], "ranks": [4, 1, 2, 1],
+    },
+    "UltraFeedback": {
+        "instruction": Q,
+        "completions": [
+            {"response": a, "overall_score": s} for a, s in zip(ANSWERS, SCORES, strict=True)
+        ],
+    },
+    "Nectar": {
+        "prompt": f"\n\nHuman: {Q}\n\nAssistant: ",
+        "answers": [{"answer": a, "rank": 10 - s} for a, s in zip(ANSWERS, SCORES, strict=True)],
+    },
+    "SimPO": {"prompt": Q, "all_generated_responses": ANSWERS, "all_rm_scores": SCORES},
+    "RRHF": {"query": Q, "responses": ANSWERS, "scores": SCORES},
+    "distilabel": {"instruction": Q, "generations": ANSWERS, "ratings": SCORES},
+    "NCA": {
+        "prompt": Q,
+        **{f"A{i}": answer for i, answer in enumerate(ANSWERS)},
+        **{f"A{i}_score": score for i, score in enumerate(SCORES)},
+    },
+}  # fmt: skip
+
+
+def made(rows, **settings):
+    """(chosen, rejected) texts, the report's lines, and the settings as they are after."""
+    tokenizer, given = tiny_tokenizer(), DataSettings(**settings)
+    data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    pairs, report = tokenize_pairs(data, tokenizer, given)
+    names = ("chosen_ids", "rejected_ids")
+    texts = [
+        tuple(str(tokenizer.decode(row[n], skip_special_tokens=True)) for n in names)
+        for row in pairs
+    ]
+    return texts, "\n".join(report.lines()), pairs, given
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_shapes_give_the_best_against_every_worse_one(name):
+    texts, lines, pairs, settings = made([KNOWN[name] | {"id": 3}])
+    assert sorted(texts) == [("yes, it is", "maybe"), ("yes, it is", "no")]
+    assert "read as " in lines
+    assert "2 pairs of 1 rows, 0 skipped" in lines
+    assert settings.group_by_prompt is True
+    assert "group_by_prompt: true" in lines
+    assert len(PairRows(pairs, group_by_prompt=True).trees) == 1  # pyright: ignore
+
+
+def test_the_best_come_first_where_nothing_scores_them():
+    texts, *_ = made([{"prompt": Q, "responses": ["yes", "maybe", "no"]}])
+    assert texts == [("yes", "maybe"), ("yes", "no")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"edges": "best-vs-rest"}, [(9, 1), (9, 5)]),
+        ({"edges": "best-worst"}, [(9, 1)]),
+        ({"edges": "adjacent"}, [(9, 5), (5, 1)]),
+        ({"edges": "all"}, [(9, 5), (9, 1), (9, 5), (9, 1), (5, 1)]),
+        ({"edges": "above-gap", "edge_gap": 5.0}, [(9, 1), (9, 1)]),
+    ],
+)
+def test_edges(settings, expected):
+    _, _, pairs, _ = made([OURS], **settings)
+    scores = zip(pairs["score_chosen"][:], pairs["score_rejected"][:], strict=True)
+    assert sorted(scores) == sorted(expected)
+
+
+def test_rows_without_a_preference_are_skipped_and_counted():
+    rows = [
+        OURS,
+        OURS | {"scores": [2.0] * 4},
+        OURS | {"scores": [2.0] * 3},
+        OURS | {"completions": [], "scores": []},
+        OURS | {"scores": [float("nan"), 1.0, 2.0, 3.0]},
+        OURS | {"scores": [None, None, 1.0, 2.0]},
+    ]
+    texts, lines, *_ = made(rows)
+    assert texts == [("yes, it is", "maybe"), ("yes, it is", "no"), ("yes", "maybe")]
+    assert "3 pairs of 6 rows, 4 skipped" in lines
+    assert "4 answers, none better than another" in lines
+    assert "completions has 4 answers and scores 3" in lines
+    assert "row 3 of" in lines or "no answer has a score" in lines
+    assert "scores has nan, no finite number" in lines or "and 1 more" in lines
+
+
+def test_a_pair_beside_the_answers_wins_unless_edges_are_named():
+    row = KNOWN["SimPO"] | {"chosen": "yes", "rejected": "no"}
+    texts, lines, _, settings = made([row])
+    assert texts == [("yes", "no")]
+    assert "nothing reads its columns all_generated_responses, all_rm_scores" in lines
+    assert settings.group_by_prompt is False
+    texts, *_ = made([row], edges="best-worst")
+    assert texts == [("yes, it is", "no")]
+
+
+def test_pairs_keep_the_order_of_rows_and_say_which_row_they_are_of():
+    rows = [OURS | {"completions": [f"{i}", f"{i}0"], "scores": [2.0, 1.0]} for i in range(5)]
+    rows[3] = OURS | {"completions": ["same", "same"], "scores": [2.0, 1.0]}
+    rows[1] = OURS | {"completions": ["1", "10", "11"], "scores": [2.0, 1.0, 0.0]}
+    texts, lines, *_ = made(rows)
+    assert texts == [("0", "00"), ("1", "10"), ("1", "11"), ("2", "20"), ("4", "40")]
+    assert "row 3 of train_dataset: identical sides" in lines
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"edges": "best"}, "edges: "),
+        ({"edge_gap": 1.0}, "set edges: above-gap"),
+        ({"edges": "above-gap", "edge_gap": -1.0}, "edge_gap: expected"),
+        ({"group_by_prompt": 1}, "group_by_prompt: expected"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(UserError, match=message):
+        DataSettings(**settings).check()
+
+
+def test_ties_make_no_pair():
+    assert Edges("all").of([(1.0, "a"), (1.0, "b"), (0.0, "c")]) == [
+        ((1.0, "a"), (0.0, "c")), ((1.0, "b"), (0.0, "c"))
+    ]  # fmt: skip

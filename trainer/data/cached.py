@@ -1,0 +1,107 @@
+"""Raw rows -> the table of tokens, from disk where it is there.
+
+Rows are tokenized once: `cached_map` keeps the result on disk under a hash of everything the tokens
+depend on. The hash covers the raw rows (the data set's own fingerprint), the tokenizer's content
+and template, the rendering and the limits; never the identity of an object, nor the truncation and
+padding that a tokenizer remembers from its last call. So the next run finds the result, and so do
+the other processes of this one: they wait for the first on a lock file, not in a collective that
+times out. A file that is damaged or cut off is tokenized again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..settings.data import EDGES, DataSettings
+from .chat import Rendering, only_id
+from .encoding import PairTokenizer, TokenizedReader
+from .formats.answers import Edges
+from .formats.cached_files import DyingWithParent, unchanged
+from .limits import Limits
+from .table import UNSCORED_COLUMNS, features, is_tokenized
+from .template import generation_stops
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
+_VERSION = 5
+
+
+def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Dataset:
+    """The rows of ``raw`` tokenized (or, if they hold ids already, checked and cut)."""
+    from datasets import config
+    from filelock import FileLock
+
+    limits, rendering = Limits.of(settings), Rendering.of(settings)
+    if is_tokenized(raw) and rendering.score != "completion":
+        raise UserError(
+            f"score: {rendering.score} needs the conversations, and the data set holds token ids; "
+            f"give it the columns {', '.join(UNSCORED_COLUMNS)}, or set score: completion"
+        )
+    stops = generation_stops(tokenizer, settings)
+    edges = Edges(settings.edges or EDGES[0], settings.edge_gap)
+    key = fingerprint(raw, tokenizer, limits, rendering, stops, edges)
+    folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"pairs-{key}.arrow")
+    with FileLock(path + ".lock"), unchanged(Path(folder), key):
+        return raw.map(
+            DyingWithParent(
+                TokenizedReader(limits, only_id(tokenizer.bos_token_id))
+                if is_tokenized(raw)
+                else PairTokenizer(tokenizer, limits, rendering, stops, edges)
+            ),
+            batched=True,
+            with_indices=True,
+            remove_columns=raw.column_names,
+            features=features(),
+            num_proc=settings.preprocessing_num_workers,
+            new_fingerprint=key,
+            cache_file_name=path,
+            desc="Tokenizing pairs",
+        )
+
+
+def fingerprint(
+    raw: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    rendering: Rendering | None = None,
+    stops: frozenset[int] = frozenset(),
+    edges: Edges | None = None,
+) -> str:
+    """The hash of all that decides the tokens of ``raw``."""
+    import tokenizers
+    import transformers
+    from datasets.fingerprint import Hasher
+
+    versions = [_VERSION, transformers.__version__, tokenizers.__version__]
+    settings = [asdict(limits), asdict(rendering or Rendering()), sorted(stops)]
+    settings.append(asdict(edges or Edges()))
+    facts = [versions, raw._fingerprint, _tokenizer_content(tokenizer), settings]
+    return Hasher.hash(json.dumps(facts, sort_keys=True, default=str))
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    content: Any
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = {"vocabulary": tokenizer.get_vocab(), "init": tokenizer.init_kwargs}
+    else:
+        backend.no_truncation()  # left from its last call; the next call sets it again
+        backend.no_padding()
+        content = backend.to_str()
+    return {
+        "class": type(tokenizer).__name__,
+        "content": content,
+        "special": tokenizer.special_tokens_map,
+        "template": tokenizer.chat_template,
+        "split_special": getattr(tokenizer, "split_special_tokens", None),
+    }

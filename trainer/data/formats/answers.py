@@ -1,0 +1,140 @@
+"""Rows with several answers to a prompt: the pairs that their scores or ranks make of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from .converters import NO_PREFERENCE, Row, conversation, transcript
+from .messages import MISSING, WRONG_TYPE, RowProblem, from_json, kind
+
+Scored = tuple[float, Any]
+"""A score, higher for a better answer, and the answer."""
+
+SCORES = ("score_chosen", "score_rejected")
+"""Columns of a pair's scores."""
+
+NUMBERS = {
+    "weight": "each pair's loss is multiplied by it",
+    "margin": "it is added to each pair's target margin",
+    SCORES[0]: "of use to margin_from: scores",
+    SCORES[1]: "of use to margin_from: scores",
+}
+"""Columns of numbers that say something of a pair, and what becomes of them."""
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Which answers of a prompt make a pair; answers of equal scores never do.
+
+    Args:
+        kind: one of `settings.data.EDGES`.
+        gap: of scores, the least that makes a pair, for "above-gap".
+    """
+
+    kind: str = "best-vs-rest"
+    gap: float = 0.0
+
+    def of(self, answers: list[Scored]) -> list[tuple[Scored, Scored]]:
+        """The pairs, the better answer first; `RowProblem` where there are none."""
+        pairs = [(a, b) for a, b in self._candidates(answers) if a[0] > b[0]]
+        if not pairs:
+            raise RowProblem(NO_PREFERENCE, f"{len(answers)} answers, none better than another")
+        return pairs
+
+    def _candidates(self, answers: list[Scored]) -> Iterator[tuple[Scored, Scored]]:
+        ordered = sorted(answers, key=lambda answer: -answer[0])
+        if self.kind == "best-vs-rest":
+            yield from ((ordered[0], other) for other in ordered[1:])
+        elif self.kind == "best-worst":
+            yield ordered[0], next(a for a in ordered if a[0] == ordered[-1][0])
+        elif self.kind == "adjacent":
+            yield from pairwise(ordered)
+        else:
+            least = self.gap if self.kind == "above-gap" else 0.0
+            for place, better in enumerate(ordered):
+                yield from ((better, a) for a in ordered[place + 1 :] if better[0] - a[0] >= least)
+
+
+def rows_of(prompt: Any, answers: list[Scored], edges: Edges) -> list[Row]:
+    """Rows with prompt, chosen, rejected and `SCORES`, of answers to one prompt."""
+    if not answers:
+        raise RowProblem(MISSING, "no answer has a score")
+    return [
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected, SCORES[0]: high, SCORES[1]: low}
+        for (high, chosen), (low, rejected) in edges.of(answers)
+    ]
+
+
+def beside(prompt: str, answers: str, scores: str | None, *, sign: int = 1, talk: bool = True):
+    """A list of answers, and a list of their scores (or, with sign -1, ranks) in another column.
+
+    Without ``scores`` the best answer comes first. With ``talk`` a text prompt is a user message.
+    """
+
+    def read(row: Row) -> tuple[Any, list[Scored]]:
+        listed = _list(row, answers)
+        if scores is None:
+            values: list[Any] = list(range(0, -len(listed), -1))
+        else:
+            values = [None if v is None else sign * _number(v, scores) for v in _list(row, scores)]
+        if len(values) != len(listed):
+            raise RowProblem(
+                WRONG_TYPE, f"{answers} has {len(listed)} answers and {scores} {len(values)}"
+            )
+        pairs = zip(values, listed, strict=True)
+        asked = conversation(transcript(row[prompt]), None, None)["prompt"] if talk else row[prompt]
+        return asked, [(float(v), answer) for v, answer in pairs if v is not None]
+
+    return read
+
+
+def inside(prompt: str, answers: str, text: str, worth: tuple[str, ...], sign: int = 1):
+    """A list of answers that each hold their text and their score: the first of ``worth``."""
+
+    def read(row: Row) -> tuple[Any, list[Scored]]:
+        scored = []
+        for answer in _list(row, answers):
+            value = next((answer[name] for name in worth if answer.get(name) is not None), None)
+            if isinstance(value, int | float):
+                scored.append((float(sign * value), answer.get(text)))
+        if not scored:
+            raise RowProblem(MISSING, f"{answers} has no answer with {' or '.join(worth)}")
+        return conversation(transcript(row[prompt]), None, None)["prompt"], scored
+
+    return read
+
+
+def in_columns(prompt: str, answer: str, score: str, most: int = 32):
+    """Answers in columns A0, A1, ... with their scores; ``answer`` and ``score`` name columns."""
+
+    def read(row: Row) -> tuple[Any, list[Scored]]:
+        places = [i for i in range(most) if row.get(answer.format(i)) is not None]
+        scored = [(_number(row.get(score.format(i)), score.format(i)), i) for i in places]
+        asked = conversation(transcript(row[prompt]), None, None)["prompt"]
+        return asked, [(value, row[answer.format(i)]) for value, i in scored]
+
+    return read
+
+
+Reader = Callable[[Row], tuple[Any, list[Scored]]]
+
+
+def _list(row: Row, column: str) -> list[Any]:
+    value = from_json(row[column])
+    if not isinstance(value, list):
+        raise RowProblem(WRONG_TYPE, f"{column} is {kind(value)}, not a list")
+    return value
+
+
+def _number(value: Any, column: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise RowProblem(WRONG_TYPE, f"{column} has something {kind(value)}, no number") from None
+    if not math.isfinite(number):
+        raise RowProblem(WRONG_TYPE, f"{column} has {number}, no finite number")
+    return number
