@@ -32,7 +32,7 @@ from bench.lib.record import (
 from bench.lib.subject import fill_in
 from bench.lib.timing import spread
 from bench.lib.workers import Worker, WorkerError
-from bench.training.contenders import CONTENDERS, SHAPES, SKIPPED
+from bench.training.contenders import CONTENDERS, SHAPES, SKIPPED, TREES
 from bench.training.data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
 from bench.training.table import CASE, table
 
@@ -51,6 +51,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--write-lengths", type=Path, help="write the pairs' lengths, and stop")
     parser.add_argument(
         "--long-prompts", action="store_true", help="an exchange before each prompt"
+    )
+    parser.add_argument(
+        "--trees", action="store_true", help="all pairs of each prompt, which then run as trees"
     )
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4, help="pairs per step (default 4)")
@@ -79,20 +82,33 @@ def find_rows(options: argparse.Namespace) -> Rows:
         lengths = json.loads(options.lengths.read_text())
         return rows_of_lengths(lengths[:count], vocabulary)
     source = PairSource(
-        options.pairs, options.model, count, options.max_length, options.long_prompts
+        options.pairs,
+        options.model,
+        count,
+        options.max_length,
+        options.long_prompts,
+        by_prompt=options.trees,
     )
     return token_rows(source)
 
 
-def batch_order(rows: Rows, batch: int) -> list[int]:
+def batch_order(rows: Rows, batch: int, trees: bool = False) -> list[int]:
     """Pairs in the order of our trainer's batches, for trainers that go through rows in order."""
+    from datasets import Dataset
     from widemargin.trainer.batching.pipeline import PairBatches
     from widemargin.trainer.batching.planner import Planner
-    from widemargin.trainer.data.table import PairLengths
+    from widemargin.trainer.data.table import PairRows
 
-    lengths = PairLengths(*np.array(lengths_of(rows)).T)
+    lengths = PairRows(Dataset.from_list(rows), group_by_prompt=trees).lengths
     batches = PairBatches(Planner(lengths, pairs_per_step=batch, micro_batches=1, seed=0))
     return [i for together in batches for i in together]
+
+
+def drawn_alike(rows: Rows, batch: int, order: list[int]) -> list[int]:
+    """Pairs in an order that our trainer, as it draws pairs that share nothing, turns to this."""
+    rearranged = np.empty(len(order), int)
+    rearranged[batch_order(rows, batch)] = order
+    return rearranged.tolist()
 
 
 def specification(
@@ -103,6 +119,7 @@ def specification(
     settings = {}
     if contender["trainer"] == "ours":
         settings = {"packing": contender["packing"], "head_tail": options.head_tail}
+        settings["group_by_prompt"] = contender.get("trees", False)
     return {
         "trainer": contender["trainer"],
         "settings": settings,
@@ -131,16 +148,19 @@ def start(name: str, spec: dict[str, Any], folder: Path, **variables: str) -> Wo
 
 
 def run_contenders(
-    names: list[str], options: argparse.Namespace, folder: Path, order: list[int]
+    names: list[str], options: argparse.Namespace, folder: Path, rows: Rows
 ) -> dict[str, Row]:
     """Facts by name. Together and in turns on a CPU; one after the other on a GPU."""
+    order = batch_order(rows, options.batch, options.trees)
+    orders = {"ours": drawn_alike(rows, options.batch, order) if options.trees else None}
     groups = [[name] for name in names] if options.device == "cuda" else [names]
     outcomes: dict[str, Row] = {}
     for group in groups:
         workers: list[Worker] = []
         try:
             for name in group:
-                spec = specification(name, options, folder, order)
+                given = None if name == TREES else orders.get(CONTENDERS[name]["trainer"], order)
+                spec = specification(name, options, folder, given)
                 workers.append(start(name, spec, folder))
             # They start at the same time: a start is mostly imports, on one core each.
             outcomes |= {worker.name: _ready(worker) for worker in workers}
@@ -204,7 +224,7 @@ def shared_facts(options: argparse.Namespace, rows: Rows, commit: Commit) -> Row
     means = [round(sum(side) / len(rows), 1) for side in zip(*lengths, strict=True)]
     return {
         "op": "training",
-        "case": options.shape or options.model.name,
+        "case": (options.shape or options.model.name) + ", by prompt" * options.trees,
         "long_prompts": options.long_prompts,
         "objective": options.objective,
         "pairs_per_step": options.batch,
@@ -248,11 +268,12 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
         return 0
     out, commit = destination(options, f"training_{options.device}.json")
     rows = find_rows(options)
-    names = options.contenders or [n for n in CONTENDERS if n not in SKIPPED[options.objective]]
+    left_out = SKIPPED[options.objective] | (set() if options.trees else {TREES})
+    names = options.contenders or [n for n in CONTENDERS if n not in left_out]
     (folder / "rows.json").write_text(json.dumps(rows))
     facts = shared_facts(options, rows, commit)
     load = Load()
-    outcomes = run_contenders(names, options, folder, batch_order(rows, options.batch))
+    outcomes = run_contenders(names, options, folder, rows)
     facts["others_load"] = round(load.others(), 3)
     new = [{**facts, "provider": name, **outcomes[name]} for name in names]
     gap = loss_gap(new)

@@ -5,6 +5,7 @@ from typing import Any
 LAYOUTS = ("padded", "packed", "prefix_shared")
 CONTENDERS: dict[str, dict[str, Any]] = {
     **{f"widemargin-{layout}": {"trainer": "ours", "packing": layout} for layout in LAYOUTS},
+    "widemargin-trees": {"trainer": "ours", "packing": "prefix_shared", "trees": True},
     "trl-cpo": {"trainer": "trl-cpo"},
     "trl-dpo": {"trainer": "trl-dpo"},
 }
@@ -27,3 +28,5 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 SKIPPED = {"simpo": {"trl-dpo"}, "lmpo": {"trl-cpo", "trl-dpo"}, "dpo": {"trl-cpo"}}
 """Contenders that lack the objective."""
+TREES = "widemargin-trees"
+"""The contender of `--trees`, whose pairs share their prompts."""

@@ -22,6 +22,7 @@ class PairSource:
     max_length: int
     long_prompts: bool
     seed: int = 0
+    by_prompt: bool = False  # all pairs of a prompt, one prompt after another
 
 
 def read_pairs(path: Path) -> list[dict[str, list[Message]]]:
@@ -50,6 +51,9 @@ def token_rows(source: PairSource) -> Rows:
     generator = random.Random(source.seed)
     raw = read_pairs(source.pairs)
     generator.shuffle(raw)
+    if source.by_prompt:
+        places: dict[str, int] = {}
+        raw.sort(key=lambda row: places.setdefault(json.dumps(row["prompt"]), len(places)))
     raw = raw[: source.count * 2]  # some do not survive the limits
     if source.long_prompts:
         raw = with_earlier_exchange(raw, generator)

@@ -239,7 +239,7 @@ def main(path: str) -> None:
     sys.stdout = sys.stderr  # what the libraries print is not an answer
     spec: Spec = json.loads(Path(path).read_text())
     rows = json.loads(Path(spec["rows"]).read_text())
-    if spec["order"] and spec["trainer"] != "ours":
+    if spec["order"]:
         rows = [rows[i] for i in spec["order"]]
     tokenizer = load_tokenizer(spec)
     model = load(spec)

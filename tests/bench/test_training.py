@@ -156,3 +156,20 @@ def test_an_adapter_trains_in_place_of_all_weights(tmp_path, capsys, objective):
     rows = read_rows(out)
     assert [row["lora"] for row in rows] == [True, False]
     assert "float32, LoRA;" in table(rows)
+
+
+def test_contenders_see_the_pairs_of_trees_in_the_same_steps():
+    """Ours draws its own order, with and without trees; others take the rows as they come."""
+    rows = [
+        {"prompt_ids": [i % 4 + 1], "chosen_ids": [9], "rejected_ids": [10 + i]} for i in range(12)
+    ]
+    order = training.batch_order(rows, 6, trees=True)
+    steps = [[rows[i] for i in order[begin : begin + 6]] for begin in (0, 6)]
+    assert all(len({row["prompt_ids"][0] for row in step}) == 2 for step in steps)
+    rearranged = [rows[i] for i in training.drawn_alike(rows, 6, order)]
+    drawn = [rearranged[i] for i in training.batch_order(rearranged, 6)]
+    for begin, step in zip((0, 6), steps, strict=True):
+        numbers = [
+            sorted(r["rejected_ids"][0] for r in s) for s in (drawn[begin : begin + 6], step)
+        ]
+        assert numbers[0] == numbers[1]
