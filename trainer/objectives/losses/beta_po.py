@@ -93,8 +93,9 @@ def _terms(
     if pairs.training:
         beta, weights, state = drawn(pairs, hp.beta * gaps, hp, state)
         beta, weights = beta.to(gaps.dtype).expand_as(gaps), weights.to(gaps.dtype)
+    x = beta * (gaps - ratio) if pairs.margins is None else beta * (gaps - ratio) - pairs.margins
+    losses = weights * pair_losses(x, label_smoothing=hp.label_smoothing)
     margins = pairs.widened(beta * ratio)
-    losses = weights * pair_losses(beta * gaps - margins, label_smoothing=hp.label_smoothing)
     return Terms(losses, hp.beta * chosen, hp.beta * rejected, margins, state)
 
 
