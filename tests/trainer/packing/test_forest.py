@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.objectives import build_objective
 from widemargin.trainer.packing import PairCollator, model_inputs
+from widemargin.trainer.packing.recurrent import keep_sequences_apart
 
-from tests.support.packed_rows import FAMILIES, RELATIVES, family_model
+from tests.support.packed_rows import FAMILIES, RECURRENT, RELATIVES, family_model
 from tests.support.tree_pairs import apart, token_trees
 
 LAYOUTS = [
@@ -57,6 +59,22 @@ def test_softcaps_and_experts(family):
     ours, mine = losses_and_gradient(model, shared)
     assert (ours - losses).abs().max() < 1e-5
     assert (mine - gradient).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("family", ["lfm2", "bamba"])
+def test_recurrent_layers(family):
+    """Scans run answer by answer, each over its prompt."""
+    if RECURRENT[family][0] not in CONFIG_MAPPING:
+        pytest.skip("the installed transformers has no such family")
+    rows = token_trees((4, 2))
+    model = family_model(family, "sdpa").eval()
+    keep_sequences_apart(model)
+    patch_head(model, tail="exact")
+    losses, gradient = losses_and_gradient(model, PairCollator(0)(apart(rows)))
+    shared = PairCollator(0, layout="prefix_shared", rows="varlen")(rows)
+    ours, mine = losses_and_gradient(model, shared)
+    assert (ours - losses).abs().max() < 2e-5
+    assert (mine - gradient).norm() < 2e-5 * gradient.norm()
 
 
 def test_every_answer_once_and_pairs_as_edges():
