@@ -18,8 +18,17 @@ from torch import Tensor
 from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
 from .settings import Hyperparameters
-from .state import State, taken_up, to_device
-from .terms import ObjectiveOutput, ObjectiveSpec, Pairs, Terms, by_edges, chosen_nll
+from .terms import (
+    ObjectiveOutput,
+    ObjectiveSpec,
+    Pairs,
+    State,
+    Terms,
+    by_edges,
+    chosen_nll,
+    taken_up,
+    to_device,
+)
 from .tokens import length_weighted, pair_weights
 
 TAKES_MARGINS = frozenset(

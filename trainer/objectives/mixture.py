@@ -16,8 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from .losses import ALIASES, OBJECTIVES
 from .settings import Hyperparameters, unknown_name
-from .state import State
-from .terms import ObjectiveSpec, Pairs, Terms
+from .terms import ObjectiveSpec, Pairs, State, Terms
 
 Parts = tuple[tuple[str, float], ...]
 

@@ -25,8 +25,7 @@ from torch import Tensor
 from ....kernels.margin_loss.function import pair_losses, softplus
 from ..gather import GlobalPairs, padded_sum
 from ..settings import LabelSmoothing
-from ..state import State
-from ..terms import ObjectiveSpec, Pairs, Terms, constant_margins
+from ..terms import ObjectiveSpec, Pairs, State, Terms, constant_margins
 from .dpo import ReferenceHyperparameters, log_ratios
 
 

@@ -29,8 +29,7 @@ from torch import Tensor
 from ....kernels.margin_loss.function import pair_losses, softplus
 from ...errors import UserError
 from ..settings import Hyperparameters, LabelSmoothing, setting
-from ..state import State
-from ..terms import Pairs, Terms, constant_margins
+from ..terms import Pairs, State, Terms, constant_margins
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ..state import State
-from ..terms import Pairs, Terms, constant_margins
+from ..terms import Pairs, State, Terms, constant_margins
 from .dpo import ReferenceHyperparameters, log_ratios
 
 

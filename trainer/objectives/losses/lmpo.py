@@ -24,8 +24,7 @@ from torch import Tensor
 
 from ..gather import GlobalPairs
 from ..settings import setting
-from ..state import State
-from ..terms import Pairs, Terms, margin_terms
+from ..terms import Pairs, State, Terms, margin_terms
 from .simpo import MarginHyperparameters
 
 _EPS_STD = 1e-6

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ....kernels.margin_loss.function import pair_losses
 from ..settings import Hyperparameters, setting
-from ..state import State
-from ..terms import Pairs, Terms, chosen_nll, constant_margins
+from ..terms import Pairs, State, Terms, chosen_nll, constant_margins
 
 
 @dataclass(frozen=True)

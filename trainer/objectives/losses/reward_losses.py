@@ -31,8 +31,7 @@ from torch import Tensor
 
 from ....kernels.margin_loss.function import pair_losses, softplus
 from ..settings import setting
-from ..state import State
-from ..terms import ObjectiveSpec, Pairs, Terms, constant_margins
+from ..terms import ObjectiveSpec, Pairs, State, Terms, constant_margins
 from .dpo import Divergence, DivergenceDpoHyperparameters, ReferenceHyperparameters, scores
 
 Losses = Callable[[Tensor, Tensor, Any], Tensor]

@@ -24,8 +24,7 @@ import torch
 
 from ....kernels.margin_loss.function import pair_losses
 from ..settings import Hyperparameters, LabelSmoothing, setting
-from ..state import State
-from ..terms import Pairs, Terms, chosen_nll, constant_margins, margin_terms
+from ..terms import Pairs, State, Terms, chosen_nll, constant_margins, margin_terms
 
 
 @dataclass(frozen=True)
