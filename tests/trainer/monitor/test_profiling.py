@@ -60,7 +60,7 @@ def test_the_flag_alone_means_true(monkeypatch):
         seen.append(overrides)
 
     monkeypatch.setattr("widemargin.trainer.settings.files.load_config", load)
-    monkeypatch.setattr("widemargin.trainer.train.train", lambda settings: None)
+    monkeypatch.setattr("widemargin.trainer.train.train", lambda *_: None)
     assert cli.main(["train", "x.yaml", "--profile", "--beta=2"]) == 0
     assert cli.main(["train", "--profile=false", "x.yaml"]) == 0
     assert seen == [["--profile=true", "--beta=2"], ["--profile=false"]]
