@@ -26,7 +26,7 @@ from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tai
 from ..errors import UserError
 from ..packing.masks import packed_arguments
 from .experts import balance_loss
-from .logits import logit_settings, token_figures
+from .logits import logit_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,8 @@ class ScoredTokens(ModelOutput):
 
     token_logps: Tensor | None = None  # [N] fp32, differentiable
     mean_logits: Tensor | None = None  # [N] mean over the vocabulary, before any softcap; detached
-    figures: Tensor | None = None  # [3, N] of `token_figures`, where `Scoring` asks for them
+    # [3, N] log Σp², entropy in nats, and 1 where the target is likeliest; where `Scoring` asks
+    figures: Tensor | None = None
     aux_loss: Tensor | None = None  # [] of a mixture of experts, where router_weights were given
 
 
@@ -54,7 +55,7 @@ class Scoring:
     stats: HeadStats | None = None
     """Of the last call with gradients; backward fills it."""
     figures: bool = False
-    """Whether to compute `token_figures` too: about another forward pass of the head."""
+    """Whether forward also computes the figures of `ScoredTokens`."""
 
 
 def patch_head(
@@ -148,7 +149,8 @@ def _head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> A
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(self.weight.dtype)
     bias = getattr(self, "bias", None)
-    token_logps, stats = linear_logprob(
+    asked = scoring.figures
+    token_logps, stats, *figures = linear_logprob(
         hidden,
         self.weight,
         targets,
@@ -159,13 +161,17 @@ def _head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> A
         tail_eps=scoring.tail_eps,
         backend=scoring.backend,
         return_stats=True,
+        return_entropy=asked,
+        return_log_sum_sq_probs=asked,
+        return_is_top1=asked,
     )
     if torch.is_grad_enabled():
         scoring.stats = stats
     mean_logits = _mean_logits(hidden, self.weight, bias, scoring.logit_scale)
-    head = (hidden, self.weight, targets, bias, scoring.logit_scale, scoring.softcap)
-    figures = token_figures(*head) if scoring.figures else None
-    return token_logps, mean_logits, figures
+    if not asked:
+        return token_logps, mean_logits, None
+    entropy, log_squares, is_top1 = (figure.detach().float() for figure in figures)
+    return token_logps, mean_logits, torch.stack([log_squares, entropy, is_top1])
 
 
 @torch.no_grad()

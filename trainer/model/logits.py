@@ -8,13 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-LOGITS_AT_ONCE = 2**24
-"""Elements of the logits that `token_figures` builds at a time: 64 MiB of fp32."""
-
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Settings of a text model's config that its logits are multiplied by."""
 
@@ -55,30 +48,3 @@ def logit_settings(config: Any) -> dict[str, Any]:
         scale = scale * divisor if name in inverted else scale / divisor
     caps = [cap for _, cap in given(SOFTCAPS)]
     return {"logit_scale": scale, "softcap": caps[0] if caps else None}
-
-
-@torch.no_grad()
-def token_figures(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Three figures of each token's distribution, [3, N] fp32, from logits of a few tokens a time.
-
-    The logarithm of its summed squares, its entropy in nats, and 1 where the target is likeliest.
-    """
-    rows = max(1, LOGITS_AT_ONCE // len(weight))
-    figures = hidden.new_empty((3, len(targets)), dtype=torch.float32)
-    for start in range(0, len(targets), rows):
-        part = slice(start, start + rows)
-        logits = logit_scale * F.linear(hidden[part], weight, bias).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        logps = logits.log_softmax(-1)
-        figures[0, part] = (2 * logps).logsumexp(-1)
-        figures[1, part] = torch.special.entr(logps.exp()).sum(-1)
-        figures[2, part] = (logps.argmax(-1) == targets[part]).float()
-    return figures

@@ -86,7 +86,7 @@ class PreferenceMetrics:
         cu_seqlens: Tensor,
         edges: Tensor | None = None,
     ) -> None:
-        """Add one micro-batch's ``figures`` [3, N], see `token_figures`."""
+        """Add one micro-batch's ``figures`` [3, N], see `ScoredTokens`."""
         entropy, correct = (
             by_edges(segment_sums(row.detach(), cu_seqlens), edges) * out.real.repeat(2)
             for row in figures[1:]

@@ -78,7 +78,7 @@ class PreferenceConfig(
     #: dense masks and flex_attention comes on top. Where the configured micro-batches exceed it,
     #: ``gradient_accumulation_steps`` is raised; steps keep their pairs.
     max_tokens_per_micro_batch: int | None = None
-    #: Also log ``entropy`` and ``mean_token_accuracy``; about another forward pass of the head.
+    #: Also log ``entropy`` and ``mean_token_accuracy``, by a few more sums in the head.
     token_metrics: bool = False
     #: Write a trace of a few training steps, trace.json.gz, to ``output_dir``.
     profile: bool = False

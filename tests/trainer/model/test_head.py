@@ -193,8 +193,7 @@ def test_logits_treated_in_an_unknown_way_are_noticed():
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_figures_of_tokens_are_those_of_the_models_logits(monkeypatch, softcap):
-    monkeypatch.setattr("widemargin.trainer.model.logits.LOGITS_AT_ONCE", 1000)
+def test_figures_of_tokens_are_those_of_the_models_logits(softcap):
     model = tiny_model()
     tokens, _, select, targets = batch()
     scoring = patch_head(model, figures=True)
