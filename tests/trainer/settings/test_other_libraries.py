@@ -57,7 +57,7 @@ def test_a_cpo_simpo_file_that_says_everything_is_read_as_trl_reads_it():
     file = {"loss_type": "simpo", "beta": 0.1, "simpo_gamma": 0.5, "cpo_alpha": 1.0}
     config = build_config(HERE | file)
     assert (config.objective, config.gamma_beta_ratio) == ("simpo", 5.0)
-    assert config.objective_args == {"sft_weight": 1.0}
+    assert config.objective_args == {"sft_weight": 1.0, "nll": "tokens"}
 
 
 IN_PYTHON = [

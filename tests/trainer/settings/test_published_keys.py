@@ -228,7 +228,12 @@ def test_length_norm_where_nothing_is_said():
 
 
 def test_trl_names_of_weights():
-    assert hyperparameters_of(objective="cpo", cpo_alpha=0.5)["alpha"] == 0.5
+    cpo = hyperparameters_of(objective="cpo", cpo_alpha=0.5)
+    assert (cpo["alpha"], cpo["nll"]) == (0.5, "tokens")
+    assert hyperparameters_of(objective="cpo", cpo_alpha=0.5, nll="answers")["nll"] == "answers"
+    assert hyperparameters_of(objective="simpo", beta=2.0, cpo_alpha=0.0)["nll"] == "answers"
+    with pytest.raises(UserError, match="alpha: in TRL's CPOConfig it is AlphaPO's"):
+        hyperparameters_of(objective="cpo", cpo_alpha=0.5, alpha=0.0)
     simpo = hyperparameters_of(objective="simpo", beta=2.0, simpo_gamma=1.0, cpo_alpha=0.1)
     assert (simpo["sft_weight"], simpo["gamma_beta_ratio"]) == (0.1, 0.5)
     dpo = hyperparameters_of(objective="dpo", rpo_alpha=1.0, loss_weights=None)
@@ -281,11 +286,15 @@ def test_an_override_wins_over_the_objectives_own_name_for_it(tmp_path):
     args = "objective: cpo\nobjective_args: {alpha: 0.1}"
     assert found(args, "--gamma_beta_ratio=0.3") == {"alpha": 0.3}
     assert found("loss_type: [cpo]\ngamma_beta_ratio: 0.1", "--alpha=0.3")["alpha"] == 0.3
-    assert found("objective: simpo\nsft_weight: 0.1", "--cpo_alpha=0.3") == {"sft_weight": 0.3}
+    assert found("objective: simpo\nsft_weight: 0.1", "--cpo_alpha=0.3") == {
+        "sft_weight": 0.3,
+        "nll": "tokens",
+    }
     assert found("objective: simpo\ncpo_alpha: 0.1", "--sft_weight=0.3") == {"sft_weight": 0.3}
     assert found("objective: cpo\ncpo_alpha: 0.1", "--sft_weight=0.3") == {
         "alpha": 0.1,
         "sft_weight": 0.3,
+        "nll": "tokens",
     }
     for file in (
         r_dpo + "\ngamma_beta_ratio: 0.3",

@@ -248,7 +248,11 @@ TRL = (
     _only("dataset_config", (), "write it after the name: owner/data:configuration"),
     _only("dataset_streaming", (False,), "data sets are read whole"),
     Key("simpo_gamma", "gamma_beta_ratio", "divided by beta", _gamma("simpo_gamma")),
-    Key("cpo_alpha", "alpha", "for cpo; for simpo it becomes sft_weight (1.0 by default in TRL)"),
+    Key(
+        "cpo_alpha",
+        "alpha",
+        "for cpo; for simpo it becomes sft_weight (1.0 by default in TRL); with nll: tokens",
+    ),
     _renamed("rpo_alpha", "sft_weight"),
     _same("precompute_ref_log_probs", "computed once and kept on disk for later runs"),
     _dropped("precompute_ref_batch_size", "per_device_eval_batch_size is used"),

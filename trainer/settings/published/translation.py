@@ -177,8 +177,7 @@ def fit_objective(settings: Settings, notes: list[str]) -> Settings:
     known = hyperparameters_of(objective)
     settings = without_effect(settings, known, objective, notes)
     if settings.get("cpo_alpha") is not None:
-        weight = settings.pop("cpo_alpha")
-        _rename(settings, "cpo_alpha", weight, "alpha" if "alpha" in known else "sft_weight", notes)
+        _rename_cpo_alpha(settings, "alpha" if "alpha" in known else "sft_weight", notes)
     if settings.get("gamma_beta_ratio") is not None and "alpha" in known:
         ratio = settings.pop("gamma_beta_ratio")
         _rename(settings, "gamma_beta_ratio", ratio, "alpha", notes)
@@ -193,6 +192,20 @@ def fit_objective(settings: Settings, notes: list[str]) -> Settings:
             )
         notes.append(note("label_smoothing", value, {}, f"{objective} has none"))
     return settings
+
+
+def _rename_cpo_alpha(settings: Settings, new: str, notes: list[str]) -> None:
+    """TRL's weight of the likelihood, which it averages over all chosen tokens."""
+    if settings.get("alpha") is not None:
+        raise UserError(
+            "alpha: in TRL's CPOConfig it is AlphaPO's; leave it out where it is 0, or write "
+            "objective: alphapo and sft_weight in place of cpo_alpha"
+        )
+    weight = settings.pop("cpo_alpha")
+    _rename(settings, "cpo_alpha", weight, new, notes)
+    if weight and settings.get("nll") is None:
+        settings["nll"] = "tokens"
+        notes.append("nll: tokens, as TRL averages the likelihood of cpo_alpha")
 
 
 def _drop_length_norm(settings: Settings, objective: str, notes: list[str]) -> None:
