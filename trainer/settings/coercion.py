@@ -33,7 +33,7 @@ TYPES = {
 
 def coerced(key: str, value: Any, hint: Any) -> Any:
     """``value`` as the field's type: 1e-6 as a number, whole numbers for floats, one for a list."""
-    kinds = set(_kinds(hint))
+    kinds = set(_kinds(hint)) | ({bool} if key == "resume_from_checkpoint" else set())
     if value is None or not kinds & TYPES.keys():
         return value
     if float in kinds or int in kinds:

@@ -54,7 +54,7 @@ class PreferenceConfig(
 
     #: Name of the objective, a key of ``widemargin.trainer.objectives.OBJECTIVES``; or several with
     #: their weights, as ``{dpo: 0.8, bco: 0.2, sft: 1}`` or ``0.8*dpo + 0.2*bco + sft``.
-    objective: str | dict[str, float] | None = None
+    objective: dict[str, float] | str | None = None
     #: Scale of the rewards; None for the objective's default.
     beta: float | None = None
     #: Base target margin as a share of beta; None for the objective's default.
@@ -91,7 +91,7 @@ class PreferenceConfig(
 
     #: A checkpoint's folder to go on from; true for the newest complete one in ``output_dir``;
     #: "auto" for that if there is one.
-    resume_from_checkpoint: str | bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    resume_from_checkpoint: str | None = None
 
     output_dir: str = "outputs/run"  # pyright: ignore[reportIncompatibleVariableOverride]
     logging_steps: float = 10

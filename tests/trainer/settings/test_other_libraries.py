@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 from widemargin.trainer import PreferenceConfig
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.settings.files import build_config
@@ -110,3 +111,16 @@ def test_a_classes_defaults_are_read_with_their_factories():
         loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
 
     assert trl_defaults.defaults_of(Settings) == {"beta": 0.1, "loss_type": ["sigmoid"]}
+
+
+def test_transformers_argument_parser_takes_the_settings(tmp_path):
+    """As TRL's scripts parse theirs."""
+    parser = HfArgumentParser(PreferenceConfig)  # pyright: ignore[reportArgumentType]
+    place = ["--output_dir", str(tmp_path), "--use_cpu"]
+    given = ["--objective", "lmpo", "--beta", "2.5", "--resume_from_checkpoint", "auto"]
+    (config,) = parser.parse_args_into_dataclasses([*place, *given])
+    assert (config.objective, config.beta) == ("lmpo", 2.5)
+    assert config.resume_from_checkpoint == "auto"
+    mixture = {"objective": {"dpo": 0.8, "sft": 1.0}, "output_dir": str(tmp_path), "use_cpu": True}
+    (config,) = parser.parse_dict(mixture)
+    assert config.objective == "0.8*dpo + sft"
