@@ -69,7 +69,7 @@ PARTS = (
 )
 """Most wanted first, since what comes late may be cut."""
 _REAL = (
-    *("--model", str(real_model.FOLDER), "--batch", "2", "--steps", "5", "--warmup", "1"),
+    *("--model", str(real_model.FOLDER), "--batch", "1", "--steps", "5", "--warmup", "1"),
     "--append",
 )
 REAL_PARTS = (

@@ -64,9 +64,13 @@ class Worker:
         )
 
     def tell(self, line: str) -> None:
+        """Write a line to the worker; `WorkerError` where it has ended, as for want of memory."""
         assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerError(self.process.wait(), self.log.read_text()) from error
 
     def answer(self) -> dict[str, Any]:
         """The next line of JSON, or `WorkerError`."""

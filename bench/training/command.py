@@ -188,7 +188,10 @@ def _take_steps(
         if turn >= options.warmup + 2 and time.monotonic() - begin > options.budget_s:
             for worker in workers:
                 if "reason" not in outcomes[worker.name]:
-                    worker.tell("stop")
+                    try:
+                        worker.tell("stop")
+                    except WorkerError as error:
+                        outcomes[worker.name]["reason"] = str(error)
             break
         shift = turn % max(1, len(workers))
         for worker in workers[shift:] + workers[:shift]:

@@ -13,6 +13,7 @@ from bench.lib import noise, real_model, record
 from bench.lib.exact import relative_error
 from bench.lib.peaked import mean_entropy, peaked_case, simpo_coefficients
 from bench.lib.record import RESULTS, ROOT, Commit
+from bench.lib.workers import Worker, WorkerError
 
 
 @pytest.mark.parametrize("distribution", ["peaked", "shuffled"])
@@ -118,3 +119,11 @@ def test_only_the_complete_real_model_counts(
     assert real_model.main(arguments) == 0
     (folder / "model.safetensors").write_bytes(b"cut")
     assert not real_model.is_made(folder)
+
+
+def test_a_worker_that_has_ended_is_an_error_with_its_last_words(tmp_path):
+    """The kernel may end one for want of memory while another takes its step."""
+    worker = Worker("this", "gone", {}, tmp_path)
+    worker.process.wait()
+    with pytest.raises(WorkerError, match="exit status"):
+        worker.tell("step")
