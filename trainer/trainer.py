@@ -104,7 +104,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         loss = out.loss
         if num_items_in_batch is not None:
             loss = out.losses.sum() * self.args.world_size / num_items_in_batch
-        if balanced:
+        if scored.aux_loss is not None:
             self.observer.training.add(aux_loss=scored.aux_loss)
             loss = loss + self.balance.share(scored, self.current_gradient_accumulation_steps)
         self._observe(inputs, scored, reference, out, loss)

@@ -134,8 +134,9 @@ def _model_forward(
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, select)
     token_logps, mean_logits, figures = self.get_output_embeddings()(picked, targets=targets)
     aux_loss = None
-    if router_weights is not None:
-        aux_loss = balance_loss(outputs.router_logits, router_weights, self.num_experts_per_tok)
+    router_logits = getattr(outputs, "router_logits", None)  # a family's dense models have none
+    if router_weights is not None and router_logits:
+        aux_loss = balance_loss(router_logits, router_weights, self.num_experts_per_tok)
     return ScoredTokens(token_logps, mean_logits, figures, aux_loss)
 
 

@@ -156,6 +156,12 @@ def test_the_loss_and_the_log_have_it(tmp_path):
     assert figures[0.5]["loss"] == pytest.approx(figures[0.0]["loss"] + 0.5 * aux, rel=1e-5)
 
 
+def test_a_dense_model_of_such_a_family_trains_without(tmp_path):
+    trainer = tiny_trainer(tmp_path, tiny_model("doge", is_moe=False), max_steps=1)
+    trainer.train()
+    assert "aux_loss" not in trainer.state.log_history[0]
+
+
 def test_a_bias_that_only_chooses_experts_stays():
     model = tiny_model("deepseek_v3", **DEEPSEEK)
     biases = {n: b.clone() for n, b in model.named_buffers() if "e_score_correction_bias" in n}
