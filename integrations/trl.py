@@ -68,7 +68,7 @@ def enable(
         """TRL scores prompts and padding too on a CPU, as some devices compile for every size."""
         return device.type == "cpu" or theirs(device)
 
-    compact.replaces = theirs  # type: ignore[attr-defined]
+    compact.replaces = theirs  # pyright: ignore[reportFunctionMemberAccess]
     setattr(utils, COMPACT, compact)
 
 

@@ -48,7 +48,7 @@ class Entered:
 
     def stop(self) -> None:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)  # pyright: ignore[reportArgumentType]
 
     def _note(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code

@@ -69,3 +69,8 @@ def nll(x: float) -> float:
 
 def gap(pair: Pair, beta: float) -> float:
     return beta * (mean(pair[0]) - mean(pair[1]))
+
+
+def called(pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What an objective is called with: token logps, boundaries, the reference model's sums."""
+    return *pack(pairs), reference_sums(pairs)

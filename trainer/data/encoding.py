@@ -115,7 +115,7 @@ class PairTokenizer:
         return token_columns(
             texts
             if isinstance(texts, RowProblem)
-            else attempt(self._finish, pair, texts, *next(ids))
+            else attempt(self._finish, pair, texts, next(ids))
             for pair, texts in zip(pairs, rendered, strict=True)
         ) | {"row": origins}
 
@@ -158,14 +158,9 @@ class PairTokenizer:
         return rendered
 
     def _finish(
-        self,
-        pair: Pair,
-        texts: Rendered,
-        prompt: list[int],
-        chosen: list[int],
-        rejected: list[int],
+        self, pair: Pair, texts: Rendered, ids: tuple[list[int], list[int], list[int]]
     ) -> Tokens:
-        tokens = self._cut(pair, texts, prompt, chosen, rejected)
+        tokens = self._cut(pair, texts, *ids)
         tokens.numbers = pair.numbers
         if pair.lost:
             tokens.flags.add(TEXT_LOST)

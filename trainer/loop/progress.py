@@ -26,10 +26,9 @@ class Progress:
     def __init__(self, trainer: Any, folder: Path | None) -> None:
         self.trainer = trainer
         self.began = time.monotonic()
-        known = folder is not None and (folder / MANIFEST).is_file()
-        self.before: dict[str, float] = (
-            read_manifest(folder)["run"].get("progress", {}) if folder and known else {}
-        )
+        self.before: dict[str, float] = {}
+        if folder is not None and (folder / MANIFEST).is_file():
+            self.before = read_manifest(folder)["run"].get("progress", {})
         self.restored = False
 
     @property
@@ -60,7 +59,7 @@ class Progress:
         self.restored = True
 
     def began_at(self) -> float:
-        """When the run would have begun in one piece; and all of its steps count from now on."""
+        """When the run would have begun without a break. From now on all of its steps count."""
         if self.before:
             self.trainer._initial_global_step = 0
         return time.time() - self.seconds

@@ -55,21 +55,21 @@ class RouterBalance:
 
 
 def token_weights(batch: Mapping[str, Any]) -> Tensor:
-    """How often each token of a collated batch would occur in padded rows, [B·T] fp32.
+    """How often each token would occur if every answer had a padded row of its own, [B·T] fp32.
 
-    0 for padding and for filler pairs, 2 for the tokens of a prompt that two answers share.
+    A prompt that n answers share counts n times. Padding counts 0, and so does a batch of filler
+    pairs alone. Nothing waits for the device.
     """
-    if bool((batch["pair_ids"] < 0).all()):
-        return torch.zeros_like(batch["input_ids"], dtype=torch.float32).flatten()
+    real = (batch["pair_ids"] >= 0).any()
     segments = batch.get("segment_ids")
     if segments is None:
-        return batch["attention_mask"].float().flatten()
+        return batch["attention_mask"].flatten() * real.float()
     segments, branches = segments.flatten(), batch["branch_ids"].flatten()
     count = segments.new_zeros(segments.numel() + 1, dtype=branches.dtype)
     # Padding, of segment -1, is counted in the last place, which no segment has.
     count = count.scatter_reduce(0, segments.long() % len(count), branches, "amax")
     shared = count[segments.long()].clamp(min=1)
-    return torch.where(segments < 0, 0, torch.where(branches == 0, shared, 1)).float()
+    return torch.where(segments < 0, 0, torch.where(branches == 0, shared, 1)) * real.float()
 
 
 def balance_loss(router_logits: Sequence[Tensor], weights: Tensor, top_k: int) -> Tensor:

@@ -60,6 +60,7 @@ SPECIAL = [
     "<|im_start|>", "<|im_end|>", "<|start|>", "<|message|>", "<|return|>", "<|START|>",
     "<|END_RESPONSE|>", "<|END_TURN|>", "<think>", "</think>", "[INST]", "[/INST]",
 ]  # fmt: skip
+COHERE_END = "<|END_RESPONSE|><|END_TURN|>"
 #: Template, end of an earlier answer, end of the last, EOS.
 STYLES: dict[str, tuple[str, str, str, str]] = {
     "chatml": (CHATML, "<|im_end|>", "<|im_end|>", "</s>"),
@@ -67,7 +68,7 @@ STYLES: dict[str, tuple[str, str, str, str]] = {
     "qwen3": (QWEN3, "<|im_end|>", "<|im_end|>", "<|im_end|>"),
     "gpt-oss": (GPT_OSS, "<|end|>", "<|return|>", "<|return|>"),
     "phi3": (PHI3, "<|end|>", "<|end|>", "</s>"),
-    "cohere": (COHERE, "<|END_RESPONSE|><|END_TURN|>", "<|END_RESPONSE|><|END_TURN|>", "<|END_TURN|>"),  # noqa: E501
+    "cohere": (COHERE, COHERE_END, COHERE_END, "<|END_TURN|>"),
     "mistral": (MISTRAL, "</s>", "</s>", "</s>"),
 }  # fmt: skip
 TALK = [user("one?"), bot("uno"), user("two?"), bot("dos"), user("three?"), bot("tres")]
