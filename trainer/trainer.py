@@ -204,7 +204,8 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         self.scoring.figures |= self.objective.hyperparameters.use_weighting
         self.balance = RouterBalance(bare_model(lm), args.router_aux_loss_coef)
         self.pipeline = PairPipeline(tokenizer, args, vocabulary_size(lm), self.objective)
-        rows, held_out = self.pipeline.rows_of_run(train_dataset, eval_dataset)
+        rows = self.pipeline.training_rows(train_dataset)
+        held_out = self.pipeline.evaluation_rows(eval_dataset)
         parts = [rows, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
         fit_lengths(lm, parts)
         peft_config = peft_config or lora_config(args)

@@ -69,13 +69,16 @@ class Line:
         """The line with so many pieces in every group that has the pairs: the largest are cut."""
         counts = np.bincount(self.group, minlength=len(self.groups) - 1)
         few = np.flatnonzero((counts < pieces) & (counts < np.diff(self.groups)))
+        if not len(few):
+            return self
         middles = [cut for group in few for cut in self._middles(int(group), pieces)]
         cuts = np.union1d(self.cuts, np.array(middles, np.int64))
         return Line(self.pairs, cuts, self.groups)
 
     def _middles(self, group: int, pieces: int) -> Iterator[int]:
         low, high = self.groups[group : group + 2]
-        cuts = [int(cut) for cut in self.cuts if low <= cut <= high]
+        first, last = np.searchsorted(self.cuts, [low, high])
+        cuts = self.cuts[first : last + 1].tolist()
         while len(cuts) <= pieces and len(cuts) <= high - low:
             sizes = np.diff(cuts)
             place = int(sizes.argmax())
@@ -127,7 +130,8 @@ def _fitted(order: list[int], sizes: list[int], size: int) -> Iterator[tuple[int
         taken = _filling(counts, room)
         placed = sum(counts[i] for i in taken)
         yield from (waiting[i] for i in taken)
-        waiting = [piece for i, piece in enumerate(waiting) if i not in set(taken)]
+        gone = set(taken)
+        waiting = [piece for i, piece in enumerate(waiting) if i not in gone]
         if placed < room:  # none of them fits
             tree, begin, end = waiting[0]
             middle = begin + room - placed

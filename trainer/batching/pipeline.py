@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..data import tokenize_pairs
 from ..data.chat import pad_token
+from ..data.pairs import check_scores
 from ..data.report import SplitReport
 from ..data.table import FILLER_ID, PairRows, is_tokenized
 from ..errors import UserError
@@ -63,10 +64,6 @@ class PairPipeline:
         self.packing: Packing | None = None
         self.layout = "padded"
 
-    def rows_of_run(self, training: Any, evaluation: Any) -> tuple[Any, Any]:
-        """`training_rows` and `evaluation_rows`."""
-        return self.training_rows(training), self.evaluation_rows(evaluation)
-
     def training_rows(self, dataset: Any) -> Any:
         """The rows of the data set of training, tokenized if it is raw; None for None."""
         return self._rows(dataset, "train_dataset", self.reports)
@@ -90,6 +87,8 @@ class PairPipeline:
         if dataset is None or isinstance(dataset, PairRows):
             return dataset
         if is_tokenized(dataset):
+            if name == "train_dataset":
+                check_scores(self.settings, dataset.column_names, name)
             rows = PairRows.of(dataset, self.settings)
             rows.check(name, self.vocab_size)
             return rows

@@ -11,17 +11,22 @@ times out. A file that is damaged or cut off is tokenized again.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..files import is_sealed, seal
 from ..settings.data import EDGES, DataSettings
 from .chat import Rendering, only_id
 from .encoding import PairTokenizer, TokenizedReader
 from .formats.answers import Edges
-from .formats.cached_files import DyingWithParent, unchanged
 from .limits import Limits
 from .table import UNSCORED_COLUMNS, features, is_tokenized
 from .template import generation_stops
@@ -30,8 +35,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+
 # Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
-_VERSION = 5
+_VERSION = 6
 
 
 def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Dataset:
@@ -105,3 +111,43 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "template": tokenizer.chat_template,
         "split_special": getattr(tokenizer, "split_special_tokens", None),
     }
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def unchanged(folder: Path, key: str) -> Iterator[None]:
+    """Remove cached files that are not as they were written, and note what is written inside."""
+    seal_file = folder / f"pairs-{key}.sealed"
+    before = list(folder.glob(f"pairs-{key}*.arrow"))  # one for each process
+    if before and not is_sealed(seal_file, before):
+        logger.warning("%s: it is incomplete or damaged; tokenizing again", before[0])
+        for path in (*before, seal_file):
+            path.unlink(missing_ok=True)
+        before = []
+    yield
+    after = list(folder.glob(f"pairs-{key}*.arrow"))
+    if set(after) != set(before):
+        seal(seal_file, after)
+
+
+class DyingWithParent:
+    """Reads batches; where a worker process does, it ends when its parent has been killed.
+
+    Otherwise it would wait for work for ever, and hold the lock.
+    """
+
+    def __init__(self, read: Any) -> None:
+        self.read, self.parent, self.watched = read, os.getpid(), False
+
+    def __call__(self, batch: Any, indices: list[int]) -> Any:
+        if os.getpid() != self.parent and not self.watched:
+            self.watched = True
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self.read(batch, indices)
+
+    def _watch(self) -> None:
+        while os.getppid() == self.parent:
+            time.sleep(1)
+        os._exit(1)

@@ -54,7 +54,7 @@ class Tokens:
     detail: str = ""
     #: Positions in ``chosen`` and in ``rejected`` that are read, but not scored.
     unscored: tuple[list[int], list[int]] = ([], [])
-    #: What the row says of the pair, by column: see ``rows.NUMBERS``.
+    #: What the row says of the pair, by column: see `formats.answers.NUMBERS`.
     numbers: dict[str, float] = field(default_factory=dict)
 
 

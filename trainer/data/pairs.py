@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -156,18 +156,28 @@ def assemble(
     positions = _of_rows(np.concatenate(places), np.searchsorted(used, order))
     some = any(pc.list_value_length(arrow[name]).to_numpy().any() for name in UNSCORED_COLUMNS)  # pyright: ignore
     said = [name for name in NUMBERS if not np.isnan(arrow[name].to_numpy()[trains]).all()]
-    if training and settings.margin_from == "scores" and not set(SCORES) <= set(said):
-        raise UserError(
-            f"margin_from: the rows of {_names(parts)} have no columns {' and '.join(SCORES)}; "
-            "give them, rows with several answers and scores, or leave margin_from out"
-        )
+    if training:
+        check_scores(settings, said, _names(parts))
     kept = [*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ()), *reference_of(table), *said]
     table = table.select_columns(kept)
     return _arrange(table, positions[trains[positions]], settings, training, report), report
 
 
+def check_scores(settings: DataSettings, columns: Collection[str], name: str) -> None:
+    """Raise ``UserError`` where margins are to come from scores, and the columns lack them."""
+    if settings.margin_from == "scores" and not set(SCORES) <= set(columns):
+        raise UserError(
+            f"margin_from: the rows of {name} have no columns {' and '.join(SCORES)}; "
+            "give them, rows with several answers and scores, or leave margin_from out"
+        )
+
+
 def _settle_grouping(settings: DataSettings, parts: Sequence[Part]) -> None:
-    """Give ``group_by_prompt`` its value where it is None."""
+    """Give ``group_by_prompt`` its value where it is None; say where ``edges`` has no effect."""
+    if settings.edges is not None:
+        for part in parts:
+            if not has_answers(part.rows):
+                part.notes.append("edges has no effect: no row has several answers")
     if settings.group_by_prompt is None:
         several = [part for part in parts if has_answers(part.rows)]
         settings.group_by_prompt = bool(several)

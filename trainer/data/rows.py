@@ -90,11 +90,14 @@ def numbers_of(row: dict[str, Any]) -> dict[str, float]:
         if name not in row:
             continue
         value = row[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or (name == "weight" and value < 0):
+        try:  # text too, as tables of text have it
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number) or (name == "weight" and number < 0):
             wanted = "a finite number of 0 or more" if name == "weight" else "a finite number"
             raise RowProblem(BAD_NUMBER, f"{name} is {value!r}, not {wanted}")
-        numbers[name] = float(value)
+        numbers[name] = number
     return numbers
 
 

@@ -40,9 +40,10 @@ def render_separately(
 ) -> list[Rendered | RowProblem]:
     """Prompt, prompt with chosen and prompt with rejected of each pair, as text."""
     arguments = shared_arguments(pairs)
+    alone = {name: value for name, value in arguments.items() if name != "tools"}
     prompts, chosen, rejected = (
         render(tokenizer, [getattr(pair, part) for pair in pairs], False, given)
-        for part, given in (("prompt", arguments), ("chosen", {}), ("rejected", {}))
+        for part, given in (("prompt", arguments), ("chosen", alone), ("rejected", alone))
     )
     texts: list[Rendered | RowProblem] = []
     for prompt, *sides in zip(prompts, chosen, rejected, strict=True):

@@ -142,8 +142,7 @@ def checked_columns(
         advice = _ADVICE.get(kind, "make one with Dataset.from_list(rows)")
         raise UserError(f"{name}: expected a datasets.Dataset, got {kind}; {advice}")
     if is_tokenized(dataset):
-        known = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBERS)
-        return dataset.select_columns([name for name in known if name in columns]), []
+        return _tokens_of(dataset, columns, renamed or {})
     dataset = _renamed(name, _in_python(name, dataset), renamed or {})
     columns = dataset.column_names
     shape = shape_of(tuple(columns), several)
@@ -160,6 +159,8 @@ def checked_columns(
         _check_text(name, column, dataset.features[column])
     _check_prompt(name, dataset, shape, read)
     reference = reference_columns(columns)
+    if shape.needs == GROUPED:  # they become pairs of those columns alone
+        read, reference = list(GROUPED), []
     notes = [f"read as {shape.name}: {', '.join(read)}"] if shape.name else []
     if reference:
         notes.append(f"the reference's log-probs are its columns {', '.join(reference)}")
@@ -171,6 +172,18 @@ def checked_columns(
     if shape.needs == GROUPED:
         return _grouped(dataset, notes), notes
     return dataset.select_columns([*read, *reference]), notes
+
+
+def _tokens_of(
+    dataset: Any, columns: list[str], renamed: Mapping[str, str]
+) -> tuple[Dataset, list[str]]:
+    known = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBERS, *reference_columns(columns))
+    kept = [column for column in known if column in columns]
+    unread = [column for column in columns if column not in kept]
+    notes = [f"nothing reads its columns {', '.join(unread)}"] if unread else []
+    if renamed:
+        notes.append("columns: its columns keep their names, since they hold token ids")
+    return dataset.select_columns(kept), notes
 
 
 def has_answers(dataset: Any) -> bool:

@@ -69,7 +69,8 @@ def bos_apart(tokenizer: Any) -> bool:
     The published trainers tokenized texts without it, and put it in front. Some tokenizers write
     the first word with another token where BOS stands before it in the text.
     """
-    return tokenizer.bos_token is not None and tokenizer.chat_template in _shipped()
+    template = tokenizer.chat_template  # a dictionary where it has several
+    return tokenizer.bos_token is not None and isinstance(template, str) and template in _shipped()
 
 
 @functools.cache

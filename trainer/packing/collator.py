@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
+from ..data.table.lengths import runs
 from ..settings.names import Layout
 from .forest import Forest
 from .layout import (
@@ -17,7 +18,6 @@ from .layout import (
     alternate,
     place_dense,
     row_length,
-    runs,
     token_ids,
     varlen_lengths,
 )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..data.table.lengths import runs as runs
+from ..data.table.lengths import runs
 
 Rows = Literal["dense", "blocks", "varlen"]
 """How many rows a packed batch has, by the attention that reads it; `PairCollator` has the details.

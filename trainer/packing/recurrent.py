@@ -39,6 +39,7 @@ FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
 """Functions of several steps at once; where they return None the mixer takes the steps singly."""
 
 BOUNDARIES = ("cu_seqlens", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "kv_index")
+"""Arguments by which a function would tell sequences apart by itself: here a call has only one."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def _sequences(kwargs: dict[str, Any], known: Sequences | None) -> Sequences | N
         return None
     if known is not None and known.lengths is lengths:  # reading them waits for a GPU
         return known
-    keys = kwargs.get("cu_seq_lens_k", lengths)
-    return Sequences(lengths, lengths.diff().tolist(), keys.diff().tolist(), kwargs.get("kv_index"))
+    queries, keys = torch.stack([lengths, kwargs["cu_seq_lens_k"]]).diff().tolist()
+    return Sequences(lengths, queries, keys, kwargs.get("kv_index"))
 
 
 def _wrap(module: Any, name: str) -> bool:

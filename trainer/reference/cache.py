@@ -138,7 +138,9 @@ def cache_key(model: str, rows: PairRows, trainer: Trainer, weights: str = "") -
         str(accelerator.distributed_type) if is_split(args) else "",
         bool(args.tf32),
         bare_model(policy).config.get_text_config()._attn_implementation,
-    ] + [weights] * bool(weights)
+    ]
+    if weights:
+        facts.append(weights)
     return digest([json.dumps(facts)])
 
 

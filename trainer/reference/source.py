@@ -30,7 +30,7 @@ def check_synced(model: PreTrainedModel | None, args: PreferenceConfig) -> None:
     """A reference can follow the policy only as another model with weights like its own."""
     if not args.sync_ref_model:
         return
-    if model is None:
+    if model is None or args.precompute_ref_log_probs:
         raise UserError(
             "sync_ref_model: leave it out, or train without an adapter, precompute_ref_log_probs "
             "and reference_*_logps columns; with them no frozen model is there to follow"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from datasets import Dataset
 from widemargin.trainer.data import DataSettings, tokenize_pairs
@@ -142,3 +144,32 @@ def test_ties_make_no_pair():
     assert Edges("all").of([(1.0, "a"), (1.0, "b"), (0.0, "c")]) == [
         ((1.0, "a"), (0.0, "c")), ((1.0, "b"), (0.0, "c"))
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("yes", "no mapping"),
+        ({"response": "b", "overall_score": "high"}, "overall_score has something"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_skips_its_row(answer, reason):
+    rows = [KNOWN["UltraFeedback"], {"instruction": Q, "completions": [answer]}]
+    rows = [row | {"completions": json.dumps(row["completions"])} for row in rows]
+    _, lines, pairs, _ = made(rows)
+    assert len(pairs) == 2
+    assert "1 skipped" in lines
+    assert reason in lines
+
+
+def test_scores_may_be_text_and_none_of_them_is_dropped_in_silence():
+    row = {"instruction": Q, "completions": [
+        {"response": a, "overall_score": str(s)} for a, s in zip(ANSWERS, SCORES, strict=True)
+    ]}  # fmt: skip
+    assert made([row])[0] == made([KNOWN["UltraFeedback"]])[0]
+
+
+def test_edges_say_where_they_have_no_effect():
+    pair = {"prompt": Q, "chosen": "yes", "rejected": "no"}
+    assert "edges has no effect" in made([pair], edges="adjacent")[1]
+    assert "edges has no effect" not in made([OURS], edges="adjacent")[1]

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from widemargin.trainer.data import DataSettings, tokenize_pairs
 from widemargin.trainer.data.formats.messages import without_nulls
+from widemargin.trainer.data.sources import checked_columns
 from widemargin.trainer.errors import UserError
 
 from tests.support.pair_rows import bot, user
@@ -80,6 +81,33 @@ def test_helpsteers_answers_are_paired_by_prompt():
     texts, lines = made(rows)
     assert texts == [(TURN, f"{GOOD}<|end|>", f"{BAD}<|end|>")]
     assert "4 answers became 1 pairs" in lines
+
+
+def test_columns_that_pairing_leaves_behind_are_said():
+    rows = [
+        {"prompt": "a", "response": r, "helpfulness": h, "weight": 2.0, "system": "Be brief."}
+        for r, h in (("x", "1"), ("y", "3"), ("z", "N/A"))
+    ]
+    _, notes = checked_columns("data", Dataset.from_list(rows))
+    assert "nothing reads its columns weight, system" in notes
+    assert not any("multiplied" in note for note in notes)
+
+
+def test_a_preference_that_is_no_number_skips_its_row():
+    rows = [{"prompt": "a", "response_1": "x", "response_2": "y", "preference_strength": s}
+            for s in (2.0, float("nan"))]  # fmt: skip
+    _, report = tokenize_pairs(Dataset.from_list(rows), tiny_tokenizer())
+    assert report.pairs == 1
+    assert sum(report.skipped.values()) == 1
+
+
+def test_tokenized_columns_are_read_or_named():
+    row = {"prompt_ids": [4], "chosen_ids": [5], "rejected_ids": [6], "note": "x"}
+    row |= {"reference_chosen_logps": -1.0, "reference_rejected_logps": -2.0}
+    kept, notes = checked_columns("data", Dataset.from_list([row]), {"prompt": "question"})
+    assert {"reference_chosen_logps", "reference_rejected_logps"} <= set(kept.column_names)
+    assert "nothing reads its columns note" in notes
+    assert any("hold token ids" in note for note in notes)
 
 
 def test_system_and_history_go_before_the_prompt():

@@ -206,7 +206,7 @@ def test_no_row_and_no_index_names_a_file_or_a_host(tmp_path: Path) -> None:
         (folder / "README.md").write_text(
             f'---\nconfigs:\n- config_name: default\n  data_files: "{named}"\n---\n'
         )
-        with pytest.raises(UserError, match="no JSON or Parquet files"):
+        with pytest.raises(UserError, match="no data files"):
             load_pairs(DataSettings(dataset=str(folder)), tiny_tokenizer())
 
     for name in ("saved", "other"):

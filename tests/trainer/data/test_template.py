@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 from widemargin.trainer.data import DataSettings
 from widemargin.trainer.data.pairs import tokenize_pairs
-from widemargin.trainer.data.template import own_tokenizer, with_template
+from widemargin.trainer.data.template import bos_apart, own_tokenizer, with_template
 from widemargin.trainer.errors import UserError
 
 from tests.support.pair_rows import bot, user
@@ -78,3 +78,9 @@ def test_system_text_of_a_last_user_turn_is_folded_in() -> None:
     )
     with pytest.raises(UserError, match="put it into the first user message"):
         tokenize_pairs(Dataset.from_list([row]), tokenizer)
+
+
+def test_several_named_templates_are_no_shipped_one():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    assert not bos_apart(tokenizer)

@@ -2,6 +2,5 @@
 
 May import errors and the trainer's files. `files` opens files, folders and hub names, and `damage`
 finds what is wrong in one. `shapes` knows data sets by their columns, and `converters` read their
-rows. `messages` reads messages in the forms that others write. `cached_files` keeps what the rows
-became.
+rows. `messages` reads messages in the forms that others write.
 """

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .converters import NO_PREFERENCE, Row, conversation, transcript
+from .converters import NO_PREFERENCE, Row, conversation, finite, transcript
 from .messages import MISSING, WRONG_TYPE, RowProblem, from_json, kind
 
 Scored = tuple[float, Any]
@@ -19,9 +18,9 @@ SCORES = ("score_chosen", "score_rejected")
 
 NUMBERS = {
     "weight": "each pair's loss is multiplied by it",
-    "margin": "it is added to each pair's target margin",
-    SCORES[0]: "of use to margin_from: scores",
-    SCORES[1]: "of use to margin_from: scores",
+    "margin": "margin_from: margin adds it to each pair's target margin",
+    SCORES[0]: "margin_from: scores adds their difference to each pair's target margin",
+    SCORES[1]: "margin_from: scores adds their difference to each pair's target margin",
 }
 """Columns of numbers that say something of a pair, and what becomes of them."""
 
@@ -80,7 +79,7 @@ def beside(prompt: str, answers: str, scores: str | None, *, sign: int = 1, talk
         if scores is None:
             values: list[Any] = list(range(0, -len(listed), -1))
         else:
-            values = [None if v is None else sign * _number(v, scores) for v in _list(row, scores)]
+            values = [None if v is None else sign * finite(v, scores) for v in _list(row, scores)]
         if len(values) != len(listed):
             raise RowProblem(
                 WRONG_TYPE, f"{answers} has {len(listed)} answers and {scores} {len(values)}"
@@ -98,9 +97,11 @@ def inside(prompt: str, answers: str, text: str, worth: tuple[str, ...], sign: i
     def read(row: Row) -> tuple[Any, list[Scored]]:
         scored = []
         for answer in _list(row, answers):
-            value = next((answer[name] for name in worth if answer.get(name) is not None), None)
-            if isinstance(value, int | float):
-                scored.append((float(sign * value), answer.get(text)))
+            if not isinstance(answer, dict):
+                raise RowProblem(WRONG_TYPE, f"{answers} has something {kind(answer)}, no mapping")
+            column = next((name for name in worth if answer.get(name) is not None), None)
+            if column is not None:
+                scored.append((sign * finite(answer[column], column), answer.get(text)))
         if not scored:
             raise RowProblem(MISSING, f"{answers} has no answer with {' or '.join(worth)}")
         return conversation(transcript(row[prompt]), None, None)["prompt"], scored
@@ -113,7 +114,7 @@ def in_columns(prompt: str, answer: str, score: str, most: int = 32):
 
     def read(row: Row) -> tuple[Any, list[Scored]]:
         places = [i for i in range(most) if row.get(answer.format(i)) is not None]
-        scored = [(_number(row.get(score.format(i)), score.format(i)), i) for i in places]
+        scored = [(finite(row.get(score.format(i)), score.format(i)), i) for i in places]
         asked = conversation(transcript(row[prompt]), None, None)["prompt"]
         return asked, [(value, row[answer.format(i)]) for value, i in scored]
 
@@ -128,13 +129,3 @@ def _list(row: Row, column: str) -> list[Any]:
     if not isinstance(value, list):
         raise RowProblem(WRONG_TYPE, f"{column} is {kind(value)}, not a list")
     return value
-
-
-def _number(value: Any, column: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise RowProblem(WRONG_TYPE, f"{column} has something {kind(value)}, no number") from None
-    if not math.isfinite(number):
-        raise RowProblem(WRONG_TYPE, f"{column} has {number}, no finite number")
-    return number

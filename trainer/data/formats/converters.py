@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,11 +74,19 @@ def either(prompt: str, first: str, second: str, first_wins: Callable[[Row], Any
     return standard
 
 
-def number(row: Row, column: str) -> float:
+def number(row: Mapping[str, Any], column: str) -> float:
+    return finite(row.get(column), column)
+
+
+def finite(value: Any, column: str) -> float:
+    """A value of ``column`` as a number, of text too; ``RowProblem`` for another."""
     try:
-        return float(row[column])
+        number = float(value)
     except (TypeError, ValueError):
-        raise RowProblem(WRONG_TYPE, f"{column} is {kind(row[column])}, no number") from None
+        raise RowProblem(WRONG_TYPE, f"{column} has something {kind(value)}, no number") from None
+    if not math.isfinite(number):
+        raise RowProblem(WRONG_TYPE, f"{column} has {number}, no finite number")
+    return number
 
 
 def arena(row: Row) -> Row:
@@ -115,12 +124,20 @@ def best_and_worst(rows: list[Mapping[str, Any]]) -> list[Row]:
         answers.setdefault(str(row["prompt"]), []).append(row)
     pairs = []
     for prompt, group in answers.items():
-        scored = sorted((each for each in group if each["helpfulness"] is not None), key=_helpful)
+        scored = sorted(filter(_is_scored, group), key=_helpful)
         if scored and _helpful(scored[0]) != _helpful(scored[-1]):
             sides = {"chosen": scored[-1]["response"], "rejected": scored[0]["response"]}
             pairs.append({"prompt": [{"role": "user", "content": prompt}], **sides})
     return pairs
 
 
+def _is_scored(row: Mapping[str, Any]) -> bool:
+    try:
+        number(row, "helpfulness")
+        return True
+    except RowProblem:
+        return False
+
+
 def _helpful(row: Mapping[str, Any]) -> float:
-    return float(row["helpfulness"])
+    return number(row, "helpfulness")

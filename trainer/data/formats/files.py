@@ -1,4 +1,4 @@
-"""Files, folders and hub names -> tables by split, and where in a file the trouble is."""
+"""Files, folders and hub names -> tables by split."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ def _load_below(name: str, path: str, advice: str) -> dict[str, Dataset]:
     builders = {_BUILDERS[ending] for ending in endings}
     if len(builders) != 1:
         found = " and ".join(sorted(builders))
-        problem = (
-            f"it has {found} files" if found else "no JSON or Parquet files, or the like, in it"
-        )
+        problem = f"it has {found} files" if found else "it has no data files"
         raise UserError(f"data set {name!r}: {advice} ({problem})")
     try:
         files: Any = load_dataset_builder(builders.pop(), data_dir=path).config.data_files

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .answers import NUMBERS, SCORES, Edges, Reader, beside, in_columns, inside, rows_of
+from .answers import NUMBERS, Edges, Reader, beside, in_columns, inside, rows_of
 from .converters import (
     Row,
     arena,
@@ -59,12 +59,12 @@ class Shape:
         return [column for column in columns if column in known]
 
     def rows(self, row: Row, edges: Edges) -> list[Row]:
-        """The pairs of ``row`` with prompt (or none), chosen, rejected, scores and `ARGUMENTS`."""
+        """The pairs of ``row`` with prompt (or none), chosen, rejected and `ARGUMENTS`."""
         if self.answers is not None:
             pairs = rows_of(*self.answers(row), edges)
         else:
             assert self.standard is not None
-            pairs = [self.standard(row) | {name: row[name] for name in SCORES if name in row}]
+            pairs = [self.standard(row)]
         return [self._complete(pair, row) for pair in pairs]
 
     def _complete(self, standard: Row, row: Row) -> Row:

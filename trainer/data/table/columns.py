@@ -1,7 +1,4 @@
-"""Columns of the table of tokens: their names, and how pairs become rows of it.
-
-Every name of a column stands here, of raw rows and of tokenized ones.
-"""
+"""Columns of the table of tokens and of the reference: names, and how pairs become rows."""
 
 from __future__ import annotations
 
@@ -53,6 +50,7 @@ def reference_of(table: Any) -> list[str]:
 
 def with_reference(name: str, table: Any, raw: Any) -> Any:
     """``table`` with the reference's log-probs, where the columns of ``raw`` have them, by row."""
+    rows = np.array(table["row"][:])
     for ours, theirs in zip(REFERENCE_COLUMNS, reference_columns(raw.column_names), strict=False):
         try:
             logps = np.array(raw[theirs][:], dtype=np.float64)
@@ -63,7 +61,7 @@ def with_reference(name: str, table: Any, raw: Any) -> Any:
                 f"{name}: {theirs} holds something that is no finite number; mend the column, or "
                 "leave it out to have the reference's log-probs computed"
             )
-        table = table.add_column(ours, logps[np.array(table["row"][:])])
+        table = table.add_column(ours, logps[rows])
     return table
 
 

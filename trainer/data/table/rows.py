@@ -71,6 +71,12 @@ class PairRows(Dataset):
             for name in NUMBERS
             if name in dataset.column_names
         }
+        for name, values in said.items():
+            if np.isinf(values).any() or (name == "weight" and (values < 0).any()):
+                raise UserError(
+                    f"{name}: mend a row of the data set whose number is infinite, or a weight "
+                    "below 0"
+                )
         self.source = dataset
         self.dataset = dataset.select_columns(columns).with_format("arrow")
         self._reference: dict[str, np.ndarray] = {}
