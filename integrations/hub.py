@@ -48,7 +48,7 @@ def write_package(out: Path, repo_id: str = f"widemargin/{NAME}") -> Path:
         _write_variant(out / "build" / f"torch-{backend}", sources, name, backend)
     for path, text in _added(ADDED).items():
         if not path.startswith("variant/"):
-            _write(out / path, text.replace("REPO_ID", repo_id))
+            _write(out / path, text.replace("REPO_ID", repo_id).replace("VERSION", str(VERSION)))
     return out
 
 

@@ -104,9 +104,12 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         loss = out.loss
         if num_items_in_batch is not None:
             loss = out.losses.sum() * self.args.world_size / num_items_in_batch
+        if balanced:
+            self.balance.check(scored.aux_loss)
         if scored.aux_loss is not None:
             self.observer.training.add(aux_loss=scored.aux_loss)
-            loss = loss + self.balance.share(scored, self.current_gradient_accumulation_steps)
+            micro_batches = self.current_gradient_accumulation_steps
+            loss = loss + self.balance.share(scored.aux_loss, micro_batches)
         self._observe(inputs, scored, reference, out, loss)
         return (loss, {"pairs": out}) if return_outputs else loss
 

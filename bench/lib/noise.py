@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -59,8 +60,7 @@ def _own() -> float:
 
 def relative_spread(values: list[float]) -> float:
     """(largest − smallest) / median."""
-    middle = sorted(values)[len(values) // 2]
-    return (max(values) - min(values)) / middle
+    return (max(values) - min(values)) / statistics.median(values)
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

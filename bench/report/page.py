@@ -12,6 +12,7 @@ from typing import Any
 from widemargin.kernels.linear_logprob import TAIL_EPS
 
 from bench.head import table as head
+from bench.lib.real_model import FOLDER
 from bench.lib.record import Row
 from bench.lib.table import machine, markdown
 from bench.planning import table as planning
@@ -27,7 +28,7 @@ NEEDS_GPU = {
     "tune": "the head's fastest tiles",
     "scaling": "the head's scaling curves",
 }
-REAL = "SmolLM2-135M-Instruct"
+REAL = FOLDER.name
 INTRO = """\
 # Results
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bench.lib.noise import MAX_SPREAD
+from bench.lib.noise import noises
 from bench.lib.record import Row
 from bench.lib.table import markdown
 from bench.report.page import REAL, File
@@ -104,11 +104,11 @@ def _agreement(case: list[Row]) -> str:
 
 def _noise(case: list[Row]) -> str:
     """A remark on a run that was not quiet, or whose noise nobody measured."""
-    spreads = [row.get("spread_per_token") for row in case]
-    if None in spreads:
-        return "; a busy machine, whose noise was not measured"
-    worst = max(spread for spread in spreads if spread is not None)
-    return f"; a noisy run, steps spread by {worst:.0%}" if worst > MAX_SPREAD else ""
+    if any("spread_per_token" not in row for row in case):
+        return "; its noise was not measured"
+    spreads = {row["provider"]: row["spread_per_token"] for row in case}
+    found = noises(max(row.get("others_load", 0.0) for row in case), spreads)
+    return f"; a noisy run: {'; '.join(found)}" if found else ""
 
 
 SHARES = {

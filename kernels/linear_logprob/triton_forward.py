@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .extras import BlockSums
 from .routing import BLOCK, num_blocks
 from .tiles import Tile, tiles_for
 from .triton_tile import (
@@ -106,10 +107,9 @@ def forward(
     tile = tiles_for(call.compute_dtype, call.hidden.device).forward
     if asked is None:
         return forward_by(launch, tile, call, targets, keep=keep, profile=profile, tops=tops)
-    from .extras import BlockSums
-
     vocabulary = len(call.weight)
-    like = call.hidden.new_empty(num_blocks(vocabulary), len(call.hidden), dtype=torch.float32)
+    shape = num_blocks(vocabulary), len(call.hidden)
+    like = call.hidden.new_empty(1, dtype=torch.float32).expand(shape)
     sums = BlockSums(asked, like)
     launch_both = partial(launch, asked=asked, block_sums=sums.values)
     saved = forward_by(

@@ -126,7 +126,7 @@ def test_readme_shows_the_real_model_as_soon_as_it_was_measured() -> None:
     assert "nois" not in readme.table([toy, quiet])
     assert "11M" not in readme.table([toy, quiet])
     noisy = training_file(*(row | {"spread_per_token": 0.4} for row in quiet.rows))
-    assert "a noisy run, steps spread by 40%" in readme.table([noisy])
+    assert "steps spread by 40%" in readme.table([noisy])
     gpu = training_file(*(r | {"device": "cuda", "device_name": "Some GPU"} for r in quiet.rows))
     assert readme.claim([toy, quiet, gpu]).startswith("**On Some GPU")
 

@@ -15,6 +15,7 @@ from ..errors import UserError
 from .findings import OK, WARN, Finding, Findings
 
 TESTED = "1.16"
+ADVICE = f"install TRL {TESTED} (pip install 'trl>={TESTED}'; Python 3.11 or newer)"
 GLOBAL = "_ChunkedLogProbFunction"
 CALLER = "add_fused_lm_head"
 """What calls it, for all trainers. Before, each trainer held the function itself, so that another
@@ -35,26 +36,25 @@ def seam() -> Any:
         UserError: TRL is not installed, or calls another function, or by another way.
     """
     if find_spec("trl") is None:
-        raise UserError(f"trl: install TRL {TESTED} (pip install 'trl>={TESTED}'); there is none")
+        raise UserError(f"trl: {ADVICE}; there is none")
     utils = importlib.import_module("trl.trainer.utils")
     function = getattr(utils, GLOBAL, None)
     function = getattr(function, "replaces", function)
     arguments = () if function is None else tuple(inspect.signature(function.forward).parameters)
     if arguments != ARGUMENTS or not all(hasattr(utils, name) for name in (CALLER, COMPACT)):
-        raise UserError(
-            f"trl: install TRL {TESTED}, with which the head was tested; {_version()} calls its "
-            "own head in another way"
-        )
+        raise UserError(f"trl: {ADVICE}; {_version()} calls its own head in another way")
     return utils
 
 
 def trl() -> Findings:
     """Whether `use_widemargin_head` fits."""
+    if find_spec("trl") is None:
+        yield Finding(OK, "trl", f"not installed; use_widemargin_head alone needs it: {ADVICE}")
+        return
     try:
         seam()
     except UserError as error:
-        status = OK if find_spec("trl") is None else WARN
-        yield Finding(status, "trl", f"use_widemargin_head does not fit: {error}")
+        yield Finding(WARN, "trl", f"use_widemargin_head does not fit: {error}")
     else:
         yield Finding(OK, "trl", f"{_version()}, which use_widemargin_head fits")
 

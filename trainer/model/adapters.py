@@ -118,11 +118,6 @@ def _leave_experts(model: PreTrainedModel, peft_config: Any) -> None:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:  # an older peft, which translates nothing
         return
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
-    }
 
     def stays(targets: Any) -> bool:
         config = copy.deepcopy(peft_config)
@@ -134,6 +129,11 @@ def _leave_experts(model: PreTrainedModel, peft_config: Any) -> None:
         return not config.target_parameters
 
     if not stays("all-linear"):
+        names = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        }
         peft_config.target_modules = sorted(name for name in names if stays({name}))
 
 

@@ -11,6 +11,7 @@ for each global micro-batch, over all ranks; the step's is the mean over its mic
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,22 +37,29 @@ class RouterBalance:
     """
 
     def __init__(self, model: PreTrainedModel, setting: float | None) -> None:
-        has = hasattr(model, "num_experts_per_tok") and hasattr(model, "router_aux_loss_coef")
+        has = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+        config: Any = model.config.get_text_config()
+        own = getattr(config, "router_aux_loss_coef", getattr(config, "aux_loss_coef", 0.0))
         if setting and not has:
             raise UserError(
                 f"router_aux_loss_coef: leave it out; {type(model).__name__} has no such loss"
             )
-        config: Any = model.router_aux_loss_coef if has else 0
-        self.coefficient = float(config if setting is None else setting)
+        self.setting = setting
+        self.coefficient = float((own if has else 0) if setting is None else setting)
 
     def inputs(self, batch: Mapping[str, Any], training: bool) -> dict[str, Tensor]:
         """What the model's forward needs besides, to return ``aux_loss``."""
         wanted = training and self.coefficient > 0
         return {"router_weights": token_weights(batch)} if wanted else {}
 
-    def share(self, scored: Any, micro_batches: int) -> Tensor:
-        """A micro-batch's share of the step's loss [], of what the model returned."""
-        return self.coefficient * scored.aux_loss / micro_batches
+    def share(self, aux_loss: Tensor, micro_batches: int) -> Tensor:
+        """A micro-batch's share of the step's loss []."""
+        return self.coefficient * aux_loss / micro_batches
+
+    def check(self, aux_loss: Tensor | None) -> None:
+        """Raise ``UserError`` where the loss was asked for, and the model has no experts."""
+        if self.setting and aux_loss is None:
+            raise UserError("router_aux_loss_coef: leave it out; this model has no experts")
 
 
 def token_weights(batch: Mapping[str, Any]) -> Tensor:
@@ -85,7 +93,7 @@ def balance_loss(router_logits: Sequence[Tensor], weights: Tensor, top_k: int) -
     sent = torch.zeros_like(probs)
     for logits in router_logits:
         each = logits.reshape(len(weights), -1).float().softmax(-1)
-        probs = probs + weights @ each
+        probs = probs + (weights[:, None] * each).sum(0)  # autocast would round a product
         chosen = each.detach().topk(top_k, dim=-1).indices.flatten()
         sent = sent.index_add(0, chosen, weights.repeat_interleave(top_k))
     tokens = len(router_logits) * weights.sum()
@@ -96,4 +104,4 @@ def balance_loss(router_logits: Sequence[Tensor], weights: Tensor, top_k: int) -
     experts = len(probs)
     sent, all_probs, tokens = totals[:experts], totals[experts:-1], totals[-1].clamp(min=1)
     probs = all_probs + ranks * (probs - probs.detach())
-    return experts * (sent / tokens) @ (probs / tokens)
+    return experts * (sent * probs).sum() / tokens**2

@@ -136,7 +136,8 @@ def _model_forward(
     aux_loss = None
     router_logits = getattr(outputs, "router_logits", None)  # a family's dense models have none
     if router_weights is not None and router_logits:
-        aux_loss = balance_loss(router_logits, router_weights, self.num_experts_per_tok)
+        top_k = self.config.get_text_config().num_experts_per_tok
+        aux_loss = balance_loss(router_logits, router_weights, top_k)
     return ScoredTokens(token_logps, mean_logits, figures, aux_loss)
 
 

@@ -40,10 +40,9 @@ def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrain
         if base is not None:
             return load_tokenizer(base, base.model_name_or_path)
     tokenizer = own_tokenizer(_load(AutoTokenizer, name, settings, "tokenizer"))
-    if settings.tokenizer_as_saved and changes_tokens(
-        tokenizer, saved := _as_saved(settings, name)
-    ):
-        tokenizer = saved
+    if settings.tokenizer_as_saved:
+        saved = _as_saved(settings, name)
+        tokenizer = saved if changes_tokens(tokenizer, saved) else tokenizer
     return with_padding(tokenizer, name)
 
 
@@ -62,7 +61,12 @@ def _as_saved(settings: ModelSettings, name: str) -> Any:
 
     try:
         return _load(PreTrainedTokenizerFast, name, settings, "tokenizer")
-    except UserError:
+    except UserError as error:
+        logger.warning(
+            "tokenizer_as_saved: the tokenizer stays as transformers builds it, since its file "
+            "could not be read as it is: %s",
+            error,
+        )
         return None
 
 

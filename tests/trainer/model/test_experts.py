@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoConfig
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.adapters import lora_config, with_adapter
-from widemargin.trainer.model.experts import RouterBalance, token_weights
+from widemargin.trainer.model.experts import RouterBalance, balance_loss, token_weights
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.packing import PairCollator, model_inputs
 
@@ -98,6 +100,7 @@ BALANCED = {
         "moe_layer_start_index": 0,
     },
     "gpt_oss": EXPERT_SIZES,
+    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
 }
 
 
@@ -131,6 +134,29 @@ def test_filler_pairs_and_padding_weigh_nothing():
         )
         filler = PairCollator(0, layout=layout)([row | {"pair_id": -1} for row in rows[:1]])
         assert not token_weights(filler).any()
+
+
+def test_autocast_rounds_nothing_of_it():
+    logits = [torch.randn(24, 5, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    weights = torch.rand(24, generator=torch.Generator().manual_seed(7))
+    exact = balance_loss(logits, weights, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(balance_loss(logits, weights, 2), exact, rtol=1e-6, atol=0)
+
+
+def test_the_config_of_a_mixture_inside_another_model_counts():
+    config = AutoConfig.for_model("jetmoe", aux_loss_coef=0.03)
+    module = type(tiny_model("mixtral", **EXPERT_SIZES)).__module__
+    outer: Any = type("Outer", (), {"__module__": module, "config": config})()
+    assert RouterBalance(outer, None).coefficient == 0.03
+
+
+def test_a_coefficient_for_a_dense_member_of_such_a_family_is_refused(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, tiny_model("doge", is_moe=False), max_steps=1, router_aux_loss_coef=0.1
+    )
+    with pytest.raises(UserError, match="this model has no experts"):
+        trainer.train()
 
 
 def test_the_coefficient_is_the_models_own_unless_set():
