@@ -198,9 +198,9 @@ def _preflight(config: PreferenceConfig, script: str | None) -> None:
     if data.train is not None:
         print("\nFirst pair")
         print("\n".join(preflight_lines(data.train[0], tokenizer, colours=colours())))
-        print(
-            first_tokens_line(tokenizer, _published_tokenizer(config), Rendering.of(config)) or ""
-        )
+        begins = first_tokens_line(tokenizer, _published_tokenizer(config), Rendering.of(config))
+        if begins is not None:
+            print(begins)
     check_training_data(data)
     check_evaluation(config, data.evaluation)
 

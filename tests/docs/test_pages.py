@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import re
 import runpy
 import shlex
@@ -85,6 +87,26 @@ def test_every_quoted_message_is_printed():
     messages = quoted_messages(DOCS / "troubleshooting.md")
     assert len(messages) > 40
     assert [message for message in messages if not is_printed(message)] == []
+
+
+def reasons() -> set[str]:
+    """Why rows are skipped: the first argument of every `RowProblem`."""
+    found = set()
+    for path in (ROOT / "trainer" / "data").rglob("*.py"):
+        calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+        named = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for call in calls:
+            if ast.unparse(call.func) == "RowProblem" and isinstance(call.args[0], ast.Name):
+                module = importlib.import_module(f"widemargin.{named}")
+                found.add(getattr(module, call.args[0].id))
+    return found
+
+
+def test_every_reason_for_a_skipped_row_is_explained():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page[page.index("| reason | what it is |") :]
+    assert len(reasons()) > 15
+    assert {reason for reason in reasons() if reason not in table} == set()
 
 
 def test_a_message_that_is_not_printed_would_be_found():

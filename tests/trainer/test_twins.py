@@ -102,7 +102,7 @@ def test_preflight_counts_steps_as_the_script_did(file, capsys):
     printed = capsys.readouterr().out
     assert "max_steps: 1, as the published script counted them" in printed
     assert "max_steps: 2 trains on all pairs" in printed
-    assert "as the published scripts make them" in printed
+    assert "as in the published scripts" in printed
 
 
 ZEPHYR = (
@@ -116,10 +116,10 @@ def test_the_first_tokens_are_compared_with_the_published_ones():
     published = family_tokenizer("mistral", ZEPHYR)
     joint = Rendering(empty_system=True)
     without = str(first_tokens_line(family_tokenizer("mistral", ZEPHYR), published, joint))
-    assert without.startswith("first tokens: '▁' '<' '|' ")
-    assert "; the published scripts make '<s>' '▁' '<' '|' " in without
+    assert without.startswith("a conversation about PROBE begins with '▁' '<' '|' ")
+    assert "; in the published scripts with '<s>' '▁' '<' '|' " in without
     shipped = family_tokenizer("mistral", read_chat_template("zephyr"))
-    same = "as the published scripts make them"
+    same = "as in the published scripts"
     assert str(first_tokens_line(shipped, published, joint)).endswith(same)
     twin = Rendering(separate=True, empty_system=True)
     assert str(first_tokens_line(published, published, twin)).endswith(same)

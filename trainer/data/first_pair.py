@@ -84,9 +84,9 @@ def first_tokens_line(
         return None
     shown = " ".join(_raw(tokenizer, i) for i in ours)
     if ours == theirs:
-        return f"first tokens: {shown}, as the published scripts make them"
+        return f"a conversation about {PROBE} begins with {shown}, as in the published scripts"
     return (
-        f"first tokens: {shown}; the published scripts make "
+        f"a conversation about {PROBE} begins with {shown}; in the published scripts with "
         f"{' '.join(_raw(published, i) for i in theirs)} (their twins, -m widemargin.trainer."
         "run_simpo and so on, do)"
     )

@@ -16,7 +16,7 @@ from .chat import template_notes
 from .formats.answers import NUMBERS, SCORES
 from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE
-from .limits import OK, TEXT_LOST
+from .limits import IDENTICAL_CUT, NOT_SCORED, NOTHING_LEFT, OK, TEXT_LOST
 from .report import DataReport, SourceCount, SplitReport, count_rows
 from .sources import Part, checked_columns, gather, has_answers
 from .table import (
@@ -220,9 +220,11 @@ def _check_rows(report: SplitReport, settings: DataSettings) -> None:
     counts = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
     if not report.pairs:
         first = f"; {report.examples[0]}" if report.examples else ""
+        cut = {NOTHING_LEFT, IDENTICAL_CUT, NOT_SCORED} & report.skipped.keys()
+        limits = ", or raise the length limits" if cut else ""
         raise UserError(
             f"{report.split} data from {_names(report.sources)}: none of {report.rows} rows can "
-            f"train ({counts}){first}; mend the rows, or raise the length limits"
+            f"train ({counts}){first}; mend the rows{limits}"
         )
     lost = report.flags.get(TEXT_LOST, 0)
     if settings.strict_data and (report.skipped or lost):
