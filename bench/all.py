@@ -68,23 +68,29 @@ PARTS = (
     ),
 )
 """Most wanted first, since what comes late may be cut."""
-_REAL = (
-    *("--model", str(real_model.FOLDER), "--batch", "1", "--steps", "5", "--warmup", "1"),
-    "--append",
-)
+
+
+def _real(name: str, limit_s: float, *arguments: str) -> Part:
+    model = ("--model", str(real_model.FOLDER), "--append")
+    return Part(f"training-real-{name}", (*model, *arguments), "training_real_cpu.json", limit_s)
+
+
+_PAIRS = ("--batch", "2", "--steps", "5", "--warmup", "1")
+_PROMPTS = ("--trees", "--batch", "12", "--max-length", "512", "--steps", "2", "--warmup", "1")
+_SHARED = ("--contenders", "widemargin-prefix_shared")
 REAL_PARTS = (
-    Part("training-real-simpo", (*_REAL, "--budget-s", "210"), "training_real_cpu.json", 330),
-    Part(
-        "training-real-dpo",
-        (
-            *(*_REAL, "--budget-s", "150", "--objective", "dpo"),
-            *("--contenders", "widemargin-padded", "widemargin-prefix_shared", "trl-dpo"),
-        ),
-        "training_real_cpu.json",
-        250,
+    _real("simpo", 900, *_PAIRS),
+    _real("dpo", 900, *_PAIRS, "--objective", "dpo"),
+    _real("trees", 1200, *_PROMPTS, *_SHARED, "widemargin-trees", "trl-cpo"),
+    _real("lora", 600, *_PAIRS, "--lora", *_SHARED, "trl-cpo"),
+    _real("checkpointing", 700, *_PAIRS, "--checkpointing", *_SHARED, "trl-cpo"),
+    _real(
+        *("trees-dpo", 1200, *_PROMPTS, "--objective", "dpo"),
+        *(*_SHARED, "widemargin-trees", "trl-dpo"),
     ),
 )
-"""Steps of the real model of `bench/lib/real_model.py` (`make bench-real`), eight minutes."""
+"""Steps of the real model of `bench/lib/real_model.py` (`make bench-real`), most wanted first."""
+REAL_TOTAL_S = 3600
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -97,7 +103,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     which.add_argument(
         "--real", action="store_const", const=real, dest="parts", help="steps of the real model"
     )
-    parser.add_argument("--total-s", type=float, default=TOTAL_S, help=f"default {TOTAL_S}")
+    parser.add_argument(
+        "--total-s", type=float, help=f"default {TOTAL_S}, and {REAL_TOTAL_S} with --real"
+    )
     parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
     parser.add_argument("--keep-noisy", action="store_true", help="store noisy training steps too")
     return parser.parse_args(arguments)
@@ -134,7 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.resolve()
     if refused(out / "all.json", find_commit(), options.allow_dirty):
         return 2
-    end = time.monotonic() + options.total_s
+    default = REAL_TOTAL_S if options.parts[0].startswith("training-real") else TOTAL_S
+    end = time.monotonic() + (options.total_s or default)
     fates: dict[str, str] = {}
     for part in (*PARTS, *REAL_PARTS):
         if part.name not in options.parts:

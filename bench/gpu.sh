@@ -105,7 +105,7 @@ step shapes 300 "${head[@]}" --repeats 5 --budget-s 4 --case "${cases[@]}" --pro
     --out "$out/head_shapes.json"
 
 # Whole training steps, in a run of their own: bench/gpu.sh COMMIT OUTDIR machine training-1b training-8b
-training=("$python" -m bench.training --device cuda --dtype bfloat16 --checkpointing --batch 8 --lengths .whl/lengths.json
+training=("$python" -m bench.training --device cuda --dtype bfloat16 --checkpointing --batch 8 --rounds 1 --lengths .whl/lengths.json
     --max-length 2048 --append --commit "$commit" --out "$out/training.json")
 layouts=(widemargin-padded widemargin-packed widemargin-prefix_shared)
 step training-1b 260 "${training[@]}" --shape llama-1b --contenders "${layouts[@]}" trl-cpo

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import psutil
 from bench.lib.record import RESULTS, ROOT
 
 MAX_SPREAD = 0.25
-"""Of (largest − smallest) / median, where every step did equal work."""
+"""Of the largest difference between two times of the same step, as a share of the faster."""
 MAX_OTHERS = 0.15
 """Of the machine's cores, that other programs may use on average while the benchmark runs."""
 NOISY = ROOT / "outputs" / "noisy"
@@ -56,11 +55,6 @@ def _own() -> float:
             continue
         total += times.user + times.system + times.children_user + times.children_system
     return total
-
-
-def relative_spread(values: list[float]) -> float:
-    """(largest − smallest) / median."""
-    return (max(values) - min(values)) / statistics.median(values)
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

@@ -35,8 +35,8 @@ INTRO = """\
 <!-- Made by `python -m bench.report`; edit bench/report/page.py instead. -->
 This page has every measurement, so that you can check each claim. `python -m bench.report` makes
 each figure from the JSON file named below it, and only committed code writes those files. `make
-bench` measures the same on your machine in under ten minutes, and `make bench-real` a real model in
-eight. `bench/README.md` explains the method and each key of a row. A line's load is the machine's
+bench` measures the same on your machine in under ten minutes, and `make bench-real` a real model within an
+hour. `bench/README.md` explains the method and each key of a row. A line's load is the machine's
 when a run began: above a few tenths of a core, CPU times say little.
 """
 
@@ -182,10 +182,10 @@ def _training(file: File) -> str:
     quiet = ""
     if rows:
         load = max(row["others_load"] for row in rows)
-        spread = max(row.get("spread_per_token", 0) for row in rows)
+        spread = max(row.get("spread", 0) for row in rows)
         quiet = (
-            f" Other programs used at most {load:.0%} of the machine; a trainer's time per token "
-            f"differed by at most {spread:.0%} between steps."
+            f" Other programs used at most {load:.0%} of the machine; two times of "
+            f"the same step differed by at most {spread:.0%}."
         )
     return training.table(file.rows) + (text if gaps else "") + quiet
 

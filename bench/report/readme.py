@@ -104,9 +104,9 @@ def _agreement(case: list[Row]) -> str:
 
 def _noise(case: list[Row]) -> str:
     """A remark on a run that was not quiet, or whose noise nobody measured."""
-    if any("spread_per_token" not in row for row in case):
+    if any("spread" not in row for row in case):
         return "; its noise was not measured"
-    spreads = {row["provider"]: row["spread_per_token"] for row in case}
+    spreads = {row["provider"]: row["spread"] for row in case}
     found = noises(max(row.get("others_load", 0.0) for row in case), spreads)
     return f"; a noisy run: {'; '.join(found)}" if found else ""
 

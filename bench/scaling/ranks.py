@@ -31,8 +31,9 @@ from widemargin.trainer.plan.speed import speed_of
 from bench.lib.record import ROOT, Row
 from bench.lib.subject import Subject, find_subject
 from bench.lib.workers import WorkerError
-from bench.training.command import find_rows, parse, specification, start
+from bench.training.command import find_rows, parse
 from bench.training.data import Rows, lengths_of
+from bench.training.rounds import specification, start
 
 PAIRS_PER_STEP = 8
 WARMUP, STEPS = 1, 2

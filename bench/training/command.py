@@ -1,25 +1,21 @@
 """Benchmark whole training steps: each packing against TRL, on the same pairs, batch and attention.
 
 `python -m bench.training` from the repository root. Every contender is a trainer in a process of
-its own (`bench.training.worker`); they take optimizer steps in turns, so that a noisy machine is
-noisy for all (on a GPU, whose memory they need alone, one runs after the other), and the first
-steps do not count. All see the same token ids in the same batches, so the loss curves of contenders
-with the same objective must lie on each other: they are stored and compared. A row has pairs/s
-(real time, batch fetching included), peak memory of the process (resident on a CPU, allocated on a
-GPU) and the loss of each step.
+its own, one after the other (`bench.training.rounds`). All see the same token ids in the same
+batches, so the loss curves of contenders with the same objective must lie on each other: they are
+stored and compared. In every further round they train the same steps again; the faster time of a
+step counts, and how far its times are apart says how noisy the run was. The first steps of a round
+do not count. A row has pairs/s (real time, batch fetching included), peak memory of the process
+(resident on a CPU, allocated on a GPU) and the loss of each step.
 """
 
 import argparse
 import json
 import math
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from bench.lib.noise import Load, add_option, noises, place_for, relative_spread
+from bench.lib.noise import Load, add_option, noises, place_for
 from bench.lib.record import (
     Commit,
     Row,
@@ -30,10 +26,9 @@ from bench.lib.record import (
     writer,
 )
 from bench.lib.subject import fill_in
-from bench.lib.timing import spread
-from bench.lib.workers import Worker, WorkerError
 from bench.training.contenders import CONTENDERS, SHAPES, SKIPPED, TREES
 from bench.training.data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
+from bench.training.rounds import run_contenders
 from bench.training.table import CASE, table
 
 
@@ -57,10 +52,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4, help="pairs per step (default 4)")
+    parser.add_argument(
+        "--accumulation", type=int, default=1, help="micro-batches of a step, of equal size"
+    )
     parser.add_argument("--steps", type=int, default=12, help="steps that count (default 12)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those (default 3)")
+    parser.add_argument("--rounds", type=int, default=2, help="times of each step (default 2)")
     parser.add_argument(
-        "--budget-s", type=float, default=math.inf, help="no turn begins after it once two count"
+        "--budget-s",
+        type=float,
+        default=math.inf,
+        help="for all steps; where it is short fewer count, but two",
     )
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--dtype", default="float32")
@@ -92,136 +94,6 @@ def find_rows(options: argparse.Namespace) -> Rows:
     return token_rows(source)
 
 
-def batch_order(rows: Rows, batch: int, trees: bool = False) -> list[int]:
-    """Pairs in the order of our trainer's batches, for trainers that go through rows in order."""
-    from datasets import Dataset
-    from widemargin.trainer.batching.pipeline import PairBatches
-    from widemargin.trainer.batching.planner import Planner
-    from widemargin.trainer.data.table import PairRows
-
-    lengths = PairRows(Dataset.from_list(rows), group_by_prompt=trees).lengths
-    batches = PairBatches(Planner(lengths, pairs_per_step=batch, micro_batches=1, seed=0))
-    return [i for together in batches for i in together]
-
-
-def drawn_alike(rows: Rows, batch: int, order: list[int]) -> list[int]:
-    """Pairs in an order that our trainer, as it draws pairs that share nothing, turns to this."""
-    rearranged = np.empty(len(order), int)
-    rearranged[batch_order(rows, batch)] = order
-    return rearranged.tolist()
-
-
-def specification(
-    name: str, options: argparse.Namespace, folder: Path, order: list[int] | None = None
-) -> dict[str, Any]:
-    """What a worker is told; ``order`` is that of the pairs for trainers that draw none."""
-    contender = CONTENDERS[name]
-    settings = {}
-    if contender["trainer"] == "ours":
-        settings = {"packing": contender["packing"], "head_tail": options.head_tail}
-        settings["group_by_prompt"] = contender.get("trees", False)
-    return {
-        "trainer": contender["trainer"],
-        "settings": settings,
-        "objective": options.objective,
-        "beta": 0.1 if options.objective == "dpo" else 2.5,
-        "gamma_beta_ratio": 0.5,
-        "model": None if options.shape else str(options.model.resolve()),
-        "shape": SHAPES[options.shape] if options.shape else None,
-        "rows": str(folder / "rows.json"),
-        "order": order,
-        "output_dir": str(folder / f"run-{name}"),
-        "pairs": options.batch,
-        "steps": options.steps + options.warmup,
-        "max_length": options.max_length,
-        **{
-            key: getattr(options, key)
-            for key in ("device", "dtype", "attention", "optimizer", "checkpointing", "lora")
-        },
-        "learning_rate": options.learning_rate,
-    }
-
-
-def start(name: str, spec: dict[str, Any], folder: Path, **variables: str) -> Worker:
-    """A contender's process, which takes one step for every "step" it is told."""
-    return Worker("bench.training.worker", name, spec, folder, **variables)
-
-
-def run_contenders(
-    names: list[str], options: argparse.Namespace, folder: Path, rows: Rows
-) -> dict[str, Row]:
-    """Facts by name. Together and in turns on a CPU; one after the other on a GPU."""
-    order = batch_order(rows, options.batch, options.trees)
-    orders = {"ours": drawn_alike(rows, options.batch, order) if options.trees else None}
-    groups = [[name] for name in names] if options.device == "cuda" else [names]
-    outcomes: dict[str, Row] = {}
-    for group in groups:
-        workers: list[Worker] = []
-        try:
-            for name in group:
-                given = None if name == TREES else orders.get(CONTENDERS[name]["trainer"], order)
-                spec = specification(name, options, folder, given)
-                workers.append(start(name, spec, folder))
-            # They start at the same time: a start is mostly imports, on one core each.
-            outcomes |= {worker.name: _ready(worker) for worker in workers}
-            _take_steps([w for w in workers if "reason" not in outcomes[w.name]], outcomes, options)
-        finally:
-            for worker in workers:
-                worker.stop()
-    return outcomes
-
-
-def _ready(worker: Worker) -> Row:
-    try:
-        return {"start_mib": round(worker.answer()["peak_mib"], 1)}
-    except WorkerError as error:
-        return {"reason": str(error)}
-
-
-def _take_steps(
-    workers: list[Worker], outcomes: dict[str, Row], options: argparse.Namespace
-) -> None:
-    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    per_token: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    begin = time.monotonic()
-    for turn in range(options.warmup + options.steps):
-        if turn >= options.warmup + 2 and time.monotonic() - begin > options.budget_s:
-            for worker in workers:
-                if "reason" not in outcomes[worker.name]:
-                    try:
-                        worker.tell("stop")
-                    except WorkerError as error:
-                        outcomes[worker.name]["reason"] = str(error)
-            break
-        shift = turn % max(1, len(workers))
-        for worker in workers[shift:] + workers[:shift]:
-            if "reason" in outcomes[worker.name]:
-                continue
-            try:
-                worker.tell("step")
-                step = worker.answer()
-            except WorkerError as error:
-                outcomes[worker.name]["reason"] = str(error)
-                continue
-            if turn >= options.warmup:
-                times[worker.name].append(step["ms"])
-                per_token[worker.name].append(step["ms"] / step["tokens"])
-    for worker in workers:
-        if "reason" in outcomes[worker.name]:
-            continue
-        last = worker.answer()
-        seconds = sum(times[worker.name]) / 1000
-        outcomes[worker.name] |= {
-            "steps": len(times[worker.name]),
-            "step_ms": spread(times[worker.name]),
-            "spread_per_token": round(relative_spread(per_token[worker.name]), 3),
-            "pairs_per_s": round(options.batch * len(times[worker.name]) / seconds, 4),
-            "tokens_per_step": round(last["tokens"] / len(last["losses"]), 1),
-            "peak_mib": round(last["peak_mib"], 1),
-            "losses": [round(loss, 6) for loss in last["losses"]],
-        }
-
-
 def shared_facts(options: argparse.Namespace, rows: Rows, commit: Commit) -> Row:
     lengths = lengths_of(rows)
     means = [round(sum(side) / len(rows), 1) for side in zip(*lengths, strict=True)]
@@ -231,6 +103,7 @@ def shared_facts(options: argparse.Namespace, rows: Rows, commit: Commit) -> Row
         "long_prompts": options.long_prompts,
         "objective": options.objective,
         "pairs_per_step": options.batch,
+        "micro_batches": options.accumulation,
         "steps": options.steps,
         "max_length": options.max_length,
         "mean_lengths": dict(zip(("prompt", "chosen", "rejected"), means, strict=True)),
@@ -285,7 +158,7 @@ def benchmark(options: argparse.Namespace, folder: Path) -> int:
     print(table(new))
     if gap is not None:
         print(f"\nLargest relative difference between the losses of a step: {gap:.1e}")
-    spreads = {row["provider"]: row["spread_per_token"] for row in new if "step_ms" in row}
+    spreads = {row["provider"]: row["spread"] for row in new if "spread" in row}
     noise = noises(facts["others_load"], spreads)
     place = place_for(out, noise, options.keep_noisy)
     same = (*CASE, "head_tail", "provider")  # a new row takes the place of one with all these

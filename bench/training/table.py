@@ -5,7 +5,7 @@ from bench.lib.table import markdown
 
 CASE = (
     *("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device"),
-    *("checkpointing", "lora"),
+    *("micro_batches", "checkpointing", "lora"),
 )
 """What rows of one table have in common, beside the commit."""
 COLUMNS = ("trainer", "pairs/s", "step ms (min–max)", "× TRL", "tokens a step", "peak memory MiB")

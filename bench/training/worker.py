@@ -127,6 +127,7 @@ def common_arguments(spec: Spec) -> dict[str, Any]:
     return {
         "output_dir": spec["output_dir"],
         "per_device_train_batch_size": spec["pairs"],
+        "gradient_accumulation_steps": spec["accumulation"],
         "max_steps": spec["steps"],
         "learning_rate": spec["learning_rate"],
         "lr_scheduler_type": "constant",

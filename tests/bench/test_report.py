@@ -114,7 +114,7 @@ def training_file(*rows: dict[str, object]) -> page.File:
 
 def test_readme_shows_the_real_model_as_soon_as_it_was_measured() -> None:
     toy = training_file(steps("widemargin-prefix_shared", 9.0), steps("trl-cpo", 1.0))
-    real = {"case": readme.REAL, "spread_per_token": 0.1, "peak_mib": 100.0}
+    real = {"case": readme.REAL, "spread": 0.1, "peak_mib": 100.0}
     quiet = training_file(
         steps(readme.BEST, 2.0, **real), steps("trl-cpo", 1.0, **real | {"peak_mib": 200.0})
     )
@@ -125,7 +125,7 @@ def test_readme_shows_the_real_model_as_soon_as_it_was_measured() -> None:
     )
     assert "nois" not in readme.table([toy, quiet])
     assert "11M" not in readme.table([toy, quiet])
-    noisy = training_file(*(row | {"spread_per_token": 0.4} for row in quiet.rows))
+    noisy = training_file(*(row | {"spread": 0.4} for row in quiet.rows))
     assert "steps spread by 40%" in readme.table([noisy])
     gpu = training_file(*(r | {"device": "cuda", "device_name": "Some GPU"} for r in quiet.rows))
     assert readme.claim([toy, quiet, gpu]).startswith("**On Some GPU")

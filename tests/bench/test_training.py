@@ -11,6 +11,7 @@ from bench.lib.record import read_rows
 from bench.lib.table import write_into
 from bench.training import command as training
 from bench.training import plot as training_plot
+from bench.training import rounds
 from bench.training.table import table
 from bench.training.worker import cpo_row
 from tests.support.tiny_models import TOKENIZER, tiny_model
@@ -42,12 +43,14 @@ def test_layouts_do_the_same_work(folder, capsys):
             *("--model", str(folder / "model"), "--pairs", str(folder / "pairs.jsonl")),
             *("--steps", "2", "--warmup", "1", "--batch", "2", "--max-length", "64"),
             *("--out", str(out), "--allow-dirty", "--long-prompts", "--head-tail", "exact"),
+            *("--accumulation", "2"),
         ]
     )
     assert status == 0, capsys.readouterr()
     rows = json.loads(out.read_text())["rows"]
     assert [row["provider"] for row in rows] == ["widemargin-padded", "widemargin-prefix_shared"]
     assert rows[0]["largest_loss_gap"] < 1e-5
+    assert [(row["steps"], row["rounds"]) for row in rows] == [(2, 2), (2, 2)]
     for row in rows:
         assert len(row["losses"]) == 3
         assert row["pairs_per_s"] > 0
@@ -81,7 +84,7 @@ def test_random_weights_on_lengths_alone(tmp_path, capsys):
 
 
 @pytest.mark.costly
-def test_turns_end_early_where_time_is_short(tmp_path, capsys):
+def test_steps_are_fewer_where_time_is_short(tmp_path, capsys):
     lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
     lengths.write_text(json.dumps([[3, 5, 4]] * 20))
     arguments = [
@@ -134,7 +137,7 @@ def test_a_noisy_run_is_kept_apart(tmp_path, capsys, monkeypatch):
     assert training.main(arguments) == 1
     assert "repeat it when the machine is idle" in capsys.readouterr().err
     (row,) = read_rows(tmp_path / "noisy" / "a.json")
-    assert row["spread_per_token"] >= 0
+    assert row["spread"] >= 0
     assert 0 <= row["others_load"] <= 1
     assert not (tmp_path / "results" / "a.json").exists()
     assert training.main([*arguments, "--keep-noisy"]) == 0
@@ -163,13 +166,50 @@ def test_contenders_see_the_pairs_of_trees_in_the_same_steps():
     rows = [
         {"prompt_ids": [i % 4 + 1], "chosen_ids": [9], "rejected_ids": [10 + i]} for i in range(12)
     ]
-    order = training.batch_order(rows, 6, trees=True)
+    order = rounds.batch_order(rows, 6, trees=True)
     steps = [[rows[i] for i in order[begin : begin + 6]] for begin in (0, 6)]
     assert all(len({row["prompt_ids"][0] for row in step}) == 2 for step in steps)
-    rearranged = [rows[i] for i in training.drawn_alike(rows, 6, order)]
-    drawn = [rearranged[i] for i in training.batch_order(rearranged, 6)]
+    rearranged = [rows[i] for i in rounds.drawn_alike(rows, 6, 1, order)]
+    drawn = [rearranged[i] for i in rounds.batch_order(rearranged, 6)]
     for begin, step in zip((0, 6), steps, strict=True):
         numbers = [
             sorted(r["rejected_ids"][0] for r in s) for s in (drawn[begin : begin + 6], step)
         ]
         assert numbers[0] == numbers[1]
+
+
+def test_the_faster_time_of_a_step_counts():
+    """Of three steps, one that warms up and two that count, in two rounds."""
+    options = training.parse(["--steps", "3", "--warmup", "1", "--batch", "4"])
+    taken = [[(9000, 7), (2000, 10), (1000, 20)], [(9000, 7), (1500, 10), (1100, 20), (1, 1)]]
+    records = [
+        {
+            "start_mib": 5.0,
+            "peak_mib": peak,
+            "losses": [0.5, 0.25, 0.125, 0.1],
+            "taken": [{"ms": ms, "tokens": tokens} for ms, tokens in steps],
+        }
+        for peak, steps in zip((8.0, 9.0), taken, strict=True)
+    ]
+    row = rounds.facts(records, 2, options)
+    assert row["pairs_per_s"] == 8 / 2.5
+    assert row["spread"] == 0.333
+    assert row["tokens_per_step"] == 15
+    assert (row["peak_mib"], row["losses"]) == (9.0, [0.5, 0.25, 0.125])
+    assert "spread" not in rounds.facts(records[:1], 2, options)
+
+
+@pytest.mark.costly
+def test_contenders_that_break_leave_the_others_their_rounds(tmp_path, capsys, monkeypatch):
+    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
+    lengths.write_text(json.dumps([[3, 5, 4]] * 6))
+    monkeypatch.setitem(rounds.CONTENDERS, "trl-cpo", {"trainer": "no such trainer"})
+    arguments = [
+        *("--contenders", "widemargin-padded", "trl-cpo", "--shape", "tiny", "--rounds", "2"),
+        *("--lengths", str(lengths), "--steps", "2", "--warmup", "0", "--batch", "2"),
+        *("--out", str(out), "--allow-dirty"),
+    ]
+    assert training.main(arguments) == 0, capsys.readouterr()
+    ours, theirs = read_rows(out)
+    assert ours["rounds"] == 2
+    assert "no such trainer" in theirs["reason"]
