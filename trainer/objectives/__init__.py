@@ -14,7 +14,7 @@ from typing import Any
 
 from .base import Objective
 from .losses import ALIASES, OBJECTIVES
-from .mixture import canonical_name, spec_of
+from .mixture import canonical_name, parts_of, spec_of
 from .settings import unknown_name
 from .terms import ObjectiveOutput, ObjectiveSpec
 
@@ -27,6 +27,7 @@ __all__ = [
     "build_objective",
     "canonical_name",
     "hyperparameters_of",
+    "parts_of",
     "spec_of",
 ]
 

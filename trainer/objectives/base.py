@@ -31,11 +31,6 @@ from .terms import (
 )
 from .tokens import length_weighted, pair_weights
 
-TAKES_MARGINS = frozenset(
-    ("simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "dpo", "r-dpo", "beta-simpo", "beta-dpo")
-)
-"""Objectives that add the data's margins to their target margins."""
-
 # Pairs without ids are ordered by rank, then by place: ids of rank r start at r times this.
 IDS_PER_RANK = 2**32
 
@@ -100,7 +95,7 @@ class Objective:
             weights: [P] that the pairs' losses are multiplied by; statistics weigh all pairs alike.
             margins: [P] added to the target margins; an objective without one refuses them.
         """
-        if margins is not None and self.name not in TAKES_MARGINS:
+        if margins is not None and not self.spec.takes_margins:
             raise UserError(
                 f"margin: set margin_from: none, or take another objective; {self.name} has no "
                 "target margin to add the data's to"

@@ -89,6 +89,7 @@ def _mixed(parts: Parts) -> ObjectiveSpec:
         partial(_initial_state, parts),
         couples_pairs=any(spec.couples_pairs for spec in specs.values()),
         needs_reference=any(spec.needs_reference for spec in specs.values()),
+        takes_margins=any(spec.takes_margins for spec in specs.values()),
     )
 
 

@@ -132,6 +132,7 @@ class ObjectiveSpec:
     initial_state: Callable[[Any], State] | None = None
     couples_pairs: bool = False  # needs one global micro-batch at a time
     needs_reference: bool = False
+    takes_margins: bool = False  # adds the data's margins to its target margins
 
 
 @dataclass(frozen=True)

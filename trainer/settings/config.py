@@ -135,7 +135,7 @@ class PreferenceConfig(
         setattr(self, f"{name}_kwargs", kwargs)
 
     def _set_what_this_trainer_needs(self) -> None:
-        if isinstance(self.objective, dict):
+        if self.objective is not None:
             self.objective = canonical_name(self.objective)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # a step uses every parameter

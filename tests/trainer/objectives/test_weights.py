@@ -7,9 +7,10 @@ import pytest
 import torch
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.objectives import OBJECTIVES, build_objective
-from widemargin.trainer.objectives.base import TAKES_MARGINS
 
 from tests.support.preference_batches import pack, random_pairs
+
+TAKES_MARGINS = {name for name, spec in OBJECTIVES.items() if spec.takes_margins}
 
 
 def batch_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +46,17 @@ def test_objectives_without_a_target_margin_refuse_margins():
     for name in set(OBJECTIVES) - TAKES_MARGINS:
         with pytest.raises(UserError, match="margin_from: none"):
             build_objective(name)(tokens, cu_seqlens, torch.zeros(4), margins=torch.ones(2))
+
+
+def test_margins_go_to_the_parts_of_a_mixture_that_take_them():
+    tokens, cu_seqlens = batch_of(2)
+    reference, margins = torch.zeros(4), torch.ones(2)
+    mixed = build_objective("ipo + 2*dpo")(tokens, cu_seqlens, reference, margins=margins)
+    dpo = build_objective("dpo")(tokens, cu_seqlens, reference, margins=margins)
+    ipo = build_objective("ipo")(tokens, cu_seqlens, reference)
+    torch.testing.assert_close(mixed.losses, ipo.losses + 2 * dpo.losses)
+    with pytest.raises(UserError, match="margin_from: none"):
+        build_objective("ipo + sft")(tokens, cu_seqlens, reference, margins=margins)
 
 
 @pytest.mark.parametrize("name", ["simpo", "lmpo", "dpo", "orpo"])

@@ -156,6 +156,8 @@ REFUSED = [
     ({"trainer_type": "simpo", "loss_type": "dpo"}, "set trainer_type: dpo"),
     ({"trainer_type": "dpo", "loss_type": "gm-simpo"}, "set trainer_type: simpo"),
     ({"trainer_type": "dpo", "loss_type": "hinge"}, "write objective: hinge"),
+    ({"trainer_type": "simpo", "loss_type": "dpo + sft"}, "set trainer_type: dpo"),
+    ({"loss_type": []}, "objective: name each part once"),
     ({"loss_type": "sppo_soft"}, "'sppo_soft' is not known; did you mean 'sppo'"),
     ({"loss_type": "sigmoid", "cpo_alpha": 1.0}, "write objective: simpo"),
     ({"loss_type": "sigmoid", "precompute_ref_log_probs": True}, "write objective: simpo"),
@@ -193,6 +195,10 @@ OBJECTIVES = [
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "gm-dpo"}, "gamma-dpo"),
     (None, {"loss_type": ["sigmoid"]}, "dpo"),
     (None, {"loss_type": ["ipo"]}, "ipo"),
+    (None, {"loss_type": ["hinge"]}, "dpo-hinge"),
+    (None, {"loss_type": ["hinge"], "trainer_type": "dpo"}, "dpo-hinge"),
+    (None, {"loss_type": ["hinge"], "trainer_type": "simpo"}, "hinge"),
+    (None, {"loss_type": "dpo + sft", "trainer_type": "dpo"}, "dpo + sft"),
     (None, {"objective": "dpo", "trainer_type": "simpo"}, "dpo"),
 ]
 
@@ -212,6 +218,43 @@ def test_one_key_means_different_things_for_different_losses():
         assert meant(loss, trainer)["alpha"] == 0.3
     assert meant("ipo", "dpo")["beta"] == 0.3
     assert meant("dpo", "dpo")["beta"] == 10
+
+
+def test_a_ratio_is_alpha_only_where_the_objective_has_none_of_its_own(tmp_path):
+    both = {"alpha": 0.1, "gamma_beta_ratio": 0.4}
+    alphapo = hyperparameters_of(objective="alphapo", **both)
+    assert (alphapo["alpha"], alphapo["gamma_beta_ratio"]) == (0.1, 0.4)
+    mixed = hyperparameters_of(objective="simpo + cpo", **both)
+    assert (mixed["alpha"], mixed["gamma_beta_ratio"]) == (0.1, 0.4)
+    assert hyperparameters_of(objective="dpo + cpo", gamma_beta_ratio=0.4)["alpha"] == 0.4
+    twin = hyperparameters_of("run_simpo", objective="alphapo")
+    assert (twin["alpha"], twin["gamma_beta_ratio"]) == (0.25, 0.25)
+
+    path = tmp_path / "c.yaml"
+    for objective in ("alphapo", "simpo + cpo"):
+        path.write_text(
+            f"objective: {objective}\nalpha: 0.1\ngamma_beta_ratio: 0.4\nuse_cpu: true\n"
+        )
+        config = load_config(path, ["--alpha=0.2"])
+        assert (config.objective_args["alpha"], config.gamma_beta_ratio) == (0.2, 0.4)
+    path.write_text("objective: dpo + cpo\nalpha: 0.1\nuse_cpu: true\n")
+    assert load_config(path, ["--gamma_beta_ratio=0.3"]).objective_args == {"alpha": 0.3}
+
+
+@pytest.mark.parametrize("objective", ["cpo", "cpo-hinge", "cpo-ipo", "simpo + cpo"])
+def test_cpo_alpha_is_the_alpha_of_cpo(objective):
+    assert hyperparameters_of(objective=objective, cpo_alpha=0.3)["alpha"] == 0.3
+
+
+@pytest.mark.parametrize("objective", ["orpo", "alphapo", "r-dpo", "orpo + sft"])
+def test_cpo_alpha_weighs_the_likelihood_beside_another_alpha(objective):
+    found = hyperparameters_of(objective=objective, cpo_alpha=0.3, alpha=0.7)
+    assert (found["alpha"], found["sft_weight"], found["nll"]) == (0.7, 0.3, "tokens")
+    alone = hyperparameters_of(objective=objective, cpo_alpha=0.3)
+    assert alone["alpha"] != 0.3
+    assert alone["sft_weight"] == 0.3
+    file = {"objective": objective, "cpo_alpha": 0.1, "alpha": 0.7}
+    assert merge(file, {"cpo_alpha": 0.3}) == file | {"cpo_alpha": 0.3}
 
 
 def test_length_norm_where_nothing_is_said():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from widemargin.trainer.objectives import hyperparameters_of
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config, load_config
 from widemargin.trainer.settings.published.departures import departures, kept_defaults
@@ -124,7 +123,6 @@ def test_steps_as_the_scripts_counted_them(run, steps):
     assert published_steps(*run) == steps
 
 
-ANSWERS = {"nll": "answers"} if "nll" in hyperparameters_of("simpo") else {}
 OF_A_RUN = [
     ("run_lmpo", {}, "2e-5 of z"),
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "kto"}, "0.6 to 0.7 of its norm"),
@@ -132,8 +130,10 @@ OF_A_RUN = [
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "gm-dpo"}, "eight random numbers"),
     ("run_xpo", {"loss_type": "simpo", "label_smoothing": 0.1}, "undone by label_smoothing: 0"),
     ("run_xpo", {"loss_type": "b-simpo"}, "at least one pair"),
+    ("run_simpo", {"objective": "gm-dpo + sft"}, "eight random numbers"),
+    ("run_simpo", {"objective": "simpo + sft", "label_smoothing": 0.1}, "keeps the margin's sign"),
     ("run_simpo", {"flip": 0.1}, "undone by flip: 0"),
-    ("run_simpo", {"sft_weight": 0.1, **ANSWERS}, "averages over each chosen answer"),
+    ("run_simpo", {"sft_weight": 0.1, "nll": "answers"}, "averages over each chosen answer"),
     ("run_simpo", {"num_train_epochs": 2}, "smaller step of their own"),
     ("run_simpo", {}, "undone by packing: padded"),
 ]
@@ -145,6 +145,14 @@ def test_a_departure_is_listed_where_a_run_has_it(script, given, line):
     plain = {"packing": "padded", "num_train_epochs": 1}
     other = departures(config_of("run_simpo" if script == "run_lmpo" else "run_lmpo", **plain))
     assert not [each for each in other if line in each]
+
+
+def test_an_alias_has_the_departures_of_its_objective():
+    lines = {
+        name: departures(config_of("run_simpo", objective=name))
+        for name in ("gm-simpo", "gamma-simpo")
+    }
+    assert lines["gm-simpo"] == lines["gamma-simpo"]
 
 
 def test_every_switch_is_a_setting_and_undoes_its_line():

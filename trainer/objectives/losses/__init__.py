@@ -25,11 +25,13 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         "-(1-e) log sigmoid(D - g) - e log sigmoid(g - D)",
         simpo.SimpoHyperparameters,
         simpo.simpo_terms,
+        takes_margins=True,
     ),
     "hinge": ObjectiveSpec(
         "max(0, 1 - (D - g))",
         simpo.MarginHyperparameters,
         simpo.hinge_terms,
+        takes_margins=True,
     ),
     "alphapo": ObjectiveSpec(
         "simpo of r = beta (1 - exp(-alpha mean)) / alpha",
@@ -53,6 +55,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         lmpo.lmpo_terms,
         lmpo.initial_state,
         couples_pairs=True,
+        takes_margins=True,
     ),
     "gamma-simpo": ObjectiveSpec(
         "-log sigmoid(D - gamma_i)",
@@ -60,6 +63,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         gamma_po.gamma_simpo_terms,
         gamma_po.initial_state,
         couples_pairs=True,
+        takes_margins=True,
     ),
     "gamma-dpo": ObjectiveSpec(
         "-(1-e) log sigmoid(R - (gamma_i - g)) - e log sigmoid((gamma_i - g) - R)",
@@ -68,6 +72,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         gamma_po.initial_state,
         couples_pairs=True,
         needs_reference=True,
+        takes_margins=True,
     ),
     "beta-simpo": ObjectiveSpec(
         "simpo of the pairs drawn, with beta_used",
@@ -75,6 +80,7 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         beta_po.beta_simpo_terms,
         beta_po.initial_state,
         couples_pairs=True,
+        takes_margins=True,
     ),
     "beta-dpo": ObjectiveSpec(
         "dpo of the pairs drawn, with beta_used",
@@ -83,18 +89,21 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         beta_po.initial_state,
         couples_pairs=True,
         needs_reference=True,
+        takes_margins=True,
     ),
     "dpo": ObjectiveSpec(
         "-(1-e) log sigmoid(R) - e log sigmoid(-R)",
         dpo.DivergenceDpoHyperparameters,
         dpo.dpo_terms,
         needs_reference=True,
+        takes_margins=True,
     ),
     "r-dpo": ObjectiveSpec(
         "-log sigmoid(R + alpha (n_w - n_l))",
         dpo.RdpoHyperparameters,
         dpo.rdpo_terms,
         needs_reference=True,
+        takes_margins=True,
     ),
     "ipo": ObjectiveSpec(
         "(R / beta - 1 / (2 beta))^2, R per token",

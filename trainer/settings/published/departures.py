@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...objectives import hyperparameters_of
+from ...objectives import parts_of
 from .keys import Settings, yaml_value
 from .twins import TWINS
 
@@ -17,11 +17,11 @@ class Departure:
 
     text: str
     applies: Callable[[Any, Settings], bool]
-    undo: str = ""
+    undo: str = "no switch"
 
 
 def _objective(*names: str) -> Callable[[Any, Settings], bool]:
-    return lambda config, _: config.objective in names
+    return lambda config, _: any(part in names for part, _ in parts_of(config.objective))
 
 
 def _always(config: Any, given: Settings) -> bool:
@@ -34,7 +34,7 @@ DEPARTURES = (
     Departure(
         "pairs share rows without padding where the model allows it; the sums are the same",
         lambda config, _: config.packing != "padded",
-        "packing: padded",
+        "undone by packing: padded",
     ),
     Departure(
         "a row that cannot train (identical sides, an empty answer, nothing left of one) is left "
@@ -51,13 +51,13 @@ DEPARTURES = (
         "sides that merge with the prompt's last token differently share a prompt one token "
         "shorter; there each kept its own",
         lambda config, _: config.chat_rendering == "separate",
-        "chat_rendering: joint",
+        "undone by chat_rendering: joint",
     ),
     Departure(
         "pairs that fill no step at the end of an epoch are a smaller step of their own, except in "
         "the last; there their gradient went into the next epoch's first step",
         lambda config, _: config.num_train_epochs > 1,
-        "num_train_epochs: 1",
+        "undone by num_train_epochs: 1",
     ),
     Departure(
         "running statistics and queues change in training only, are the same on all ranks, and "
@@ -84,13 +84,15 @@ DEPARTURES = (
         "subtracted, of batch sizes in place of lengths, so that nothing came of it. With alpha "
         "0.01, 100 tokens more are 1.0",
         _objective("r-dpo"),
-        "alpha: 0",
+        "undone by alpha: 0",
     ),
     Departure(
         "label smoothing keeps the margin's sign, as in the paper; gamma-PO's SimPO trainer turned "
         "it: -log sigmoid(-gap - gamma) in place of -log sigmoid(gamma - gap)",
-        lambda config, given: config.objective == "simpo" and bool(given.get("label_smoothing")),
-        "label_smoothing: 0",
+        lambda config, given: (
+            _objective("simpo")(config, given) and bool(given.get("label_smoothing"))
+        ),
+        "undone by label_smoothing: 0",
     ),
     Departure(
         "at least one pair is drawn; there 80% of one pair were none, and the loss NaN",
@@ -100,13 +102,13 @@ DEPARTURES = (
         "flip swaps each training pair by a seeded draw; there whole micro-batches, in evaluation "
         "too",
         lambda config, _: config.flip > 0,
-        "flip: 0",
+        "undone by flip: 0",
     ),
     Departure(
         "sft_weight's term averages over each chosen answer's tokens, then over pairs; there over "
         "all chosen tokens of a micro-batch",
         lambda _, given: bool(given.get("sft_weight")) and given.get("nll") != "tokens",
-        "nll: tokens" if "nll" in hyperparameters_of("simpo") else "sft_weight: 0",
+        "undone by nll: tokens",
     ),
 )
 
@@ -114,17 +116,7 @@ DEPARTURES = (
 def departures(config: Any) -> list[str]:
     """A line for each departure of this run; ``config`` is its `PreferenceConfig`."""
     given = config.objective_args
-    lines = []
-    for each in DEPARTURES:
-        if each.applies(config, given):
-            lines.append(f"{each.text} [{_switch(each.undo)}]")
-    return lines
-
-
-def _switch(undo: str) -> str:
-    if not undo:
-        return "no switch"
-    return undo if " stops " in undo else f"undone by {undo}"
+    return [f"{each.text} [{each.undo}]" for each in DEPARTURES if each.applies(config, given)]
 
 
 def kept_defaults(config: Any) -> list[str]:

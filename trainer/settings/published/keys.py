@@ -251,7 +251,8 @@ TRL = (
     Key(
         "cpo_alpha",
         "alpha",
-        "for cpo; for simpo it becomes sft_weight (1.0 by default in TRL); with nll: tokens",
+        "for cpo, cpo-hinge and cpo-ipo; elsewhere sft_weight; 1.0 by default in TRL; with "
+        "nll: tokens",
     ),
     _renamed("rpo_alpha", "sft_weight"),
     _same("precompute_ref_log_probs", "computed once and kept on disk for later runs"),

@@ -5,12 +5,14 @@ What a key became is reported, once, in ``notes``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from ...errors import UserError
-from ...objectives import ALIASES, OBJECTIVES, canonical_name, hyperparameters_of
+from ...objectives import OBJECTIVES, canonical_name, hyperparameters_of, parts_of, spec_of
 from .keys import TABLE, Key, Settings, note, number, yaml_value
-from .trl import trl_mixture, without_effect
+from .trl import IN_DPO, trl_mixture, without_effect
 
 DATA = ("dataset", "dataset_name", "dataset_mixer")
 """What names the data, of which there is one."""
@@ -45,11 +47,11 @@ def _null(key: Key, value: Any) -> str:
 
 def merge(file: Settings, overrides: Settings) -> Settings:
     """``file`` with ``overrides`` in place of what it says on the same matter, by any name."""
-    has_alpha = _has_alpha(file | overrides)
-    matters = {_matter(name, has_alpha) for name in overrides}
+    objectives = _named_objectives(file | overrides)
+    matters = {_matter(name, objectives) for name in overrides}
 
     def kept(settings: Settings) -> Settings:
-        return {n: v for n, v in settings.items() if _matter(n, has_alpha) not in matters}
+        return {n: v for n, v in settings.items() if _matter(n, objectives) not in matters}
 
     result = kept(file)
     arguments = result.get("objective_args")
@@ -58,23 +60,39 @@ def merge(file: Settings, overrides: Settings) -> Settings:
     return result | overrides
 
 
-def _has_alpha(settings: Settings) -> bool:
-    """Whether the objective has an alpha, which is its gamma_beta_ratio and cpo_alpha."""
+def _named_objectives(settings: Settings) -> list[str]:
+    """The objectives that ``settings`` name, by any form; unknown ones are refused later."""
     given = [settings.get(name) for name in ("objective", "loss_type")]
-    parts = [p for value in given for p in (value if isinstance(value, list | dict) else [value])]
-    names = [ALIASES.get(str(part), str(part)) for part in parts]
-    return any(name in OBJECTIVES and "alpha" in hyperparameters_of(name) for name in names)
+    names = []
+    for value in (part for each in given for part in (each if isinstance(each, list) else [each])):
+        with suppress(UserError):
+            names += [name for name, _ in parts_of(value)]
+    return names
 
 
-def _matter(name: str, has_alpha: bool) -> str:
+def _matter(name: str, objectives: Iterable[str]) -> str:
     """What a key decides. trainer_type goes with either value of loss_type."""
     if name in DATA:
         return "dataset"
     key = TABLE.get(name)
-    matter = key.becomes if key and key.becomes and name != "trainer_type" else name
-    if matter == "gamma_beta_ratio" and has_alpha:
+    if name == "cpo_alpha" or not key or not key.becomes or name == "trainer_type":
+        return name_here(name, objectives)
+    return name_here(key.becomes, objectives)
+
+
+WEIGHS_LIKELIHOOD = {"cpo", "cpo-hinge", "cpo-ipo"}
+"""Objectives whose alpha is TRL's cpo_alpha; in others an alpha means something else."""
+
+
+def name_here(name: str, objectives: Iterable[str]) -> str:
+    """The hyperparameter of these objectives, parts of one mixture, that ``name`` stands for."""
+    objectives = set(objectives)
+    if name == "cpo_alpha":
+        return "alpha" if objectives & WEIGHS_LIKELIHOOD else "sft_weight"
+    known = {each for objective in objectives for each in hyperparameters_of(objective)}
+    if name == "gamma_beta_ratio" and name not in known and "alpha" in known:
         return "alpha"
-    return "sft_weight" if name == "cpo_alpha" and not has_alpha else matter
+    return name
 
 
 SCRIPTS = {"run_lmpo": "lmpo", "run_simpo": "simpo", "run_xpo": None}
@@ -124,11 +142,9 @@ def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) ->
 
 def _objective(loss_type: Any, trainer_type: str | None, sigmoid: str | None) -> str | None:
     if isinstance(loss_type, list):
-        if len(loss_type) != 1:
-            raise UserError(f"loss_type: expected one objective, got {loss_type}; name one")
         (loss_type,) = loss_type
-        if loss_type in ("sigmoid", "hinge"):  # only TRL's DPOConfig has lists
-            trainer_type = trainer_type or "dpo"
+        if trainer_type != "simpo":  # only TRL's DPOConfig has lists
+            loss_type = IN_DPO.get(str(loss_type), loss_type)
     if loss_type is None:
         return "dpo" if trainer_type == "dpo" else sigmoid
     if loss_type == "sigmoid":
@@ -141,7 +157,7 @@ def _objective(loss_type: Any, trainer_type: str | None, sigmoid: str | None) ->
             "loss_type: hinge is SimPO's, over means without a reference; write objective: hinge "
             "for it, or dpo-hinge for the one with a reference model"
         )
-    if trainer_type and OBJECTIVES[objective].needs_reference != (trainer_type == "dpo"):
+    if trainer_type and spec_of(objective).needs_reference != (trainer_type == "dpo"):
         other = "dpo" if trainer_type == "simpo" else "simpo"
         raise UserError(
             f"loss_type: {loss_type} does not go with trainer_type: {trainer_type}; set "
@@ -164,8 +180,7 @@ def _hyperparameters(
         why = f"which had ipo's strength there; beta: {yaml_value(beta)} scaled logged rewards only"
         notes.append(note("gamma_beta_ratio", ratio, {"beta": ratio}, why))
     for name in ("beta", "tau", "gamma_beta_ratio"):
-        becomes_alpha = name == "gamma_beta_ratio" and "alpha" in known
-        if settings.get(name) is not None and name not in known and not becomes_alpha:
+        if settings.get(name) is not None and name_here(name, _parts(objective)) not in known:
             notes.append(note(name, settings.pop(name), {}, f"{objective} does not use it"))
     return settings
 
@@ -177,10 +192,17 @@ def fit_objective(settings: Settings, notes: list[str]) -> Settings:
     known = hyperparameters_of(objective)
     settings = without_effect(settings, known, objective, notes)
     if settings.get("cpo_alpha") is not None:
-        _rename_cpo_alpha(settings, "alpha" if "alpha" in known else "sft_weight", notes)
-    if settings.get("gamma_beta_ratio") is not None and "alpha" in known:
+        new = name_here("cpo_alpha", _parts(objective))
+        if settings.get("alpha") is not None and (new == "alpha" or "alpha" not in known):
+            raise UserError(
+                "alpha: in TRL's CPOConfig it is AlphaPO's; leave it out where it is 0, or write "
+                "objective: alphapo and sft_weight in place of cpo_alpha"
+            )
+        _rename_cpo_alpha(settings, new, notes)
+    ratio_here = name_here("gamma_beta_ratio", _parts(objective))
+    if settings.get("gamma_beta_ratio") is not None and ratio_here != "gamma_beta_ratio":
         ratio = settings.pop("gamma_beta_ratio")
-        _rename(settings, "gamma_beta_ratio", ratio, "alpha", notes)
+        _rename(settings, "gamma_beta_ratio", ratio, ratio_here, notes)
     if "length_norm" in settings and "length_norm" not in known:
         _drop_length_norm(settings, objective, notes)
     if "label_smoothing" in settings and "label_smoothing" not in known:
@@ -194,13 +216,12 @@ def fit_objective(settings: Settings, notes: list[str]) -> Settings:
     return settings
 
 
+def _parts(objective: str) -> list[str]:
+    return [name for name, _ in parts_of(objective)]
+
+
 def _rename_cpo_alpha(settings: Settings, new: str, notes: list[str]) -> None:
     """TRL's weight of the likelihood, which it averages over all chosen tokens."""
-    if settings.get("alpha") is not None:
-        raise UserError(
-            "alpha: in TRL's CPOConfig it is AlphaPO's; leave it out where it is 0, or write "
-            "objective: alphapo and sft_weight in place of cpo_alpha"
-        )
     weight = settings.pop("cpo_alpha")
     _rename(settings, "cpo_alpha", weight, new, notes)
     if weight and settings.get("nll") is None:

@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ...objectives import canonical_name, hyperparameters_of
+from ...objectives import canonical_name, hyperparameters_of, parts_of
 from .keys import Settings, note, number, yaml_value
+from .translation import name_here
 
 TWINS: Settings = {
     "chat_rendering": "separate",
@@ -59,7 +60,8 @@ def as_published_class(settings: Settings, script: str, notes: list[str]) -> Set
     Only those that the objective has; ``settings`` names it, under our names by now.
     """
     objective = canonical_name(str(settings["objective"]))
-    start: Settings = {"beta": 2.0, "gamma_beta_ratio": 0.25, "alpha": 0.25}
+    parts = [name for name, _ in parts_of(objective)]
+    start: Settings = {"beta": 2.0, name_here("gamma_beta_ratio", parts): 0.25}
     if objective == "ipo":
         start = {"beta": 0.25}  # which is their gamma_beta_ratio
     if script == "run_lmpo":

@@ -12,6 +12,7 @@ from ...errors import UserError
 from ...objectives import ALIASES, OBJECTIVES, hyperparameters_of
 from .ambiguity import MEANINGS
 from .keys import TABLE, Settings
+from .trl import IN_DPO
 
 Kind = TypeVar("Kind")
 
@@ -52,7 +53,7 @@ def unknown_argument(key: str, given: Settings, known: Iterable[str]) -> str:
 
 
 def _objective_instead(loss: Any) -> str:
-    names = loss if isinstance(loss, list) else [loss]
+    names = [IN_DPO.get(str(each), each) for each in loss] if isinstance(loss, list) else [loss]
     if len(names) == 1 and isinstance(loss, str) and loss in MEANINGS:
         return f"{loss!r} means another loss in each library; instead of it write {MEANINGS[loss]}"
     if len(names) == 1 and (names[0] in OBJECTIVES or names[0] in ALIASES):
