@@ -106,13 +106,18 @@ def _twins() -> str:
     own |= {"zscore_bias_correction": ("false (run_lmpo)", "true")}
     own |= {"lora_target_modules": ("[q_proj, v_proj]", "every linear layer but the head")}
     rows += [[f"`{n}`", str(a), b] for n, (a, b) in own.items()]
-    lines = [[each.text, f"`{each.undo}`" if each.undo else "no"] for each in DEPARTURES]
+    lines = [[each.text, _undo(each.undo)] for each in DEPARTURES]
     return (
         "\n"
         + _table(("setting", "a twin's default", "`widemargin train`"), rows)
         + "\nWhere both depart from the scripts, on purpose; a twin lists its run's first:\n\n"
         + _table(("departure", "undone by"), lines)
     )
+
+
+def _undo(switch: str) -> str:
+    setting = switch.removeprefix("undone by ")
+    return "no" if switch == "no switch" else f"`{setting}`"
 
 
 ALIKE = {"output_dir", "logging_steps", "pad_token", "loss_type", "beta", "bf16"}

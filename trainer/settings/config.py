@@ -208,10 +208,10 @@ class PreferenceConfig(
             raise UserError(
                 f"objective: none is named; set objective: to one of {', '.join(OBJECTIVES)}"
             )
-        return build_objective(self.objective, **self._hyperparameters())
+        return build_objective(self.objective, **self.hyperparameters())
 
-    def _hyperparameters(self) -> dict[str, Any]:
-        """Those with a field here, where given, and ``objective_args``."""
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the objective that are given: by a field here, or in ``objective_args``."""
         fields_here = {name: getattr(self, name) for name in FIELDS_OF_OBJECTIVES}
         given = {name: value for name, value in fields_here.items() if value is not None}
         for name in given.keys() & self.objective_args.keys():

@@ -52,7 +52,9 @@ def load_config(
         if script is not None:
             _print(f"Where this run departs from scripts/{script}.py", departures(config))
         elif is_published(settings):
-            _print("Kept from here, not from the published scripts", kept_defaults(config))
+            _print(
+                "Kept from here, not from the published scripts", kept_defaults(config, settings)
+            )
     return config
 
 

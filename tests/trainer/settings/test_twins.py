@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from widemargin.trainer.settings.config import PreferenceConfig
@@ -189,10 +190,27 @@ def test_the_first_lines_say_it(tmp_path, capsys):
 
 
 def test_kept_defaults_name_what_differs_alone():
-    exact = config_of(None, objective="simpo", chat_rendering="separate", head_tail="exact")
-    lines = " ".join(kept_defaults(exact))
-    assert "head_tail" not in lines
+    lines = kept({"head_tail": "exact", "chat_rendering": "joint", "max_prompt_length": 99})
+    assert not [line for line in lines if line.startswith(("head_", "chat_", "max_prompt"))]
     assert "resume_from_checkpoint: null; there auto" in lines
-    assert "max_length: null; there 512" in " ".join(
-        kept_defaults(config_of(None, objective="simpo", max_length=None))
-    )
+    assert "max_length: 2048; there 512" in lines
+    assert "max_length: null; there 512" in kept({"max_length": None})
+    assert "gamma_beta_ratio: 0.5; there 0.25" in lines
+    assert "beta: 2.0; there 2.0" not in lines
+    given = kept({"beta": 2.0, "gamma": 1.0, "head_tail": "mean", "max_length": 99})
+    assert not [line for line in given if line.startswith(("gamma", "head_tail", "max_length"))]
+
+
+def test_kept_defaults_are_those_of_the_files_script():
+    xpo = kept({"trainer_type": "dpo", "loss_type": "dpo"})
+    assert {"beta: 0.1; there 2.0", "length_norm: false; there true"} <= set(xpo)
+    assert "zscore_bias_correction: true; there false" in kept({"objective": "lmpo"})
+    assert not [line for line in xpo if line.startswith("zscore")]
+    mistral = kept({"model_name_or_path": "mistralai/Mistral-7B", "use_peft": True})
+    assert "chat_template: null; there mistral" in mistral
+    assert "lora_target_modules: null; there ['q_proj', 'v_proj']" in mistral
+
+
+def kept(given: dict[str, Any]) -> list[str]:
+    named = {} if {"objective", "loss_type"} & given.keys() else {"objective": "simpo"}
+    return kept_defaults(config_of(None, **named, **given), given)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...objectives import parts_of
 from .keys import Settings, yaml_value
-from .twins import TWINS
+from .twins import defaults_of_scripts, left_out
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,31 @@ def departures(config: Any) -> list[str]:
     return [f"{each.text} [{each.undo}]" for each in DEPARTURES if each.applies(config, given)]
 
 
-def kept_defaults(config: Any) -> list[str]:
-    """A line for each setting of ``config`` that a published script had otherwise."""
-    defaults = TWINS | {"zscore_bias_correction": False}
-    lines = []
-    for name, theirs in defaults.items():
-        ours = config.objective_args.get(name, getattr(config, name, None))
-        if name == "zscore_bias_correction":
-            ours = True if ours is None and config.objective == "lmpo" else ours
-            if config.objective != "lmpo":
-                continue
-        if ours != theirs and not (name.startswith("max_") and ours is not None):
-            lines.append(f"{name}: {yaml_value(ours)}; there {yaml_value(theirs)}")
+def kept_defaults(config: Any, given: Settings) -> list[str]:
+    """A line for each setting that a file leaves out and a published script had otherwise.
+
+    Args:
+        config: the `PreferenceConfig` of the file.
+        given: the file's keys and values.
+    """
+    theirs = defaults_of_scripts(given)
+    pairs = [(name, getattr(config, name), value) for name, value in theirs.items()]
+    objective = config.build_objective().hyperparameters
+    of_class = left_out(config.objective, _script(config, given), config.hyperparameters())
+    pairs += [(name, getattr(objective, name), value) for name, value in of_class.items()]
+    lines = [
+        f"{name}: {yaml_value(ours)}; there {yaml_value(value)}"
+        for name, ours, value in pairs
+        if ours != value
+    ]
     return [*lines, "an epoch's last pairs that fill no step are a smaller step; there left out"]
+
+
+def _script(config: Any, given: Settings) -> str:
+    """The script whose file it is, as far as its keys tell."""
+    if given.get("trainer_type") is not None:
+        return "run_xpo"
+    return "run_lmpo" if config.objective == "lmpo" else "run_simpo"
 
 
 def is_published(settings: Settings) -> bool:

@@ -29,11 +29,7 @@ _LORA_TARGETS = ["q_proj", "v_proj"]  # peft's choice for the published models
 
 def as_published_script(settings: Settings, notes: list[str]) -> Settings:
     """``settings`` with what the published scripts added to the files they read."""
-    added = {name: value for name, value in TWINS.items() if settings.get(name) is None}
-    if settings.get("chat_template") is None and is_mistral(settings.get("model_name_or_path")):
-        added["chat_template"] = "mistral"
-    if settings.get("use_peft") and settings.get("lora_target_modules") is None:
-        added["lora_target_modules"] = _LORA_TARGETS
+    added = defaults_of_scripts(settings)
     settings = settings | added
     notes += [f"{n}: {yaml_value(v)}, as the published script had it" for n, v in added.items()]
     name = "max_completion_length"
@@ -41,6 +37,16 @@ def as_published_script(settings: Settings, notes: list[str]) -> Settings:
         why = "the published trainers ignored it; widemargin train keeps to it"
         notes.append(note(name, settings.pop(name), {}, why))
     return settings
+
+
+def defaults_of_scripts(given: Settings) -> Settings:
+    """What the published scripts had for settings of a run that are not ``given``."""
+    theirs = dict(TWINS)
+    if is_mistral(given.get("model_name_or_path")):
+        theirs["chat_template"] = "mistral"
+    if given.get("use_peft"):
+        theirs["lora_target_modules"] = _LORA_TARGETS
+    return {name: value for name, value in theirs.items() if given.get(name) is None}
 
 
 def is_mistral(name: Any) -> bool:
@@ -59,8 +65,16 @@ def as_published_class(settings: Settings, script: str, notes: list[str]) -> Set
 
     Only those that the objective has; ``settings`` names it, under our names by now.
     """
-    objective = canonical_name(str(settings["objective"]))
-    parts = [name for name, _ in parts_of(objective)]
+    given = (settings.get("objective_args") or {}) | settings
+    added = left_out(str(settings["objective"]), script, given)
+    notes += [f"{n}: {yaml_value(v)}, as the published script had it" for n, v in added.items()]
+    return settings | added
+
+
+def left_out(name: str, script: str, given: Settings) -> Settings:
+    """What the settings class of ``script`` had for hyperparameters that are not ``given``."""
+    objective = canonical_name(name)
+    parts = [part for part, _ in parts_of(objective)]
     start: Settings = {"beta": 2.0, name_here("gamma_beta_ratio", parts): 0.25}
     if objective == "ipo":
         start = {"beta": 0.25}  # which is their gamma_beta_ratio
@@ -68,13 +82,10 @@ def as_published_class(settings: Settings, script: str, notes: list[str]) -> Set
         start["zscore_bias_correction"] = False
     if script == "run_xpo":
         start |= {"tau": 1.0, "length_norm": True}
-    if number("sft_weight", settings.get("sft_weight")):
+    if number("sft_weight", given.get("sft_weight")):
         start["nll"] = "tokens"
     known = hyperparameters_of(objective)
-    given = (settings.get("objective_args") or {}) | settings
-    added = {n: v for n, v in start.items() if n in known and given.get(n) is None}
-    notes += [f"{n}: {yaml_value(v)}, as the published script had it" for n, v in added.items()]
-    return settings | added
+    return {n: v for n, v in start.items() if n in known and given.get(n) is None}
 
 
 def published_steps(pairs: int, pairs_per_step: int, accumulation: int, epochs: float) -> int:
