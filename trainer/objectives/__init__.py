@@ -38,6 +38,13 @@ def hyperparameters_of(name: str) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(spec.hyperparameters)}
 
 
+def _owners(mixture: str, hyperparameter: str) -> list[str]:
+    """The parts of a mixture that have this hyperparameter, where not all do."""
+    parts = [part for part, _ in parts_of(mixture)]
+    owners = [part for part in parts if hyperparameter in hyperparameters_of(part)]
+    return owners if len(owners) < len(parts) else []
+
+
 def build_objective(name: str | Mapping[str, float], **hyperparameters: Any) -> Objective:
     """The objective ``name``, in training mode, with an empty state.
 
@@ -51,6 +58,7 @@ def build_objective(name: str | Mapping[str, float], **hyperparameters: Any) -> 
     known = hyperparameters_of(name)
     for key in hyperparameters:
         if key not in known:
-            raise unknown_name(f"hyperparameter of {name}", key, known)
+            owners = {n: ", ".join(_owners(name, n)) for n in known}
+            raise unknown_name(f"hyperparameter of {name}", key, known, owners)
     spec = spec_of(name)
     return Objective(name, spec, spec.hyperparameters(**hyperparameters))

@@ -7,7 +7,9 @@ keeps its own default. Rewards and target margins are those of the first part th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -19,6 +21,9 @@ from .settings import Hyperparameters, unknown_name
 from .terms import ObjectiveSpec, Pairs, State, Terms
 
 Parts = tuple[tuple[str, float], ...]
+
+PLUS = re.compile(r"(?<![\d.][eE])\+")
+"""Between parts; the one in a weight such as 1e+2 is none."""
 
 
 def spec_of(name: str) -> ObjectiveSpec:
@@ -32,7 +37,14 @@ def canonical_name(name: str | Mapping[str, float]) -> str:
     parts = parts_of(name)
     if len(parts) == 1 and parts[0][1] == 1:
         return parts[0][0]
-    return " + ".join(part if weight == 1 else f"{weight:g}*{part}" for part, weight in parts)
+    return " + ".join(
+        part if weight == 1 else f"{_shortest(weight)}*{part}" for part, weight in parts
+    )
+
+
+def _shortest(weight: float) -> str:
+    """A weight in as few digits as give it back."""
+    return repr(weight).removesuffix(".0")
 
 
 def parts_of(name: str | Mapping[str, float]) -> Parts:
@@ -40,7 +52,7 @@ def parts_of(name: str | Mapping[str, float]) -> Parts:
     if isinstance(name, Mapping):
         given = list(name.items())
     else:
-        terms = [term.rpartition("*") for term in str(name).split(" + ")]
+        terms = [term.rpartition("*") for term in PLUS.split(str(name))]
         given = [(part.strip(), weight.strip() or 1) for weight, _, part in terms]
     parts = [(_known(str(part)), _weight(part, weight)) for part, weight in given]
     names = [part for part, _ in parts]
@@ -75,7 +87,17 @@ class _Shared(Hyperparameters):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, _ in self.PARTS:
-            _part(name, self)
+            with _named(name):
+                _part(name, self)
+
+
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    """Errors inside say which part of the mixture they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} ({part}, a part of the mixture)") from None
 
 
 @cache
@@ -83,7 +105,7 @@ def _mixed(parts: Parts) -> ObjectiveSpec:
     specs = {name: OBJECTIVES[name] for name, _ in parts}
     kind = _hyperparameters(parts)
     return ObjectiveSpec(
-        " + ".join(f"{weight:g} ({specs[name].formula})" for name, weight in parts),
+        " + ".join(f"{_shortest(weight)} ({specs[name].formula})" for name, weight in parts),
         kind,
         partial(_terms, parts),
         partial(_initial_state, parts),
@@ -96,20 +118,15 @@ def _mixed(parts: Parts) -> ObjectiveSpec:
 def _hyperparameters(parts: Parts) -> type[Hyperparameters]:
     """The fields of all parts; the default is None where the parts have different ones."""
     kinds = [OBJECTIVES[name].hyperparameters for name, _ in parts]
-    fields: dict[str, Any] = {}
-    for field in (field for kind in kinds for field in dataclasses.fields(kind)):
-        first = fields.setdefault(field.name, field)
-        if first.default != field.default:
-            unset = {"help": f"{field.metadata['help']}; none: each part's own default"}
-            fields[field.name] = dataclasses.field(default=None, metadata=unset)
     common = {field.name for field in dataclasses.fields(Hyperparameters)}
+    fields: dict[str, dict[str, dataclasses.Field[Any]]] = {}
+    for (part, _), kind in zip(parts, kinds, strict=True):
+        for field in dataclasses.fields(kind):
+            if field.name not in common:
+                fields.setdefault(field.name, {})[part] = field
     return dataclasses.make_dataclass(
         "MixtureHyperparameters",
-        [
-            (name, Any, dataclasses.field(default=field.default, metadata=field.metadata))
-            for name, field in fields.items()
-            if name not in common
-        ],
+        [(name, Any, _shared(owners)) for name, owners in fields.items()],
         bases=(_Shared,),
         namespace={
             "PARTS": parts,
@@ -118,6 +135,20 @@ def _hyperparameters(parts: Parts) -> type[Hyperparameters]:
         },
         frozen=True,
     )
+
+
+def _shared(owners: dict[str, dataclasses.Field[Any]]) -> Any:
+    """One field for those of the parts, by name, which check its values themselves."""
+    helps = {part: field.metadata["help"] for part, field in owners.items()}
+    text = "; ".join(
+        f"{help} ({', '.join(part for part in helps if helps[part] == help)})"
+        for help in dict.fromkeys(helps.values())
+    )
+    defaults = [field.default for field in owners.values()]
+    if all(default == defaults[0] for default in defaults):
+        return dataclasses.field(default=defaults[0], metadata={"help": text})
+    text += "; none: each part's own default"
+    return dataclasses.field(default=None, metadata={"help": text})
 
 
 def _part(name: str, hp: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -111,9 +111,15 @@ def _expected(kind: type, choices: tuple[Any, ...] | None, bounds: dict[str, flo
     return " ".join([noun, " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items())])
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not known: the nearest known one, then all of them."""
-    known = list(known)
+def unknown_name(
+    what: str, name: str, known: Iterable[str], owners: Mapping[str, str] | None = None
+) -> UserError:
+    """The error for a name that is not known: the nearest known one, then all of them.
+
+    ``owners`` says of some known names what they belong to.
+    """
+    known, of = list(known), owners or {}
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return UserError(f"{what} {name!r} is not known; {hint}Known: {', '.join(known)}")
+    listed = ", ".join(f"{each} (of {of[each]})" if of.get(each) else each for each in known)
+    return UserError(f"{what} {name!r} is not known; {hint}Known: {listed}")

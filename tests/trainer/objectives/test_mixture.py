@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.objectives import build_objective, canonical_name, spec_of
+from widemargin.trainer.objectives import (
+    build_objective,
+    canonical_name,
+    hyperparameters_of,
+    spec_of,
+)
+from widemargin.trainer.objectives.mixture import parts_of
 
 from tests.support.objective_cases import MIXTURE
 from tests.support.preference_batches import pack, random_pairs, reference_sums
@@ -20,9 +26,34 @@ def test_a_mixture_has_one_name():
     assert canonical_name({"dpo": 1.0}) == canonical_name(" dpo ") == "dpo"
     assert canonical_name({"dpo": 0.5}) == "0.5*dpo"
     assert build_objective(PARTS).name == MIXTURE
+    assert canonical_name("0.8*dpo+0.2 * bco+sft") == MIXTURE
+    assert canonical_name("1e+2*dpo-hinge+1E-2*sft") == "100*dpo-hinge + 0.01*sft"
     for nothing in ({}, {"dpo": True}, {"dpo": None}, {"dpo": float("nan")}):
         with pytest.raises(UserError, match="objective: "):
             canonical_name(nothing)
+
+
+@pytest.mark.parametrize("weight", [1 / 3, 0.1 + 0.2, 1e22, 5e-324])
+def test_a_mixtures_name_keeps_every_digit_of_a_weight(weight):
+    name = canonical_name({"dpo": weight, "sft": 1})
+    assert dict(parts_of(name)) == {"dpo": weight, "sft": 1}
+    assert build_objective(name).name == name
+
+
+def test_errors_name_the_parts_that_a_hyperparameter_is_of():
+    with pytest.raises(UserError, match=r"< 0.5, got 0.5.*\(robust, a part"):
+        build_objective("dpo + robust", label_smoothing=0.5)
+    with pytest.raises(UserError, match=r"alpha \(weight of the chosen.*got -1.*\(cpo, a part"):
+        build_objective("dpo + cpo", alpha=-1)
+    with pytest.raises(UserError, match=r"did you mean 'beta'.*beta, .*alpha \(of cpo\)"):
+        build_objective("dpo + cpo", betta=1)
+    with pytest.raises(UserError, match="Known: sft_weight, nll, use_weighting, beta, "):
+        build_objective("dpo + cpo", betta=1)
+
+
+def test_a_shared_name_says_what_it_means_in_each_part():
+    help = hyperparameters_of("cpo + orpo")["alpha"].metadata["help"]
+    assert "likelihood (cpo); weight of the odds ratio, lambda (orpo); none: each" in help
 
 
 def test_a_mixture_couples_and_needs_what_its_parts_do():

@@ -27,6 +27,8 @@ AMBIGUOUS = [
     ({"loss_type": "ipo"}, "write objective: ipo"),
     ({"loss_type": "ipo", "cpo_alpha": 1.0}, "or cpo-ipo .TRL's CPOConfig"),
     ({"loss_type": "kto"}, "write objective: kto"),
+    ({"loss_type": "0.5*sigmoid+sft"}, "loss_type: sigmoid means another loss"),
+    ({"loss_type": "simpo + sft"}, "add gamma_beta_ratio"),
     ({"loss_type": "simpo"}, "add gamma_beta_ratio"),
     ({"loss_type": "simpo", "beta": 0.1, "cpo_alpha": 0.0}, "simpo_gamma: .in TRL 0.5"),
     ({"loss_type": "simpo", "beta": 0.1, "simpo_gamma": 0.5}, "write cpo_alpha: 1.0, or 0.0"),

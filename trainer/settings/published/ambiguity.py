@@ -36,19 +36,20 @@ def check_loss_type(settings: Settings, script: str | None) -> None:
     ``trainer_type`` or a published script's twin (``script``) settles it, and so does a list,
     which only TRL's DPOConfig has.
     """
-    loss = settings.get("loss_type")
-    if not isinstance(loss, str) or settings.get("objective") is not None:
+    given = settings.get("loss_type")
+    if not isinstance(given, str) or settings.get("objective") is not None:
         return
     of_trl = [name for name in TRL_ONLY if settings.get(name) not in (None, False)]
     if settings.get("trainer_type") is not None or (script is not None and not of_trl):
         return
-    if loss in MEANINGS:
+    losses = [term.rpartition("*")[2].strip() for term in given.split("+")]
+    for loss in (each for each in losses if each in MEANINGS):
         beside = f" ({of_trl[0]} is TRL's)" if of_trl else ""
         raise UserError(
             f"loss_type: {loss} means another loss in each library{beside}; instead of it write "
             f"{MEANINGS[loss]}"
         )
-    if loss == "simpo":
+    if "simpo" in losses:
         _check_simpo(settings)
 
 

@@ -66,7 +66,7 @@ def _named_objectives(settings: Settings) -> list[str]:
     names = []
     for value in (part for each in given for part in (each if isinstance(each, list) else [each])):
         with suppress(UserError):
-            names += [name for name, _ in parts_of(value)]
+            names += [name for name, _ in parts_of(value or "")]
     return names
 
 
