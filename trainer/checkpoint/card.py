@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..monitor.history import Run, flatten
+from ..objectives import parts_of
 from ..places import is_place, unplaced
 from ..text import duration, figure
 
@@ -110,6 +111,7 @@ def write_model_card(
     tags = given.get("tags") or []
     tags = [tags] if isinstance(tags, str) else list(tags)
     standard = ["widemargin", "generated_from_trainer", "preference-optimization"]
+    parts = [part for part, _ in parts_of(objective.name)]
     model: Any = trainer.model
     adapter = hasattr(trainer.accelerator.unwrap_model(model), "peft_config")
     front = ModelCardData(
@@ -117,7 +119,7 @@ def write_model_card(
         license=given.get("license"),
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*dict.fromkeys([*tags, *standard, *_parts(objective.name)])],
+        tags=[*dict.fromkeys([*tags, *standard, *parts])],
         base_model=_on_hub(base),
         datasets=[name for name in map(_on_hub, _listed(data_sets)) if name] or None,
     )
@@ -175,15 +177,10 @@ def _local_places(settings: dict[str, Any]) -> str:
 
 
 def _citation(name: str) -> str:
-    papers = dict.fromkeys(PAPERS[part] for part in _parts(name) if part in PAPERS)
+    papers = dict.fromkeys(PAPERS[part] for part, _ in parts_of(name) if part in PAPERS)
     return "\n\n".join(
         f"[{title}](https://arxiv.org/abs/{number}), arXiv:{number}" for title, number in papers
     )
-
-
-def _parts(name: str) -> list[str]:
-    """The objectives in a mixture's name, or the one that it is."""
-    return [part.rpartition("*")[2] for part in name.split(" + ")]
 
 
 def _kept_step(trainer: Trainer) -> int | None:

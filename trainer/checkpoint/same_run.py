@@ -99,11 +99,12 @@ _OF_NO_EFFECT = {"base_model_name_or_path", "inference_mode", "peft_version", "r
 
 
 def run_facts(
-    trainer: Trainer, objective: Objective, rows: PairRows, layout: str, frozen: str
+    trainer: Trainer, of_every_rank: Facts, rows: PairRows, layout: str, frozen: str
 ) -> Facts:
     """What a checkpoint's manifest says of its run, of plain JSON types.
 
     Args:
+        of_every_rank: see `agreed_facts`.
         rows: of training.
         layout: of their batches.
         frozen: the digest of the weights that do not learn.
@@ -113,7 +114,7 @@ def run_facts(
     reference: Any = getattr(trainer, "reference", None)
     config = bare_model(model).config
     text = config.get_text_config()
-    facts = _facts_of_a_rank(args, objective, rows) | {
+    facts = of_every_rank | {
         "reference": None if reference is None else reference.content(rows),
         "model": {
             "type": text.model_type,
@@ -132,6 +133,36 @@ def run_facts(
     return json.loads(json.dumps(plain(facts), sort_keys=True))
 
 
+def agreed_facts(args: PreferenceConfig, objective: Objective, rows: PairRows) -> Facts:
+    """Facts of settings, objective and data, which are the same on every rank.
+
+    A collective with several ranks. Names of files may differ, their tokens may not.
+
+    Raises:
+        UserError: on every rank, where one was started with other settings or data.
+    """
+    facts = _facts_of_a_rank(args, objective, rows)
+    if args.world_size == 1:
+        return facts
+    everyone: list[Facts] = [{}] * args.world_size
+    dist.all_gather_object(everyone, plain(facts))
+    for rank, theirs in enumerate(everyone):
+        apart = _apart(everyone[0], theirs)
+        if apart:
+            raise UserError(
+                "start every rank with the same settings and data; from rank 0 to rank "
+                f"{rank}: {'; '.join(apart[:5])}"
+            )
+    return facts
+
+
+def _apart(first: Facts, other: Facts) -> list[str]:
+    """What differs between two ranks: settings with their values, then the rest by name."""
+    settings, others = first["settings"], other["settings"]
+    apart = [_differs(name, settings, others) for name in _differing(settings, others)]
+    return apart + [f"other {name}" for name in _differing(first, other) if name != "settings"]
+
+
 def _facts_of_a_rank(args: PreferenceConfig, objective: Objective, rows: PairRows) -> Facts:
     names = [name for name in defaults_of(type(args)) if not is_secret(name)]
     return {
@@ -148,30 +179,6 @@ def _facts_of_a_rank(args: PreferenceConfig, objective: Objective, rows: PairRow
         "tokens": tokens_digest(rows),
         "numbers": numbers_digest(rows),
     }
-
-
-def check_ranks_agree(args: PreferenceConfig, objective: Objective, rows: PairRows) -> None:
-    """Raise ``UserError`` on every rank where one was started with other settings or data.
-
-    A collective with several ranks. Names of files may differ, their tokens may not.
-    """
-    if args.world_size == 1:
-        return
-    everyone: list[Facts] = [{}] * args.world_size
-    dist.all_gather_object(everyone, plain(_facts_of_a_rank(args, objective, rows)))
-    first = everyone[0]
-    for rank, facts in enumerate(everyone):
-        settings, others = (
-            list(_differing(before, after))
-            for before, after in ((first["settings"], facts["settings"]), (first, facts))
-        )
-        apart = [_differs(name, first["settings"], facts["settings"]) for name in settings]
-        apart += [f"other {name}" for name in others if name != "settings"]
-        if apart:
-            raise UserError(
-                "start every rank with the same settings and data; from rank 0 to rank "
-                f"{rank}: {'; '.join(apart[:5])}"
-            )
 
 
 def _adapter(model: Any) -> dict[str, Any]:

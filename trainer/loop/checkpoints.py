@@ -23,7 +23,7 @@ from ..checkpoint.files import (
     write_manifest,
 )
 from ..checkpoint.resume import Start, check_same_run, on_first_rank, output_claimed, start_of_run
-from ..checkpoint.same_run import Facts, check_ranks_agree, run_facts
+from ..checkpoint.same_run import Facts, agreed_facts, run_facts
 from ..errors import UserError
 from ..model.digest import frozen_digest
 from ..text import steady_console
@@ -119,10 +119,10 @@ class CheckpointedTrainer(Trainer):
         """On all ranks what the first one finds; a collective with several ranks."""
         rows: Any = self.train_dataset
         args: Any = self.args
-        check_ranks_agree(args, self.objective, rows)
+        facts = agreed_facts(args, self.objective, rows)
         frozen = frozen_digest(self.model, self.args.process_index == 0)  # pyright: ignore[reportArgumentType]
         return on_first_rank(
-            self.args, lambda: run_facts(self, self.objective, rows, self.pipeline.layout, frozen)
+            self.args, lambda: run_facts(self, facts, rows, self.pipeline.layout, frozen)
         )
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,6 +101,15 @@ class Pairs:
         """[P] bool: not a filler."""
         return self.ids >= 0
 
+    @cached_property
+    def tokens_per_chosen(self) -> Tensor:
+        """[] mean length of chosen answers in the global micro-batch, at least 1.
+
+        A collective the first time, so ask for it on all ranks.
+        """
+        lengths = self.lengths.chunk(2)[0].to(self.means.dtype)
+        return self.gather(lengths).mean().clamp(min=1).to(lengths.dtype)
+
     def widened(self, target_margins: Tensor) -> Tensor:
         """Target margins [P] with those of the data added."""
         target_margins = target_margins.to(self.sums.dtype)
@@ -174,8 +184,7 @@ def chosen_nll(pairs: Pairs, counted: str) -> Tensor:
     nll = -pairs.means.chunk(2)[0]
     if counted == "answers":
         return nll
-    lengths = pairs.lengths.chunk(2)[0].to(nll.dtype)
-    return nll * lengths / pairs.gather(lengths).mean().clamp(min=1).to(nll.dtype)
+    return nll * pairs.lengths.chunk(2)[0].to(nll.dtype) / pairs.tokens_per_chosen
 
 
 def margin_terms(

@@ -11,6 +11,7 @@ from widemargin.trainer.objectives import (
     canonical_name,
     hyperparameters_of,
     spec_of,
+    terms,
 )
 from widemargin.trainer.objectives.mixture import parts_of
 
@@ -93,3 +94,12 @@ def test_each_part_keeps_its_own_default_where_none_is_given():
     given = build_objective("dpo + ipo", length_norm=True, beta=0.3)(*call).losses
     both = [build_objective(name, length_norm=True, beta=0.3) for name in ("dpo", "ipo")]
     torch.testing.assert_close(given, both[0](*call).losses + both[1](*call).losses)
+
+
+def test_the_lengths_of_answers_are_gathered_once(monkeypatch):
+    calls: list[int] = []
+    real = terms.gather_pairs
+    monkeypatch.setattr(terms, "gather_pairs", lambda *a: calls.append(1) or real(*a))
+    objective = build_objective("cpo + orpo + sft", nll="tokens", sft_weight=0.5)
+    objective(*pack(random_pairs(np.random.default_rng(0), 4)))
+    assert len(calls) == 1

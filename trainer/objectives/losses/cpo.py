@@ -10,6 +10,7 @@ with ``length_norm``, and ``nll`` minus the chosen mean logp, see `chosen_nll`:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,25 +37,24 @@ class CpoIpoHyperparameters(CpoHyperparameters):
 
 
 def cpo_terms(pairs: Pairs, hp: CpoHyperparameters, state: State) -> Terms:
-    chosen, rejected = _rewards(pairs, hp)
-    return _terms(pairs, hp, pair_losses(chosen - rejected))
+    return _terms(pairs, hp, pair_losses)
 
 
 def cpo_hinge_terms(pairs: Pairs, hp: CpoHyperparameters, state: State) -> Terms:
-    chosen, rejected = _rewards(pairs, hp)
-    return _terms(pairs, hp, pair_losses(chosen - rejected, "hinge"))
+    return _terms(pairs, hp, lambda gaps: pair_losses(gaps, "hinge"))
 
 
 def cpo_ipo_terms(pairs: Pairs, hp: CpoHyperparameters, state: State) -> Terms:
-    chosen, rejected = _rewards(pairs, hp)
-    return _terms(pairs, hp, ((chosen - rejected - 0.5) / hp.beta) ** 2, target=0.5)
+    return _terms(pairs, hp, lambda gaps: ((gaps - 0.5) / hp.beta) ** 2, target=0.5)
 
 
-def _rewards(pairs: Pairs, hp: CpoHyperparameters) -> tuple[Tensor, Tensor]:
+def _terms(
+    pairs: Pairs,
+    hp: CpoHyperparameters,
+    losses: Callable[[Tensor], Tensor],
+    target: float = 0.0,
+) -> Terms:
+    """Terms of ``losses`` of the gaps of rewards [P], and of the likelihood."""
     chosen, rejected = (hp.beta * (pairs.means if hp.length_norm else pairs.sums)).chunk(2)
-    return chosen, rejected
-
-
-def _terms(pairs: Pairs, hp: CpoHyperparameters, losses: Tensor, target: float = 0.0) -> Terms:
-    losses = losses + hp.alpha * chosen_nll(pairs, hp.nll)
-    return Terms(losses, *_rewards(pairs, hp), constant_margins(pairs, target))
+    total = losses(chosen - rejected) + hp.alpha * chosen_nll(pairs, hp.nll)
+    return Terms(total, chosen, rejected, constant_margins(pairs, target))
