@@ -42,6 +42,12 @@ def expect_whole(name: str, value: object, least: int) -> None:
         raise UserError(f"{name}: expected a whole number from {least} on, got {value!r}")
 
 
+def expect_bool(name: str, value: object) -> None:
+    """Raise ``UserError`` unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name}: expected true or false, got {value!r}")
+
+
 def expect_one_of(name: str, value: object, known: Sequence[str]) -> None:
     """Raise ``UserError`` unless ``value`` is one of the ``known`` names."""
     if value not in known:

@@ -33,6 +33,7 @@ from .report.write import summary_lines, write_report
 from .settings.checks import check_output, uses_deepspeed
 from .settings.config import PreferenceConfig, check_evaluation
 from .settings.published.twins import is_mistral, published_steps
+from .settings.unused import unused_notes
 from .text import colours
 from .trainer import PreferenceTrainer
 
@@ -170,6 +171,7 @@ def preflight(config: PreferenceConfig, script: str | None = None) -> None:
 
 def _preflight(config: PreferenceConfig, script: str | None) -> None:
     objective = config.build_objective()
+    unused = unused_notes(config, objective)
     check_output(config)
     checkpoint = choose_checkpoint(  # by the sizes of its files; training hashes them
         config.resume_from_checkpoint, config.output_dir, hashes=False
@@ -181,6 +183,7 @@ def _preflight(config: PreferenceConfig, script: str | None) -> None:
     saved_dtype = str(model_config.dtype).removeprefix("torch.")
     dtype = saved_dtype if config.dtype == "auto" else config.dtype
     data.report.notes += weight_notes(config, dtype)
+    data.report.notes += unused
     print("Settings that differ from their defaults")
     for name, value in changed_settings(config).items():
         print(f"  {name}: {value}")

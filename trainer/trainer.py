@@ -40,6 +40,7 @@ from .packing import PAIR_INPUTS, model_inputs
 from .reference.model import reference_for
 from .settings.config import PreferenceConfig, check_evaluation
 from .settings.model import check_adapted
+from .settings.unused import say_unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,6 +202,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         self.reward_metrics = RewardMetrics(compute_metrics)
         self.objective = args.build_objective() if objective is None else objective
         ref_model, starting = reference_source(model, args, ref_model)
+        say_unused(args, self.objective)
         lm, tokenizer = self._load(model, args, processing_class, peft_config, quantization_config)
         check_evaluation(args, eval_dataset)
         self.scoring = prepared_head(lm, args)

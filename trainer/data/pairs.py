@@ -180,7 +180,7 @@ def _settle_grouping(settings: DataSettings, parts: Sequence[Part]) -> None:
                 part.notes.append("edges has no effect: no row has several answers")
     if settings.group_by_prompt is None:
         several = [part for part in parts if has_answers(part.rows)]
-        settings.group_by_prompt = bool(several)
+        settings.settle("group_by_prompt", bool(several))
         for part in several:
             part.notes.append("pairs of one prompt run together (group_by_prompt: true)")
 

@@ -135,7 +135,7 @@ class Observer(TrainerCallback):
         metrics = self.training if training else self.evaluation
         sequences = batch["cu_seqlens"], batch.get("edges")
         metrics.add_pairs(out, scored.mean_logits, *sequences)
-        if scored.figures is not None:
+        if scored.figures is not None and self.settings.token_metrics:
             metrics.add_figures(out, scored.figures, *sequences)
         if with_margins:
             self.margins.add(out)

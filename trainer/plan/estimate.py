@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, refusals
+from ..errors import UserError, expect_bool, refusals
 from ..settings.config import PreferenceConfig
 from ..settings.files import build_config, parse_overrides, read_yaml
 from ..settings.published.translation import merge, translate
@@ -99,8 +99,8 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> PreferenceConfig:
     settings = translate(merge(read_yaml(Path(path)), parse_overrides(overrides)), [])
     elsewhere = {name: settings.pop(name) for name in ELSEWHERE if name in settings}
     for name in ("load_in_4bit", "load_in_8bit", "use_cpu"):
-        if not isinstance(elsewhere.get(name, False), bool | None):
-            raise UserError(f"{name}: expected true or false, got {elsewhere[name]!r}")
+        if elsewhere.get(name) is not None:
+            expect_bool(name, elsewhere[name])
     attention = elsewhere.get("attn_implementation")
     if not isinstance(attention, str | None):
         raise UserError(f"attn_implementation: expected a name, got {attention!r}")

@@ -262,12 +262,8 @@ def reference_for(
         )
         check_synced(reference.model, args)
         return reference
-    if ref_model is not None or args.ref_model_name_or_path is not None:
+    if ref_model is not None:
         raise UserError(f"ref_model: {objective.name} uses none; leave it out")
-    if args.sync_ref_model:
-        raise UserError(f"sync_ref_model: {objective.name} has no reference; leave it out")
-    if args.precompute_ref_log_probs:
-        logger.warning("precompute_ref_log_probs: %s has no reference", objective.name)
     return None
 
 

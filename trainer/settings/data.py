@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import UserError, expect_one_of, expect_whole, is_number, is_whole
+from ..errors import UserError, expect_bool, expect_one_of, expect_whole, is_number, is_whole
 
 DEFAULT_SPLITS = ["train", "test"]
 TRUNCATION_MODES = ("keep_end", "keep_start")
@@ -97,6 +97,9 @@ class DataSettings:
 
     def check(self) -> None:
         """Raise ``UserError`` for the first value out of range."""
+        for each in fields(self):
+            if isinstance(each.default, bool):
+                expect_bool(each.name, getattr(self, each.name))
         for name in ("max_length", "max_prompt_length", "max_completion_length"):
             _check_count(name, getattr(self, name), "tokens")
         for name in ("max_train_samples", "max_eval_samples"):
@@ -114,10 +117,8 @@ class DataSettings:
                 "the published scripts did)"
             )
         self._check_date()
-        for name in ("auto_insert_empty_system_msg", "group_by_prompt"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and (value is not None or name != "group_by_prompt"):
-                raise UserError(f"{name}: expected true or false, got {value!r}")
+        if self.group_by_prompt is not None:
+            expect_bool("group_by_prompt", self.group_by_prompt)
         self._check_edges()
         if not is_number(self.flip) or not 0 <= self.flip <= 1:
             raise UserError(f"flip: expected a probability from 0 to 1, got {self.flip!r}")
@@ -137,7 +138,8 @@ class DataSettings:
         if not is_number(self.edge_gap) or self.edge_gap < 0:
             raise UserError(f"edge_gap: expected a number of 0 or more, got {self.edge_gap!r}")
         if self.edge_gap and self.edges != "above-gap":
-            raise UserError(f"edge_gap: set edges: above-gap to use it; edges is {self.edges}")
+            given = "no edges are given" if self.edges is None else f"edges is {self.edges}"
+            raise UserError(f"edge_gap: set edges: above-gap to use it; {given}")
         expect_one_of("pair_weighting", self.pair_weighting, PAIR_WEIGHTINGS)
         expect_one_of("margin_from", self.margin_from, MARGINS)
 
@@ -167,6 +169,11 @@ class DataSettings:
             )
         if not isinstance(self.tools, list) or not all(isinstance(t, dict) for t in self.tools):
             raise UserError(f"tools: expected a list of functions as mappings, got {self.tools!r}")
+
+    def settle(self, name: str, value: Any) -> None:
+        """Give a setting that nobody gave what it comes to for these data."""
+        setattr(self, name, value)
+        vars(self).setdefault("filled_in", {})[name] = value
 
     def mixture(self) -> dict[str, float]:
         """The training data sets and their fractions, from ``dataset`` or ``dataset_mixer``."""

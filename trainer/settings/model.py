@@ -125,10 +125,6 @@ class ModelSettings(AdapterSettings):
                 f"router_aux_loss_coef: expected a number from 0 on, or null for the model's own, "
                 f"got {value!r}"
             )
-        if not isinstance(self.tokenizer_as_saved, bool):
-            raise UserError(
-                f"tokenizer_as_saved: expected true or false, got {self.tokenizer_as_saved!r}"
-            )
         self.check_adapter()
 
 

@@ -113,6 +113,7 @@ def test_a_pair_beside_the_answers_wins_unless_edges_are_named():
     assert texts == [("yes", "no")]
     assert "nothing reads its columns all_generated_responses, all_rm_scores" in lines
     assert settings.group_by_prompt is False
+    assert settings.filled_in == {"group_by_prompt": False}
     texts, *_ = made([row], edges="best-worst")
     assert texts == [("yes, it is", "no")]
 
@@ -130,7 +131,7 @@ def test_pairs_keep_the_order_of_rows_and_say_which_row_they_are_of():
     ("settings", "message"),
     [
         ({"edges": "best"}, "edges: "),
-        ({"edge_gap": 1.0}, "set edges: above-gap"),
+        ({"edge_gap": 1.0}, "set edges: above-gap to use it; no edges are given"),
         ({"edges": "above-gap", "edge_gap": -1.0}, "edge_gap: expected"),
         ({"group_by_prompt": 1}, "group_by_prompt: expected"),
     ],

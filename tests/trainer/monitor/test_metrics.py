@@ -97,6 +97,7 @@ def test_a_run_weighs_pairs(tmp_path):
         )  # fmt: skip
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
+        assert "entropy" not in trainer.state.log_history[0]  # which weights need, and metrics not
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses[1] > 0
     assert losses[1] != pytest.approx(losses[0], rel=0.01)

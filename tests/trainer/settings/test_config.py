@@ -210,6 +210,12 @@ def test_the_launchers_precision_is_said(alone, monkeypatch):
     assert weight_notes(PreferenceConfig(use_cpu=True, bf16=True), "float32") == []
 
 
+@pytest.mark.parametrize("name", ["use_peft", "strict_data", "tokenizer_as_saved", "use_cpu"])
+def test_a_switch_is_true_or_false(name):
+    with pytest.raises(UserError, match=f"{name}: expected true or false, got 'false'"):
+        PreferenceConfig(**{"use_cpu": True, name: "false"})
+
+
 def test_the_first_rank_alone_prints_the_preflight(alone, monkeypatch, capsys):
     monkeypatch.setattr(train, "_preflight", lambda config, script: print("First pair"))
     for rank, printed in ((0, "First pair\n"), (1, "")):

@@ -1,0 +1,81 @@
+"""Settings that a run has no use for as it is otherwise set: each is said, or refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .config import PreferenceConfig, defaults_of
+from .model import AdapterSettings
+
+if TYPE_CHECKING:
+    from ..objectives import Objective
+
+logger = logging.getLogger(__name__)
+
+_LORA = tuple(
+    each.name
+    for each in fields(AdapterSettings)
+    if each.name.startswith(("lora_", "use_rs", "use_d"))
+)
+
+USES: tuple[tuple[tuple[str, ...], Callable[[PreferenceConfig, Objective], object], str], ...] = (
+    (_LORA, lambda config, _: config.use_peft, "set use_peft: true; no adapter is made of them"),
+    (
+        ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+        lambda config, _: config.load_in_4bit,
+        "set load_in_4bit: true",
+    ),
+    (
+        ("ref_model_sync_steps", "ref_model_mixup_alpha"),
+        lambda config, _: config.sync_ref_model,
+        "set sync_ref_model: true",
+    ),
+    (
+        ("precompute_ref_log_probs",),
+        lambda _, objective: objective.needs_reference,
+        "take an objective with a reference",
+    ),
+    (
+        ("eval_samples_max_new_tokens", "eval_samples_temperature"),
+        lambda config, _: config.eval_samples,
+        "set eval_samples above 0",
+    ),
+    (
+        ("head_tail_eps",),
+        lambda config, _: config.head_tail != "exact",
+        "set head_tail: mean or drop",
+    ),
+)
+"""Settings, whether a run uses them, and what would make it do so."""
+
+
+def unused_notes(config: PreferenceConfig, objective: Objective) -> list[str]:
+    """A line for each group of settings that were given another value than their default in vain.
+
+    Raises:
+        UserError: one that asks for another run than this one would be.
+    """
+    if not objective.needs_reference:
+        if config.ref_model_name_or_path is not None:
+            raise UserError(f"ref_model_name_or_path: {objective.name} uses none; leave it out")
+        if config.sync_ref_model:
+            raise UserError(f"sync_ref_model: {objective.name} has no reference; leave it out")
+    defaults = defaults_of(type(config))
+    lines = []
+    for names, used, remedy in USES:
+        given = [name for name in names if getattr(config, name) != defaults[name]]
+        if given and not used(config, objective):
+            verb = "does" if len(given) == 1 else "do"
+            lines.append(f"{', '.join(given)}: {verb} nothing here; to use: {remedy}")
+    return lines
+
+
+def say_unused(config: PreferenceConfig, objective: Objective) -> None:
+    """Warn of them, on the first rank; raises as `unused_notes` does."""
+    for line in unused_notes(config, objective):
+        if config.process_index == 0:
+            logger.warning(line)
