@@ -251,6 +251,9 @@ def weight_notes(config: PreferenceConfig, dtype: str) -> list[str]:
     precision = config.mixed_precision
     if precision != "no" and not (config.bf16 or config.fp16):
         notes.append(f"computes in {precision}, as the launcher's mixed_precision says")
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if compiler != "no" and not config.torch_compile:
+        notes.append(f"compiles with {compiler}, as the launcher's dynamo_backend says")
     if config.use_peft or uses_deepspeed(config) or dtype not in ("bfloat16", "float16"):
         return notes
     return [

@@ -289,6 +289,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         """What a reader of the log should know of the model and its reference."""
         model: Any = self.model
         lines = [learnable_line(model)] if hasattr(model, "get_base_model") else []
+        lines += self.engine_notes
         return lines + ([] if self.reference is None else self.reference.notes)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -31,9 +31,12 @@ from ..files import digest, file_digest, sync_path, write_text
 
 STAGING = "tmp-checkpoint-"
 REMOVED = "tmp-removed-"
+UPLOAD = "_upload-"
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
 FORMAT = 2
+OPTIMIZERS = ("optimizer*", "global_step*")
+"""Where an optimizer's state lies in a checkpoint: torch's or FSDP's, and DeepSpeed's."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,11 @@ def choose_checkpoint(
     if not folder.is_dir():
         raise UserError(f"resume_from_checkpoint: {setting} is not a folder")
     if not (folder / MANIFEST).is_file():
+        if not any(any(folder.glob(pattern)) for pattern in OPTIMIZERS):
+            raise UserError(
+                f"resume_from_checkpoint: {folder} has no optimizer's state; start a new run from "
+                f"its weights: model_name_or_path: {folder}"
+            )
         logger.warning(
             "%s has no manifest.json, as checkpoints from elsewhere: going on from it "
             "unchecked, trusting that it is complete and of this run",
@@ -137,9 +145,8 @@ def _age(folder: Path) -> tuple[float, int]:
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Folders named as checkpoints, in no order."""
-    if not output_dir.is_dir():
-        return []
-    return [p for p in output_dir.iterdir() if NAME.fullmatch(p.name) and p.is_dir()]
+    entries = output_dir.iterdir() if output_dir.is_dir() else ()
+    return [p for p in entries if NAME.fullmatch(p.name) and p.is_dir()]
 
 
 def step_of(folder: Path) -> int:
@@ -176,8 +183,8 @@ def settle_leftovers(output_dir: Path) -> None:
             else:
                 (staging / folder.name).rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
-    for removed in output_dir.glob(f"{REMOVED}*"):
-        shutil.rmtree(removed, ignore_errors=True)
+    for left in (*output_dir.glob(f"{REMOVED}*"), *output_dir.glob(f"{UPLOAD}*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def rotate(output_dir: Path, limit: int | None, keep: list[Path]) -> None:
@@ -207,12 +214,8 @@ def could_not_write(error: BaseException) -> bool:
     if isinstance(error, OSError | SafetensorError):
         return True
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    words = (
-        "PytorchStreamWriter",
-        "inline_container",
-        "iostream error",
-        *map(os.strerror, numbers),
-    )
+    words = ("PytorchStreamWriter", "inline_container", "iostream error")
+    words += tuple(map(os.strerror, numbers))
     return type(error) in (Exception, RuntimeError) and any(w in str(error) for w in words)
 
 

@@ -25,6 +25,7 @@ from ..errors import refusals
 from ..model.folder import MERGED, model_files
 from ..monitor.margins import MARGINS_FILE, SAMPLES_FILE
 from ..places import is_place, unplaced
+from .files import UPLOAD
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -48,7 +49,11 @@ RECORDS = ("run.json", "trainer_state.json", "adapter_config.json")
 
 
 def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
-    """Begin to upload a checkpoint's model, and the checkpoint where ``hub_strategy`` says so."""
+    """Begin to upload a checkpoint's model, and in a folder of its own if ``hub_strategy`` asks.
+
+    Without the states of optimizer and random generators, which are pickles: a run goes on from
+    the checkpoint itself.
+    """
     args: Any = trainer.args
     running: Any = trainer.push_in_progress
     busy = running is not None and not running.is_done()
@@ -59,16 +64,9 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
     jobs: Any = [upload(trainer, message, checkpoint, blocking=False)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         last = args.hub_strategy == HubStrategy.CHECKPOINT
-        job = _client().upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=str(checkpoint),
-            path_in_repo="last-checkpoint" if last else checkpoint.name,
-            commit_message=f"{message}, checkpoint",
-            token=args.hub_token,
-            run_as_future=True,
-            revision=args.hub_revision,
-        )
-        jobs.append(job)
+        place = "last-checkpoint" if last else checkpoint.name
+        options = {"source": checkpoint, "path_in_repo": place, "blocking": False}
+        jobs.append(upload(trainer, f"{message}, checkpoint", **options))
     if busy and running is not None:
         running.jobs.extend(jobs)
     else:
@@ -80,12 +78,14 @@ def upload(
     message: str,
     model: Path | None = None,
     *,
+    source: Path | None = None,
     blocking: bool = True,
     **other: Any,
 ) -> Any:
-    """Upload what is to be shared of ``output_dir``; ``model`` as in `staged_upload`."""
+    """Upload what is to be shared of ``output_dir``, or of ``source``; see `staged_upload`."""
     args: Any = trainer.args
-    staging = staged_upload(Path(str(args.output_dir)), model)
+    folder = Path(str(args.output_dir))
+    staging = folder / f"{UPLOAD}{uuid.uuid4().hex}"
 
     def done(*_: Any) -> None:
         shutil.rmtree(staging, ignore_errors=True)
@@ -93,6 +93,7 @@ def upload(
     options = {"token": args.hub_token, "revision": args.hub_revision} | other
     job = None
     try:
+        staged_upload(staging, source or folder, model)
         job = _client().upload_folder(
             repo_id=trainer.hub_model_id,
             folder_path=str(staging),
@@ -108,9 +109,8 @@ def upload(
     return job
 
 
-def staged_upload(folder: Path, model: Path | None = None) -> Path:
-    """A folder to upload in place of ``folder``, with the model files of ``model`` if given."""
-    staging = folder / f"_upload-{uuid.uuid4().hex}"
+def staged_upload(staging: Path, folder: Path, model: Path | None = None) -> None:
+    """Fill a folder to upload in place of ``folder``, with the files of ``model`` if given."""
     sources = [(path, model or folder) for path in model_files(model or folder)]
     if model is None:
         sources += [(path, folder) for path in model_files(folder / MERGED)]
@@ -126,7 +126,6 @@ def staged_upload(folder: Path, model: Path | None = None) -> Path:
             _link(path, target)
         else:
             shutil.copyfile(path, target)
-    return staging
 
 
 def _without_places(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from ..settings.config import PreferenceConfig
 
 
+LATE_S = 5
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,49 @@ def output_claimed(args: TrainingArguments) -> Iterator[None]:
     """Inside, the output folder is this run's alone; a collective with several ranks."""
     with ExitStack() as stack:
         on_first_rank(args, lambda: stack.enter_context(claimed(str(args.output_dir))))
+        check_shared(args)
         yield
+
+
+def check_shared(args: TrainingArguments) -> None:
+    """Raise ``UserError`` on every rank if several disks hold ``output_dir``, and one is expected.
+
+    Or the reverse, with ``save_on_each_node``. A collective with several ranks, after the first
+    rank made the folder.
+    """
+    if args.world_size == 1:
+        return
+    folder = Path(str(args.output_dir))
+    probe = folder / on_first_rank(args, lambda: f".shared-{uuid.uuid4().hex}")
+    if args.process_index == 0:
+        probe.touch()
+    dist.barrier()
+    told: list[Any] = [None] * args.world_size
+    dist.all_gather_object(told, (_appears(probe), args.local_process_index == 0))
+    if args.process_index == 0:
+        probe.unlink(missing_ok=True)
+    apart = [str(rank) for rank, (sees, _) in enumerate(told) if not sees]
+    if args.save_on_each_node and any(sees and first for sees, first in told[1:]):
+        raise UserError(
+            f"save_on_each_node: set it to false; several machines see one {folder}, and would "
+            "write over each other's checkpoints"
+        )
+    if apart and not args.save_on_each_node:
+        raise UserError(
+            f"output_dir: name a folder on a disk that all machines share, or set "
+            f"save_on_each_node: true; ranks {', '.join(apart[:8])} do not see what the first rank "
+            f"writes in {folder}, and no run could go on from such checkpoints"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether the path is there, or soon: a network disk may show it late."""
+    until = time.monotonic() + LATE_S
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def start_of_run(args: TrainingArguments, setting: str | bool | None) -> Start:

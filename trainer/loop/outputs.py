@@ -14,6 +14,7 @@ from ..model.adapters import bare_model, name_base
 from ..model.folder import MERGED, check_saves_whole, copy_processor, writing_model
 from ..model.merging import export_merged
 from ..monitor.run_record import describe_run
+from .engine import check_deepspeed
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
@@ -25,6 +26,7 @@ class OutputTrainer(Trainer):
 
     Attributes:
         run_record: the content of ``run.json``, if there is one.
+        engine_notes: what is worth saying of DeepSpeed's own file.
     """
 
     objective: Objective
@@ -38,6 +40,7 @@ class OutputTrainer(Trainer):
         self._use_cache = vars(config).get("use_cache")  # which transformers changes for training
         super().__init__(*args, **kwargs)
         check_saves_whole(self.accelerator.state)
+        self.engine_notes = check_deepspeed(self.accelerator.state, self.args)
 
     def saves_use_cache(self, value: bool) -> None:
         """Save the model's config with this ``use_cache`` in place of the one it came with."""

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -52,14 +51,8 @@ class Watchdog(TrainerCallback):
 
     def __enter__(self) -> Watchdog:
         if self.world > 1 and dist.is_initialized():
-            from torch.distributed.distributed_c10d import (
-                PrefixStore,
-                _get_default_store,
-                _set_pg_timeout,
-            )
+            from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-            if dist.get_backend() == "gloo":  # on a CPU transformers leaves it at 30 minutes
-                _set_pg_timeout(timedelta(seconds=self.trainer.args.ddp_timeout))
             self._store = PrefixStore("widemargin", _get_default_store())
             self._last = time.monotonic()
             self._tell()  # so that a rank lost in the first seconds is not one that never began

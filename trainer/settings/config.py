@@ -28,7 +28,7 @@ from .checks import (
     with_setting,
 )
 from .data import DataSettings
-from .launch import has_launcher
+from .launch import has_launcher, meeting
 from .model import ModelSettings, ReferenceSettings, SampleSettings
 from .names import BACKENDS, METRICS, PACKINGS, TAILS
 from .published.unknown import explaining
@@ -156,7 +156,10 @@ class PreferenceConfig(
     def _fill_in_as_transformers(self) -> None:
         """transformers' ``__post_init__``; its refusals name the setting."""
         try:
-            super().__post_init__()
+            with meeting(self):
+                super().__post_init__()
+        except UserError:
+            raise
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(with_setting(" ".join(str(error).split()), self)) from error
         except OSError as error:

@@ -158,14 +158,27 @@ def test_the_card_has_the_results_of_the_model_that_was_kept(run_config, tmp_pat
     assert losses[3] < 0.98 * losses[1]
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_a_push_shares_no_pickle_and_no_path(run_config, tmp_path, monkeypatch, adapter):
+@pytest.mark.parametrize(
+    ("adapter", "strategy"),
+    [
+        pytest.param(False, "every_save", id="model"),
+        pytest.param(True, "every_save", id="adapter"),
+        pytest.param(False, "checkpoint", id="last checkpoint"),
+        pytest.param(True, "all_checkpoints", id="all checkpoints"),
+    ],
+)
+def test_a_push_shares_no_pickle_and_no_path(run_config, tmp_path, monkeypatch, adapter, strategy):
     pushed: list[dict[str, bytes]] = []
+    checkpoints: dict[str, dict[str, bytes]] = {}
 
     def upload(self, *, folder_path, run_as_future=False, **kwargs):
         folder = Path(folder_path)
         files = [path for path in folder.rglob("*") if path.is_file()]
-        pushed.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+        content = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        if "path_in_repo" in kwargs:
+            checkpoints[kwargs["path_in_repo"]] = content
+        else:
+            pushed.append(content)
         done: Future[None] = Future()
         done.set_result(None)
         return done if run_as_future else None
@@ -177,13 +190,21 @@ def test_a_push_shares_no_pickle_and_no_path(run_config, tmp_path, monkeypatch, 
     for name in (stale, "secret.env"):
         (tmp_path / "run" / name).write_text("")
     changes = ["--push_to_hub=true", "--save_strategy=steps", "--save_steps=1"]
+    changes += [f"--hub_strategy={strategy}"]
     changes += ["--use_peft=true", "--merge_adapter=true"] if adapter else []
     assert main(["train", str(run_config), *changes]) == 0
     assert len(pushed) == 3
-    for files in pushed:
+    assert all("run.json" in files for files in pushed)
+    names = {
+        "every_save": [], "checkpoint": ["last-checkpoint"],
+        "all_checkpoints": ["checkpoint-1", "checkpoint-2"],
+    }  # fmt: skip
+    assert sorted(checkpoints) == names[strategy]
+    assert all("trainer_state.json" in files for files in checkpoints.values())
+    for files in [*pushed, *checkpoints.values()]:
+        assert not [name for name in files if Path(name).suffix in (".pt", ".pth", ".bin")]
         assert ("adapter_model.safetensors" in files) is adapter
         assert ("model.safetensors" in files) is not adapter
-        assert "run.json" in files
         assert not {"training_args.bin", "secret.env"} & set(files)
         assert not [name for name, text in files.items() if str(tmp_path).encode() in text]
     assert ("merged/model.safetensors" in pushed[-1]) is adapter

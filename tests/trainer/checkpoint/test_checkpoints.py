@@ -304,3 +304,14 @@ class _Overflowing(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         assert model is not None
         next(model.parameters()).data[0, 0] = float("inf")
+
+
+def test_a_folder_of_weights_alone_is_no_checkpoint(tmp_path):
+    """Without its optimizer a run would go on as another one."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"has no optimizer's state.*model_name_or_path: "):
+        choose_checkpoint(str(folder), tmp_path)
+    (folder / "optimizer.pt").touch()
+    assert choose_checkpoint(str(folder), tmp_path) == folder

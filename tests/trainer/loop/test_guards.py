@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
-from widemargin.trainer.checkpoint.files import newest_complete
+from widemargin.trainer.checkpoint.files import choose_checkpoint, newest_complete
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.loop.preemption import Preempted
 
@@ -312,6 +312,30 @@ def test_ranks_with_other_settings_are_refused(tmp_path):
     assert done.returncode != 0
     assert "start every rank with the same settings" in done.stderr, done.stderr[-3000:]
     assert "seed was 0, is 1" in done.stderr
+
+
+@pytest.mark.costly
+def test_disks_that_ranks_do_not_share(tmp_path):
+    """And machines that share one although each is to save, by LOCAL_RANK: 0 on each."""
+    write_run(tmp_path)
+    (tmp_path / "apart.py").write_text(
+        "import os\n"
+        "from widemargin.trainer.cli import main\n"
+        "own, one = '--output_dir=run' + os.environ['RANK'], '--output_dir=one'\n"
+        "os.environ['LOCAL_RANK'] = '0'\n"
+        "statuses = [main(['train', 'config.yaml', *given]) for given in (\n"
+        "    [own], [one, '--save_on_each_node=true'], [own, '--save_on_each_node=true'],\n"
+        ")]\n"
+        "print('statuses', statuses, os.listdir('run' + os.environ['RANK']), flush=True)\n"
+    )
+    done = launch(tmp_path, "apart.py")
+    said = done.stdout + done.stderr
+    assert said.count("ranks 1 do not see what the first rank writes in run") == 2, said[-3000:]
+    assert said.count("save_on_each_node: set it to false") == 2
+    assert said.count("statuses [2, 2, 0]") == 2
+    assert not list(tmp_path.glob("*/.shared*"))
+    for rank in "01":
+        assert choose_checkpoint(True, tmp_path / f"run{rank}") is not None
 
 
 @pytest.mark.costly
