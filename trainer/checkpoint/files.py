@@ -171,8 +171,6 @@ def publish(staging: Path, folder: Path) -> None:
 
 def settle_leftovers(output_dir: Path) -> None:
     """Rename or remove what a process that died left behind."""
-    if not output_dir.is_dir():
-        return
     for staging in output_dir.glob(f"{STAGING}*"):
         folder = output_dir / staging.name.removeprefix("tmp-")
         if not folder.exists() and (staging / folder.name).is_dir():
@@ -214,8 +212,8 @@ def could_not_write(error: BaseException) -> bool:
     if isinstance(error, OSError | SafetensorError):
         return True
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    words = ("PytorchStreamWriter", "inline_container", "iostream error")
-    words += tuple(map(os.strerror, numbers))
+    words = ["PytorchStreamWriter", "inline_container", "iostream error"]
+    words += map(os.strerror, numbers)
     return type(error) in (Exception, RuntimeError) and any(w in str(error) for w in words)
 
 
