@@ -6,6 +6,7 @@ which special tokens there are, who writes BOS, what is refused, how blanks are 
 
 from __future__ import annotations
 
+import string
 from functools import cache
 from typing import Any
 
@@ -109,7 +110,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def _backend_json(family: str) -> str:
     facts = FAMILIES[family]
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
-    alphabet = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789▁\n[]/?.,'!<|>_")
+    alphabet = [*string.printable.strip(), "▁", "\n"]
     if facts["pieces"] == "bytes":
         words = r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from .chat import Rendered
 
+_RARE = "\ue000"
+"""A character for private use, in no vocabulary."""
+
 
 class TripleEncoder:
     """Encodes triples of texts (prompt, prompt with chosen, prompt with rejected) to ids."""
@@ -117,6 +120,17 @@ def _reached_over(mark: str, added: Iterable[Any]) -> bool:
         or any(token.content[1:].endswith(mark[:size]) for size in range(1, len(mark)))
         for token in added
     )
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """The token that stands for characters that the tokenizer does not know; None without one."""
+    token_id: Any = tokenizer.unk_token_id
+    return token_id if token_id in encode(tokenizer, [_RARE])[0] else None
+
+
+def drops_characters(tokenizer: Any) -> bool:
+    """Whether characters that the tokenizer does not know leave no token."""
+    return not encode(tokenizer, [_RARE])[0]
 
 
 def single_bos(ids: list[int], bos_id: int | None) -> list[int]:

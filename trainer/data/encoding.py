@@ -21,20 +21,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .chat import (
-    PROBE,
     Rendered,
     Rendering,
     example_prompt,
     only_id,
     plain_text_prefix,
-    render,
     render_pairs,
     takes_empty_system,
 )
-from .encoder import TripleEncoder, single_bos
+from .encoder import TripleEncoder, single_bos, unknown_id
 from .formats.answers import NUMBERS, Edges
 from .formats.shapes import standard_rows
-from .guard import guarded
+from .guard import ANSWER_LOST, guarded
 from .limits import (
     BOS_DOUBLED,
     CHOSEN_NO_END,
@@ -43,11 +41,13 @@ from .limits import (
     REJECTED_NO_END,
     SEVERAL_TURNS,
     TEXT_LOST,
+    UNKNOWN,
     Limits,
     Tokens,
     fit,
 )
 from .rows import (
+    EMPTY_COMPLETION,
     WRONG_TYPE,
     Pair,
     RowProblem,
@@ -60,6 +60,7 @@ from .rows import (
 )
 from .separate import last_turns, render_separately, split_separate
 from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, token_columns
+from .template import content_forms
 from .turns import Ends, Side, TurnScorer, find_ends
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class PairTokenizer:
         self.rendering = rendering or Rendering()
         self.bos_id = only_id(tokenizer.bos_token_id)
         self.eos_id = only_id(tokenizer.eos_token_id)
+        self.unknown = unknown_id(tokenizer)
         self.text_prefix = plain_text_prefix(tokenizer)
         has_template = bool(tokenizer.chat_template)
         ends = find_ends(tokenizer, stops) if has_template else Ends()
@@ -92,7 +94,7 @@ class PairTokenizer:
         self.empty_system = (
             has_template and self.rendering.empty_system and takes_empty_system(tokenizer)
         )
-        self.content = content_form(tokenizer) if has_template else "any"
+        self.forms = content_forms(tokenizer) if has_template else {}
         self.template = str(tokenizer.chat_template or "")
         generation = not self.rendering.separate
         example = example_prompt(tokenizer, generation) if has_template else None
@@ -138,7 +140,7 @@ class PairTokenizer:
             pair = from_first_answer(pair)
         if self.empty_system and pair.prompt[0]["role"] != "system":
             pair.prompt = [{"role": "system", "content": ""}, *pair.prompt]
-        return dressed(pair, row, self.rendering.arguments, self.content)
+        return dressed(pair, row, self.rendering.arguments, self.forms)
 
     def _render(self, pairs: list[Pair | RowProblem]) -> list[Rendered | RowProblem]:
         render_alike = render_separately if self.rendering.separate else render_pairs
@@ -160,8 +162,15 @@ class PairTokenizer:
     def _finish(
         self, pair: Pair, texts: Rendered, ids: tuple[list[int], list[int], list[int]]
     ) -> Tokens:
-        tokens = self._cut(pair, texts, *ids)
+        try:
+            tokens = self._cut(pair, texts, *ids)
+        except RowProblem as problem:
+            if problem.reason == EMPTY_COMPLETION and pair.lost:
+                raise RowProblem(ANSWER_LOST, pair.lost) from None
+            raise
         tokens.numbers = pair.numbers
+        if self.unknown is not None and any(self.unknown in part for part in ids):
+            tokens.flags.add(UNKNOWN)
         if pair.lost:
             tokens.flags.add(TEXT_LOST)
             tokens.detail = pair.lost
@@ -214,16 +223,6 @@ class PairTokenizer:
         return self.turns.conversation(
             messages, len(pair.prompt), prompt, text, ids, start, pair.arguments
         )
-
-
-def content_form(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How the template wants content: "any" form, "text" alone, or "parts" alone."""
-    parts = [{"type": "text", "text": PROBE}]
-    forms = [[{"role": "user", "content": content}] for content in (PROBE, parts)]
-    text, listed = (str(each) for each in render(tokenizer, forms, generation=False))
-    if PROBE in listed and "'text'" not in listed and '"text"' not in listed:
-        return "any" if PROBE in text else "parts"
-    return "text"
 
 
 def from_first_answer(pair: Pair) -> Pair:

@@ -27,6 +27,7 @@ SEVERAL_TURNS = "completion of several turns"
 AFTER_END = "text after the end-of-turn token left out"
 NO_TURNS = "plain text, scored as one turn"
 TEXT_LOST = "text left out by the chat template"
+UNKNOWN = "characters that the tokenizer does not know"
 #: What can be said of a row that trains; bit i of the ``flags`` column is FLAGS[i].
 FLAGS = (
     MISMATCH,
@@ -40,6 +41,7 @@ FLAGS = (
     AFTER_END,
     NO_TURNS,
     TEXT_LOST,
+    UNKNOWN,
 )
 
 

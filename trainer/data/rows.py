@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,7 @@ from .formats.messages import (
     MISSING,
     as_messages,
     content_text,
-    in_one_text,
-    in_parts,
+    in_forms,
     kind,
     read_messages,
 )
@@ -116,22 +115,23 @@ def read_row(row: dict[str, Any]) -> Pair:
     return _conversation_pair(prompt, chosen, rejected)
 
 
-def dressed(pair: Pair, row: dict[str, Any], arguments: dict[str, Any], form: str) -> Pair:
+def dressed(
+    pair: Pair, row: dict[str, Any], arguments: dict[str, Any], forms: Mapping[str, str]
+) -> Pair:
     """A conversation with what its template is given, and content as the template wants it.
 
     Args:
         pair: of ``row``.
         row: its columns.
         arguments: of the run; the row's go before them.
-        form: "text", "parts", or "any" for content as it is.
+        forms: how content is written: see `template.content_forms`.
     """
     if pair.conversation:
         pair.arguments = arguments | arguments_of(row)
-        written = {"text": in_one_text, "parts": in_parts, "any": list}[form]
         pair.prompt, pair.chosen, pair.rejected = (
-            written(messages) for messages in (pair.prompt, pair.chosen, pair.rejected)
+            in_forms(messages, forms) for messages in (pair.prompt, pair.chosen, pair.rejected)
         )
-        pair.begun = written([pair.begun])[0] if pair.begun else None
+        pair.begun = in_forms([pair.begun], forms)[0] if pair.begun else None
     return pair
 
 

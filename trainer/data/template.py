@@ -11,11 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .formats.messages import Messages, in_forms
 
 if TYPE_CHECKING:
     from ..settings.data import DataSettings
 
 _NOW = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
+_PROBES = ("PROBE", "ANOTHER")
+_PRINTED = re.compile(r"['\"]text['\"]")
+_ASK: Messages = [{"role": "user", "content": "?"}]
+_CALL: Any = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {}}}
+    ],
+}
+_TALKS: dict[str, tuple[Messages, Messages]] = {
+    "user": ([], []),
+    "system": ([], _ASK),
+    "developer": ([], _ASK),
+    "assistant": (_ASK, []),
+    "tool": ([*_ASK, _CALL], []),
+}
+"""What stands before and after a message of each role."""
 _SHIPPED = Path(__file__).parent / "templates"
 
 
@@ -61,6 +80,31 @@ def with_template(tokenizer: Any, settings: DataSettings) -> Any:
         else _dated(templates, settings.chat_date)
     )
     return dated
+
+
+def content_forms(tokenizer: Any) -> dict[str, str]:
+    """How the template wants each role's content: in "any" form, as "text" alone, or as "parts".
+
+    A template that prints a list of parts as Python does, or writes the first alone, wants text.
+    """
+    forms: dict[str, str] = {}
+    for role, (before, after) in _TALKS.items():
+        asked = in_forms(before, forms), in_forms(after, forms)
+        text, listed = (
+            _rendered(tokenizer, [*asked[0], {"role": role, "content": content}, *asked[1]])
+            for content in ("".join(_PROBES), [{"type": "text", "text": t} for t in _PROBES])
+        )
+        takes_parts = all(probe in listed for probe in _PROBES) and not _PRINTED.search(listed)
+        takes_text = "".join(_PROBES) in text
+        forms[role] = ("any" if takes_text else "parts") if takes_parts else "text"
+    return forms
+
+
+def _rendered(tokenizer: Any, messages: Messages) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template can raise anything on what it was not written for
+        return ""
 
 
 def bos_apart(tokenizer: Any) -> bool:

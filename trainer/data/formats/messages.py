@@ -7,6 +7,7 @@ where a struct of another row has a field. Content in parts stays in parts, of t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -136,19 +137,16 @@ def content_text(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def in_one_text(messages: Messages) -> Messages:
-    """``messages`` with content in parts joined."""
-    return [
-        {**message, "content": content_text(message)} if "content" in message else message
-        for message in messages
-    ]
+def in_forms(messages: Messages, forms: Mapping[str, str]) -> Messages:
+    """``messages`` with content as ``forms`` has it for each role: `template.content_forms`."""
+    usual = forms.get("user", "any")
+    return [_in_form(message, forms.get(message["role"], usual)) for message in messages]
 
 
-def in_parts(messages: Messages) -> Messages:
-    """``messages`` with every content as a list of parts."""
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message.get("content"), str)
-        else message
-        for message in messages
-    ]
+def _in_form(message: dict[str, Any], form: str) -> dict[str, Any]:
+    content = message.get("content")
+    if form == "parts" and isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    if form == "text" and isinstance(content, list):
+        return {**message, "content": content_text(message)}
+    return message
