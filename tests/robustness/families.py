@@ -35,6 +35,7 @@ from widemargin.trainer.errors import UserError
 from widemargin.trainer.model import stand_in
 from widemargin.trainer.packing import model_inputs
 
+from tests.robustness.family_sizes import NESTED, SPECIAL
 from tests.support.packed_rows import alone, token_pairs
 from tests.support.tiny_models import SHAPE, tiny_trainer
 
@@ -42,55 +43,13 @@ SECONDS = 150
 APART = 1e-3
 """The largest difference of a log-prob in nats that rounding explains."""
 
-SPECIAL: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
-    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "xglm": {"d_model": 32, "ffn_dim": 48, "attention_heads": 4, "num_layers": 2},
-    "ctrl": {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4},
-    "rwkv": {"attention_hidden_size": 32, "context_length": 256},
-    "falcon": {"new_decoder_architecture": False},
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
-    "bamba": {
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_d_state": 8,
-        "attn_layer_indices": [1],
-    },
-    "mixtral": {"num_local_experts": 4},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
-    "whisper": {
-        "d_model": 32,
-        "decoder_attention_heads": 4,
-        "encoder_attention_heads": 4,
-        "decoder_layers": 2,
-        "encoder_layers": 1,
-        "decoder_ffn_dim": 48,
-    },
-    "plbart": {
-        "d_model": 32,
-        "decoder_attention_heads": 4,
-        "encoder_attention_heads": 4,
-        "decoder_layers": 2,
-        "encoder_layers": 1,
-        "decoder_ffn_dim": 48,
-    },
-    "zamba2": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
-}
-"""Sizes of families that name them otherwise."""
-
 
 def tiny(family: str) -> Any:
     """A tiny model of the family: of our usual sizes, or of its default config made small."""
     torch.manual_seed(0)
     sizes = SHAPE | {"initializer_range": 0.2} | SPECIAL.get(family, {})
     shapes: list[Any] = [
-        lambda: AutoConfig.for_model(family, **sizes),
+        lambda: AutoConfig.for_model(family, **NESTED.get(family, sizes)),
         lambda: AutoConfig.for_model(family, **{k: v for k, v in sizes.items() if k != "head_dim"}),
         lambda: AutoConfig.for_model(family, **sizes | {"num_key_value_heads": 4}),
         lambda: AutoConfig.for_model(family, vocab_size=SHAPE["vocab_size"]),

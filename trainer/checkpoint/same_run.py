@@ -118,8 +118,8 @@ def run_facts(
         "reference": None if reference is None else reference.content(rows),
         "model": {
             "type": text.model_type,
-            "hidden_size": text.hidden_size,
-            "layers": text.num_hidden_layers,
+            "hidden_size": getattr(text, "hidden_size", None),  # BLT has several
+            "layers": getattr(text, "num_hidden_layers", None),
             "vocabulary": text.vocab_size,
         },
         "config": {k: v for k, v in config.to_dict().items() if k not in IRRELEVANT},
