@@ -12,6 +12,8 @@ from bench.training.contenders import SHAPES
 from bench.training.table import same_case, variant
 
 BEST = "widemargin-prefix_shared"
+BY_PROMPT = ", by prompt"
+"""Ends the names of cases that train on all pairs of each prompt."""
 NAMES = {
     "cpu": "two CPU cores",
     "trl-cpo": "TRL `CPOTrainer`",
@@ -38,12 +40,14 @@ def shown(files: Iterable[File]) -> list[list[Row]]:
             case.append(row)
     cases = [case for case in cases if _base(case) and not case[0]["long_prompts"]]
     cases = [case for case in cases if not variant(case[0])]
-    real = [case for case in cases if case[0]["case"] == REAL or case[0]["device"] == "cuda"]
-    return sorted(real or cases, key=lambda case: (case[0]["device"] == "cpu", _order(case[0])))
+    real = [c for c in cases if c[0]["case"].startswith(REAL) or c[0]["device"] == "cuda"]
+    return sorted(real or cases, key=lambda case: _order(case[0]))
 
 
-def _order(row: Row) -> int:
-    return list(OBJECTIVES).index(row["objective"])
+def _order(row: Row) -> tuple[bool, bool, int]:
+    """A GPU's first, then pairs before the trees of several pairs a prompt."""
+    objective = list(OBJECTIVES).index(row["objective"])
+    return row["device"] == "cpu", row["case"].endswith(BY_PROMPT), objective
 
 
 def _base(case: list[Row]) -> Row | None:
@@ -78,7 +82,7 @@ def _case(case: list[Row]) -> str:
     assert base is not None
     lengths = "/".join(str(round(n)) for n in row["mean_lengths"].values())
     heading = (
-        f"{OBJECTIVES[row['objective']]} on {NAMES.get(row['case'], row['case'])}: "
+        f"{OBJECTIVES[row['objective']]} on {_named(row['case'])}: "
         f"{row['pairs_per_step']} pairs a step, "
         f"prompt/chosen/rejected {lengths} tokens, {row['dtype']}; {row['device_name']}"
         f"{_noise(case)}. {_agreement(case)}"
@@ -94,6 +98,11 @@ def _case(case: list[Row]) -> str:
         for r in case
     ]
     return f"{heading}\n\n{markdown(COLUMNS, lines)}"
+
+
+def _named(case: str) -> str:
+    model = case.removesuffix(BY_PROMPT)
+    return NAMES.get(model, model) + ", with all pairs of each prompt" * (model != case)
 
 
 def _agreement(case: list[Row]) -> str:

@@ -127,6 +127,9 @@ def test_readme_shows_the_real_model_as_soon_as_it_was_measured() -> None:
     assert "11M" not in readme.table([toy, quiet])
     noisy = training_file(*(row | {"spread": 0.4} for row in quiet.rows))
     assert "steps spread by 40%" in readme.table([noisy])
+    trees = {"case": readme.REAL + readme.BY_PROMPT, "objective": "simpo"}
+    both = readme.table([training_file(*(row | trees for row in quiet.rows)), quiet])
+    assert both.index("SmolLM2-135M-Instruct: ") < both.index("with all pairs of each prompt: ")
     gpu = training_file(*(r | {"device": "cuda", "device_name": "Some GPU"} for r in quiet.rows))
     assert readme.claim([toy, quiet, gpu]).startswith("**On Some GPU")
 
