@@ -35,9 +35,9 @@ INTRO = """\
 <!-- Made by `python -m bench.report`; edit bench/report/page.py instead. -->
 This page has every measurement, so that you can check each claim. `python -m bench.report` makes
 each figure from the JSON file named below it, and only committed code writes those files. `make
-bench` measures the same on your machine in under ten minutes, and `make bench-real` a real model within an
-hour. `bench/README.md` explains the method and each key of a row. A line's load is the machine's
-when a run began: above a few tenths of a core, CPU times say little.
+bench` measures the same on your machine in under ten minutes, and `make bench-real` a real model
+within an hour. `bench/README.md` explains the method and each key of a row. A line's load is the
+machine's when a run began: above a few tenths of a core, CPU times say little.
 """
 
 
