@@ -125,6 +125,7 @@ class PairPipeline:
             lengths = None if rows is None else rows.lengths
             self.packing = packing_for(model, self.settings, lengths, stand_in)
             collator = self.packing.collator(pad_token(self.tokenizer, self.vocab_size))
+            collator.scores_prompts = self.objective.scores_prompts
         self.layout = getattr(collator, "layout", "padded")
         if rows is not None:
             fit_micro_batches(self.settings, self.objective, self._planner(rows))

@@ -56,7 +56,12 @@ class Objective:
     @property
     def couples_pairs(self) -> bool:
         """Whether a pair's loss depends on the other pairs of the global micro-batch."""
-        return self.spec.couples_pairs or self.hyperparameters.nll == "tokens"
+        return self.spec.couples_pairs or self.hyperparameters.nll != "answers"
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether calls need the log-probs of prompts too."""
+        return self.hyperparameters.nll == "prompt_and_answer"
 
     @property
     def needs_reference(self) -> bool:
@@ -78,6 +83,8 @@ class Objective:
         edges: Tensor | None = None,
         weights: Tensor | None = None,
         margins: Tensor | None = None,
+        prompt_cu_seqlens: Tensor | None = None,
+        prompts: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Losses of P pairs of S sequences, differentiable in ``token_logps``.
 
@@ -94,6 +101,9 @@ class Objective:
                 None: P chosen sequences, then P rejected, so S is 2P.
             weights: [P] that the pairs' losses are multiplied by; statistics weigh all pairs alike.
             margins: [P] added to the target margins; an objective without one refuses them.
+            prompt_cu_seqlens: [U + 2] of the prompts in ``token_logps``, see `PairCollator`; for
+                ``nll: prompt_and_answer`` alone.
+            prompts: [P] int64, each pair's prompt.
         """
         if margins is not None and not self.spec.takes_margins:
             raise UserError(
@@ -101,6 +111,8 @@ class Objective:
                 "target margin to add the data's to"
             )
         pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group, edges, margins)
+        if self.scores_prompts:
+            pairs = _with_prompts(pairs, token_logps, prompt_cu_seqlens, prompts)
         self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
@@ -222,3 +234,16 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"Objective({self.name!r}, {self.hyperparameters})"
+
+
+def _with_prompts(
+    pairs: Pairs, token_logps: Tensor, cu_seqlens: Tensor | None, prompts: Tensor | None
+) -> Pairs:
+    if cu_seqlens is None or prompts is None:
+        raise UserError(
+            "prompt_cu_seqlens: give it and prompts, which nll: prompt_and_answer needs "
+            "(PairCollator makes them where its scores_prompts is true)"
+        )
+    sums, lengths = (each[1:][prompts] for each in sequence_logps(token_logps, cu_seqlens))
+    sums = torch.where(pairs.real, sums, 0.0)
+    return dataclasses.replace(pairs, prompt_sums=sums, prompt_lengths=lengths)

@@ -46,8 +46,9 @@ class Hyperparameters:
     )
     nll: str = setting(
         "answers",
-        "what likelihood terms average: each chosen answer and then pairs, or all their tokens",
-        choices=("answers", "tokens"),
+        "what likelihood terms average: each chosen answer and then pairs, or all their tokens, or "
+        "those of the prompts too",
+        choices=("answers", "tokens", "prompt_and_answer"),
     )
 
     use_weighting: bool = setting(

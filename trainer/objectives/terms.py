@@ -95,6 +95,8 @@ class Pairs:
     group: dist.ProcessGroup | None
     max_pairs_per_rank: int | None
     training: bool
+    prompt_sums: Tensor | None = None  # [P], where likelihood terms count prompts; 0 for a filler
+    prompt_lengths: Tensor | None = None  # [P] int
 
     @property
     def real(self) -> Tensor:
@@ -102,13 +104,14 @@ class Pairs:
         return self.ids >= 0
 
     @cached_property
-    def tokens_per_chosen(self) -> Tensor:
-        """[] mean length of chosen answers in the global micro-batch, at least 1.
+    def likelihood_tokens(self) -> Tensor:
+        """[] mean tokens that a likelihood term counts of a pair of the global micro-batch, or 1.
 
         A collective the first time, so ask for it on all ranks.
         """
-        lengths = self.lengths.chunk(2)[0].to(self.means.dtype)
-        return self.gather(lengths).mean().clamp(min=1).to(lengths.dtype)
+        lengths = self.lengths.chunk(2)[0]
+        lengths = lengths if self.prompt_lengths is None else lengths + self.prompt_lengths
+        return self.gather(lengths).mean().clamp(min=1).to(self.means.dtype)
 
     def widened(self, target_margins: Tensor) -> Tensor:
         """Target margins [P] with those of the data added."""
@@ -178,13 +181,16 @@ def constant_margins(pairs: Pairs, margin: float) -> Tensor:
 def chosen_nll(pairs: Pairs, counted: str) -> Tensor:
     """[P] minus the chosen answers' log-probs, each answer's mean (``counted`` "answers").
 
-    For "tokens" scaled so that their mean over the global micro-batch is that over its tokens: a
-    collective, so call it on all ranks.
+    For "tokens" scaled so that their mean over the global micro-batch is that over its tokens, and
+    for "prompt_and_answer" with those of the prompts: a collective, so call it on all ranks.
     """
     nll = -pairs.means.chunk(2)[0]
     if counted == "answers":
         return nll
-    return nll * pairs.lengths.chunk(2)[0].to(nll.dtype) / pairs.tokens_per_chosen
+    total = nll * pairs.lengths.chunk(2)[0].to(nll.dtype)
+    if pairs.prompt_sums is not None:
+        total = total - pairs.prompt_sums
+    return total / pairs.likelihood_tokens
 
 
 def margin_terms(

@@ -38,7 +38,7 @@ MODEL_INPUTS = (
 )
 
 
-PAIR_INPUTS = ("edges", "weights", "margins")
+PAIR_INPUTS = ("edges", "weights", "margins", "prompt_cu_seqlens", "prompts")
 """What an objective takes of a batch beside sequences, where the batch has it."""
 
 
@@ -76,6 +76,14 @@ class PairCollator:
                                        ``reference_rejected_logps``: a frozen model's summed
                                        log-probs
     =====================  ==========  ==========================================================
+
+    With ``scores_prompts`` the prompts, each once, follow the completions in ``select`` and
+    ``targets``, but for each one's first token, which nothing predicts:
+
+    ======================  =========  ==========================================================
+    ``prompt_cu_seqlens``   [U + 2]    int64: 0, then where each prompt begins in ``targets``
+    ``prompts``             [P]        int64, the prompt of each pair
+    ======================  =========  ==========================================================
 
     ``layout`` says what a row holds. "padded" stacks the sequences, B = S, padded on the right to
     the longest, with ``attention_mask`` [S, T] int64. The others lay *segments* one after another
@@ -116,6 +124,7 @@ class PairCollator:
         self.rows: Rows = rows
         self.area_cost = area_cost
         self.shortest_row = shortest_row
+        self.scores_prompts = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         forest = Forest.of(rows)
@@ -129,6 +138,9 @@ class PairCollator:
         batch["cu_seqlens"] = np.concatenate([[0], np.cumsum(forest.counts)]).astype(np.int32)
         if any(name in rows[0] for name in UNSCORED_COLUMNS):
             _leave_unscored_out(batch, forest.of_leaves(rows, UNSCORED_COLUMNS, ()))
+        prompt_begins = batch.pop("prompt_begins")
+        if self.scores_prompts:
+            _score_prompts(batch, forest, prompt_begins)
         batch["edges"] = forest.edges
         batch["pair_ids"] = np.array(
             [row.get("pair_id", i) for i, row in enumerate(rows)], np.int64
@@ -157,6 +169,7 @@ class PairCollator:
             "input_ids": flat.reshape(-1, width),
             "attention_mask": mask.astype(np.int64),
             "select": runs(begins + forest.prompts_again - 1, forest.counts),
+            "prompt_begins": begins[forest.branch == 1],
         }
 
     def _packed(self, forest: Forest) -> dict[str, Any]:
@@ -168,6 +181,7 @@ class PairCollator:
             "input_ids": flat.reshape(shape),
             **token_ids(shape, begins, totals, sequences, zeros, zeros),
             "select": runs(begins + forest.prompts_again - 1, forest.counts),
+            "prompt_begins": begins[forest.branch == 1],
         }
         if self.rows == "varlen":
             batch |= varlen_lengths(totals, totals)
@@ -201,6 +215,7 @@ class PairCollator:
                 np.concatenate([np.zeros_like(starts), forest.branch]),
             ),
             "select": select,
+            "prompt_begins": begins,
         }
         if self.rows == "varlen":
             prompt, leaf = starts[tree[order]], counts[order]
@@ -239,3 +254,14 @@ def _leave_unscored_out(batch: dict[str, Any], unscored: Sequence[Any]) -> None:
         keep[begin + np.asarray(positions, np.int64)] = False
     batch["select"], batch["targets"] = batch["select"][keep], batch["targets"][keep]
     batch["cu_seqlens"] = np.concatenate([[0], np.cumsum(keep)]).astype(np.int32)[begins]
+
+
+def _score_prompts(batch: dict[str, Any], forest: Forest, begins: np.ndarray) -> None:
+    """Append what predicts the prompts, which lie at ``begins`` [U], to what predicts answers."""
+    counts = np.maximum(forest.starts - 1, 0)
+    ends = len(batch["targets"]) + np.cumsum(counts)
+    batch["prompt_cu_seqlens"] = np.concatenate([[0, len(batch["targets"])], ends])
+    batch["prompts"] = forest.tree[forest.edges[:, 0]]
+    batch["select"] = np.concatenate([batch["select"], runs(begins, counts)])
+    tokens = [np.asarray(prompt[1:], np.int64) for prompt in forest.prompts]
+    batch["targets"] = np.concatenate([batch["targets"], *tokens])

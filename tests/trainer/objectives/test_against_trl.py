@@ -177,12 +177,25 @@ def test_cpo_trainer(theirs, name, ours):
         compare(objective(tokens, cu_seqlens).loss, losses.mean() + weight * nll, tokens)
 
 
+def some_prompts(seed: int, first: int) -> tuple[Tensor, Tensor]:
+    """Log-probs of prompts after those of ``first`` tokens, and where each begins."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 6, (PAIRS,), generator=generator)
+    ends = first + torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    logps = -torch.rand(int(ends[-1]), generator=generator)
+    return logps, torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+
+
 def test_orpo_trainer():
     trainer = made("trl.experimental.orpo", "ORPOTrainer", beta=0.3)
-    objective = build_objective("orpo", alpha=0.3, nll="tokens")
+    objective = build_objective("orpo", alpha=0.3, nll="prompt_and_answer")
     for seed in range(SEEDS):
         tokens, cu_seqlens = pack(random_pairs(np.random.default_rng(seed), PAIRS), torch.float32)
         rows, mask = padded(tokens, cu_seqlens)
         losses, *_ = trainer.odds_ratio_loss(*(rows.sum(1) / mask.sum(1)).chunk(2))
-        nll = -rows[:PAIRS].sum() / mask[:PAIRS].sum()  # theirs counts the prompt's tokens too
-        compare(objective(tokens, cu_seqlens).loss, nll - losses.mean(), tokens)
+        prompts, cu_prompts = some_prompts(seed, len(tokens))
+        of_prompts = prompts[len(tokens) :]
+        nll = -(rows[:PAIRS].sum() + of_prompts.sum()) / (mask[:PAIRS].sum() + len(of_prompts))
+        given = {"prompt_cu_seqlens": cu_prompts, "prompts": torch.arange(PAIRS)}
+        every = torch.cat([tokens, of_prompts])
+        compare(objective(every, cu_seqlens, **given).loss, nll - losses.mean(), tokens)

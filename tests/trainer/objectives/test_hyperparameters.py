@@ -132,6 +132,7 @@ def test_every_hyperparameter_matters(name, key):
         ("dpo + aot", {"use_weighting": True}, "use_weighting: leave it out"),
         ("dpo", {"ld_alpha": 1.1}, ">= 0 and <= 1"),
         ("simpo", {"nll": "tokens"}, "nll: set sft_weight above 0"),
+        ("dpo", {"nll": "prompt_and_answer"}, "nll: set sft_weight above 0"),
         ("dpo", {"f_alpha_divergence_coef": 0.2}, "set f_divergence_type: alpha_divergence"),
         ("dpo", {"f_divergence_type": "kl"}, "one of reverse_kl, forward_kl"),
         ("kto", {"f_divergence_type": "forward_kl"}, "hyperparameter of kto"),

@@ -22,6 +22,7 @@ from tests.trainer.objectives.test_against_trl import CPO, DPO
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="pip install trl==1.16.0")
 cpo = pytest.importorskip("trl.experimental.cpo")
+orpo = pytest.importorskip("trl.experimental.orpo")
 
 pytestmark = pytest.mark.slow
 
@@ -120,3 +121,19 @@ def test_cpo_trainer(tmp_path, given, name, own):
     own = own | ({"nll": "tokens", "alpha" if of_cpo else "sft_weight": weight} if weight else {})
     own |= {} if of_cpo else {"gamma_beta_ratio": 0.5}
     compare(ours(tmp_path, name, own | {"beta": 0.7}), other)
+
+
+def test_orpo_trainer(tmp_path):
+    """Its likelihood counts the tokens of prompts too."""
+    config = orpo.ORPOConfig(output_dir=str(tmp_path / "trl"), beta=0.3, **SETTINGS)
+    other = theirs(orpo.ORPOTrainer, config, cpo_row)
+    compare(ours(tmp_path, "orpo", {"alpha": 0.3, "nll": "prompt_and_answer"}), other)
+
+
+def kto_rows(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each pair as two examples, chosen ones first."""
+    return [
+        {"prompt_ids": row["prompt_ids"], "completion_ids": row[f"{side}_ids"], "label": good}
+        for side, good in (("chosen", True), ("rejected", False))
+        for row in data
+    ]

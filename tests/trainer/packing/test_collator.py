@@ -72,6 +72,32 @@ def test_packed_layout() -> None:
     assert short["decoder_tokens"].tolist() == [18, 16, 24]
 
 
+@pytest.mark.parametrize(("layout", "kind"), LAYOUTS)
+def test_prompts_are_scored_once_after_the_completions(layout: Any, kind: Any) -> None:
+    shared = {"tree_id": 0, "prompt_ids": [0, 5, 6]}
+    answers = {"chosen_ids": [7], "rejected_ids": [8]}
+    rows = [
+        shared | {"chosen_ids": [7, 3], "rejected_ids": [8, 9, 3], "leaf_ids": [0, 1]},
+        shared | {"chosen_ids": [7, 3], "rejected_ids": [9], "leaf_ids": [0, 2]},
+        answers | {"tree_id": 1, "prompt_ids": [4], "leaf_ids": [3, 4]},
+        answers | {"tree_id": 2, "prompt_ids": [1, 2], "leaf_ids": [5, 6]},
+    ]
+    collator = PairCollator(2, layout=layout, rows=kind)
+    plain = collator(rows)
+    collator.scores_prompts = True
+    batch = collator(rows)
+    count = len(plain["targets"])
+    assert batch["prompt_cu_seqlens"].tolist() == [0, count, count + 2, count + 2, count + 3]
+    assert batch["prompts"].tolist() == [0, 0, 1, 2]
+    assert batch["targets"][count:].tolist() == [5, 6, 2]
+    following = batch["input_ids"].flatten()[batch["select"][count:] + 1]
+    assert torch.equal(following, batch["targets"][count:])
+    for name, value in plain.items():
+        found = batch[name] if name not in ("targets", "select") else batch[name][:count]
+        assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+    assert "prompts" not in plain
+
+
 def test_reference_log_probs_of_rows_become_a_tensor() -> None:
     rows = [
         row | {"reference_chosen_logps": -1.0 - i, "reference_rejected_logps": -3.0 - i}
