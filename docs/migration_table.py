@@ -77,7 +77,8 @@ give the set as `eval_dataset`, or leave `precompute_ref_log_probs` out |
 `PreferenceConfig(objective="simpo", gamma_beta_ratio=g / beta, objective_args={"sft_weight": a})` |
 | `CPOConfig(loss_type="sigmoid", cpo_alpha=a)` | \
 `PreferenceConfig(objective="cpo", objective_args={"alpha": a})` |
-| `ORPOConfig(beta=b)` | `PreferenceConfig(objective="orpo", objective_args={"alpha": b})` |
+| `ORPOConfig(beta=b)` | `PreferenceConfig(objective="orpo", objective_args={"alpha": b, \
+"nll": "prompt_and_answer"})` |
 | `ref_model=` | the same; left out, it is the model as it starts, or under its disabled adapter |
 | `peft_config=` | the same, for everything but `lm_head` |
 | `processing_class=`, `data_collator=`, `callbacks=`, `optimizers=` | the same |

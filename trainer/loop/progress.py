@@ -38,15 +38,18 @@ class Progress:
 
     def facts(self) -> dict[str, float]:
         """What a checkpoint's manifest keeps; a collective with several ranks."""
-        pending = self.trainer._tr_loss.detach().clone()
-        if self.trainer.args.world_size > 1:
-            dist.all_reduce(pending)
-            pending /= self.trainer.args.world_size
+        observer, ranks = self.trainer.observer, self.trainer.args.world_size
+        sums = self.trainer._tr_loss.detach().double().reshape(1)
+        sums = torch.cat([sums, sums.new_tensor([observer.training.pending("num_tokens")])])
+        if ranks > 1:
+            dist.all_reduce(sums)
+        pending, tokens = sums.tolist()
         return {
             "loss_sum": self.trainer._total_loss_scalar,
-            "pending_loss": pending.item(),
+            "pending_loss": pending / ranks,
             "last_logged": self.trainer._globalstep_last_logged,
             "seconds": self.seconds,
+            "num_tokens": observer.num_tokens + tokens,
         }
 
     def restore(self) -> None:
@@ -56,6 +59,7 @@ class Progress:
             trainer._total_loss_scalar = self.before["loss_sum"]
             trainer._tr_loss = torch.full_like(trainer._tr_loss, self.before["pending_loss"])
             trainer._globalstep_last_logged = int(self.before["last_logged"])
+            trainer.observer.num_tokens = self.before.get("num_tokens", 0.0)
         self.restored = True
 
     def began_at(self) -> float:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 TOKENS = ("computed_tokens", "tokens", "padded_tokens")
 """What `PairCollator` counts in a batch, as `Throughput.report` takes it."""
 
+COUNTS = ("pairs", "batches", "num_tokens", *TOKENS)
+"""What is reported as a total, and not as a mean."""
+
 
 class PreferenceMetrics:
     """Sums over the pairs since the last report, for training or for evaluation.
@@ -97,6 +100,10 @@ class PreferenceMetrics:
         """Add one micro-batch's ``decoder_tokens`` [3], see `PairCollator`."""
         self.add(**dict(zip(TOKENS, decoder_tokens, strict=True)))
 
+    def pending(self, name: str) -> float:
+        """This rank's sum since the last report; waits for the device."""
+        return float(self._sums.get(name, 0.0))
+
     def state(self) -> dict[str, Tensor]:
         """What was added so far; no later `add` changes it."""
         return dict(self._sums)
@@ -115,7 +122,7 @@ class PreferenceMetrics:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
         total = dict(zip(names, totals.tolist(), strict=True))
-        counts = {name: total.pop(name, 0.0) for name in ("pairs", "batches", *TOKENS)}
+        counts = {name: total.pop(name, 0.0) for name in COUNTS}
         pairs = counts["pairs"]
         if not pairs:
             return {}, counts

@@ -109,6 +109,8 @@ class Observer(TrainerCallback):
         self.evaluation = PreferenceMetrics()
         self.margins = MarginRecorder()
         self.throughput = Throughput(model, settings.device, settings.world_size)
+        self.num_tokens = 0.0
+        """Of the run's pairs so far, over all ranks, as of the last report: TRL's metric."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.margins.on_train_begin(args, state, control)
@@ -141,6 +143,8 @@ class Observer(TrainerCallback):
             self.margins.add(out)
         if "decoder_tokens" in batch:  # a collator of the user's may not count
             metrics.add_tokens(batch["decoder_tokens"])
+        if training and "num_tokens" in batch:
+            metrics.add(num_tokens=batch["num_tokens"])
 
     def add_head(self, stats: HeadStats) -> None:
         """Add what the head's backward pass of one micro-batch left."""
@@ -157,6 +161,9 @@ class Observer(TrainerCallback):
         means, counts = self.training.report()
         means.pop("loss", None)
         rates = self.throughput.report(counts)
+        self.num_tokens += counts.get("num_tokens", 0.0)
+        if self.num_tokens:  # a collator of the user's may not count
+            rates["num_tokens"] = self.num_tokens
         return {**means, **rates, "peak_memory_mib": peak_memory_mib(self.settings.device)}
 
     @contextmanager

@@ -72,6 +72,8 @@ class PairCollator:
     ``margins``                        multiplies a pair's loss, and what its target margin gains
     ``decoder_tokens``     [3]         int64: tokens computed, of those not padding, tokens that
                                        the padded layout would compute of the pairs
+    ``num_tokens``         [1]         int64, tokens of the pairs' sequences, fillers left out:
+                                       prompts count once for each answer
     ``reference_logps``    [S]         fp32, where the rows carry ``reference_chosen_logps`` and
                                        ``reference_rejected_logps``: a frozen model's summed
                                        log-probs
@@ -149,6 +151,8 @@ class PairCollator:
         real = forest.counts.sum() + (forest.starts if shared else forest.prompts_again).sum()
         padded = 2 * len(rows) * int(forest.totals.max())
         batch["decoder_tokens"] = np.array([batch["input_ids"].size, real, padded], np.int64)
+        counted = forest.edges[batch["pair_ids"] >= 0]
+        batch["num_tokens"] = np.array([forest.totals[counted].sum()], np.int64)
         for name in ("weight", "margin"):
             if name in rows[0]:
                 batch[f"{name}s"] = np.array([row[name] for row in rows], np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,3 +102,21 @@ def test_a_run_weighs_pairs(tmp_path):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
     assert losses[1] > 0
     assert losses[1] != pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("packing", ["padded", "prefix_shared"])
+def test_tokens_of_the_run_so_far_are_counted_as_trl_does(tmp_path, packing):
+    """Prompt and answer of either side of every pair; over the break of a resumed run too."""
+    settings = {"packing": packing, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"logging_steps": 3, "pairs": 12, "per_device_train_batch_size": 4}
+    trainer = tiny_trainer(tmp_path, **settings)
+    trainer.train()
+    rows: Any = trainer.train_dataset
+    rows = [rows[i] for i in range(len(rows))]
+    total = sum(2 * len(row["prompt_ids"]) for row in rows)
+    total += sum(len(row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected"))
+    assert trainer.state.log_history[0]["num_tokens"] == total
+    resumed = tiny_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.log_history[0]["num_tokens"] == total

@@ -57,6 +57,7 @@ def test_prefix_shared_layout() -> None:
     assert (batch["max_length_q"], batch["max_length_k"]) == (5, 6)
     assert batch["kv_index"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 8, 10, 11]
     assert batch["decoder_tokens"].tolist() == [12, 12, 24]
+    assert batch["num_tokens"].tolist() == [5 + 6]  # the other pair is a filler
 
 
 def test_packed_layout() -> None:
