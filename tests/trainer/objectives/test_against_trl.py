@@ -199,3 +199,36 @@ def test_orpo_trainer():
         given = {"prompt_cu_seqlens": cu_prompts, "prompts": torch.arange(PAIRS)}
         every = torch.cat([tokens, of_prompts])
         compare(objective(every, cu_seqlens, **given).loss, nll - losses.mean(), tokens)
+
+
+@pytest.mark.parametrize("gain", [-0.4, 0.0, 0.7])
+def test_kto_trainer(gain):
+    """Both sides gain alike on average, so our two KL terms are its one."""
+    objective = build_objective("kto", beta=0.3)
+    trainer = trl.KTOTrainer.__new__(trl.KTOTrainer)
+    vars(trainer).update(
+        {"beta": 0.3, "loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
+        ),
+        calculate_KL=True,
+        precompute_ref_logps=True,
+        aux_loss_enabled=False,
+        _compute_kl_logps=lambda *_: torch.zeros(2 * PAIRS),
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    for seed in range(SEEDS):
+        tokens, cu_seqlens = pack(random_pairs(np.random.default_rng(seed), PAIRS), torch.float32)
+        rows, mask = padded(tokens, cu_seqlens)
+        gains = torch.rand(2, PAIRS, generator=torch.Generator().manual_seed(seed))
+        gains = (gains - gains.mean(1, keepdim=True) + gain).flatten()
+        reference = (rows.sum(1) - gains).detach()
+        outputs = SimpleNamespace(log_probs=rows, entropy=rows, mean_logits=rows)
+        inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
+        inputs |= {"label": torch.arange(2 * PAIRS) < PAIRS, "ref_logps": reference}
+        inputs |= {"ref_KL_logps": torch.full((2 * PAIRS,), -gain)}
+        expected = trainer._compute_loss(lambda outputs=outputs, **_: outputs, inputs, False)
+        compare(objective(tokens, cu_seqlens, reference).loss, expected, tokens)

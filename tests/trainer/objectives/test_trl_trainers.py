@@ -55,7 +55,9 @@ def some_text() -> Dataset:
     return Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e f"}])
 
 
-def ours(folder: Path, name: Any, given: dict[str, Any]) -> tuple[list[float], torch.Tensor]:
+def ours(
+    folder: Path, name: Any, given: dict[str, Any], **models: Any
+) -> tuple[list[float], torch.Tensor]:
     fields = {key: given.pop(key, None) for key in ("beta", "gamma_beta_ratio")}
     settings = SETTINGS | {"objective": name, **fields, "objective_args": given}
     trainer = PreferenceTrainer(
@@ -63,6 +65,7 @@ def ours(folder: Path, name: Any, given: dict[str, Any]) -> tuple[list[float], t
         tiny_config(folder, **settings, head_tail="exact"),
         train_dataset=rows(),
         processing_class=TOKENIZER,
+        **models,
     )
     return trained(trainer)
 
@@ -131,9 +134,41 @@ def test_orpo_trainer(tmp_path):
 
 
 def kto_rows(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each pair as two examples, chosen ones first."""
-    return [
+    """Each pair as two examples, and for TRL's KL term each prompt with another's answer."""
+    examples = [
         {"prompt_ids": row["prompt_ids"], "completion_ids": row[f"{side}_ids"], "label": good}
         for side, good in (("chosen", True), ("rejected", False))
         for row in data
     ]
+    others = [examples[-1], *examples[:-1]]
+    return [
+        example | {"KL_completion_ids": other["completion_ids"]}
+        for example, other in zip(examples, others, strict=True)
+    ]
+
+
+def test_kto_trainer_on_pairs(tmp_path):
+    """Where no KL term is above 0: theirs is one, of mismatched pairs, ours one of either side.
+
+    The frozen model is nearer to uniform than the one that trains, so every answer's log-ratio is
+    far below 0.
+    """
+    settings = SETTINGS | {"per_device_train_batch_size": 2 * PAIRS}
+    config = trl.KTOConfig(
+        output_dir=str(tmp_path / "trl"), beta=0.3, train_sampling_strategy="sequential", **settings
+    )
+    data = kto_rows(rows().to_list())
+    trainer = trl.KTOTrainer(
+        tiny_model(),
+        ref_model=tiny_model(initializer_range=0.05),
+        args=config,
+        train_dataset=Dataset.from_list(
+            [{"prompt": "a b", "completion": " c d", "label": n % 2 == 0} for n in range(4)]
+        ),
+        processing_class=TOKENIZER,
+    )
+    trainer.train_dataset = Dataset.from_list(data)
+    other = trained(trainer)
+    assert all(entry["kl"] == 0 for entry in trainer.state.log_history if "kl" in entry)
+    frozen = tiny_model(initializer_range=0.05)
+    compare(ours(tmp_path, "kto", {"beta": 0.3}, ref_model=frozen), other)
