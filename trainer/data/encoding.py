@@ -30,7 +30,7 @@ from .chat import (
     takes_empty_system,
 )
 from .encoder import TripleEncoder, single_bos, unknown_id
-from .formats.answers import NUMBERS, Edges
+from .formats.answers import NUMBERS, SCORES, Edges
 from .formats.shapes import standard_rows
 from .guard import ANSWER_LOST, guarded
 from .limits import (
@@ -38,7 +38,9 @@ from .limits import (
     CHOSEN_NO_END,
     MISMATCH,
     NOT_SCORED,
+    PROMPT_TWICE,
     REJECTED_NO_END,
+    SCORES_SWAPPED,
     SEVERAL_TURNS,
     TEXT_LOST,
     UNKNOWN,
@@ -169,6 +171,9 @@ class PairTokenizer:
                 raise RowProblem(ANSWER_LOST, pair.lost) from None
             raise
         tokens.numbers = pair.numbers
+        chosen, rejected = (pair.numbers.get(name, 0.0) for name in SCORES)
+        if chosen < rejected:
+            tokens.flags.add(SCORES_SWAPPED)
         if self.unknown is not None and any(self.unknown in part for part in ids):
             tokens.flags.add(UNKNOWN)
         if pair.lost:
@@ -189,6 +194,7 @@ class PairTokenizer:
             return fit(tokens, self.limits, self.bos_id, as_published=True)
         flags = {SEVERAL_TURNS} if pair.several_turns else set()
         if not pair.conversation:
+            flags |= {PROMPT_TWICE} if _repeats_prompt(pair) else set()
             prompt, chosen, rejected = (
                 self.text_prefix + ids for ids in (prompt, chosen, rejected)
             )
@@ -223,6 +229,13 @@ class PairTokenizer:
         return self.turns.conversation(
             messages, len(pair.prompt), prompt, text, ids, start, pair.arguments
         )
+
+
+def _repeats_prompt(pair: Pair) -> bool:
+    prompt = pair.prompt.strip()
+    return bool(prompt) and all(
+        side.lstrip().startswith(prompt) for side in (pair.chosen, pair.rejected)
+    )
 
 
 def from_first_answer(pair: Pair) -> Pair:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .formats.messages import Messages, RowProblem, content_text, from_json
+from .formats.messages import REASONING, Messages, RowProblem, content_text, from_json
 from .rows import common_prefix
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ PROMPT_LOST = "prompt left out by the chat template"
 ANSWER_LOST = "answer left out by the chat template"
 PROMPT_SCORED = "prompt moved into the answer by the chat template"
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
 _WORDS = re.compile(r"\w+|[^\w\s]")
 
 

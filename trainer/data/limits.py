@@ -28,6 +28,8 @@ AFTER_END = "text after the end-of-turn token left out"
 NO_TURNS = "plain text, scored as one turn"
 TEXT_LOST = "text left out by the chat template"
 UNKNOWN = "characters that the tokenizer does not know"
+SCORES_SWAPPED = "chosen with a lower score than rejected"
+PROMPT_TWICE = "answers that begin with the text of their prompt, which stands before them too"
 #: What can be said of a row that trains; bit i of the ``flags`` column is FLAGS[i].
 FLAGS = (
     MISMATCH,
@@ -42,6 +44,8 @@ FLAGS = (
     NO_TURNS,
     TEXT_LOST,
     UNKNOWN,
+    PROMPT_TWICE,
+    SCORES_SWAPPED,
 )
 
 
@@ -115,7 +119,10 @@ def fit(
 ) -> Tokens:
     """Cut a pair to its limits; raise ``RowProblem`` for one that cannot train."""
     if not tokens.prompt:
-        raise RowProblem(NO_PROMPT_TOKEN, "the prompt is empty, and no BOS stands before it")
+        raise RowProblem(
+            NO_PROMPT_TOKEN,
+            "the prompt is empty or grows together with the answer, and no BOS stands before it",
+        )
     if not tokens.chosen or not tokens.rejected:
         raise RowProblem(EMPTY_COMPLETION, "a completion has no tokens")
     if tokens.chosen == tokens.rejected:

@@ -18,7 +18,7 @@ from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE
 from .limits import IDENTICAL_CUT, NOT_SCORED, NOTHING_LEFT, OK, TEXT_LOST
 from .report import DataReport, SourceCount, SplitReport, count_rows
-from .sources import Part, checked_columns, gather, has_answers
+from .sources import Part, checked_columns, first_row_notes, gather, has_answers
 from .table import (
     TOKEN_COLUMNS,
     UNSCORED_COLUMNS,
@@ -137,6 +137,8 @@ def assemble(
     tables, sources, origins, places = [], [], [], []
     for part, low, high in zip(parts, starts[:-1], starts[1:], strict=True):
         rows = used[(used >= low) & (used < high)] - low
+        if training:
+            part.notes += first_row_notes(part.rows, tokenizer.chat_template)
         sources.append(SourceCount(part.name, part.split, part.available, len(rows), part.notes))
         if len(rows):
             raw = part.rows if len(rows) == len(part.rows) else part.rows.select(rows)

@@ -63,7 +63,7 @@ class SplitReport:
     sources: list[SourceCount]
     rows: int
     pairs: int
-    #: Reason -> rows that cannot train.
+    #: Reason -> pairs that cannot train, or rows that make none.
     skipped: dict[str, int]
     #: The first few of them, each with its row and what was seen.
     examples: list[str]
@@ -75,12 +75,20 @@ class SplitReport:
     losses: list[str]
     #: "prompt", "chosen", "rejected" -> statistics.
     lengths: dict[str, LengthStats]
+    #: Rows that give no pair.
+    skipped_rows: int = 0
+    #: Pairs that cannot train, of rows that give others.
+    skipped_pairs: int = 0
     #: Pairs whose sides were swapped by ``flip``.
     flipped: int = 0
 
     def lines(self) -> Iterator[str]:
         skipped = sum(self.skipped.values())
-        yield f"{self.split}: {self.pairs:,} pairs of {self.rows:,} rows, {skipped:,} skipped"
+        more = f", and {self.skipped_pairs:,} pairs of the others" if self.skipped_pairs else ""
+        yield (
+            f"{self.split}: {self.pairs:,} pairs of {self.rows:,} rows, {self.skipped_rows:,} "
+            f"skipped{more}"
+        )
         for source in self.sources:
             yield f"  from {printable(str(source))}"
             yield from (f"    {printable(note, 300)}" for note in source.notes)
@@ -135,6 +143,9 @@ def count_rows(
         trains: [pairs] whether a pair can train.
     """
     skipped = Counter(status for status in arrow["status"].to_pylist() if status != OK)
+    rows = [(id(part), row) for part, row in origins]
+    training = {row for row, train in zip(rows, trains, strict=True) if train}
+    others = sum(row in training for row, train in zip(rows, trains, strict=True) if not train)
 
     def flagged(flag: str) -> np.ndarray:
         return trains & (arrow["flags"].to_numpy() >> FLAGS.index(flag) & 1 > 0)
@@ -155,6 +166,8 @@ def count_rows(
         mismatches=first(flagged(MISMATCH), lambda i: arrow["detail"][i].as_py()),
         losses=first(flagged(TEXT_LOST), lambda i: arrow["detail"][i].as_py()),
         lengths=_lengths(arrow, trains),
+        skipped_rows=len(set(rows) - training),
+        skipped_pairs=others,
     )
 
 

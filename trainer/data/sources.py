@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..settings.data import DEFAULT_SPLITS, DataSettings, is_training_split
-from .formats.answers import NUMBERS
+from .formats.answers import NUMBERS, Edges
 from .formats.converters import best_and_worst
 from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE, open_source
-from .formats.messages import as_messages
+from .formats.messages import MESSAGE_FIELDS, as_messages
 from .formats.shapes import (
     ARGUMENTS,
     GROUPED,
@@ -28,8 +28,9 @@ from .formats.shapes import (
     PROMPT_LIKE,
     Shape,
     shape_of,
+    standard_rows,
 )
-from .rows import ANSWER_MARK
+from .rows import ANSWER_MARK, RowProblem, attempt, read_row
 from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, is_tokenized, reference_columns
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ def gather(settings: DataSettings, notes: list[str]) -> tuple[list[Part], list[P
             continue
         present = [split for split in eval_splits if _split_of(tables, split) is not None]
         if present != eval_splits and settings.dataset_splits == DEFAULT_SPLITS:
-            notes.append(f"{name} has no split to evaluate on ({_splits_present(tables)})")
+            notes.append(
+                f"{name} has no split to evaluate on ({_splits_present(tables)}); dataset_splits "
+                "names those to use"
+            )
             continue
         evaluation += _parts(tables, name, eval_splits, 1.0, settings)
     if settings.eval_dataset:
@@ -192,9 +196,27 @@ def has_answers(dataset: Any) -> bool:
     return shape is not None and shape.answers is not None
 
 
+def first_row_notes(dataset: Any, template: Any) -> list[str]:
+    """What the first row of checked columns shows: text beside a template, fields of no effect."""
+    if not template or is_tokenized(dataset) or not len(dataset):
+        return []
+    pairs = attempt(standard_rows, dataset[0], Edges())
+    pair = pairs if isinstance(pairs, RowProblem) else attempt(read_row, pairs[0])
+    if isinstance(pair, RowProblem):
+        return []
+    if not pair.conversation:
+        return [
+            "plain text: the chat template is not used; write prompts as messages, "
+            "[{role: user, content: ...}], to use it"
+        ]
+    fields = {name for message in pair.prompt + pair.chosen + pair.rejected for name in message}
+    unread = sorted(name for name in fields - MESSAGE_FIELDS if name not in str(template))
+    return [f"nothing reads the fields {', '.join(unread)} of its messages"] if unread else []
+
+
 def _check_text(name: str, column: str, kind: Any) -> None:
     """Refuse images, sound and the like, for which ``datasets`` opens the files a row names."""
-    if hasattr(kind, "decode_example"):
+    if hasattr(kind, "decode_example") and type(kind).__name__ != "Json":  # rows of mixed types
         raise UserError(
             f"data set {name!r}: its column {column} is of the kind {type(kind).__name__}, and "
             "rows could name files or hosts to open; make it a column of text"
@@ -252,7 +274,7 @@ def _check_prompt(name: str, dataset: Any, shape: Shape, read: list[str]) -> Non
     like = [column for column in like if column not in read]
     if shape.needs != ("chosen", "rejected") or not like or not len(dataset):
         return
-    side = as_messages(dataset[0]["chosen"])
+    side = attempt(as_messages, dataset[0]["chosen"])
     answer = isinstance(side, str) and ANSWER_MARK not in side
     if isinstance(side, list) and side and isinstance(side[0], dict):
         answer = side[0].get("role") == "assistant"

@@ -155,7 +155,8 @@ class TurnScorer:
             raise RowProblem(EMPTY_COMPLETION, "a completion renders to nothing but its end token")
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         if not answers:
-            raise RowProblem(NOT_SCORED, "it has no assistant message")
+            roles = ", ".join(dict.fromkeys(str(m["role"]) for m in messages[first:]))
+            raise RowProblem(NOT_SCORED, f"its messages have the role {roles}, not assistant")
         keep = [False] * len(ids)
         begins = [start, *(self._begin(messages, i, ids, given) for i in answers[1:]), len(ids)]
         cut = start

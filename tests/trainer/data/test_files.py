@@ -7,11 +7,13 @@ import json
 import datasets
 import pyarrow as pa
 import pytest
+from datasets import Dataset
 from pyarrow import parquet
 from widemargin.trainer.data import DataSettings, load_pairs
+from widemargin.trainer.data.limits import TEXT_LOST
 from widemargin.trainer.errors import UserError
 
-from tests.support.pair_rows import make_rows, names, write
+from tests.support.pair_rows import bot, make_rows, names, user, write
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -102,3 +104,54 @@ def test_a_subset_stands_after_a_colon(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", give)
     assert names(loaded("owner/data:easy").train) == [0, 1]
     assert asked == [("owner/data", "easy")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt;chosen;rejected\na;yes, it is;0\n",
+        ",prompt,chosen,rejected\n7,a,yes,0\n",
+        '\ufeffprompt,chosen,rejected\r\n"a","ye""s\nit is"," 0"\r\n',
+    ],
+    ids=["semicolons", "pandas' index", "quotes"],
+)
+def test_tables_as_spreadsheets_and_pandas_write_them(tmp_path, text):
+    path = tmp_path / "pairs.csv"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert names(loaded(path).train) == [0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prompt,chosen,rejected\na,yes,no\na,yes, it is,no\n", "line 3, has 4 values for 3"),
+        ("prompt,chosen,rejected\n", "has no rows"),
+    ],
+)
+def test_a_table_that_would_be_read_otherwise_than_meant_is_refused(tmp_path, text, reason):
+    path = tmp_path / "pairs.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=reason):
+        loaded(path)
+
+
+def test_messages_in_a_table_that_pandas_wrote(tmp_path):
+    pair = {"prompt": [user("wet?")], "chosen": [bot("it's 'so'")], "rejected": [bot("0")]}
+    path = tmp_path / "pairs.csv"
+    Dataset.from_list([pair]).to_pandas().to_csv(path)
+    expected = load_pairs(
+        DataSettings(write(tmp_path / "pairs.jsonl", [pair])), tiny_tokenizer()
+    ).train
+    assert loaded(path).train["chosen_ids"][0] == expected["chosen_ids"][0]
+
+
+def test_rows_of_several_types_in_one_file(tmp_path):
+    talk = {"prompt": [user("wet?")], "chosen": [bot("yes")], "rejected": [bot("0")]}
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {key: 1}}} for key in "ab"]
+    called = [talk | {"chosen": [bot("yes") | {"tool_calls": [call]}]} for call in calls]
+    mixed = [talk, talk | {"prompt": "wet?"}, {"prompt": "wet?", "chosen": "yes", "rejected": "no"}]
+    data = loaded(write(tmp_path / "pairs.jsonl", mixed))
+    assert len(data.train) == 3
+    assert data.train["prompt_ids"][0] == data.train["prompt_ids"][1]
+    data = loaded(write(tmp_path / "calls.jsonl", called))
+    assert data.report.train.flags == {TEXT_LOST: 2}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from widemargin.trainer.data import rows
-from widemargin.trainer.data.limits import OK
+from widemargin.trainer.data.limits import OK, PROMPT_TWICE
 
 from tests.support.pair_rows import Row, bot, user
 from tests.support.tokenized_rows import ASK, NO, SAME_PAIR, YES, ids, text, tokenize
@@ -70,3 +70,22 @@ BAD_ROWS: list[tuple[str, Row, str]] = [
 def test_rows_that_cannot_train_have_a_reason(row: Row, reason: str) -> None:
     (done,) = tokenize(row)
     assert (done["status"], ids(done)) == (reason, ([], [], []))
+
+
+@pytest.mark.parametrize(
+    "written", ["[{'role': 'user', 'content': 'wet'", '[{"role": "user", "content": "wet}]']
+)
+def test_text_that_was_meant_as_messages_is_no_plain_text(written: str) -> None:
+    (row,) = tokenize({"prompt": written, "chosen": "yes", "rejected": "no"})
+    assert row["status"] == rows.WRONG_TYPE
+    assert "neither JSON nor a Python list" in row["detail"]
+    code = "{'a': 1}"
+    (row,) = tokenize({"prompt": code, "chosen": "{'b': 2", "rejected": "[no"})
+    assert row["status"] == OK
+
+
+def test_answers_that_repeat_their_prompt_are_counted() -> None:
+    (row,) = tokenize({"prompt": "wet?", "chosen": " wet? yes", "rejected": " wet? no"})
+    assert row["flags"] == {PROMPT_TWICE}
+    (row,) = tokenize({"prompt": "wet?", "chosen": "wet? yes", "rejected": " no"})
+    assert row["flags"] == set()

@@ -183,3 +183,21 @@ def test_tools_and_kwargs_of_the_run_reach_the_template_and_the_key():
 
 def test_nulls_go_at_every_depth_but_not_from_lists():
     assert without_nulls({"a": [None, {"b": None, "c": {}}]}) == {"a": [None, {"c": {}}]}
+
+
+def test_text_columns_that_hold_something_else_skip_their_row():
+    rows = [
+        {"prompt": Q, "system": json.dumps({"a": 1}), **SIDES},
+        {"instruction": Q, "input": 3, **SIDES},
+        {"prompt": Q, "system": ["Be brief."], **SIDES},
+    ]
+    texts, _ = made(rows[:1])
+    assert len(texts) == 1
+    for row in rows[1:]:
+        with pytest.raises(UserError, match="not text"):
+            made([row])
+
+
+def test_blank_arguments_of_a_table_are_none():
+    rows = [{"prompt": Q, "tools": "", "chat_template_kwargs": "null", **SIDES}]
+    assert len(made(rows)[0]) == 1

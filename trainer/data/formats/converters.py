@@ -20,13 +20,25 @@ def asked(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Ca
     """A question in ``column``, and two answers: a conversation."""
 
     def standard(row: Row) -> Row:
-        text = row[column]
-        extra = row.get("input") if column == "instruction" else None
-        if isinstance(text, str) and isinstance(extra, str) and extra.strip():
-            text = f"{text}\n{extra}"
-        return conversation(text, row[chosen], row[rejected])
+        question = row[column]
+        extra = text(row, "input") if column == "instruction" else ""
+        if isinstance(question, str) and extra:
+            question = f"{question}\n{extra}"
+        return conversation(question, row[chosen], row[rejected])
 
     return standard
+
+
+def text(row: Row, column: str) -> str:
+    """The text of a column that may be absent, null or blank, which is "".
+
+    Raises:
+        RowProblem: it holds something else.
+    """
+    value = row.get(column)
+    if value is not None and not isinstance(value, str):
+        raise RowProblem(WRONG_TYPE, f"{column} is {kind(value)}, not text")
+    return value if value and value.strip() else ""
 
 
 def conversation(prompt: Any, chosen: Any, rejected: Any) -> Row:

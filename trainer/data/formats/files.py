@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
@@ -155,7 +157,7 @@ def load_files(name: str, paths: list[str]) -> Dataset:
     ending = endings.pop()
     try:
         _check_content(name, paths)
-        options = _table_options(ending, paths) if _BUILDERS[ending] == "csv" else {}
+        options = _table_options(name, ending, paths) if _BUILDERS[ending] == "csv" else {}
         unpacked = [_without_zstd(path) for path in paths]
         return load_dataset(_BUILDERS[ending], data_files=unpacked, split="train", **options)
     except UserError:
@@ -173,16 +175,40 @@ def _check_content(name: str, paths: list[str]) -> None:
             raise UserError(f"data set {name!r}: {os.path.basename(path)} is empty; leave it out")
 
 
-def _table_options(ending: str, paths: list[str]) -> dict[str, Any]:
-    """How a CSV file is read: every value as the text that it is, "NA" and "42" too."""
+def _table_options(name: str, ending: str, paths: list[str]) -> dict[str, Any]:
+    """How a CSV file is read: every value as the text that it is, "NA" and "42" too.
+
+    Its separator is the tab of TSV, or what stands most often between the names of its columns.
+    """
     from datasets import Features, Value
 
-    separator = "\t" if ending == ".tsv" else ","
     with opened(paths[0]) as file:
-        first = file.readline().decode("utf-8-sig").splitlines()
-    header = next(csv.reader(first, delimiter=separator), [])
-    features = Features({column: Value("string") for column in header})
+        first = file.readline().decode("utf-8-sig")
+    separator = "\t" if ending == ".tsv" else max(",;\t", key=first.count)
+    header = next(csv.reader([first.rstrip("\r\n")], delimiter=separator), [])
+    for path in paths:
+        _check_widths(name, path, len(header), separator)
+    columns = [column or f"Unnamed: {i}" for i, column in enumerate(header)]  # pandas' name
+    features = Features({column: Value("string") for column in columns})
     return {"sep": separator, "features": features, "keep_default_na": False}
+
+
+def _check_widths(name: str, path: str, columns: int, separator: str) -> None:
+    """Raise ``UserError`` for a line with more values than columns, which pandas would shift."""
+    csv.field_size_limit(sys.maxsize)
+    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        lines = csv.reader(text, delimiter=separator)
+        for values in lines:
+            if len(values) > columns:
+                raise UserError(
+                    f"data set {name!r}: {os.path.basename(path)}, line {lines.line_num}, has "
+                    f"{len(values)} values for {columns} columns; put text that holds "
+                    f"{separator!r} between double quotes"
+                )
+        if lines.line_num < 2:
+            raise UserError(
+                f"data set {name!r}: {os.path.basename(path)} has no rows; leave it out"
+            )
 
 
 def _without_zstd(path: str) -> str:

@@ -6,7 +6,9 @@ where a struct of another row has a field. Content in parts stays in parts, of t
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +18,20 @@ MISSING = "missing value"
 WRONG_TYPE = "wrong type"
 NOT_TEXT = "content that is not text"
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MESSAGE_FIELDS = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
+"""What is read of a message, or missed where the template leaves it out."""
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "function_call": "assistant",
     "observation": "tool",
 }
+
+
+_PRINTED = re.compile(r"\s*\[?\s*\{\s*'\w+'\s*:")
+_MEANT = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+"""How a text begins that somebody made of messages."""
 
 
 class RowProblem(Exception):
@@ -38,12 +48,19 @@ def kind(value: Any) -> str:
 
 
 def from_json(value: Any) -> Any:
-    """What a JSON text holds; another value, and a text that is no JSON, as it is."""
+    """What a text of JSON, or of a list as Python prints it, holds; another value as it is.
+
+    pandas' to_csv prints lists so.
+    """
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
         return json.loads(value)
     except ValueError:
+        pass
+    try:
+        return ast.literal_eval(value.strip()) if _PRINTED.match(value) else value
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
 
 
@@ -55,8 +72,16 @@ def without_nulls(value: Any) -> Any:
 
 
 def as_messages(value: Any) -> Any:
-    """``value`` as a list of messages where it holds some in any form, else as it is."""
+    """``value`` as a list of messages where it holds some in any form, else as it is.
+
+    Raises:
+        RowProblem: it is text that looks like messages, and cannot be read.
+    """
     parsed = from_json(value)
+    if isinstance(parsed, str) and _MEANT.match(parsed):
+        raise RowProblem(
+            WRONG_TYPE, f"messages as text that is neither JSON nor a Python list: {parsed[:40]!r}"
+        )
     parsed = [parsed] if _is_message(parsed) else parsed
     if isinstance(value, str) and not _are_messages(parsed):
         return value

@@ -24,13 +24,14 @@ from .converters import (
     same,
     swift,
     talk,
+    text,
 )
 from .messages import MISSING, WRONG_TYPE, RowProblem, as_messages, from_json, kind, without_nulls
 
 SYSTEM = ("system", "system_prompt")
 BEFORE = (*SYSTEM, "history")
 ARGUMENTS = ("tools", "chat_template_kwargs")
-PROMPT_LIKE = ("question", "instruction", "query", "input", "context")
+PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "problem", "text", "user")
 """Columns that hold a prompt under another name, as often as not."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
 
@@ -75,8 +76,8 @@ class Shape:
 
 
 def _system(row: Row) -> list[Row]:
-    texts = [row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()]
-    return [{"role": "system", "content": text} for text in texts[:1]]
+    texts = [text(row, name) for name in SYSTEM]
+    return [{"role": "system", "content": said} for said in texts if said][:1]
 
 
 def _history(value: Any) -> list[Row]:
@@ -244,7 +245,8 @@ def arguments_of(row: Row) -> dict[str, Any]:
     Raises:
         RowProblem: a column that holds something else.
     """
-    tools, others = (without_nulls(from_json(row.get(name))) for name in ARGUMENTS)
+    given = (None if row.get(name) in ("", "null") else row.get(name) for name in ARGUMENTS)
+    tools, others = (without_nulls(from_json(value)) for value in given)
     if tools is not None and not (
         isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
     ):
