@@ -111,7 +111,7 @@ def test_a_subset_stands_after_a_colon(monkeypatch):
     [
         "prompt;chosen;rejected\na;yes, it is;0\n",
         ",prompt,chosen,rejected\n7,a,yes,0\n",
-        '\ufeffprompt,chosen,rejected\r\n"a","ye""s\nit is"," 0"\r\n',
+        '\ufeffprompt,chosen,rejected\r\n"a ""b"",\n c"," yes"," 0"\r\n',
     ],
     ids=["semicolons", "pandas' index", "quotes"],
 )
