@@ -34,7 +34,8 @@ effect. --profile writes a trace of a few steps, trace.json.gz, for chrome://tra
 def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int:
     """Run the command line; 0 without errors, 2 for bad input, 130 when interrupted.
 
-    After SIGTERM during training it exits with 143, see `loop`.
+    After SIGTERM during training it exits with 143, where `stop_on_collapse` ended it with 3; see
+    `loop`.
 
     ``script`` names the published script that this one replaces, such as "run_simpo".
     """
@@ -56,7 +57,7 @@ def _guarded(argv: Sequence[str] | None, script: str | None) -> int:
         print(f"error: {error.strerror}: {name}", file=sys.stderr)
         return 2
     except SystemExit as stop:
-        if not getattr(stop, "quiet", True):  # Preempted: SIGTERM during training
+        if not getattr(stop, "quiet", True):  # Stopped, by SIGTERM or for a collapse
             print(f"\n{stop}", file=sys.stderr)
         raise
     except KeyboardInterrupt:

@@ -70,7 +70,7 @@ CONTENT = """
 
 FREE = """
     output_dir run_name project report_to resume_from_checkpoint profile write_report merge_adapter
-    token_metrics
+    token_metrics stop_on_collapse
     trackio_space_id trackio_bucket_id trackio_static_space_id trust_remote_code strict_data
     preprocessing_num_workers eval_dataset max_eval_samples eval_samples
     eval_samples_max_new_tokens eval_samples_temperature

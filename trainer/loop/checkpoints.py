@@ -27,8 +27,10 @@ from ..checkpoint.same_run import Facts, agreed_facts, run_facts
 from ..errors import UserError
 from ..model.digest import frozen_digest
 from ..text import steady_console
+from .collapse import Collapsed, CollapseGuard
 from .preemption import Preempted, Preemption
 from .progress import Progress
+from .stopped import Stopped
 from .watchdog import Watchdog
 from .weights import check_weights
 
@@ -55,6 +57,7 @@ class CheckpointedTrainer(Trainer):
     objective: Objective
     pipeline: PairPipeline
     preemption: Preemption
+    collapse: CollapseGuard
     last_saved: Path | None = None
     _staging: Path | None = None
     _save_problem: str | None = None
@@ -67,6 +70,8 @@ class CheckpointedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.preemption = Preemption(self)
         self.add_callback(self.preemption)
+        self.collapse = CollapseGuard()
+        self.add_callback(self.collapse)
 
     def train(
         self,
@@ -83,7 +88,7 @@ class CheckpointedTrainer(Trainer):
         Raises:
             UserError: no such checkpoint, one that is broken or of another run, or a step whose
                 loss or gradient is not finite.
-            Preempted: SIGTERM came; a checkpoint was saved.
+            Stopped: SIGTERM came (`Preempted`) or the run collapsed (`Collapsed`); it was saved.
         """
         with output_claimed(self.args):
             start = resume_from_checkpoint
@@ -103,12 +108,23 @@ class CheckpointedTrainer(Trainer):
         with steady_console(), listening, Watchdog(self) as watchdog, watchdog.naming():
             result = super().train(checkpoint, *args, **kwargs)
             check_weights(self)
-        if self.preemption.stopping:
-            step, saved, problem = self.state.global_step, self.last_saved, self._save_problem
-            if problem is None and (saved is None or saved.name != f"checkpoint-{step}"):
-                problem = "no checkpoint of this step was asked for"
-            raise Preempted(step, saved, problem, quiet=self.args.process_index > 0)
+        if self.stopping:
+            raise self._stopped()
         return result
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run is to be saved and to end after this step."""
+        return self.preemption.stopping or self.collapse.stopping
+
+    def _stopped(self) -> Stopped:
+        step, saved, problem = self.state.global_step, self.last_saved, self._save_problem
+        if problem is None and (saved is None or saved.name != f"checkpoint-{step}"):
+            problem = "no checkpoint of this step was asked for"
+        place, quiet = (step, saved, problem), self.args.process_index > 0
+        if self.preemption.stopping:
+            return Preempted(*place, quiet=quiet)
+        return Collapsed(self.collapse.watch.signs.values(), *place, quiet=quiet)
 
     def last_checkpoint(self) -> Path | None:
         """The run's newest checkpoint in ``output_dir`` whose files are there in their sizes."""
@@ -260,12 +276,12 @@ class CheckpointedTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
         """Save a run that must stop, also where only the best is saved."""
-        return super()._determine_best_metric(metrics, trial) or self.preemption.stopping
+        return super()._determine_best_metric(metrics, trial) or self.stopping
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """With save_total_limit: 1 transformers leaves the best alone, from which none goes on."""
         best = self.state.best_model_checkpoint
-        if self.preemption.stopping:
+        if self.stopping:
             self.state.best_model_checkpoint = None
         try:
             return super()._finalize_training(trial, num_train_samples, self._progress.began_at())

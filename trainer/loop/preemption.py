@@ -14,28 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .stopped import Stopped
+
 SIGTERM_STATUS = 128 + signal.SIGTERM
 
 
-class Preempted(SystemExit):
-    """SIGTERM came and the run is saved; the process is to end with status 143.
+class Preempted(Stopped):
+    """SIGTERM came; the process is to end with status 143."""
 
-    Not 0: a run that others wait for has not finished.
-    """
-
-    def __init__(
-        self, step: int, checkpoint: Path | None, problem: str | None, *, quiet: bool = False
-    ) -> None:
-        super().__init__(SIGTERM_STATUS)
-        if problem is not None:
-            self.message = f"stopped by SIGTERM at step {step}, and nothing was saved: {problem}"
-        else:
-            self.message = f"stopped by SIGTERM after step {step}, saved in {checkpoint}"
-        self.quiet = quiet  # the first rank speaks for all
-        self.message += "; --resume_from_checkpoint=auto goes on from the last checkpoint"
-
-    def __str__(self) -> str:
-        return self.message
+    def __init__(self, step: int, checkpoint: Path | None, problem: str | None, *, quiet: bool):
+        advice = "--resume_from_checkpoint=auto goes on from the last checkpoint"
+        place = (step, checkpoint, problem)
+        super().__init__(SIGTERM_STATUS, "stopped by SIGTERM", *place, advice, quiet=quiet)
 
 
 class Preemption(TrainerCallback):

@@ -17,14 +17,12 @@ from typing import Any
 
 from ..errors import UserError
 from ..settings.names import SIDES
+from .collapse import SAMPLED_TOKENS
 from .margins import SAMPLES_FILE, Histogram, json_lines, read_margins
 
 Point = tuple[float, float]
 
 MAX_POINTS = 400
-SAMPLED_TOKENS = "samples/tokens"
-"""The mean number of tokens in the answers of an evaluation, from the file of samples."""
-
 HEADLINE_METRICS = (
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "reward margin"),

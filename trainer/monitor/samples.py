@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 
 from ..data.chat import pad_token
 from ..model.adapters import bare_model
 from ..model.generation import Completion, Decoding, complete, stop_ids
 from ..model.loading import vocabulary_size
+from .collapse import SAMPLED_REPETITION, SAMPLED_TOKENS, repetition
 from .margins import SAMPLES_FILE
 from .observer import append
 
 PROMPTS_AT_ONCE = 16
+FIGURES = {SAMPLED_TOKENS: "tokens", SAMPLED_REPETITION: "repetition"}
+"""What is logged of the rows: their means."""
 logger = logging.getLogger(__name__)
 
 
 class SampleWriter(TrainerCallback):
-    """Writes the answers, on the first rank alone: the others need not wait for one another.
+    """Writes the answers on the first rank; all ranks log their length and repetition.
 
     Where the weights are split over the ranks (ZeRO-3, FSDP) every rank would have to take part in
     every token, so nothing is written there, and one line says so.
@@ -38,12 +43,18 @@ class SampleWriter(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if not (self.writes and trainer.is_in_train and args.process_index == 0):
+        if not (self.writes and trainer.is_in_train):
             return
+        figures: list[dict[str, float]] = [{}]
         with trainer.observer.throughput.paused():
-            rows = self.answers(state.global_step)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            append(Path(args.output_dir) / SAMPLES_FILE, "".join(lines))
+            if args.process_index == 0:
+                rows = self.answers(state.global_step)
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+                append(Path(args.output_dir) / SAMPLES_FILE, "".join(lines))
+                figures[0] = {key: fmean(row[n] for row in rows) for key, n in FIGURES.items()}
+            if args.world_size > 1:
+                dist.broadcast_object_list(figures)
+        trainer.log(figures[0])
 
     def answers(self, step: int) -> list[dict[str, Any]]:
         """One row a prompt: the model's answer now, and the chosen answer."""
@@ -63,6 +74,7 @@ class SampleWriter(TrainerCallback):
                 "prompt": tokenizer.decode(prompts[i], skip_special_tokens=True),
                 "answer": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
                 "tokens": len(completion.token_ids),
+                "repetition": repetition(completion.token_ids),
                 "finished": completion.stopped,
                 "chosen": tokenizer.decode(row["chosen_ids"], skip_special_tokens=True),
             }

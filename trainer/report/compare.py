@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..monitor.history import HEADLINE_METRICS, SAMPLED_TOKENS, Run
+from ..monitor.collapse import SAMPLED_TOKENS
+from ..monitor.history import HEADLINE_METRICS, Run
 from ..text import figure
 from .charts import ACCURACY, MARGIN, Chart, draw_chart, filled
 from .groups import SEEDS, Group, differences, run_name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..monitor.history import SAMPLED_TOKENS, Run
+from ..monitor.collapse import SAMPLED_TOKENS
+from ..monitor.history import Run
 from ..places import unplaced
 from ..text import duration, figure
 from .charts import ACCURACY, MARGIN, Chart, Line, draw_chart, filled

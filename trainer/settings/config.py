@@ -88,6 +88,10 @@ class PreferenceConfig(
     #: Pass over up to this many steps whose loss or gradient is not finite, without an update,
     #: before stopping at one.
     max_nonfinite_steps: int = 0
+    #: At the first sign of a collapse save a checkpoint and stop, with exit status 3. The run warns
+    #: of such signs in any case: chosen answers lose a nat per token, entropy gains one, sampled
+    #: answers grow to twice their length or repeat themselves.
+    stop_on_collapse: bool = False
 
     #: A checkpoint's folder to go on from; true for the newest complete one in ``output_dir``;
     #: "auto" for that if there is one.

@@ -60,6 +60,18 @@ def test_training_is_the_same_to_the_bit_with_and_without(tmp_path, temperature)
     assert all(0 <= row["tokens"] <= 6 for row in rows)
 
 
+def test_lengths_and_repetition_are_logged(tmp_path):
+    trainer = tiny_trainer(tmp_path, **EVALUATIONS, eval_samples=3, eval_samples_max_new_tokens=9)
+    trainer.train()
+    rows = read(tmp_path)
+    logged = [entry for entry in trainer.state.log_history if "samples/tokens" in entry]
+    assert [entry["step"] for entry in logged] == [0, 2, 4]
+    for entry in logged:
+        now = [row for row in rows if row["step"] == entry["step"]]
+        assert entry["samples/tokens"] == sum(row["tokens"] for row in now) / 3
+        assert entry["samples/repetition"] == sum(row["repetition"] for row in now) / 3
+
+
 def test_greedy_answers_are_the_likeliest_tokens(tmp_path):
     """Against a loop without padding, cache or `generate`."""
     trainer = tiny_trainer(tmp_path, **EVALUATIONS, eval_samples=4, eval_samples_max_new_tokens=5)

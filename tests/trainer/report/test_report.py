@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.monitor.history import MAX_POINTS, SAMPLED_TOKENS, load_run, thin
+from widemargin.trainer.monitor.collapse import SAMPLED_TOKENS
+from widemargin.trainer.monitor.history import MAX_POINTS, load_run, thin
 from widemargin.trainer.report.charts import nice_ticks, tick_label
 from widemargin.trainer.report.marks import LOOKS, PALETTE
 from widemargin.trainer.report.write import summary_lines, write_report
