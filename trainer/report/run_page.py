@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..monitor.collapse import SAMPLED_TOKENS
-from ..monitor.history import Run
+from ..monitor.collapse import SAMPLED_TOKENS, Watch
+from ..monitor.history import Run, number
 from ..places import unplaced
 from ..text import duration, figure
 from .charts import ACCURACY, MARGIN, Chart, Line, draw_chart, filled
@@ -134,10 +134,14 @@ def _speed(run: Run) -> list[str]:
 
 
 def _note(run: Run) -> str:
-    """Where logged values were not finite: charts leave a gap there, so say it."""
-    if not run.not_finite():
-        return ""
-    return f'<p class="note">Not finite in the logs, left out above: {text(not_finite(run))}.</p>'
+    """Signs of a collapse, and where values were not finite: charts leave a gap there."""
+    watch = Watch()
+    for entry in sorted(run.history, key=lambda entry: number(entry.get("step")) or 0.0):
+        watch.add(entry)
+    notes = [f"Signs of a collapse, {sign}." for sign in watch.signs.values()]
+    if run.not_finite():
+        notes.append(f"Not finite in the logs, left out above: {not_finite(run)}.")
+    return "".join(f'<p class="note">{text(note)}</p>' for note in notes)
 
 
 def _how(run: Run) -> str:

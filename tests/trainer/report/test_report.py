@@ -331,6 +331,13 @@ def test_lengths_of_sampled_answers_are_drawn(tmp_path: Path) -> None:
     assert "Lengths of sampled answers" in read_report(tmp_path)
 
 
+def test_signs_of_a_collapse_are_said(tmp_path: Path) -> None:
+    logs = [{"step": i, "logps/chosen_mean": -1.0 if i < 20 else -3.0} for i in range(1, 40)]
+    page = read_report(make_run(tmp_path, logs))
+    assert "Signs of a collapse, step 25: the chosen answers" in page
+    assert "Signs of a collapse" not in read_report(make_run(tmp_path / "fine", logs[:20]))
+
+
 def test_empty_parts_of_the_notes_are_left_out(tmp_path: Path) -> None:
     page = read_report(make_run(tmp_path, data={"skipped": {}, "notes": [], "strict": False}))
     assert "<th>strict</th><td>false</td>" in page
