@@ -1,4 +1,4 @@
-"""The `widemargin` command: train, plan, evaluate, merge, report, doctor, quickstart.
+"""The `widemargin` command: train, sweep, plan, evaluate, merge, report, doctor, quickstart.
 
 A command imports its modules when it runs, so `--help` and wrong arguments do not wait for torch.
 """
@@ -17,6 +17,7 @@ from .errors import UserError
 from .evaluation.evaluate_command import add_evaluate, run_evaluate
 from .plan.command import add_plan, run_plan
 from .quickstart.command import add_quickstart, quickstart
+from .sweep.command import add_sweep, run_sweep
 from .text import printable, steady_console
 
 TRAIN_HELP = """\
@@ -76,6 +77,8 @@ def _run(argv: list[str], script: str | None) -> int:
         return run_evaluate(options, overrides)
     if options.command == "plan":
         return run_plan(options, overrides)
+    if options.command == "sweep":
+        return run_sweep(options, overrides)
     if options.command == "quickstart":
         return quickstart(options.folder, options.seed, overrides, _train)
     if overrides:
@@ -112,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show the settings, the data's counts and the first pair's tokens; train nothing",
     )
+    add_sweep(commands)
     add_plan(commands)
     add_evaluate(commands)
     report = commands.add_parser(
