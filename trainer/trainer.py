@@ -199,7 +199,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         given = (train_dataset, processing_class, ref_model, objective is not None)
         of_trl = (model_init, quantization_config, preprocess_logits_for_metrics)
         model, args = settled_arguments(model, args, *given, *of_trl)
-        self.reward_metrics = RewardMetrics(compute_metrics)
+        self.reward_metrics = RewardMetrics(compute_metrics, args.eval_samples)
         self.objective = args.build_objective() if objective is None else objective
         ref_model, starting = reference_source(model, args, ref_model)
         say_unused(args, self.objective)

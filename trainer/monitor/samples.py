@@ -57,7 +57,7 @@ class SampleWriter(TrainerCallback):
         trainer.log(figures[0])
 
     def answers(self, step: int) -> list[dict[str, Any]]:
-        """One row a prompt: the model's answer now, and the chosen answer."""
+        """One row a prompt: the model's answer now, the chosen answer, and the pair's margin."""
         args: Any = self.trainer.args
         tokenizer: Any = self.trainer.processing_class
         pairs: Any = self.trainer.eval_dataset
@@ -76,6 +76,7 @@ class SampleWriter(TrainerCallback):
                 "tokens": len(completion.token_ids),
                 "repetition": repetition(completion.token_ids),
                 "finished": completion.stopped,
+                "margin": dict(enumerate(self.trainer.reward_metrics.margins)).get(i),
                 "chosen": tokenizer.decode(row["chosen_ids"], skip_special_tokens=True),
             }
             for i, (row, completion) in enumerate(zip(rows, completions, strict=True))

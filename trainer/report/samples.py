@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..monitor.history import Run
+from ..monitor.history import Run, number
 from .groups import Group
 from .page import text
 from .ridges import spread_out
@@ -48,6 +48,8 @@ def by_prompt(run: Run) -> list[tuple[str, dict[float, dict[str, Any]]]]:
 def _answer(title: str, row: Mapping[str, Any], colour: str = "") -> str:
     length = f" · {row['tokens']} tokens" if isinstance(row.get("tokens"), int) else ""
     length += "" if row.get("finished", True) else ", cut"
+    margin = number(row.get("margin"))
+    length += "" if margin is None else f" · margin {margin:+.2f}"
     mark = f'<span class="{colour}"><i class="mark"></i></span>' if colour else ""
     heading = f"<h4>{mark}{text(title)}<small>{length}</small></h4>"
     return f"<div>{heading}<p>{text(str(row['answer']).strip())}</p></div>"

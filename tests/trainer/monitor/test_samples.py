@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 from typing import Any
 
 import pytest
@@ -70,6 +71,23 @@ def test_lengths_and_repetition_are_logged(tmp_path):
         now = [row for row in rows if row["step"] == entry["step"]]
         assert entry["samples/tokens"] == sum(row["tokens"] for row in now) / 3
         assert entry["samples/repetition"] == sum(row["repetition"] for row in now) / 3
+
+
+def test_rows_have_the_margins_of_their_pairs(tmp_path):
+    """Against the rewards that ``compute_metrics`` gets, at two evaluations in small batches."""
+    rewards = []
+
+    def keep(prediction):
+        rewards.append(prediction.predictions[:, 0] - prediction.predictions[:, 1])
+        return {}
+
+    settings = EVALUATIONS | {"eval_on_start": False, "per_device_eval_batch_size": 2}
+    trainer = tiny_trainer(tmp_path, **settings, eval_samples=3, eval_samples_max_new_tokens=2)
+    trainer.reward_metrics.compute_metrics = keep
+    trainer.train()
+    margins = [row["margin"] for row in read(tmp_path)]
+    assert margins == [*rewards[0][:3], *rewards[1][:3]]
+    assert len(set(margins)) == 6
 
 
 def test_greedy_answers_are_the_likeliest_tokens(tmp_path):
@@ -174,3 +192,4 @@ def test_the_report_shows_them_over_the_steps(tmp_path):
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert page.count('class="card strip"') == 2
     assert page.count("<h4>step 4<") == 2
+    assert len(re.findall(r" · 3 tokens, cut · margin [+-]\d\.\d\d<", page)) > 2
