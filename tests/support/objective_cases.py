@@ -136,6 +136,7 @@ CASES: dict[str, Case] = {
         lambda: PlainKto(beta=3.0, length_norm=True),
     ),
     "cpo": ("cpo", {}, PlainCpo),
+    "cpo, smoothed": ("cpo", {"label_smoothing": 0.2}, lambda: PlainCpo(smoothing=0.2)),
     "cpo per token": (
         "cpo",
         {"beta": 2.0, "alpha": 0.3, "length_norm": True},

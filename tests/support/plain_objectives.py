@@ -161,6 +161,7 @@ class PlainCpo(PlainSimpo):
     beta: float = 0.1
     alpha: float = 1.0
     length_norm: bool = False
+    smoothing: float = 0.0
 
     def scores(self, pair: Pair, sums: Sums) -> tuple[float, float]:
         score = mean if self.length_norm else math.fsum
@@ -170,7 +171,8 @@ class PlainCpo(PlainSimpo):
         return 0.0
 
     def loss(self, pair: Pair, sums: Sums, constant: Any) -> float:
-        return nll(self.gap(pair, sums)) - self.alpha * mean(pair[0])
+        gap, e = self.gap(pair, sums), self.smoothing
+        return (1 - e) * nll(gap) + e * nll(-gap) - self.alpha * mean(pair[0])
 
 
 @dataclass

@@ -215,7 +215,13 @@ class PreferenceConfig(
             raise UserError(
                 f"objective: none is named; set objective: to one of {', '.join(OBJECTIVES)}"
             )
-        return build_objective(self.objective, **self.hyperparameters())
+        given, known = self.hyperparameters(), hyperparameters_of(str(self.objective))
+        for name in FIELDS_OF_OBJECTIVES:
+            if name in given and name not in known:
+                orpo = self.objective == "orpo" and name == "beta"
+                remedy = "write alpha for TRL's beta of ORPOConfig" if orpo else "leave it out"
+                raise UserError(f"{name}: {remedy}; {self.objective} has no {name}")
+        return build_objective(self.objective, **given)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Those of the objective that are given: by a field here, or in ``objective_args``."""

@@ -149,6 +149,7 @@ def made(module: str, kind: str, **attributes: Any) -> Any:
 
 CPO: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"loss_type": "sigmoid"}, "cpo", {}),
+    ({"loss_type": "sigmoid", "label_smoothing": 0.1}, "cpo", {"label_smoothing": 0.1}),
     ({"loss_type": "hinge"}, "cpo-hinge", {}),
     ({"loss_type": "ipo"}, "cpo-ipo", {}),
     ({"loss_type": "simpo", "label_smoothing": 0.1}, "simpo", {"label_smoothing": 0.1}),

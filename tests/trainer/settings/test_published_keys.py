@@ -276,11 +276,12 @@ def test_trl_names_of_weights():
     assert hyperparameters_of(objective="cpo", cpo_alpha=0.5, nll="answers")["nll"] == "answers"
     assert hyperparameters_of(objective="simpo", beta=2.0, cpo_alpha=0.0)["nll"] == "answers"
     with pytest.raises(UserError, match="alpha: in TRL's CPOConfig it is AlphaPO's"):
-        hyperparameters_of(objective="cpo", cpo_alpha=0.5, alpha=0.0)
+        hyperparameters_of(objective="cpo", cpo_alpha=0.5, alpha=0.1)
+    assert hyperparameters_of(objective="cpo", cpo_alpha=0.5, alpha=0.0)["alpha"] == 0.5
     simpo = hyperparameters_of(objective="simpo", beta=2.0, simpo_gamma=1.0, cpo_alpha=0.1)
     assert (simpo["sft_weight"], simpo["gamma_beta_ratio"]) == (0.1, 0.5)
     dpo = hyperparameters_of(objective="dpo", rpo_alpha=1.0, loss_weights=None)
-    assert dpo["sft_weight"] == 1.0
+    assert (dpo["sft_weight"], dpo["nll"]) == (1.0, "tokens")
 
 
 def test_overrides_win_under_any_name(tmp_path):

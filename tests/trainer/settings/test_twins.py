@@ -131,6 +131,7 @@ OF_A_RUN = [
     ("run_xpo", {"trainer_type": "dpo", "loss_type": "gm-dpo"}, "eight random numbers"),
     ("run_xpo", {"loss_type": "simpo", "label_smoothing": 0.1}, "undone by label_smoothing: 0"),
     ("run_xpo", {"loss_type": "b-simpo"}, "at least one pair"),
+    ("run_xpo", {"loss_type": "cpo", "label_smoothing": 0.1}, "smoothing counts for cpo"),
     ("run_simpo", {"objective": "gm-dpo + sft"}, "eight random numbers"),
     ("run_simpo", {"objective": "simpo + sft", "label_smoothing": 0.1}, "keeps the margin's sign"),
     ("run_simpo", {"flip": 0.1}, "undone by flip: 0"),

@@ -119,8 +119,8 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         needs_reference=True,
     ),
     "cpo": ObjectiveSpec(
-        "-log sigmoid(beta (s_w - s_l)) - alpha mean_w",
-        cpo.CpoHyperparameters,
+        "-(1-e) log sigmoid(D) - e log sigmoid(-D) - alpha mean_w, D = beta (s_w - s_l)",
+        cpo.SmoothedCpoHyperparameters,
         cpo.cpo_terms,
     ),
     "cpo-hinge": ObjectiveSpec(

@@ -1,9 +1,10 @@
 """CPO, arXiv 2401.08417: DPO with a uniform reference, and a likelihood term beside it.
 
 With the rewards ``w`` and ``l``, beta times the summed logps of the answers, or times the mean ones
-with ``length_norm``, and ``nll`` minus the chosen mean logp, see `chosen_nll`:
+with ``length_norm``, ``nll`` minus the chosen mean logp, see `chosen_nll`, and ``e`` the label
+smoothing:
 
-    cpo:        -log sigmoid(w - l) + alpha * nll
+    cpo:        -(1 - e) log sigmoid(w - l) - e log sigmoid(l - w) + alpha * nll
     cpo-hinge:  max(0, 1 - (w - l)) + alpha * nll                TRL's loss_type: hinge
     cpo-ipo:    ((w - l) / beta - 1 / (2 * beta))^2 + alpha * nll     TRL's ipo, of mean logps
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ....kernels.margin_loss.function import pair_losses
-from ..settings import Hyperparameters, setting
+from ..settings import Hyperparameters, LabelSmoothing, setting
 from ..terms import Pairs, State, Terms, chosen_nll, constant_margins
 
 
@@ -32,12 +33,18 @@ class CpoHyperparameters(Hyperparameters):
 
 
 @dataclass(frozen=True)
+class SmoothedCpoHyperparameters(LabelSmoothing, CpoHyperparameters):
+    pass
+
+
+@dataclass(frozen=True)
 class CpoIpoHyperparameters(CpoHyperparameters):
     length_norm: bool = setting(True, "take logps per token rather than summed")
 
 
-def cpo_terms(pairs: Pairs, hp: CpoHyperparameters, state: State) -> Terms:
-    return _terms(pairs, hp, pair_losses)
+def cpo_terms(pairs: Pairs, hp: SmoothedCpoHyperparameters, state: State) -> Terms:
+    e = hp.label_smoothing
+    return _terms(pairs, hp, lambda gaps: pair_losses(gaps, label_smoothing=e))
 
 
 def cpo_hinge_terms(pairs: Pairs, hp: CpoHyperparameters, state: State) -> Terms:

@@ -95,6 +95,13 @@ DEPARTURES = (
         "undone by label_smoothing: 0",
     ),
     Departure(
+        "label smoothing counts for cpo, as in TRL; gamma-PO's trainer left it without effect",
+        lambda config, given: (
+            _objective("cpo")(config, given) and bool(given.get("label_smoothing"))
+        ),
+        "undone by label_smoothing: 0",
+    ),
+    Departure(
         "at least one pair is drawn; there 80% of one pair were none, and the loss NaN",
         _objective("beta-simpo", "beta-dpo"),
     ),

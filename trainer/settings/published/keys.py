@@ -116,6 +116,12 @@ def _splits(value: Any, settings: Settings) -> Settings:
     return {"dataset_splits": [name for name in names if name]}
 
 
+def _rpo(value: Any, settings: Settings) -> Settings:
+    """TRL averages this likelihood over all chosen tokens."""
+    tokens = value and settings.get("nll") is None
+    return {"sft_weight": value} | ({"nll": "tokens"} if tokens else {})
+
+
 def _packed(value: Any, settings: Settings) -> Settings:
     return {"packing": "packed"} if value and "packing" not in settings else {}
 
@@ -247,6 +253,7 @@ TRL = (
     Key("dataset_test_split", "dataset_splits", "", _splits),
     _only("dataset_config", (), "write it after the name: owner/data:configuration"),
     _only("dataset_streaming", (False,), "data sets are read whole"),
+    _only("ignore_bias_buffers", (False,), "set ddp_broadcast_buffers: false instead"),
     Key("simpo_gamma", "gamma_beta_ratio", "divided by beta", _gamma("simpo_gamma")),
     Key(
         "cpo_alpha",
@@ -254,7 +261,7 @@ TRL = (
         "for cpo, cpo-hinge and cpo-ipo; elsewhere sft_weight; 1.0 by default in TRL; with "
         "nll: tokens",
     ),
-    _renamed("rpo_alpha", "sft_weight"),
+    Key("rpo_alpha", "sft_weight", "with nll: tokens", _rpo),
     _same("precompute_ref_log_probs", "computed once and kept on disk for later runs"),
     _dropped("precompute_ref_batch_size", "per_device_eval_batch_size is used"),
     Key("padding_free", "packing", "true is packed; prefix_shared computes less still", _packed),

@@ -193,7 +193,9 @@ def fit_objective(settings: Settings, notes: list[str]) -> Settings:
     settings = without_effect(settings, known, objective, notes)
     if settings.get("cpo_alpha") is not None:
         new = name_here("cpo_alpha", _parts(objective))
-        if settings.get("alpha") is not None and (new == "alpha" or "alpha" not in known):
+        if new == "alpha" and settings.get("alpha") == 0:
+            notes.append(note("alpha", settings.pop("alpha"), {}, "at 0 TRL's is without effect"))
+        if new == "alpha" and settings.get("alpha") is not None:
             raise UserError(
                 "alpha: in TRL's CPOConfig it is AlphaPO's; leave it out where it is 0, or write "
                 "objective: alphapo and sft_weight in place of cpo_alpha"

@@ -46,6 +46,7 @@ OF_SOME = {
     "f_alpha_divergence_coef": None,
     "discopop_tau": None,
     "ld_alpha": 1,
+    "alpha": 0,
 }
 """Arguments of some losses, and the value that leaves the others as they are; None: any does."""
 
@@ -59,8 +60,12 @@ def without_effect(
         UserError: a divergence that the objective has no form for.
     """
     settings = dict(settings)
-    for name in OF_SOME.keys() & settings.keys() - set(known):
+    for name in sorted(OF_SOME.keys() & settings.keys() - set(known)):
         value, harmless = settings.pop(name), OF_SOME[name]
+        if name == "alpha" and value not in (None, harmless):
+            raise UserError(
+                f"alpha: {objective} has none; TRL's, of CPOConfig, is objective: alphapo"
+            )
         if harmless is not None and value not in (None, harmless):
             raise UserError(
                 f"{name}: {objective} knows {harmless} alone, got {value!r}; leave it out"

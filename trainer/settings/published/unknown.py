@@ -9,10 +9,10 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from ...errors import UserError
-from ...objectives import ALIASES, OBJECTIVES, hyperparameters_of
+from ...objectives import ALIASES, OBJECTIVES, canonical_name, hyperparameters_of
 from .ambiguity import MEANINGS
 from .keys import TABLE, Settings
-from .trl import IN_DPO
+from .trl import IN_DPO, trl_mixture
 
 Kind = TypeVar("Kind")
 
@@ -28,9 +28,15 @@ def unknown_key(key: str, objective: str, known: Iterable[str]) -> UserError:
 def unknown_argument(key: str, given: Settings, known: Iterable[str]) -> str:
     """What to write instead of ``PreferenceConfig(key=...)``, ``given`` being all arguments."""
     value = given[key]
+    if key == "loss_weights":
+        return "loss_weights: give the weights to objective, as {'dpo': 0.8, 'sft': 1.0}"
+    if key == "loss_type" and isinstance(value, list) and len(value) > 1:
+        return _mixture_instead(value, given.get("loss_weights"))
     if key in ("loss_type", "trainer_type"):
         return f"{key}: {_objective_instead(value)}"
-    owners = _owners(key)
+    owners, objective = _owners(key), _named(given)
+    if objective is not None and owners and key not in hyperparameters_of(objective):
+        return f"{key}: leave it out; {objective} has none; it belongs to {', '.join(owners)}"
     if owners:
         return f"{key}: give it as objective_args={{{key!r}: {value!r}}}; it belongs to " + (
             ", ".join(owners)
@@ -49,7 +55,26 @@ def unknown_argument(key: str, given: Settings, known: Iterable[str]) -> str:
         return str(error)
     if not new:
         return f"{key}: leave it out ({entry.left_out or entry.meaning})"
+    inside = {name: new.pop(name) for name in list(new) if name not in known}
+    new |= {"objective_args": inside} if inside else {}
     return f"{key}: write {', '.join(f'{name}={meant!r}' for name, meant in new.items())} instead"
+
+
+def _named(given: Settings) -> str | None:
+    """The objective that arguments name, if it is a known one."""
+    try:
+        return canonical_name(given["objective"])
+    except (KeyError, UserError):
+        return None
+
+
+def _mixture_instead(losses: list[Any], weights: Any) -> str:
+    try:
+        new = trl_mixture({"loss_type": losses, "loss_weights": weights}, [])
+    except UserError as error:
+        return str(error)
+    nll = f", objective_args={{'nll': {new['nll']!r}}}" if "nll" in new else ""
+    return f"loss_type: write objective={new['objective']!r}{nll} instead"
 
 
 def _objective_instead(loss: Any) -> str:
