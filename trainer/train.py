@@ -53,7 +53,7 @@ def train(config: PreferenceConfig, script: str | None = None) -> None:
 def _train(config: PreferenceConfig, objective: Objective, script: str | None) -> None:
     start = start_of_run(config, config.resume_from_checkpoint)
     tokenizer = load_tokenizer(config)
-    settle_date(config, tokenizer)
+    settle_date(config, tokenizer, fresh=start.folder is None)
     model = load_model(config)
     data = load_pairs(config, tokenizer, vocabulary_size(model))
     data.report.notes += weight_notes(config, str(model.dtype).removeprefix("torch."))
@@ -177,7 +177,7 @@ def _preflight(config: PreferenceConfig, script: str | None) -> None:
         config.resume_from_checkpoint, config.output_dir, hashes=False
     )
     tokenizer = load_tokenizer(config)
-    settle_date(config, tokenizer)
+    settle_date(config, tokenizer, fresh=checkpoint is None)
     model_config = load_model_config(config).get_text_config()
     data = load_pairs(config, tokenizer, model_config.vocab_size)
     saved_dtype = str(model_config.dtype).removeprefix("torch.")

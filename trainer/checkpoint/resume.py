@@ -150,15 +150,18 @@ def check_same_run(checkpoint: Path, now: Facts) -> None:
         logger.warning("Going on from %s: %s", checkpoint, note)
 
 
-def settle_date(config: PreferenceConfig, tokenizer: Any) -> None:
+def settle_date(config: PreferenceConfig, tokenizer: Any, fresh: bool = False) -> None:
     """Set ``chat_date`` where the chat template writes the date: the checkpoint's, or today's.
 
-    The date is the same on all ranks, and on every day on which the run goes on.
+    The date is the same on all ranks, and on every day on which the run goes on. A ``fresh`` run
+    goes on from no checkpoint, whatever the folder holds.
     """
     if config.chat_date is not None or not writes_date(tokenizer):
         return
+    fresh = fresh or config.resume_from_checkpoint is False
     config.chat_date = on_first_rank(
-        config, lambda: _saved_date(config) or datetime.date.today().isoformat()
+        config,
+        lambda: (None if fresh else _saved_date(config)) or datetime.date.today().isoformat(),
     )
 
 

@@ -101,7 +101,14 @@ class CheckpointedTrainer(Trainer):
                 on_first_rank(self.args, lambda: check_same_run(folder, facts))
             checkpoint = None if folder is None else str(folder)
             self._progress = Progress(self, folder)
-            return self._train_from(checkpoint, *args, **kwargs)
+            result = self._train_from(checkpoint, *args, **kwargs)
+            if folder is not None and folder.name == f"checkpoint-{result.global_step}":
+                logger.warning(
+                    "%s is the end of its run, so nothing was left to train; raise max_steps to go "
+                    "on, or set resume_from_checkpoint: false to start again",
+                    folder,
+                )
+            return result
 
     def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         listening = self.preemption.listening()

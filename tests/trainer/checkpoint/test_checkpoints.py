@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import resource
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
+from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.checkpoint import resume
 from widemargin.trainer.checkpoint.files import (
     BrokenCheckpoint,
     check_files,
@@ -22,9 +26,12 @@ from widemargin.trainer.checkpoint.files import (
     newest_complete,
     settle_leftovers,
 )
+from widemargin.trainer.data import template
 from widemargin.trainer.errors import UserError
 
-from tests.support.tiny_models import parameters_of, tiny_model, tiny_trainer
+from tests.support.pair_rows import bot, user
+from tests.support.tiny_models import parameters_of, tiny_config, tiny_model, tiny_trainer
+from tests.support.tiny_tokenizers import WITH_BOS, tiny_tokenizer
 
 SAVING: dict[str, Any] = {
     "objective": "lmpo", "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4,
@@ -315,3 +322,49 @@ def test_a_folder_of_weights_alone_is_no_checkpoint(tmp_path):
         choose_checkpoint(str(folder), tmp_path)
     (folder / "optimizer.pt").touch()
     assert choose_checkpoint(str(folder), tmp_path) == folder
+
+
+def test_a_finished_run_says_so_when_it_is_resumed(copied, caplog):
+    trainer = tiny_trainer(copied, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert f"{copied / 'checkpoint-4'} is the end of its run, so nothing was left" in caplog.text
+    caplog.clear()
+    tiny_trainer(copied, **SAVING).train(resume_from_checkpoint=str(copied / "checkpoint-2"))
+    assert "the end of its run" not in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["auto", "checkpoint-2"])
+def test_a_dated_run_keeps_its_date_on_another_day(tmp_path, monkeypatch, caplog, setting):
+    rows = [
+        {"prompt": [user(f"wet {i}?")], "chosen": [bot("yes")], "rejected": [bot("no")]}
+        for i in range(4)
+    ]
+    days = iter(["2026-01-31", "2026-02-01"])
+
+    def trainer_of(steps: int, day: str, **settings: Any) -> Any:
+        class Day(datetime.date):
+            @classmethod
+            def today(cls) -> datetime.date:
+                return datetime.date.fromisoformat(day)
+
+        for module in (resume.datetime, template.datetime):
+            monkeypatch.setattr(module, "date", Day)
+        config = tiny_config(
+            tmp_path, save_strategy="steps", save_steps=2, max_steps=steps, **settings
+        )
+        tokenizer = tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + WITH_BOS)
+        data = Dataset.from_list(rows)
+        return PreferenceTrainer(
+            tiny_model(), config, train_dataset=data, processing_class=tokenizer
+        )
+
+    trainer_of(2, next(days)).train()
+    named = setting if setting == "auto" else str(tmp_path / setting)
+    resumed = trainer_of(3, next(days), resume_from_checkpoint=named)
+    assert resumed.args.chat_date == "2026-01-31"
+    shown = resumed.processing_class.decode(resumed.train_dataset.source[0]["prompt_ids"])
+    assert shown.startswith("31 Jan 2026")
+    assert resumed.train(resume_from_checkpoint=named).global_step == 3
+    assert "chat_date was" not in caplog.text
+    fresh = trainer_of(2, "2026-02-02", resume_from_checkpoint=False)
+    assert fresh.args.chat_date == "2026-02-02"
