@@ -37,8 +37,8 @@ numbers of examples of the Open LLM Leaderboards, or tasks by name.
   widemargin evaluate lm-eval --model outputs/run --tasks leaderboard-v1
 """
 HARNESS_SETTINGS = """\
-settings, as --KEY=VALUE: batch_size, num_fewshot, apply_chat_template; dtype, device,
-  attn_implementation, model_revision, trust_remote_code"""
+settings, as --KEY=VALUE: batch_size, num_fewshot, apply_chat_template, tokenizer_as_saved;
+  dtype, device, attn_implementation, model_revision, trust_remote_code"""
 
 
 def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

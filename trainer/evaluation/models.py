@@ -67,7 +67,7 @@ def model_settings(settings: LoadSettings, model: str) -> ModelSettings:
         dtype=dtype_of(settings),
         attn_implementation=settings.attn_implementation,
         trust_remote_code=settings.trust_remote_code,
-        tokenizer_as_saved=getattr(settings, "tokenizer_as_saved", False),
+        tokenizer_as_saved=settings.tokenizer_as_saved,
     )
 
 

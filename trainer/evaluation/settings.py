@@ -39,6 +39,8 @@ class LoadSettings:
     device: str | None = None
     #: "eager", "sdpa", "flash_attention_2", ...; None for transformers' choice.
     attn_implementation: str | None = None
+    #: Tokenize as tokenizer.json says, as in training.
+    tokenizer_as_saved: bool = False
 
     def check_load(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -52,8 +54,6 @@ class PairSettings(LoadSettings, DataSettings):
     #: Scale of the rewards in probabilities; None for the one of the config's objective, and for
     #: others what such objectives start from (2 for means, 0.1 for sums and against a reference).
     beta: float | None = None
-    #: Tokenize as tokenizer.json says, as in training.
-    tokenizer_as_saved: bool = False
     #: How pairs are laid out, as in training.
     packing: str = "auto"
     #: Most tokens, padding included, that are computed at once.
@@ -81,8 +81,6 @@ class AnswerSettings(LoadSettings):
     questions: str | None = None
     #: A Jinja chat template, its path, or the name of one shipped; None for the tokenizer's own.
     chat_template: str | None = None
-    #: Tokenize as tokenizer.json says, as in training.
-    tokenizer_as_saved: bool = False
     #: A system message before each question; "" for an empty one, None for none.
     system_prompt: str | None = None
     #: Sampling temperature; 0 takes the likeliest token always.
