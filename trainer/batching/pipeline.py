@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ..objectives import Objective
     from ..packing.choose import Packing
     from ..settings.config import PreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 
 class PairPipeline:
@@ -103,6 +106,8 @@ class PairPipeline:
             vocab_size=self.vocab_size,
             name=name,
         )
+        if not reports[name].is_plain and self.settings.process_index == 0:
+            logger.warning("%s", "\n".join(reports[name].lines()))
         return PairRows.of(dataset, self.settings)
 
     def choose_collator(

@@ -82,6 +82,12 @@ class SplitReport:
     #: Pairs whose sides were swapped by ``flip``.
     flipped: int = 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row trains as it was given, and there is nothing to say of it."""
+        noted = any(source.notes for source in self.sources)
+        return not (self.skipped or self.flags or noted)
+
     def lines(self) -> Iterator[str]:
         skipped = sum(self.skipped.values())
         more = f", and {self.skipped_pairs:,} pairs of the others" if self.skipped_pairs else ""

@@ -7,9 +7,13 @@ import json
 import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
+from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.batching.pipeline import PairBatches
 from widemargin.trainer.batching.planner import Planner
 from widemargin.trainer.data.table import FILLER_ID, PairLengths, PairRows
+
+from tests.support.tiny_models import tiny_config, tiny_model, tiny_pairs
+from tests.support.tiny_tokenizers import tiny_tokenizer
 
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -116,3 +120,18 @@ def test_reference_columns_travel_along_in_full_precision():
     row = PairRows(rows.select([2, 0]))[0]
     assert row["reference_chosen_logps"] == -1 / 3
     assert row["reference_rejected_logps"] == -6.0
+
+
+def test_what_becomes_of_a_trainers_rows_is_said(tmp_path, caplog):
+    rows = list(tiny_pairs(4))
+
+    def made() -> str:
+        data = Dataset.from_list(rows)
+        config, tokenizer = tiny_config(tmp_path), tiny_tokenizer(None)
+        PreferenceTrainer(tiny_model(), config, train_dataset=data, processing_class=tokenizer)
+        return caplog.text
+
+    assert "pairs of" not in made()
+    rows[1]["chosen"] = rows[1]["rejected"]
+    assert "train: 3 pairs of 4 rows, 1 skipped" in made()
+    assert "row 1 of train_dataset: identical sides" in caplog.text
