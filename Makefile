@@ -25,7 +25,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-slow test-distributed test-eval torture families study docs docs-serve prose matrix lint format bench bench-real real-model bench-baseline bench-compare bench-gpu hub-kernel wheels clean distclean
+.PHONY: help setup quickstart demo test test-quick test-slow test-distributed test-eval torture families study docs docs-serve prose matrix lint format bench bench-real real-model bench-baseline bench-compare bench-gpu hub-kernel wheels clean distclean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ setup: $(DEV) ## Create .venv with the package and the development tools
 
 quickstart: $(BASE) ## Train a small model on this machine and write a report
 	$(BIN)/widemargin quickstart
+
+demo: real-model ## Tune SmolLM2-135M-Instruct for ten minutes, and show its answers before and after
+	$(BIN)/python examples/demo.py
 
 test: $(DEV) ## Run the tests, without the slow ones
 	$(PYTEST) -m "not slow and not distributed" $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -88,3 +89,49 @@ def test_notebook_is_committed_without_outputs() -> None:
 def test_scripts_stay_short(script: str) -> None:
     lines = (EXAMPLES / script).read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 40
+
+
+@pytest.mark.costly
+def test_demo_answers_the_same_questions_before_and_after(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    """On pairs of six prompts, of which the first five are the questions."""
+    model, pairs = inputs
+    places = [
+        f"--model={model}",
+        f"--train={pairs}",
+        f"--test={pairs}",
+        f"--out={tmp_path / 'out'}",
+    ]
+    short = ["--max_steps=2", "--eval_steps=1", "--eval_samples_max_new_tokens=3", "--use_cpu=true"]
+    printed = run("demo.py", *places, *short, cwd=tmp_path)
+    shown = printed[printed.index("before: ") :]
+    assert shown.count("before: ") == shown.count("after: ") == 5
+    assert shown.count("3 tokens, margin ") > 5
+    assert (tmp_path / "out" / "run" / "adapter_model.safetensors").is_file()
+    report = (tmp_path / "out" / "run" / "report.html").read_text(encoding="utf-8")
+    assert report.count('class="card strip"') == 5
+
+
+def test_demo_says_which_pairs_are_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    (tmp_path / "config.json").write_text("{}")
+    absent = [f"--train={tmp_path / 'a.jsonl'}", f"--test={tmp_path / 'b.jsonl'}"]
+    monkeypatch.setattr(sys, "argv", ["demo.py", f"--model={tmp_path}", *absent, "--beta=3"])
+    options, overrides = demo.parse()
+    assert overrides == ["--beta=3"]
+    train, test = demo.pairs_of(options)
+    assert len(train) > len(test) > 200
+    assert (
+        f"{tmp_path / 'a.jsonl'} and {tmp_path / 'b.jsonl'}: not there" in capsys.readouterr().out
+    )
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(SystemExit):
+        demo.parse()
+    assert "make real-model" in capsys.readouterr().err
