@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from ..errors import is_number
@@ -24,6 +25,8 @@ SAMPLED_TOKENS, SAMPLED_REPETITION = "samples/tokens", "samples/repetition"
 
 ADVICE = "Lower learning_rate, raise beta, or set sft_weight above 0"
 GRAM = 4
+ERRORS, FEWEST = 3.0, 5
+"""Standard errors that a figure must move by, and the values that it takes to know one."""
 
 
 class Kind(NamedTuple):
@@ -112,7 +115,8 @@ class Watch:
         latest = [*self._latest.get(name, []), (step, value)]
         latest = self._latest[name] = [point for point in latest if point[0] > step - kind.window]
         before, now = _mean(first), _mean(latest)
-        return Sign(name, step, before, now) if kind.is_bad(before, now) else None
+        is_noise = abs(now - before) <= ERRORS * math.hypot(_error(first), _error(latest))
+        return Sign(name, step, before, now) if kind.is_bad(before, now) and not is_noise else None
 
 
 def repetition(token_ids: list[int]) -> float:
@@ -122,4 +126,10 @@ def repetition(token_ids: list[int]) -> float:
 
 
 def _mean(points: list[Point]) -> float:
-    return sum(value for _, value in points) / len(points)
+    return fmean(value for _, value in points)
+
+
+def _error(points: list[Point]) -> float:
+    """The mean's standard error, as far as several points tell it: steps of few pairs differ."""
+    values = [value for _, value in points]
+    return stdev(values) / math.sqrt(len(values)) if len(values) >= FEWEST else 0.0

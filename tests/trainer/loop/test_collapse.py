@@ -38,7 +38,7 @@ def test_it_warns_once_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixt
     trainer.train()
     assert trainer.state.global_step == 20
     (warning,) = warnings(caplog)
-    assert "step 14: the chosen answers' log-prob fell from -1.00 to -2.20" in warning
+    assert "step 16: the chosen answers' log-prob fell from -1.00 to -2.80" in warning
     assert "sft_weight" in warning
 
 
@@ -46,11 +46,11 @@ def test_it_stops_saves_and_can_go_on_if_told_to(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = collapsing(tmp_path, stop_on_collapse=True, save_strategy="no")
-    with pytest.raises(Collapsed, match=r"step 14: .*saved in .*checkpoint-14; Lower") as stopped:
+    with pytest.raises(Collapsed, match=r"step 16: .*saved in .*checkpoint-16; Lower") as stopped:
         trainer.train()
     assert stopped.value.code == 3
-    assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-14"
-    with pytest.raises(UserError, match=r"stop_on_collapse: set it to false.*step 14"):
+    assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-16"
+    with pytest.raises(UserError, match=r"stop_on_collapse: set it to false.*step 16"):
         collapsing(tmp_path, stop_on_collapse=True).train(resume_from_checkpoint=True)
     caplog.clear()
     trainer = collapsing(tmp_path)
@@ -68,14 +68,14 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(
     trainer = collapsing(tmp_path)
     trainer.train(resume_from_checkpoint=True)
     (warning,) = warnings(caplog)
-    assert "step 14: " in warning
+    assert "step 16: " in warning
 
 
 def test_what_a_collapse_saves_is_kept_beside_the_best(tmp_path: Path) -> None:
     trainer = collapsing(
-        tmp_path, stop_on_collapse=True, eval_pairs=4, eval_strategy="steps", eval_steps=7,
+        tmp_path, stop_on_collapse=True, eval_pairs=4, eval_strategy="steps", eval_steps=8,
         save_strategy="best", save_total_limit=1, metric_for_best_model="loss",
     )  # fmt: skip
     with pytest.raises(Collapsed, match="saved in"):
         trainer.train()
-    assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-14"
+    assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-16"

@@ -39,6 +39,14 @@ def test_rising_and_single_steps_are_no_sign() -> None:
     assert signs(log("logps/chosen_mean", noisy)) == {}
 
 
+def test_steps_of_few_pairs_do_not_trip_it() -> None:
+    """Each step's mean is off by up to 3 nats; the fall of 10 steps' mean is within its error."""
+    swings = [-1.0, -4.0, -1.5, -3.5, -0.5, -4.5, -1.0, -2.0, -3.0, -4.0]
+    calm = [-1.0, -2.0, -1.0, -3.0, -0.5, -1.5, -2.5, -1.0, -1.0, -1.4]
+    assert signs(log("logps/chosen_mean", calm + swings)) == {}
+    assert signs(log("logps/chosen_mean", calm + [v - 1 for v in swings])) == {"chosen": 19}
+
+
 def test_held_out_falls_count_from_the_first_evaluation() -> None:
     assert signs(log("eval_logps/chosen_mean", [-1.0, -1.5, -2.2], 0, 5)) == {"held-out chosen": 10}
 
