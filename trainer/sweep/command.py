@@ -18,8 +18,8 @@ values. The same command goes on after a break: finished runs are skipped, a run
 continues from its newest checkpoint. More values can be added to a sweep later.
 """
 LAUNCHER_HELP = (
-    "command in place of `python -m widemargin.trainer`, in quotes; CONFIG and settings are "
-    "appended: 'accelerate launch --config_file FILE -m widemargin.trainer'"
+    "command in place of `python -m widemargin.trainer`, which waits for the run; CONFIG and "
+    "settings are appended: 'accelerate launch --config_file FILE -m widemargin.trainer'"
 )
 
 

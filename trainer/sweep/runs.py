@@ -60,6 +60,8 @@ def sweep(config: Path, out: Path | None, launcher: str, arguments: Sequence[str
             return status if status > 0 else 128 - status
         if not is_finished(folder / run.name):
             failed[run.name] = f"exit status {status} after {duration(time.monotonic() - begin)}"
+            if not status:  # of a launcher that does not wait, or did not hand on the settings
+                failed[run.name] += ", without a finished run in its folder"
     return _conclude(folder, runs, failed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from widemargin.trainer.monitor.collapse import KINDS, Watch, repetition
 
+RUNS = Path(__file__).with_name("collapse_runs.json")
 STUDIES = Path(__file__).parents[3] / "bench" / "results" / "studies"
 
 
@@ -78,6 +80,17 @@ def test_repetition_is_the_share_of_4_grams_seen_before() -> None:
     assert repetition([1, 2, 3, 4, 5]) == 0.0
     assert repetition([7] * 8) == pytest.approx(4 / 5)
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+def test_a_real_model_is_warned_of_20_steps_before_its_accuracy_falls() -> None:
+    """By the log alone, and earlier by its answers; at a usual learning rate not at all."""
+    bad, good = json.loads(RUNS.read_text(encoding="utf-8"))
+    accuracy = [(each["step"], each["accuracy"]) for each in bad["evaluations"]]
+    falls = next(step for (_, a), (step, b) in itertools.pairwise(accuracy) if b < a)
+    assert max(signs(bad["log"])["chosen"], *signs(bad["evaluations"]).values()) <= falls
+    assert signs(bad["log"])["chosen"] <= falls - 20
+    assert signs(bad["evaluations"])["length"] <= falls - 20
+    assert signs(good["log"]) == signs(good["evaluations"]) == {}
 
 
 def recorded() -> list[Any]:

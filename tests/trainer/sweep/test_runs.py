@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_a_failed_run_is_named_and_the_others_go_on(
     (tmp_path / "status-2").unlink()
     assert sweep("--beta=2,3") == 0
     assert (len(calls(tmp_path, "beta-2")), len(calls(tmp_path, "beta-3"))) == (2, 1)
+
+
+def test_a_launcher_that_does_not_wait_is_said(
+    tmp_path: Path, sweep: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "status-2").write_text("0")
+    assert sweep("--beta=2,3") == 1
+    err = capsys.readouterr().err
+    assert re.search("beta-2  exit status 0 after .*, without a finished run in its folder", err)
 
 
 def test_all_failed(tmp_path: Path, sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
