@@ -34,6 +34,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", type=Path, default=DATA / "judged_pairs_test.jsonl.gz")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--steps", type=int, help="of every run, to try it out")
+    set_help = "for every run, such as use_peft=true; repeat it, and name another --out"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
     parser.add_argument("--out", type=Path, default=RESULTS / "studies")
@@ -50,10 +52,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def planned(options: argparse.Namespace) -> Iterator[Run]:
     """All runs, seed by seed, so that a study cut short has whole seeds."""
+    from widemargin.trainer.settings.coercion import as_number
+    from widemargin.trainer.settings.files import parse_overrides
+
+    overrides = parse_overrides(f"--{each}" for each in options.set)
+    given = {key: as_number(value) for key, value in overrides.items()}
     for study in options.studies or STUDIES:
         for seed in range(options.seeds):
             for run in STUDIES[study](seed):
-                yield dataclasses.replace(run, steps=options.steps) if options.steps else run
+                steps = options.steps or run.steps
+                yield dataclasses.replace(run, steps=steps, settings=run.settings | given)
 
 
 def carry_out(run: Run, options: argparse.Namespace, shared: dict[str, Any]) -> str | None:

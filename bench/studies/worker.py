@@ -48,7 +48,11 @@ class Measurements(TrainerCallback):
             self.measure(step)
 
     def measure(self, step: int) -> None:
-        model = self.trainer.model
+        from widemargin.trainer.model.adapters import bare_model
+
+        model: Any = bare_model(
+            self.trainer.model
+        )  # with the adapter's layers inside, if it has one
         training = model.training
         model.eval()
         facts = {"step": step, **self.accuracies(model)}
@@ -76,40 +80,22 @@ class Measurements(TrainerCallback):
 
     def answers(self, model: Any) -> dict[str, Any]:
         """Tokens of answers sampled at temperature 1, with the same random numbers every time."""
+        from widemargin.trainer.model.generation import Decoding, complete, stop_ids
+
         rows = self.test.__getitems__(range(len(self.test)))
         prompts = sorted({tuple(row["prompt_ids"].tolist()) for row in rows}) * self.run.answers
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(ANSWERS_SEED)
-            lengths, ended = self.sampled(model, prompts)
+        tokenizer = self.trainer.processing_class
+        stops = stop_ids(tokenizer, model.generation_config)
+        decoding = Decoding(stops, tokenizer.pad_token_id, MAX_NEW_TOKENS, temperature=1.0)
+        written = complete(model, [list(prompt) for prompt in prompts], decoding, ANSWERS_SEED)
+        lengths = [len(answer.token_ids) for answer in written]
         return {
             "mean_tokens": statistics.fmean(lengths),
             "median_tokens": statistics.median(lengths),
             "standard_error": statistics.stdev(lengths) / len(lengths) ** 0.5,
             "answers": len(lengths),
-            "cut": len(lengths) - sum(ended),
+            "cut": sum(not answer.stopped for answer in written),
         }
-
-    def sampled(self, model: Any, prompts: list[tuple[int, ...]]) -> tuple[list[int], list[bool]]:
-        """Length of one answer to each prompt, and whether it ended by itself."""
-        tokenizer = self.trainer.processing_class
-        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), pad)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[width - len(prompt) :] = torch.tensor(prompt)
-        written = model.generate(
-            ids,
-            attention_mask=(ids != pad).long(),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=end,
-            pad_token_id=pad,
-        )[:, width:]
-        ends = written == end
-        tokens = torch.where(ends.any(1), ends.int().argmax(1), written.shape[1])
-        return tokens.tolist(), ends.any(1).tolist()
 
 
 def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 
 from bench.lib.record import ROOT
 from bench.lib.table import CLOSE
+from bench.studies.command import parse, planned
 from bench.studies.preparing import prepare_model, prepare_pairs
 from bench.studies.questions import STUDIES, Run
 from bench.studies.records import append, by_arm, is_done, mean_and_error, paired, read
@@ -25,12 +26,14 @@ def small(run: Run) -> Run:
 
 
 @pytest.mark.costly
-def test_a_run_of_every_kind(tmp_path):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_of_every_kind(tmp_path, adapter):
     model = Path(save_model(tmp_path / "model"))
     pairs = prepare_pairs(
         Path(save_pairs(tmp_path / "all.jsonl")), model, 10**6, tmp_path / "fit.jsonl"
     )
     for study, run in ((name, small(runs(0)[-1])) for name, runs in STUDIES.items()):
+        run = dataclasses.replace(run, settings=run.settings | {"use_peft": adapter})
         start = prepare_model(model, run.sharpen, tmp_path)
         found = carry_out(run, start, pairs, pairs)
         assert [m["step"] for m in found["measurements"]] == [0, 1, 2]
@@ -38,6 +41,14 @@ def test_a_run_of_every_kind(tmp_path):
         assert len(found["curves"]["loss"]) == 2
         assert found["train_pairs"] == 9
         assert None not in found["curves"]["active_fraction"], "the run's own head, measured or not"
+
+
+def test_settings_for_every_run():
+    given = ["--set=use_peft=true", "--set=learning_rate=5e-5", "--seeds=1"]
+    runs = list(planned(parse(["length", *given, "--report"])))
+    assert all(run.settings["use_peft"] is True for run in runs)
+    assert all(run.settings["learning_rate"] == 5e-5 for run in runs)
+    assert {run.settings["objective"] for run in runs} == {"simpo", "lmpo"}
 
 
 def test_only_pairs_that_fit_whole(tmp_path):
