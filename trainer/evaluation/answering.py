@@ -6,10 +6,11 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..data import chat
 from ..data.encoder import encode
@@ -18,16 +19,22 @@ from ..errors import UserError
 from ..model.generation import context_of
 from ..model.loading import load_model_config
 from ..text import printable
-from .answer_engines import VLLM_AT_ONCE, engine_name, make_engine
+from .answer_engines import VLLM_AT_ONCE, Answer, engine_name, make_engine
 from .models import dtype_of, fingerprint, model_settings, read_tokenizer
 from .questions import Question
 from .results import Record, Records
-from .settings import AnswerSettings
+from .settings import AnswerSettings, DecodingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOO_LONG = "prompt too long"
+
+
+class Engine(Protocol):
+    """Writes an answer to each prompt, with its own seed; see `answer_engines`."""
+
+    def answers(self, prompts: Any, seeds: Sequence[int], /) -> list[Answer]: ...
 
 
 def answer(
@@ -37,86 +44,114 @@ def answer(
 
     A record has ``id``, ``output`` (text), ``tokens``, ``finish`` ("stop", "length" or
     "prompt too long") and ``tstamp`` (seconds since 1970, when it was finished). Batches depend on
-    the questions and settings alone, and each has a seed, so a run that was stopped and continued
-    gives the same answers as an uninterrupted one.
+    the questions and settings alone, and each answer has a seed, so a run that was stopped and
+    continued gives the same answers as an uninterrupted one.
     """
     tokenizer = read_tokenizer(settings, model, settings.chat_template)
     engine = engine_name(settings, model)
-    with Records(folder, "answers", _identity(questions, settings, model, engine)) as records:
-        if records.done:
-            print(f"{len(records.done):,} of {len(questions):,} answers are in {folder} already")
+    asked = [[question.id, question.prompt] for question in questions]
+    settled = identity(asked, "questions", settings, model, engine)
+    del settled["generator"]
+
+    def record(key: str, made: Answer) -> Record:
+        kept = {"id": key, "output": made.output, "tokens": made.tokens, "finish": made.finish}
+        return kept | {"tstamp": round(time.time(), 3)}
+
+    with Records(folder, "answers", settled) as records:
         if len(records.done) < len(questions):
-            _answer_rest(questions, settings, model, tokenizer, engine, records)
+            prompts = dict(
+                zip(
+                    (question.id for question in questions),
+                    render(questions, settings, tokenizer),
+                    strict=True,
+                )
+            )
+            answerer(settings, model, engine, tokenizer).write([prompts], records, record)
         return [records.done[question.id] for question in questions]
 
 
-def _identity(
-    questions: Sequence[Question], settings: AnswerSettings, model: str, engine: str
-) -> Record:
-    """Everything that answers depend on."""
-    texts = json.dumps([[question.id, question.prompt] for question in questions])
+def identity(asked: Any, what: str, settings: DecodingSettings, model: str, engine: str) -> Record:
+    """Everything that answers depend on; ``asked`` are the ids and texts of ``what``."""
+    texts = json.dumps(asked)
     shown = asdict(settings) | {"model_name_or_path": model, "engine": engine}
-    del shown["generator"], shown["device"]
+    del shown["device"]
     return shown | {
+        what: len(asked),
+        f"{what}_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "dtype": dtype_of(settings),
-        "questions": len(questions),
-        "questions_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "model_fingerprint": fingerprint(settings, model),
     }
 
 
-def _answer_rest(
-    questions: Sequence[Question],
-    settings: AnswerSettings,
-    model: str,
-    tokenizer: PreTrainedTokenizerBase,
-    engine_name: str,
-    records: Records,
-) -> None:
-    from tqdm.auto import tqdm
+def seed_of(seed: int, key: str) -> int:
+    """The seed of the answer ``key``, whatever answers are written with it."""
+    return int(hashlib.sha256(f"{seed} {key}".encode()).hexdigest()[:8], 16) % 2**31
 
-    prompts = render(questions, settings, tokenizer)
-    context = context_of(load_model_config(model_settings(settings, model)))
-    fits = [context is None or len(prompt) < context for prompt in prompts]
-    records.append(
-        _record(question, "", 0, TOO_LONG)
-        for question, fit in zip(questions, fits, strict=True)
-        if not fit
+
+@dataclass
+class Answerer:
+    """Answers prompts in batches; a sampled answer's seed comes from ``seed`` and its id.
+
+    Args:
+        load: makes the engine, once there is a prompt to answer; see `answer_engines`.
+        batch_size: prompts given to it at once.
+        seed: of all answers.
+        context: the most tokens of prompt and answer; None for no limit known here.
+    """
+
+    load: Callable[[], Engine]
+    batch_size: int
+    seed: int
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        self.load = cache(self.load)
+
+    def write(
+        self,
+        rounds: Sequence[Mapping[str, list[Any]]],
+        records: Records,
+        record: Callable[[str, Answer], Record],
+    ) -> None:
+        """Append a record for each prompt of each round, in an order that the prompts decide.
+
+        Args:
+            rounds: id -> prompt; every round is batched by itself.
+            records: those that it holds already are not written again.
+            record: an id and its answer -> what is kept.
+        """
+        from tqdm.auto import tqdm
+
+        total = sum(map(len, rounds))
+        if records.done:
+            print(f"{len(records.done):,} of {total:,} answers are in {records.path} already")
+        with tqdm(total=total, initial=len(records.done), unit="answer", disable=None) as bar:
+            for prompts in rounds:
+                keys = list(prompts)
+                fits = [self.context is None or len(prompts[key]) < self.context for key in keys]
+                left_out = (key for key, fit in zip(keys, fits, strict=True) if not fit)
+                records.append(record(key, Answer("", 0, TOO_LONG)) for key in left_out)
+                lengths = [len(prompts[key]) * fit for key, fit in zip(keys, fits, strict=True)]
+                for places in batches(lengths, self.batch_size):
+                    batch = [keys[i] for i in places]
+                    if all(key in records.done for key in batch):
+                        continue
+                    seeds = [seed_of(self.seed, key) for key in batch]
+                    made = self.load().answers([prompts[key] for key in batch], seeds)
+                    records.append(map(record, batch, made))
+                    bar.update(len(records.done) - bar.n)
+
+
+def answerer(
+    settings: DecodingSettings, model: str, engine: str, tokenizer: PreTrainedTokenizerBase
+) -> Answerer:
+    """An `Answerer` by an engine here, one of those that `engine_name` gives."""
+    return Answerer(
+        lambda: make_engine(engine, model, settings, tokenizer),
+        VLLM_AT_ONCE if engine == "vllm" else settings.batch_size,
+        settings.seed,
+        context_of(load_model_config(model_settings(settings, model))),
     )
-    lengths = [len(prompt) if fit else 0 for prompt, fit in zip(prompts, fits, strict=True)]
-    size = VLLM_AT_ONCE if engine_name == "vllm" else settings.batch_size
-    engine = None
-    with tqdm(
-        total=len(questions), initial=len(records.done), unit="question", disable=None
-    ) as bar:
-        for number, batch in enumerate(batches(lengths, size)):
-            if all(questions[i].id in records.done for i in batch):
-                continue
-            engine = engine or make_engine(engine_name, model, settings, tokenizer)
-            completions = engine.complete(
-                [prompts[i] for i in batch], (settings.seed + 1_000_003 * number) % 2**31
-            )
-            texts = tokenizer.batch_decode(
-                [completion.token_ids for completion in completions], skip_special_tokens=True
-            )
-            records.append(
-                _record(
-                    questions[i], text, len(done.token_ids), "stop" if done.stopped else "length"
-                )
-                for i, text, done in zip(batch, texts, completions, strict=True)
-            )
-            bar.update(len(records.done) - bar.n)
-
-
-def _record(question: Question, output: str, tokens: int, finish: str) -> Record:
-    tstamp = round(time.time(), 3)
-    return {
-        "id": question.id,
-        "output": output,
-        "tokens": tokens,
-        "finish": finish,
-        "tstamp": tstamp,
-    }
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -128,12 +163,11 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def render(
     questions: Sequence[Question],
-    settings: AnswerSettings,
+    settings: DecodingSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[int]]:
     """Each question in the chat template, up to where the answer begins, as tokens."""
-    system = settings.system_prompt
-    opening = [] if system is None else [{"role": "system", "content": system}]
+    opening = opening_of(settings)
     texts = chat.render(
         tokenizer,
         [[*opening, {"role": "user", "content": question.prompt}] for question in questions],
@@ -146,6 +180,12 @@ def render(
                 f"{why}; set chat_template: to one that takes it, or leave out system_prompt"
             )
     return encode(tokenizer, [str(text) for text in texts])
+
+
+def opening_of(settings: DecodingSettings) -> list[dict[str, str]]:
+    """The system message before each prompt, if the settings have one."""
+    system = settings.system_prompt
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def length_report(records: Sequence[Record]) -> dict[str, Any]:

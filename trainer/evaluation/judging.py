@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..text import printable
-from .judge_client import OPENAI, JudgeClient, Unusable
+from .chat_client import OPENAI, ChatClient, Unusable, text_of
 from .questions import Question
 from .results import Record, Records, table, write_json
 from .settings import count
@@ -58,9 +58,9 @@ class JudgeRequest:
         if self.model is not None or self.url is not None:
             self.client()  # checks the address
 
-    def client(self) -> JudgeClient:
+    def client(self) -> ChatClient:
         url = OPENAI if self.url is None else self.url  # an empty one is a variable not set
-        return JudgeClient(self.model or "", url, first_wait_s=self.first_wait_s)
+        return ChatClient(self.model or "", url, first_wait_s=self.first_wait_s)
 
 
 def judge(
@@ -127,7 +127,7 @@ def _play(request: JudgeRequest, games: dict[str, list[str]], records: Records) 
                 {"role": "system", "content": INSTRUCTIONS},
                 {"role": "user", "content": json.dumps(shown, ensure_ascii=False)},
             ]
-            score = client.ask(messages, parse_verdict)
+            score = client.ask(messages, lambda completion: parse_verdict(text_of(completion)))
         records.append([{"id": key, "score": score if place == "A" else 1 - score}])
 
     waiting = [key for key in games if key not in records.done]

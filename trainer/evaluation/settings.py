@@ -7,7 +7,7 @@ import typing
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..data import DataSettings
 from ..errors import UserError
@@ -70,15 +70,9 @@ class PairSettings(LoadSettings, DataSettings):
 
 
 @dataclass
-class AnswerSettings(LoadSettings):
-    """How a model answers a benchmark's questions."""
+class DecodingSettings(LoadSettings):
+    """How a model answers."""
 
-    #: Folder or hub name of the model; ``--model`` wins.
-    model_name_or_path: str | None = None
-    #: What the model is called in the files written; None for the last part of its name.
-    generator: str | None = None
-    #: Where the questions are, as ``--questions``, which wins; None for the benchmark's newest.
-    questions: str | None = None
     #: A Jinja chat template, its path, or the name of one shipped; None for the tokenizer's own.
     chat_template: str | None = None
     #: A system message before each question; "" for an empty one, None for none.
@@ -121,6 +115,18 @@ class AnswerSettings(LoadSettings):
 
 
 @dataclass
+class AnswerSettings(DecodingSettings):
+    """How a model answers a benchmark's questions."""
+
+    #: Folder or hub name of the model; ``--model`` wins.
+    model_name_or_path: str | None = None
+    #: What the model is called in the files written; None for the last part of its name.
+    generator: str | None = None
+    #: Where the questions are, as ``--questions``, which wins; None for the benchmark's newest.
+    questions: str | None = None
+
+
+@dataclass
 class HarnessSettings(LoadSettings):
     """How the Language Model Evaluation Harness runs."""
 
@@ -142,7 +148,13 @@ class HarnessSettings(LoadSettings):
             )
 
 
-Settings = TypeVar("Settings", PairSettings, AnswerSettings, HarnessSettings)
+class _Checked(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def check_all(self) -> None: ...
+
+
+Settings = TypeVar("Settings", bound=_Checked)
 
 
 def build(kind: type[Settings], given: dict[str, Any]) -> Settings:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..data import chat
 from ..data.turns import end_of_turn_id
@@ -30,10 +38,27 @@ class Decoding:
 
 @dataclass
 class Completion:
-    """One answer's tokens, without the one that ended it, and whether one did."""
+    """One answer's tokens, and the token that ended it; None where it was cut."""
 
     token_ids: list[int]
-    stopped: bool
+    end: int | None
+
+    @property
+    def stopped(self) -> bool:
+        return self.end is not None
+
+
+class _RowNoise(LogitsProcessor):
+    """Gumbel noise on scores, whose largest entry is then a sample; each row has its own seed."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
 
 
 def stop_ids(
@@ -60,9 +85,9 @@ def context_of(config: Any) -> int | None:
 
 
 def complete(
-    model: Any, prompts: list[list[int]], decoding: Decoding, seed: int
+    model: Any, prompts: list[list[int]], decoding: Decoding, seeds: Sequence[int]
 ) -> list[Completion]:
-    """Continue each prompt by `generate`, the shorter ones padded on the left.
+    """Continue each prompt by `generate` with its own seed, the shorter ones padded on the left.
 
     Answers end within the model's context; a batch that fills it gets empty ones. The model's own
     generation config counts for nothing, and stays as it was, like its mode and the random numbers.
@@ -71,50 +96,56 @@ def complete(
     context = context_of(model.config)
     most = decoding.max_new_tokens if context is None else context - width
     if most < 1:
-        return [Completion([], False) for _ in prompts]
+        return [Completion([], None) for _ in prompts]
     ids = torch.full((len(prompts), width), decoding.pad_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     device = model.device
-    config = _generation_config(decoding, min(most, decoding.max_new_tokens))
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=min(most, decoding.max_new_tokens),
+        eos_token_id=decoding.stops or None,
+        pad_token_id=decoding.pad_id,
+    )
     with _generating(model, config), torch.no_grad():
-        torch.manual_seed(seed)
-        written = model.generate(ids.to(device), attention_mask=mask.to(device))
+        written = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            logits_processor=_sampling(decoding, seeds, device),
+        )
     return [_cut(row, decoding.stops) for row in written[:, width:].tolist()]
 
 
-def _generation_config(decoding: Decoding, max_new_tokens: int) -> GenerationConfig:
-    sampling = {
-        "temperature": decoding.temperature,
-        "top_p": decoding.top_p,
-        "top_k": decoding.top_k,
-    }
-    return GenerationConfig(
-        do_sample=decoding.temperature > 0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=decoding.stops or None,
-        pad_token_id=decoding.pad_id,
-        **(sampling if decoding.temperature > 0 else {}),
-    )
+def _sampling(
+    decoding: Decoding, seeds: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
+    """What makes the likeliest token a sample; nothing at temperature 0."""
+    processors = LogitsProcessorList()
+    if decoding.temperature > 0:
+        processors.append(TemperatureLogitsWarper(decoding.temperature))
+        if decoding.top_k:
+            processors.append(TopKLogitsWarper(decoding.top_k))
+        if decoding.top_p < 1:
+            processors.append(TopPLogitsWarper(decoding.top_p))
+        processors.append(_RowNoise(seeds, device))
+    return processors
 
 
 @contextmanager
 def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode with ``config`` as the model's, from which `generate` takes its defaults."""
     training, saved = model.training, model.generation_config
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        model.eval()
-        model.generation_config = config
-        try:
-            yield
-        finally:
-            model.generation_config = saved
-            model.train(training)
+    model.eval()
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = saved
+        model.train(training)
 
 
 def _cut(ids: list[int], stops: list[int]) -> Completion:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
-    return Completion(ids[:end], end is not None)
+    return Completion(ids[:end], None if end is None else ids[end])

@@ -66,7 +66,7 @@ class SampleWriter(TrainerCallback):
         completions: list[Completion] = []
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             batch = prompts[start : start + PROMPTS_AT_ONCE]
-            completions += self._complete(batch, args.seed + start)
+            completions += self._complete(batch, [args.seed + start + i for i in range(len(batch))])
         return [
             {
                 "step": step,
@@ -82,7 +82,7 @@ class SampleWriter(TrainerCallback):
             for i, (row, completion) in enumerate(zip(rows, completions, strict=True))
         ]
 
-    def _complete(self, prompts: list[list[int]], seed: int) -> list[Completion]:
+    def _complete(self, prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
         trainer, args = self.trainer, self.trainer.args
         # Not peft's wrapper, whose generation would leave its settings on the model inside.
         model: Any = bare_model(trainer.accelerator.unwrap_model(trainer.model))
@@ -94,7 +94,7 @@ class SampleWriter(TrainerCallback):
             float(args.eval_samples_temperature),
         )
         with trainer.compute_loss_context_manager():
-            return complete(model, prompts, decoding, seed)
+            return complete(model, prompts, decoding, seeds)
 
 
 def _is_zero3(trainer: Trainer) -> bool:

@@ -95,11 +95,11 @@ def test_stopped_and_continued_is_uninterrupted(model, tmp_path, monkeypatch, ca
     complete = answer_engines.TransformersEngine.complete
     calls = []
 
-    def stop_at_third(self, prompts, seed):
+    def stop_at_third(self, prompts, seeds):
         calls.append(len(prompts))
         if len(calls) == 3:
             raise Stopped
-        return complete(self, prompts, seed)
+        return complete(self, prompts, seeds)
 
     monkeypatch.setattr(answer_engines.TransformersEngine, "complete", stop_at_third)
     with pytest.raises(Stopped):
@@ -200,9 +200,9 @@ def test_arena_hard_in_its_first_layout(model, tmp_path):
 def test_stop_tokens_and_system_prompt(model, tmp_path, monkeypatch):
     seen = {}
 
-    def remember(self, prompts, seed):
+    def remember(self, prompts, seeds):
         seen.update(prompts=prompts, stops=self.decoding.stops)
-        return [answer_engines.Completion([], True) for _ in prompts]
+        return [answer_engines.Completion([], 9) for _ in prompts]
 
     monkeypatch.setattr(answer_engines.TransformersEngine, "complete", remember)
     questions = save_alpaca(tmp_path / "q.json", 1)

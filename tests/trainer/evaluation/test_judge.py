@@ -8,7 +8,7 @@ import threading
 import pytest
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation import benchmarks, judging
-from widemargin.trainer.evaluation.judge_client import JudgeClient, Unusable
+from widemargin.trainer.evaluation.chat_client import ChatClient, Unusable, text_of
 from widemargin.trainer.evaluation.questions import alpaca_outputs, alpaca_questions
 
 from tests.support.eval_files import chat_endpoint, said, save_alpaca, save_arena
@@ -24,12 +24,14 @@ def environment(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def client(url: str, **options) -> JudgeClient:
-    return JudgeClient("m", url, **{"first_wait_s": 0.001, "timeout_s": 5.0, **options})
+def client(url: str, **options) -> ChatClient:
+    return ChatClient("m", url, **{"first_wait_s": 0.001, "timeout_s": 5.0, **options})
 
 
-def ask(judge: JudgeClient) -> float:
-    return judge.ask([{"role": "user", "content": "?"}], judging.parse_verdict)
+def ask(judge: ChatClient) -> float:
+    return judge.ask(
+        [{"role": "user", "content": "?"}], lambda it: judging.parse_verdict(text_of(it))
+    )
 
 
 TROUBLE = {
@@ -111,7 +113,7 @@ def test_no_key_is_no_header(monkeypatch):
 @pytest.mark.parametrize("url", ["ftp://x/v1", "host/v1", "", "https://me:pw@x/v1"])
 def test_addresses_that_are_none(url):
     with pytest.raises(UserError, match="--judge-url"):
-        JudgeClient("m", url)
+        ChatClient("m", url)
 
 
 def test_an_empty_address_is_not_openai():

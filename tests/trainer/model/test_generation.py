@@ -29,15 +29,15 @@ def test_stops_of_the_model_the_tokenizer_and_the_template(eos):
 
 def test_a_batch_answers_as_each_prompt_alone_and_ends_before_the_stop():
     model: Any = tiny_model().eval()
-    unending = complete(model, PROMPTS, Decoding([], PAD, 8), seed=0)
+    unending = complete(model, PROMPTS, Decoding([], PAD, 8), seeds=[0] * 3)
     assert [len(answer.token_ids) for answer in unending] == [8, 8, 8]
     assert not any(answer.stopped for answer in unending)
     stop = unending[0].token_ids[3]
     decoding = Decoding([stop], PAD, 8)
-    answers = complete(model, PROMPTS, decoding, seed=0)
+    answers = complete(model, PROMPTS, decoding, seeds=[0] * 3)
     end = unending[0].token_ids.index(stop)
-    assert answers[0] == Completion(unending[0].token_ids[:end], True)
-    assert answers == [complete(model, [prompt], decoding, seed=0)[0] for prompt in PROMPTS]
+    assert answers[0] == Completion(unending[0].token_ids[:end], stop)
+    assert answers == [complete(model, [prompt], decoding, seeds=[0])[0] for prompt in PROMPTS]
 
 
 def test_the_model_and_the_random_numbers_are_left_as_they_were():
@@ -47,17 +47,41 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were():
     expected = torch.rand(2)
     torch.manual_seed(3)
     decoding = Decoding([], PAD, 6, temperature=1.5)
-    drawn = complete(model, PROMPTS, decoding, seed=1)
+    drawn = complete(model, PROMPTS, decoding, [1, 2, 3])
     assert torch.equal(torch.rand(2), expected)
     assert model.training
     assert model.generation_config is saved
-    assert complete(model, PROMPTS, decoding, seed=1) == drawn
-    assert complete(model, PROMPTS, decoding, seed=2) != drawn
+    assert complete(model, PROMPTS, decoding, [1, 2, 3]) == drawn
+    assert complete(model, PROMPTS, decoding, [4, 5, 6]) != drawn
+
+
+def test_a_sample_is_that_of_its_seed_whatever_its_batch():
+    model: Any = tiny_model().eval()
+    decoding = Decoding([], PAD, 6, temperature=1.5, top_p=0.9, top_k=20)
+    drawn = complete(model, PROMPTS, decoding, [1, 2, 3])
+    for seed, prompt, answer in zip((1, 2, 3), PROMPTS, drawn, strict=True):
+        assert complete(model, [prompt], decoding, [seed]) == [answer]
+
+
+def test_samples_come_as_often_as_they_are_likely():
+    """First tokens of many seeds against the softmax, cut by top-k, within four deviations."""
+    model: Any = tiny_model().eval()
+    seeds, count = range(2000), 2000
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[2]])).logits[0, -1] / 0.7
+    kept = logits.topk(5)
+    expected = kept.values.softmax(0)
+    drawn = complete(model, [PROMPTS[2]] * count, Decoding([], PAD, 1, 0.7, top_k=5), seeds)
+    tokens = torch.tensor([answer.token_ids[0] for answer in drawn])
+    for token, share in zip(kept.indices, expected, strict=True):
+        deviation = (share * (1 - share) / count).sqrt()
+        assert abs((tokens == token).float().mean() - share) < 4 * deviation
+    assert set(tokens.tolist()) <= set(kept.indices.tolist())
 
 
 def test_answers_end_within_the_context():
     model = tiny_model(max_position_embeddings=8)
-    answers = complete(model, PROMPTS, Decoding([], PAD, 6), seed=0)
+    answers = complete(model, PROMPTS, Decoding([], PAD, 6), seeds=[0] * 3)
     assert [len(answer.token_ids) for answer in answers] == [2, 2, 2]
-    full = complete(model, [[5] * 8, [5]], Decoding([], PAD, 6), seed=0)
-    assert full == [Completion([], False)] * 2
+    full = complete(model, [[5] * 8, [5]], Decoding([], PAD, 6), seeds=[0, 0])
+    assert full == [Completion([], None)] * 2
