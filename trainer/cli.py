@@ -1,4 +1,4 @@
-"""The `widemargin` command: train, sweep, plan, evaluate, merge, report, doctor, quickstart.
+"""The `widemargin` command, whose parts `widemargin --help` lists.
 
 A command imports its modules when it runs, so `--help` and wrong arguments do not wait for torch.
 """
@@ -17,6 +17,8 @@ from .errors import UserError
 from .evaluation.evaluate_command import add_evaluate, run_evaluate
 from .plan.command import add_plan, run_plan
 from .quickstart.command import add_quickstart, quickstart
+from .sampling.command import COMMANDS as SAMPLING
+from .sampling.command import add_sampling, run_sampling
 from .sweep.command import add_sweep, run_sweep
 from .text import printable, steady_console
 
@@ -63,7 +65,8 @@ def _guarded(argv: Sequence[str] | None, script: str | None) -> int:
         raise
     except KeyboardInterrupt:
         hint = "--resume_from_checkpoint=true goes on from the last checkpoint, if one was saved"
-        if "evaluate" in (argv if argv is not None else sys.argv[1:])[:1]:
+        given = (argv if argv is not None else sys.argv[1:])[:1]
+        if {"evaluate", *SAMPLING}.intersection(given):
             hint = "what is finished is kept; the same command goes on from there"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
         return 130
@@ -75,6 +78,8 @@ def _run(argv: list[str], script: str | None) -> int:
         return _train(options.config, overrides, script, preflight=options.preflight)
     if options.command == "evaluate":
         return run_evaluate(options, overrides)
+    if options.command in SAMPLING:
+        return run_sampling(options, overrides)
     if options.command == "plan":
         return run_plan(options, overrides)
     if options.command == "sweep":
@@ -118,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_plan(commands)
     add_evaluate(commands)
+    add_sampling(commands)
     report = commands.add_parser(
         "report",
         help="write the report of a run, or of several in comparison",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOO_LONG = "prompt too long"
+SERVER = "server"
+"""The engine that is elsewhere, where nobody sees the model's files."""
 
 
 class Engine(Protocol):
@@ -75,12 +77,10 @@ def identity(asked: Any, what: str, settings: DecodingSettings, model: str, engi
     texts = json.dumps(asked)
     shown = asdict(settings) | {"model_name_or_path": model, "engine": engine}
     del shown["device"]
-    return shown | {
-        what: len(asked),
-        f"{what}_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-        "dtype": dtype_of(settings),
-        "model_fingerprint": fingerprint(settings, model),
-    }
+    shown |= {what: len(asked), f"{what}_sha256": hashlib.sha256(texts.encode()).hexdigest()}
+    if engine == SERVER:
+        return shown
+    return shown | {"dtype": dtype_of(settings), "model_fingerprint": fingerprint(settings, model)}
 
 
 def seed_of(seed: int, key: str) -> int:
@@ -195,6 +195,8 @@ def length_report(records: Sequence[Record]) -> dict[str, Any]:
         ("characters", [len(record["output"]) for record in records]),
         ("tokens", [record["tokens"] for record in records]),
     ):
+        if None in values:  # a server that did not count
+            continue
         report[unit] = {
             "mean": statistics.fmean(values),
             "median": float(statistics.median(values)),
@@ -211,7 +213,9 @@ def length_lines(report: dict[str, Any]) -> list[str]:
     total = report["questions"]
     lines = [f"{total:,} answers"]
     for unit in ("characters", "tokens"):
-        stats = report[unit]
+        stats = report.get(unit)
+        if stats is None:
+            continue
         lines.append(
             f"  {unit}: mean {stats['mean']:,.0f}, median {stats['median']:,.0f}, "
             f"max {stats['max']:,}"

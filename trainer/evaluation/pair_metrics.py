@@ -101,7 +101,7 @@ def reward_metrics(margins: np.ndarray, longer: np.ndarray, beta: float) -> dict
             }
             for name, group in zip(LENGTH_GROUPS, groups, strict=True)
         },
-        "correlation_with_length": _correlation(margins, longer),
+        "correlation_with_length": correlation(margins, longer),
         "calibration": calibration(margins, beta),
     }
 
@@ -144,7 +144,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean(dtype=np.float64)) if len(values) else None
 
 
-def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+def correlation(one: np.ndarray, other: np.ndarray) -> float | None:
     """Pearson's; None where either is the same for all pairs."""
     if len(one) < 2 or not one.std() or not other.std():
         return None

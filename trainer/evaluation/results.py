@@ -19,6 +19,8 @@ Record = dict[str, Any]
 
 SEAL = "crc32"
 """A record's checksum, in its line of the file."""
+ELSEWHERE = "give another folder with --out"
+"""How to have records of other settings."""
 
 
 def output_folder(model: str, benchmark: str, out: Path | None) -> Path:
@@ -104,7 +106,10 @@ class Records:
             no record or was changed, or another process is at it.
     """
 
-    def __init__(self, folder: Path, name: str, settings: Record) -> None:
+    def __init__(
+        self, folder: Path, name: str, settings: Record, elsewhere: str = ELSEWHERE
+    ) -> None:
+        self.elsewhere = elsewhere
         self.path = folder / f"{name}.jsonl"
         self._settings_path = folder / f"{name}.settings.json"
         self._settings: Record = json.loads(json.dumps(settings))
@@ -143,8 +148,8 @@ class Records:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(
-                    f"{self.path}: another process is writing to it; wait for it, or give another "
-                    "folder with --out"
+                    f"{self.path}: another process is writing to it; wait for it, or "
+                    f"{self.elsewhere}"
                 ) from error
 
     def _check_settings(self) -> None:
@@ -153,7 +158,7 @@ class Records:
             if not empty:
                 raise UserError(
                     f"{self.path}: its {self._settings_path.name} is missing, so nobody knows its "
-                    "settings; give another folder with --out"
+                    f"settings; {self.elsewhere}"
                 )
         else:
             changes = self._changed_settings()
@@ -162,8 +167,7 @@ class Records:
             if not empty:
                 raise UserError(
                     f"{self.path.parent}: it holds results of other settings "
-                    f"({'; '.join(changes)}); give another folder with --out, or the same "
-                    "settings to go on"
+                    f"({'; '.join(changes)}); {self.elsewhere}, or the same settings to go on"
                 )
         write_json(self._settings_path, self._settings)
 
@@ -174,7 +178,7 @@ class Records:
             keys = sorted(before.keys() | self._settings.keys())
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{self._settings_path}: not readable ({error}); give another folder with --out"
+                f"{self._settings_path}: not readable ({error}); {self.elsewhere}"
             ) from error
         return [
             printable(f"{key}: {before.get(key)!r} before, {self._settings.get(key)!r} now", 200)
@@ -186,20 +190,35 @@ class Records:
         self._file.seek(0)
         content = self._file.read()
         lines = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(lines.splitlines(), 1):
-            try:
-                record = json.loads(line)
-                if record.pop(SEAL) != _seal(record):
-                    raise ValueError("its checksum differs")
-                self.done.setdefault(record["id"], record)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(
-                    f"{self.path}, line {number}: remove this line, and its record is made again; "
-                    "it is damaged"
-                ) from error
+        self.done = _parsed(self.path, lines)
         if len(lines) < len(content):
             self._file.truncate(len(lines))
             os.fsync(self._file.fileno())
+
+
+def read_records(folder: Path, name: str) -> tuple[Record, dict[str, Record]]:
+    """The settings and the finished records by id, as `Records` wrote them to ``folder``."""
+    path = folder / f"{name}.jsonl"
+    with refusals(f"{path}: cannot be read", OSError, ValueError):
+        settings = json.loads((folder / f"{name}.settings.json").read_text(encoding="utf-8"))
+        content = path.read_bytes()
+    return settings, _parsed(path, content[: content.rfind(b"\n") + 1])
+
+
+def _parsed(path: Path, lines: bytes) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    for number, line in enumerate(lines.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if record.pop(SEAL) != _seal(record):
+                raise ValueError("its checksum differs")
+            records.setdefault(record["id"], record)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: remove this line, and its record is made again; "
+                "it is damaged"
+            ) from error
+    return records
 
 
 def _sealed(record: Record) -> str:

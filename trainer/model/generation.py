@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +15,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from ..data import chat
@@ -48,17 +48,34 @@ class Completion:
         return self.end is not None
 
 
-class _RowNoise(LogitsProcessor):
-    """Gumbel noise on scores, whose largest entry is then a sample; each row has its own seed."""
+class _Sampler(LogitsProcessor):
+    """Leaves of each row's scores one token, drawn by the row's own seed.
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    A token outside of the likeliest that hold ``top_p`` is drawn again, which takes no sorting.
+    """
+
+    def __init__(self, decoding: Decoding, seeds: Sequence[int]) -> None:
+        self.temperature, self.top_p = decoding.temperature, decoding.top_p
+        self.cut = TopKLogitsWarper(decoding.top_k) if decoding.top_k else None
+        self.draws = [random.Random(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore
-        noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.log()
+        kept: Any = scores if self.cut is None else self.cut(input_ids, scores)  # pyright: ignore
+        probabilities = (kept / self.temperature).softmax(-1)
+        sums = probabilities.cumsum(-1)
+        drawn = torch.full((len(scores), 1), -1, device=scores.device)
+        rows = list(range(len(scores)))
+        while rows:
+            points = sums.new_tensor([[self.draws[row].random()] for row in rows])
+            tokens = torch.searchsorted(sums[rows], points * sums[rows, -1:], right=True)
+            tokens = tokens.clamp(max=scores.shape[-1] - 1)
+            likely = probabilities[rows]
+            own = likely.gather(1, tokens)
+            above = torch.where(likely > own, likely, 0).sum(-1, keepdim=True)
+            right = ((own > 0) & ((above < self.top_p) | (self.top_p == 1))).flatten()
+            drawn[rows] = torch.where(right[:, None], tokens, -1)
+            rows = [row for row, done in zip(rows, right.tolist(), strict=True) if not done]
+        return torch.full_like(scores, -math.inf).scatter(1, drawn, 0.0)
 
 
 def stop_ids(
@@ -109,28 +126,14 @@ def complete(
         eos_token_id=decoding.stops or None,
         pad_token_id=decoding.pad_id,
     )
+    sampling = [_Sampler(decoding, seeds)] if decoding.temperature else []
     with _generating(model, config), torch.no_grad():
         written = model.generate(
             ids.to(device),
             attention_mask=mask.to(device),
-            logits_processor=_sampling(decoding, seeds, device),
+            logits_processor=LogitsProcessorList(sampling),
         )
     return [_cut(row, decoding.stops) for row in written[:, width:].tolist()]
-
-
-def _sampling(
-    decoding: Decoding, seeds: Sequence[int], device: torch.device
-) -> LogitsProcessorList:
-    """What makes the likeliest token a sample; nothing at temperature 0."""
-    processors = LogitsProcessorList()
-    if decoding.temperature > 0:
-        processors.append(TemperatureLogitsWarper(decoding.temperature))
-        if decoding.top_k:
-            processors.append(TopKLogitsWarper(decoding.top_k))
-        if decoding.top_p < 1:
-            processors.append(TopPLogitsWarper(decoding.top_p))
-        processors.append(_RowNoise(seeds, device))
-    return processors
 
 
 @contextmanager

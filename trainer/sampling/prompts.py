@@ -1,0 +1,148 @@
+"""A data set -> the prompts that a model answers, each once, as text and as token ids.
+
+A row's prompt is what training would read in it, with its system text, its earlier turns and its
+tools; the answers that a row may have count for nothing. A text alone is a user's message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..data.chat import plain_text_prefix, render
+from ..data.encoder import encode, single_bos
+from ..data.encoding import content_form
+from ..data.formats.answers import Edges
+from ..data.formats.converters import transcript
+from ..data.formats.files import ONE_TABLE, open_source
+from ..data.formats.messages import content_text
+from ..data.formats.shapes import standard_rows
+from ..data.guard import PROMPT_LOST, occurs
+from ..data.rows import Pair, RowProblem, attempt, dressed, read_row
+from ..errors import UserError
+from ..files import digest
+from ..text import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BEGUN = "prompt that begins an answer"
+_SIDES = {
+    side: [{"role": "assistant", "content": side}]
+    for side in ("chosen", "rejected")
+}  # fmt: skip
+
+
+@dataclass
+class Prompt:
+    """A prompt: messages, or plain text that is continued without a chat template."""
+
+    content: Any
+    row: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    #: Of the tokenizer; None for a server.
+    token_ids: list[int] | None = None
+
+    @property
+    def id(self) -> str:
+        facts = [self.content, self.arguments] if self.arguments else [self.content]
+        return digest([json.dumps(facts, sort_keys=True, default=str)], 8)
+
+
+def open_prompts(source: str, split: str | None) -> Any:
+    """The rows of a file, a folder or a hub name; of ``split``, or of its training split."""
+    tables = open_source(source, [split or "train"], [])
+    if ONE_TABLE in tables:
+        return tables[ONE_TABLE]
+    names = [name for name in tables if (name == split if split else "train" in name)]
+    if len(names) != 1:
+        raise UserError(f"--split: name one of {', '.join(tables)}, the splits of {source}")
+    return tables[names[0]]
+
+
+def read_prompts(
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    opening: list[dict[str, str]],
+    limit: int | None,
+) -> tuple[list[Prompt], list[str]]:
+    """The first ``limit`` distinct prompts of ``rows``, and what to say of rows without one.
+
+    ``opening`` goes before prompts without a system message. ``tokenizer`` is None for a server.
+    """
+    form = "text" if tokenizer is None else content_form(tokenizer)
+    prompts: dict[str, Prompt] = {}
+    problems: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    repeated = 0
+    for number, row in enumerate(rows):
+        if len(prompts) == limit:
+            break
+        prompt = attempt(_prompt, row, form, tokenizer, opening)
+        if isinstance(prompt, RowProblem):
+            problems[prompt.reason] += 1
+            examples.setdefault(prompt.reason, f"row {number}: {prompt.detail}")
+            continue
+        repeated += prompt.id in prompts
+        prompts.setdefault(prompt.id, prompt)
+    lines = [
+        f"left out: {count:,} rows, {reason} ({printable(examples[reason], 200)})"
+        for reason, count in problems.items()
+    ]
+    if not prompts:
+        raise UserError(f"no row has a prompt; {'; '.join(lines) or 'there are no rows'}")
+    if repeated:
+        lines.append(f"{repeated:,} rows repeat a prompt, which is answered once")
+    return list(prompts.values()), lines
+
+
+def _prompt(
+    row: dict[str, Any],
+    form: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    opening: list[dict[str, str]],
+) -> Prompt:
+    pair = _read(row)
+    if pair.begun:
+        raise RowProblem(BEGUN, "end the prompt before it")
+    prompt = Prompt(pair.prompt, json.loads(json.dumps(row, default=str)))
+    if pair.conversation:
+        pair = dressed(pair, row, {}, form)
+        has_system = pair.prompt[0]["role"] == "system"
+        prompt.content = [*([] if has_system else opening), *pair.prompt]
+        prompt.arguments = pair.arguments
+    if tokenizer is not None:
+        prompt.token_ids = _tokens(prompt, pair.conversation, tokenizer)
+    elif not pair.conversation:
+        raise RowProblem("plain text", "a server takes messages; give the prompt as messages")
+    elif prompt.arguments:
+        raise RowProblem("arguments of a template", "a server cannot be told tools or others")
+    return prompt
+
+
+def _read(row: dict[str, Any]) -> Pair:
+    """The row as a pair, whose answers mean nothing."""
+    if not _SIDES.keys() <= row.keys():
+        row = row | _SIDES | ({"prompt": transcript(row["prompt"])} if "prompt" in row else {})
+    return read_row(standard_rows(row, Edges())[0])
+
+
+def _tokens(prompt: Prompt, talk: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt up to where the answer begins, as tokens; nothing of it may be lost."""
+    if not talk:
+        return plain_text_prefix(tokenizer) + encode(tokenizer, [prompt.content])[0]
+    text = render(tokenizer, [prompt.content], True, prompt.arguments)[0]
+    if isinstance(text, RowProblem):
+        raise text
+    lost = [said for said in _said(prompt.content) if not occurs(said, text)]
+    if lost:
+        raise RowProblem(PROMPT_LOST, lost[0])
+    bos = tokenizer.bos_token_id
+    return single_bos(encode(tokenizer, [text])[0], bos if isinstance(bos, int) else None)
+
+
+def _said(messages: list[dict[str, Any]]) -> Iterator[str]:
+    yield from map(content_text, messages)

@@ -1,0 +1,88 @@
+"""Scores of the answers in a folder: `scores-NAME.jsonl`, a record an answer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import UserError
+from ..evaluation.results import Record, Records, read_records
+from ..files import file_digest
+from ..text import printable
+from .scorers import TRUNCATED, Scored, ScoreSettings, make_scorer, usable
+
+NO_ANSWER = "no answer"
+
+
+def score_name(by: str) -> str:
+    """What scores are called if nothing is said: python-rules-brevity, judge-gpt-4o, ..."""
+    kind, _, name = by.partition(":")
+    last = Path(name).expanduser().resolve().name if kind == "model" else name
+    return re.sub(r"[^\w.-]+", "-", f"{kind}-{last}").strip("-.")
+
+
+def score(
+    folder: Path, by: str, settings: ScoreSettings, *, name: str | None, max_failures: float
+) -> dict[str, Record]:
+    """Score the answers of ``folder`` that have no score under ``name``.
+
+    Raises:
+        UserError: more than the share ``max_failures`` of answers got no score.
+    """
+    _, prompts = read_records(folder, "prompts")
+    _, answers = read_records(folder, "answers")
+    scorer = make_scorer(by, settings)
+    settled = {"answers": file_digest(folder / "answers.settings.json"), **scorer.identity}
+    chosen = f"scores-{name or score_name(by)}"
+    with Records(folder, chosen, settled, "give them another name with --name") as records:
+        if records.done:
+            print(f"{len(records.done):,} of {len(answers):,} scores are in {records.path} already")
+        said = [key for key in answers if answers[key]["output"].strip()]
+        silent = answers.keys() - set(said)
+        records.append({"id": k, "score": None, "why": NO_ANSWER} for k in answers if k in silent)
+        for start in range(0, len(said), settings.batch_size):  # the same batches in every run
+            batch = said[start : start + settings.batch_size]
+            if not records.done.keys() >= set(batch):
+                made = map(usable, scorer.scores([_item(answers[key], prompts) for key in batch]))
+                records.append(
+                    {"id": key, "score": value, "why": why}
+                    for key, (value, why) in zip(batch, made, strict=True)
+                )
+                _check_failures(records, len(answers), max_failures)
+        _check_failures(records, len(answers), max_failures)
+        _report(records, folder)
+        return records.done
+
+
+def _item(answer: Record, prompts: dict[str, Record]) -> Scored:
+    prompt = prompts[answer["prompt_id"]]
+    return Scored(prompt["prompt"], answer["output"], prompt["row"])
+
+
+def _failed(records: Records) -> list[Record]:
+    made = records.done.values()
+    return [record for record in made if record["score"] is None and record["why"] != NO_ANSWER]
+
+
+def _check_failures(records: Records, total: int, share: float) -> None:
+    failed = _failed(records)
+    if len(failed) > share * total:
+        raise UserError(
+            f"--max-failures: correct the scorer and give --name, or raise this from {share:g}; "
+            f"{len(failed):,} of {total:,} answers got no score, first {failed[0]['id']}: "
+            f"{printable(failed[0]['why'], 200)}"
+        )
+
+
+def _report(records: Records, folder: Path) -> None:
+    made = list(records.done.values())
+    values = sorted(record["score"] for record in made if record["score"] is not None)
+    line = f"{len(values):,} scores"
+    if values:
+        middle = values[len(values) // 2]
+        line += f", from {values[0]:.4g} to {values[-1]:.4g}, middle {middle:.4g}"
+    failed, cut = _failed(records), sum(record["why"] == TRUNCATED for record in made)
+    empty = len(made) - len(values) - len(failed)
+    counts = {"answers without text": empty, "without a score": len(failed), TRUNCATED: cut}
+    print("\n".join([line, *(f"  {what}: {n:,}" for what, n in counts.items() if n)]))
+    print(f"Written: {records.path}; next: widemargin pair {folder} --out pairs.jsonl")
