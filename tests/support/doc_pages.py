@@ -16,6 +16,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from widemargin.trainer.cli import _parser
 from widemargin.trainer.evaluation.settings import AnswerSettings, HarnessSettings, PairSettings
 from widemargin.trainer.objectives import OBJECTIVES, hyperparameters_of
+from widemargin.trainer.sampling.generate import SampleSettings
+from widemargin.trainer.sampling.scorers import ScoreSettings
 from widemargin.trainer.settings.config import PreferenceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +100,14 @@ def is_printed(message: str) -> bool:
 @cache
 def settings() -> frozenset[str]:
     """Names of all settings: of training, the objectives, evaluation."""
-    kinds: tuple[Any, ...] = (PreferenceConfig, PairSettings, AnswerSettings, HarnessSettings)
+    kinds: tuple[Any, ...] = (
+        PreferenceConfig,
+        PairSettings,
+        AnswerSettings,
+        HarnessSettings,
+        SampleSettings,
+        ScoreSettings,
+    )
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     names |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}  # by any transformers
     names |= {field.name for field in dataclasses.fields(AcceleratorConfig)}
