@@ -145,7 +145,7 @@ REFUSED = [
     ({"use_flash_attention_2": True, "attn_implementation": "sdpa"}, "use_flash_attention_2"),
     ({"generate_during_eval": True}, "generate_during_eval: True cannot be done"),
     ({"reference_free": True}, "reference_free"),
-    ({"model_init_kwargs": {"torch_dtype": "bfloat16"}}, "model_init_kwargs.*dtype"),
+    ({"model_init_kwargs": {"device_map": "auto"}}, "model_init_kwargs: leave device_map out"),
     ({"save_safetensors": False}, "save_safetensors: False cannot be done"),
     ({"group_by_length": True}, "group_by_length: True cannot be done"),
     ({"dataset_mixture": {"datasets": [{"id": "a/b"}]}}, "write dataset_mixer .*dataset_splits"),

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config
@@ -28,7 +29,14 @@ DPO: list[Row] = [
     ("bf16", True, {"bf16": True}, None),
     ("gradient_checkpointing", True, {"gradient_checkpointing": True}, None),
     ("logging_steps", 3, {"logging_steps": 3}, None),
-    ("model_init_kwargs", {"dtype": "bfloat16"}, "give dtype, attn_implementation", "give dtype"),
+    ("model_init_kwargs", {"dtype": "float16"}, {"dtype": "float16"}, "write dtype='float16'"),
+    (
+        *("model_init_kwargs", {"dtype": torch.bfloat16, "revision": "v2", "use_cache": False}),
+        {"dtype": "bfloat16", "model_revision": "v2"},
+        "write dtype='bfloat16', model_revision='v2' instead",
+    ),
+    ("model_init_kwargs", {"device_map": "auto"}, "leave device_map out", "leave device_map out"),
+    ("model_init_kwargs", "auto", "expected a mapping", "expected a mapping"),
     ("trust_remote_code", True, {"trust_remote_code": True}, None),
     ("router_aux_loss_coef", 0.01, {"router_aux_loss_coef": 0.01}, None),
     ("disable_dropout", False, {"disable_dropout": False}, None),
@@ -107,7 +115,7 @@ CPO: list[Row] = [
     ("generate_during_eval", True, "writes no text", "writes no text"),
     ("is_encoder_decoder", True, "models are decoder-only", "models are decoder-only"),
     ("is_encoder_decoder", False, {}, OUT),
-    ("model_init_kwargs", {"dtype": "auto"}, "give dtype", "give dtype"),
+    ("model_init_kwargs", {"dtype": "auto"}, {"dtype": "auto"}, "write dtype='auto' instead"),
     ("trust_remote_code", True, {"trust_remote_code": True}, None),
     ("dataset_num_proc", 2, {"preprocessing_num_workers": 2}, "write preprocessing_num_workers"),
     ("learning_rate", 3e-6, {"learning_rate": 3e-6}, None),
@@ -135,7 +143,7 @@ ORPO: list[Row] = [
     ("padding_value", 1, {}, OUT),
     ("generate_during_eval", True, "writes no text", "writes no text"),
     ("is_encoder_decoder", True, "models are decoder-only", "models are decoder-only"),
-    ("model_init_kwargs", {"dtype": "auto"}, "give dtype", "give dtype"),
+    ("model_init_kwargs", {"dtype": "auto"}, {"dtype": "auto"}, "write dtype='auto' instead"),
     ("trust_remote_code", True, {"trust_remote_code": True}, None),
     ("dataset_num_proc", 2, {"preprocessing_num_workers": 2}, "write preprocessing_num_workers"),
     ("learning_rate", 3e-6, {"learning_rate": 3e-6}, None),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UserError
+from .model_arguments import model_arguments
 
 Settings = dict[str, Any]
 
@@ -117,8 +118,7 @@ def _splits(value: Any, settings: Settings) -> Settings:
 
 
 def _rpo(value: Any, settings: Settings) -> Settings:
-    """TRL averages this likelihood over all chosen tokens."""
-    tokens = value and settings.get("nll") is None
+    tokens = value and settings.get("nll") is None  # as TRL averages this likelihood
     return {"sft_weight": value} | ({"nll": "tokens"} if tokens else {})
 
 
@@ -206,7 +206,7 @@ SIMPO = (
     _dropped("label_pad_token_id", "there are no padded labels"),
     _only("generate_during_eval", (False,), "evaluation scores pairs and writes no text"),
     _only("is_encoder_decoder", (False,), "models are decoder-only"),
-    _only("model_init_kwargs", (), _MODEL_ARGUMENTS),
+    Key("model_init_kwargs", "dtype", "and other settings by its keys", model_arguments),
 )
 
 GAMMA_PO = (
