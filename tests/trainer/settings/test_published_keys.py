@@ -280,6 +280,8 @@ def test_trl_names_of_weights():
     assert hyperparameters_of(objective="cpo", cpo_alpha=0.5, alpha=0.0)["alpha"] == 0.5
     simpo = hyperparameters_of(objective="simpo", beta=2.0, simpo_gamma=1.0, cpo_alpha=0.1)
     assert (simpo["sft_weight"], simpo["gamma_beta_ratio"]) == (0.1, 0.5)
+    alphapo = hyperparameters_of(loss_type="alphapo", alpha=0.5, cpo_alpha=1.0, beta=0.1)
+    assert (alphapo["alpha"], alphapo["sft_weight"]) == (0.5, 0.0)  # as TRL's class has it
     dpo = hyperparameters_of(objective="dpo", rpo_alpha=1.0, loss_weights=None)
     assert (dpo["sft_weight"], dpo["nll"]) == (1.0, "tokens")
 

@@ -133,6 +133,9 @@ def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) ->
             f"objective: none is named; add objective: with one of {', '.join(OBJECTIVES)}"
         )
     settings["objective"] = objective
+    if loss_type == "alphapo" and settings.get("cpo_alpha") is not None:
+        why = "TRL's alphapo sets it to 0"
+        notes.append(note("cpo_alpha", settings.pop("cpo_alpha"), {}, why))
     published = loss_type is not None or trainer_type is not None
     given = {"loss_type": loss_type, "trainer_type": trainer_type}
     said = ", ".join(f"{n}: {yaml_value(v)}" for n, v in given.items() if v is not None)
