@@ -70,8 +70,8 @@ refused |
 `max_train_samples` rows of it |
 | prompt tuning, prefix tuning | LoRA or another adapter of weights |
 | a tokenizer without a padding token | the same: its end token pads, and is masked there |
-| `evaluate(other_dataset)` after `precompute_ref_log_probs` | the same with an adapter; without, \
-give the set as `eval_dataset`, or leave `precompute_ref_log_probs` out |
+| `evaluate(other_dataset)` after `precompute_ref_log_probs` | the same: the frozen model is the \
+base of an adapter, or is loaded again by its name and let go |
 | `DPOConfig(...)` | `PreferenceConfig(objective="dpo", ...)` |
 | `CPOConfig(loss_type="simpo", simpo_gamma=g, cpo_alpha=a, ...)` | \
 `PreferenceConfig(objective="simpo", gamma_beta_ratio=g / beta, objective_args={"sft_weight": a})` |

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from datasets import IterableDataset
 from peft import LoraConfig, PromptTuningConfig
-from transformers import BitsAndBytesConfig, EvalPrediction
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EvalPrediction
 from widemargin.trainer import PreferenceConfig, PreferenceTrainer
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.loop.arguments import _ORDER
 from widemargin.trainer.objectives import build_objective
+from widemargin.trainer.reference import cache
 
 from tests.support.tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+ONCE = {"precompute_ref_log_probs": True}
 QUANTIZED = BitsAndBytesConfig(load_in_8bit=True)
 REFUSED = [
     ({"args": None}, r"args: expected .* got none; PreferenceConfig\(objective='dpo'\)"),
@@ -143,17 +145,43 @@ def test_a_stream_that_breaks_says_so(tmp_path):
         )
 
 
-@pytest.mark.parametrize("adapted", [True, False])
-def test_a_new_set_is_evaluated_under_precomputed_references(tmp_path, adapted):
-    """An adapter leaves its base there to score with; without one the remedy is said."""
-    args = tiny_config(tmp_path, objective="dpo", precompute_ref_log_probs=True)
+def test_a_new_set_is_evaluated_under_precomputed_references_of_a_base(tmp_path):
+    """An adapter leaves its base there to score with."""
     made = PreferenceTrainer(
-        *(tiny_model(), args, tiny_pairs()),
+        *(tiny_model(), tiny_config(tmp_path, objective="dpo", **ONCE), tiny_pairs()),
         processing_class=TOKENIZER,
-        peft_config=LoraConfig(target_modules="all-linear") if adapted else None,
+        peft_config=LoraConfig(target_modules="all-linear"),
     )
-    if adapted:
-        assert made.evaluate(tiny_pairs(3, seed=5))["eval_loss"] == pytest.approx(math.log(2))
-    else:
-        with pytest.raises(UserError, match="give it as eval_dataset"):
-            made.evaluate(tiny_pairs(3, seed=5))
+    assert made.evaluate(tiny_pairs(3, seed=5))["eval_loss"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("named", ["model", "reference", "object"])
+def test_a_new_set_is_evaluated_after_the_frozen_model_is_gone(tmp_path, named, monkeypatch):
+    """It is loaded again by its name; another run keeps it in memory, and finds the same."""
+    monkeypatch.setattr(cache, "cache_folder", lambda: str(tmp_path / "cache"))
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_model(seed=3).save_pretrained(tmp_path / "other")
+    given = {"ref_model_name_or_path": str(tmp_path / "other")} if named == "reference" else {}
+    found = []
+    for once in ({}, ONCE):
+        place = str(tmp_path / "model")
+        model = AutoModelForCausalLM.from_pretrained(place) if named == "object" else place
+        args = tiny_config(tmp_path / "run", objective="dpo", **given, **once)
+        made = PreferenceTrainer(model, args, tiny_pairs(), processing_class=TOKENIZER)
+        made.train()
+        found.append([made.evaluate(tiny_pairs(3, seed=5))["eval_loss"] for _ in range(2)])
+        assert made.reference is not None
+        assert (made.reference.model is None) == bool(once)
+    assert found[0][0] != pytest.approx(math.log(2), abs=1e-3)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_frozen_model_that_is_gone_is_not_replaced_by_another(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    for model in (str(tmp_path / "model"), tiny_model()):
+        args = tiny_config(tmp_path, objective="dpo", **ONCE)
+        made = PreferenceTrainer(model, args, tiny_pairs(), processing_class=TOKENIZER)
+        tiny_model(seed=4).save_pretrained(tmp_path / "model")
+        with pytest.raises(UserError, match="give this data set as eval_dataset from the start"):
+            made.evaluate(tiny_pairs(4, seed=6))

@@ -13,12 +13,14 @@ from ..batching.pipeline import PairBatches, sheltered
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
+    from ..reference.model import Reference
 
 
 class BatchedTrainer(Trainer):
     """Deals pairs over steps, micro-batches and ranks as its pipeline plans them."""
 
     pipeline: PairPipeline
+    reference: Reference | None
     _train_batches: PairBatches | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,6 +38,8 @@ class BatchedTrainer(Trainer):
             return sheltered(super().get_eval_dataloader(eval_dataset))
         workers_stay = self.args.dataloader_persistent_workers
         rows = self.pipeline.later_rows(eval_dataset)
+        if self.reference is not None:
+            self.reference.precompute_later(rows, self)
         try:  # workers that stay would be found again for every other data set
             self.args.dataloader_persistent_workers = False
             return sheltered(super().get_eval_dataloader(rows))

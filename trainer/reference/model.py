@@ -14,8 +14,9 @@ All are scored by the head without logits, in the batch's own layout and precisi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,16 +25,21 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..model.adapters import bare_model, starts_as_its_base
 from ..model.digest import model_digest
-from ..model.frozen import place_frozen
-from ..model.head import patch_head
 from ..model.loading import load_model
 from ..packing import model_inputs
-from ..packing.choose import longest_sequence
-from ..packing.rope import fix_rope
 from ..packing.verify import compare_with_alone
 from ..settings.checks import is_split
 from .cache import columns_digest, precomputed
-from .source import check_columns, check_synced, check_tokenizer, checked, copy_of
+from .source import (
+    check_columns,
+    check_synced,
+    check_tokenizer,
+    checked,
+    copy_of,
+    loaded_again,
+    placed,
+    prepare_frozen,
+)
 from .sync import SyncedReference
 
 if TYPE_CHECKING:
@@ -106,9 +112,10 @@ class Reference:
         elif not self._policy_can_score():
             self.model = copy_of(policy, args)
         if self.model is not None:
-            fix_rope(self.model, longest_sequence(*(p.lengths for p in rows if p is not None)))
-            self.model.requires_grad_(False).eval()
-            patch_head(bare_model(self.model), **args.head_settings)
+            prepare_frozen(self.model, args, [part for part in rows if part is not None])
+        named: Any = bare_model(self.model or policy)
+        self._name = args.ref_model_name_or_path if self._other else args.model_name_or_path
+        self._name = self._name or named.config._name_or_path
         if args.precompute_ref_log_probs or self.model is not None:
             self._digest = model_digest(self.model or policy, args.process_index == 0)
 
@@ -132,11 +139,7 @@ class Reference:
             self._autocast = accelerator.autocast
         self._unwrap = accelerator.unwrap_model
         if self.model is not None:
-            if self.args.use_liger_kernel:
-                from transformers.integrations.liger import apply_liger_kernel
-
-                apply_liger_kernel(self.model, self.args.liger_kernel_config)
-            self.model = place_frozen(self.model, accelerator, self.args)
+            self.model = placed(self.model, accelerator, self.args)
         if self.model is not None and self.args.sync_ref_model:
             trainer.synced = SyncedReference(self.model)  # pyright: ignore
             trainer.add_callback(trainer.synced)  # pyright: ignore
@@ -148,21 +151,39 @@ class Reference:
         frozen: Any = self.model or trainer.model
         with self._scoring(frozen, disable_adapter=self.model is None and self._under_adapter):
             for rows in self._lacking:
-                values, note = precomputed(
-                    rows,
-                    self._digest,
-                    lambda batch: _summed_logps(
-                        self.objective, frozen, trainer._prepare_inputs(batch)
-                    ),
-                    trainer,
-                    weights=self.objective.token_weights,
-                )
-                rows.set_reference(values)
-                self.notes.append(note)
-                logger.info(note)
+                self.notes.append(self._precompute(rows, lambda: frozen, trainer))
         self.model = None
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _precompute(self, rows: PairRows, frozen: Callable[[], Any], trainer: Trainer) -> str:
+        """Give ``rows`` their log-probs, and return the line that says from where."""
+        values, note = precomputed(
+            rows,
+            self._digest or "",
+            lambda batch: _summed_logps(self.objective, frozen(), trainer._prepare_inputs(batch)),
+            trainer,
+            weights=self.objective.token_weights,
+        )
+        rows.set_reference(values)
+        logger.info(note)
+        return note
+
+    def precompute_later(self, rows: PairRows, trainer: Trainer) -> None:
+        """Give rows that are evaluated later their log-probs, if no frozen model is here for them.
+
+        Call it on all ranks. What is not on disk a model computes that is loaded for it and let go.
+        """
+        here = rows.has_reference or self.model is not None or self._under_adapter
+        if here or self._digest is None or is_split(self.args):
+            return
+        again = cache(
+            lambda: loaded_again(
+                self._name, self._digest or "", self.args, trainer.accelerator, rows
+            )
+        )
+        with torch.no_grad(), self._autocast():
+            self._precompute(rows, again, trainer)
 
     def content(self, rows: PairRows) -> str:
         """The hash of what ``rows`` are compared with, on the main process; "" for the base."""

@@ -1,18 +1,27 @@
-"""Whether a reference that is given fits the policy, and a copy where none is."""
+"""A reference that fits the policy: a given one, a copy, or one that is loaded again."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
 
 from ..errors import UserError
 from ..model.adapters import bare_model
+from ..model.digest import model_digest
+from ..model.frozen import place_frozen
+from ..model.head import patch_head
 from ..model.loading import load_model, vocabulary_size
+from ..packing.choose import longest_sequence
+from ..packing.rope import fix_rope
 from ..settings.checks import is_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..data.table import PairRows
     from ..objectives import Objective
     from ..settings.config import PreferenceConfig
 
@@ -80,3 +89,42 @@ def copy_of(policy: Any, args: PreferenceConfig) -> Any:
         name = bare_model(policy).config._name_or_path  # ZeRO-3 took the weights apart: load again
         return load_model(args, args.model_name_or_path or name)
     return copy.deepcopy(policy)
+
+
+def prepare_frozen(model: Any, args: PreferenceConfig, rows: Sequence[PairRows]) -> None:
+    """Let a frozen model score these rows, with the head that needs no logits."""
+    fix_rope(model, longest_sequence(*(part.lengths for part in rows)))
+    model.requires_grad_(False).eval()
+    patch_head(bare_model(model), **args.head_settings)
+
+
+def placed(model: Any, accelerator: Any, args: PreferenceConfig) -> Any:
+    """A prepared model on the device, with the kernels that the policy has."""
+    if args.use_liger_kernel:
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(model, args.liger_kernel_config)
+    return place_frozen(model, accelerator, args)
+
+
+def loaded_again(
+    name: str | None, digest: str, args: PreferenceConfig, accelerator: Any, rows: PairRows
+) -> Any:
+    """The frozen model that ``name`` stood for when training started, ready to score ``rows``.
+
+    Raises:
+        UserError: on all ranks, where it has no name or that stands for other weights by now.
+    """
+    model = load_model(args, name) if name else None
+    same = [False]
+    if model is not None:
+        prepare_frozen(model, args, [rows])
+        same = [model_digest(model, args.process_index == 0) == digest]
+    if args.world_size > 1:
+        broadcast_object_list(same)
+    if model is None or not same[0]:
+        raise UserError(
+            "reference: give this data set as eval_dataset from the start, or set "
+            f"precompute_ref_log_probs: false; {name!r} is no longer the frozen model's name"
+        )
+    return placed(model, accelerator, args)

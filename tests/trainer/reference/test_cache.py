@@ -143,7 +143,7 @@ def test_columns_that_the_data_has_need_no_model(tmp_path, names):
 
 def test_precomputing_is_told_to_do_nothing_without_a_reference(tmp_path, caplog):
     dpo_trainer(tmp_path, objective="simpo", **ONCE)
-    assert "simpo has no reference" in caplog.text
+    assert "precompute_ref_log_probs: does nothing here" in caplog.text
 
 
 def test_workers_outlive_a_sigterm(tmp_path, monkeypatch):
