@@ -86,7 +86,7 @@ test-distributed: $(DEEPSPEED) ## Two processes under DDP, ZeRO-2, ZeRO-3 and FS
 test-eval: $(EVAL) ## Evaluations with the benchmarks' own packages, alpaca_eval and lm_eval
 	$(BIN)/python -m pytest tests/trainer/evaluation $(PYTEST_ARGS)
 
-torture: $(DEV) ## Kill and resume runs at 30 random moments, and try 50,000 strange inputs
+torture: $(DEV) ## Kill and resume six kinds of runs, 12 times each, and try 50,000 strange inputs
 	$(BIN)/python -m tests.robustness.torture --cases 50000 $(if $(OUT),--out $(OUT))
 
 families: $(DEV) ## Try a tiny model of every causal family of transformers, and write docs/families.md

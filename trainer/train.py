@@ -64,7 +64,8 @@ def _train(config: PreferenceConfig, objective: Objective, script: str | None) -
     rows = PairRows.of(data.train, config)
     if script is not None:
         lines = count_steps_as_published(config, len(rows))
-        print("\n".join(lines if main else []), end="\n" if main and lines else "", flush=True)
+        if main and lines:
+            print("\n".join(lines), flush=True)
     record = RunRecord(config, objective, data.report.as_dict())
     record.content["run"] = start.run
     if objective.needs_reference and config.ref_model_name_or_path == config.model_name_or_path:
@@ -190,10 +191,10 @@ def _preflight(config: PreferenceConfig, script: str | None) -> None:
     print(f"\nObjective {objective.name}: {objective.spec.formula}")
     for name, value in dataclasses.asdict(objective.hyperparameters).items():
         print(f"  {name}: {value}")
-    if data.train is not None and script is not None:
-        print("\n".join(["", *count_steps_as_published(config, len(data.train))]), end="")
     if data.train is not None:
-        print("\n" + "\n".join(_plan_lines(config, objective, data.train, model_config)))
+        counted = [] if script is None else count_steps_as_published(config, len(data.train))
+        lines = [*counted, *_plan_lines(config, objective, data.train, model_config)]
+        print("\n" + "\n".join(lines))
     if checkpoint is not None:
         print(f"Would go on from {checkpoint}")
     print("\nData")

@@ -57,7 +57,7 @@ class Events:
             self("save")
 
 
-def train_here(place: Path, folder: Path, ranks: int, events: Events) -> None:
+def train_here(place: Path, folder: Path, kind: str, events: Events) -> None:
     """One process' training in ``folder``, from whatever is there."""
     from transformers import TrainerCallback
     from widemargin.trainer.settings.files import load_config
@@ -84,11 +84,30 @@ def train_here(place: Path, folder: Path, ranks: int, events: Events) -> None:
     PreferenceTrainer.train = telling
     os.chdir(place)
     sys.addaudithook(events.audit)
-    train(load_config(place / f"config-{ranks}.yaml", [f"--output_dir={folder}"]))
+    train(load_config(place / f"config-{kind}.yaml", [f"--output_dir={folder}"]))
+
+
+def prepare_engine(kind: str) -> None:
+    """What a launcher would do for an engine, and what lets it run on a CPU."""
+    from tests.support.distributed_runs import (
+        leave_collectives_to_gloo,
+        take_the_cpu_for_an_accelerator,
+    )
+
+    if kind == "fsdp2":
+        take_the_cpu_for_an_accelerator()
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_OFFLOAD_PARAMS": "false",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        }  # fmt: skip
+    if kind == "zero2":
+        leave_collectives_to_gloo()
 
 
 def fork(
-    place: Path, folder: Path, rank: int, ranks: int, port: int, moment: Moment | None
+    place: Path, folder: Path, kind: str, rank: int, ranks: int, port: int, moment: Moment | None
 ) -> tuple[int, int]:
     """A process that trains; its id, and the pipe on which it tells of the moment."""
     reading, writing = os.pipe()
@@ -108,7 +127,8 @@ def fork(
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
         mine = moment if moment is not None and moment.rank == rank else None
-        train_here(place, folder, ranks, Events(folder, mine, writing))
+        prepare_engine(kind)
+        train_here(place, folder, kind, Events(folder, mine, writing))
         status = 0
     except BaseException:
         import traceback
@@ -118,12 +138,12 @@ def fork(
         os._exit(status)
 
 
-def run(place: Path, folder: Path, ranks: int, moment: Moment | None) -> bool:
+def run(place: Path, folder: Path, kind: str, ranks: int, moment: Moment | None) -> bool:
     """Train until the end (True) or the moment (False, all killed)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [fork(place, folder, rank, ranks, port, moment) for rank in range(ranks)]
+    children = [fork(place, folder, kind, rank, ranks, port, moment) for rank in range(ranks)]
     watched = children[moment.rank if moment else 0]
     if not select.select([watched[1]], [], [], TIMEOUT_S)[0]:
         for child, _ in children:  # which makes each write down where it is

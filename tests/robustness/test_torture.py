@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.robustness.torture import apart, try_cases
-from tests.support import fuzzing
+from tests.robustness.torture import KINDS, SHARES, apart, runnable, try_cases
+from tests.support import fuzzing, spoilt_files
 
 
 @pytest.mark.costly
 @pytest.mark.parametrize(
-    ("ranks", "kills", "cases"),
+    ("kind", "kills", "cases"),
     [
-        pytest.param(1, 5, 20, id="one process"),
-        pytest.param(2, 3, 0, id="two", marks=pytest.mark.slow),
+        pytest.param("plain", 3, 50, id="one process"),
+        pytest.param("lora", 3, 0, id="adapter, the best kept"),
+        pytest.param("reference", 3, 0, id="reference", marks=pytest.mark.slow),
+        pytest.param("ddp", 3, 0, id="two", marks=pytest.mark.slow),
+        pytest.param("zero2", 3, 0, id="ZeRO-2", marks=pytest.mark.slow),
+        pytest.param("fsdp2", 3, 0, id="FSDP2", marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_resumed(ranks, kills, cases, tmp_path):
-    """`make torture` has 30 of each. In a process of its own: it forks."""
+def test_killed_and_resumed(kind, kills, cases, tmp_path):
+    """`make torture` has 12 of each. In a process of its own: it forks."""
+    if kind not in runnable():
+        pytest.skip("deepspeed is not installed; make test-distributed installs it")
+    ranks, _ = KINDS[kind]
     command = [
         sys.executable,
         "-m",
         "tests.robustness.torture",
         f"--kills={kills}",
-        f"--ranks={ranks}",
+        f"--kinds={kind}",
     ]
     command += [f"--cases={cases}", "--processes=1", f"--out={tmp_path / 'out.json'}"]
     done = subprocess.run(
@@ -64,4 +74,24 @@ def test_a_case_that_ends_otherwise_is_shown(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", "restored after the test")
     monkeypatch.setattr(fuzzing, "run_case", lambda case, folder: {}["missing"])
     with pytest.raises(RuntimeError, match=r"(?s)KeyError: 'missing'.*attempt\("):
-        try_cases(5, 0)
+        try_cases("rows", 5, 0)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("kind", [name for name in SHARES if name != "rows"])
+def test_spoilt_files(kind, tmp_path):
+    """In processes of their own, which a library may crash."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        outcomes = pool.submit(try_cases, kind, 20, 7).result(timeout=600)
+    assert outcomes.total() == 20
+
+
+def test_what_takes_too_long_or_too_much_is_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(spoilt_files, "WAIT_S", 1)
+    monkeypatch.setitem(spoilt_files.KINDS, "edges", lambda random, folder: time.sleep(5))
+    with pytest.raises(spoilt_files.OutOfBounds, match="not done after 1 s"):
+        spoilt_files.try_case("edges", 0, tmp_path)
+    monkeypatch.setattr(spoilt_files, "MEMORY_BYTES", 2**20)
+    monkeypatch.setitem(spoilt_files.KINDS, "edges", lambda random, folder: str(len(b"x" * 2**26)))
+    with pytest.raises(spoilt_files.OutOfBounds, match="MiB"):
+        spoilt_files.try_case("edges", 0, tmp_path)
