@@ -47,8 +47,6 @@ class ScoreSettings(LoadSettings):
 
     #: A Jinja chat template, its path, or the name of one shipped; None for the model's own.
     chat_template: str | None = None
-    #: Tokenize as tokenizer.json says, as in training.
-    tokenizer_as_saved: bool = False
     #: Answers scored at once; a run that is killed loses no more.
     batch_size: int = 16
     #: Address of the judge, up to and with /v1; None for OpenAI's.
