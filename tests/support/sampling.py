@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from widemargin.trainer.evaluation.results import Records
+from widemargin.trainer.files import digest
 
 from tests.support.eval_files import WORDS
 
@@ -57,7 +58,8 @@ def save_answers(
             whole = {"tokens": tokens, "finish": "stop", "token_ids": [number, k, 9], **answer}
             made.append({"id": key, "prompt_id": f"p{number}", "k": k, **whole})
             if scores is not None:
-                scored.append({"id": key, "score": scores[text][k], "why": ""})
+                same = digest([answer["output"].encode()], 8)
+                scored.append({"id": key, "answer": same, "score": scores[text][k], "why": ""})
     for name, rows in {"prompts": asked, "answers": made, "scores-s": scored}.items():
         if rows:
             with Records(folder, name, settings) as records:

@@ -15,6 +15,7 @@ from ..evaluation.results import Record, read_records, table, write_json, write_
 from ..evaluation.settings import LoadSettings
 from .forms import SIDES, WRITERS
 from .generate import tokenizer_digest
+from .score import check_scored
 from .selection import BALANCE, Chosen, Made, PairRequest, balanced, select
 
 
@@ -39,7 +40,7 @@ def pair(folder: Path, out: Path, request: PairRequest, scores: str | None = Non
             pairs[key] = found
     if request.balance_length:
         left = balanced(pairs)
-        dropped |= dict.fromkeys(pairs.keys() - left.keys(), BALANCE)
+        dropped |= {key: BALANCE for key in pairs if key not in left}
         pairs = left
     if not pairs:
         raise UserError(f"{folder}: no prompt has a pair ({_counts(dropped)}); ask for less")
@@ -55,6 +56,7 @@ def _scored(
     prompts: dict[str, Record], answers: dict[str, Record], scores: dict[str, Record], name: str
 ) -> tuple[str, dict[str, list[Made]]]:
     """The unit of lengths, and each prompt's answers in their order."""
+    check_scored(answers, scores, name)
     missing = len(answers.keys() - scores.keys())
     if missing:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..evaluation.results import Record, Records, read_records
-from ..files import file_digest
+from ..files import digest, file_digest
 from ..text import printable
 from .scorers import TRUNCATED, Scored, ScoreSettings, make_scorer, usable
 
@@ -31,27 +31,46 @@ def score(
     """
     _, prompts = read_records(folder, "prompts")
     _, answers = read_records(folder, "answers")
+    name = name or score_name(by)
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"--name: give letters, digits, dots and dashes, got {name!r}")
     scorer = make_scorer(by, settings)
     settled = {"answers": file_digest(folder / "answers.settings.json"), **scorer.identity}
-    chosen = f"scores-{name or score_name(by)}"
-    with Records(folder, chosen, settled, "give them another name with --name") as records:
+    with Records(folder, f"scores-{name}", settled, "give another --name") as records:
+        check_scored(answers, records.done, name)
         if records.done:
             print(f"{len(records.done):,} of {len(answers):,} scores are in {records.path} already")
         said = [key for key in answers if answers[key]["output"].strip()]
-        silent = answers.keys() - set(said)
-        records.append({"id": k, "score": None, "why": NO_ANSWER} for k in answers if k in silent)
+        silent = (it for it in answers.values() if not it["output"].strip())
+        records.append(_record(it, None, NO_ANSWER) for it in silent)
         for start in range(0, len(said), settings.batch_size):  # the same batches in every run
             batch = said[start : start + settings.batch_size]
             if not records.done.keys() >= set(batch):
                 made = map(usable, scorer.scores([_item(answers[key], prompts) for key in batch]))
                 records.append(
-                    {"id": key, "score": value, "why": why}
-                    for key, (value, why) in zip(batch, made, strict=True)
+                    _record(answers[key], *score) for key, score in zip(batch, made, strict=True)
                 )
                 _check_failures(records, len(answers), max_failures)
         _check_failures(records, len(answers), max_failures)
         _report(records, folder)
         return records.done
+
+
+def check_scored(answers: dict[str, Record], scores: dict[str, Record], name: str) -> None:
+    """Raise ``UserError`` where scores are those of other answers under the same ids."""
+    for key in answers.keys() & scores.keys():
+        if scores[key]["answer"] != _digest(answers[key]):
+            raise UserError(
+                f"scores {name}: give score another --name; the answer {key} has changed since"
+            )
+
+
+def _digest(answer: Record) -> str:
+    return digest([answer["output"].encode("utf-8", "surrogatepass")], 8)
+
+
+def _record(answer: Record, score: float | None, why: str) -> Record:
+    return {"id": answer["id"], "answer": _digest(answer), "score": score, "why": why}
 
 
 def _item(answer: Record, prompts: dict[str, Record]) -> Scored:

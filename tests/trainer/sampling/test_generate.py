@@ -10,10 +10,12 @@ import pytest
 from widemargin.trainer.cli import main
 from widemargin.trainer.evaluation import answering
 
+from tests.support import tiny_models
 from tests.support.eval_files import chat_endpoint, save_model
 from tests.support.sampling import FOUR, generate, prompts_file, records
-from tests.support.tiny_models import TOKENIZER
 from tests.trainer.test_cli import assert_one_line_error
+
+TOKENIZER: Any = tiny_models.TOKENIZER
 
 
 @pytest.fixture(scope="module")

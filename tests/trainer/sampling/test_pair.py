@@ -219,6 +219,17 @@ def test_records_are_never_overwritten(folder, capsys):
     assert (folder / "answers.jsonl").read_bytes() == before
 
 
+def test_scores_of_other_answers_are_refused(tmp_path, capsys):
+    """Answers have ids by prompt and number, whatever they say."""
+    scores: dict[str, list[float | None]] = {"a": [1.0, 2.0]}
+    folder = save_answers(tmp_path / "out", {"a": said("x", "y")}, scores)
+    for path in folder.glob("answers*"):
+        path.unlink()
+    save_answers(folder, {"a": said("x", "z")})
+    command = ["pair", str(folder), "--out", str(tmp_path / "p.jsonl")]
+    assert_one_line_error(command, "the answer p0:1 has changed since", capsys)
+
+
 def test_a_folder_that_is_not_finished_is_refused(tmp_path, capsys):
     uneven = {"a": said("x", "y"), "b": said("x")}
     folder = save_answers(tmp_path / "uneven", uneven, {"a": [1.0, 2.0], "b": [1.0]})

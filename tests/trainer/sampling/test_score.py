@@ -60,7 +60,7 @@ def test_another_function_is_another_run(folder, capsys):
     assert main(command) == 0
     source = folder.parent / "rules.py"
     source.write_text(RULES + "\n# changed\n")
-    assert_one_line_error(command, "with --name", capsys)
+    assert_one_line_error(command, "give another --name", capsys)
     source.write_text(RULES)
     with (folder / "answers.settings.json").open("a") as settings:
         settings.write(" ")  # answers made by other settings
@@ -86,11 +86,12 @@ def test_failures_are_kept_counted_and_stop_beyond_a_share(folder, capsys):
         ("python:rules", "cannot be imported"),
         ("rules", "--by: expected model:DIR"),
         ("judge:", "--by: expected"),
+        ("python:rules:words --name=a/b", "--name: give letters"),
         ("model:/no/such", "/no/such"),
     ],
 )
 def test_scorers_that_are_none(folder, capsys, by, named):
-    assert_one_line_error(score(folder, by), named, capsys)
+    assert_one_line_error(score(folder, *by.split()), named, capsys)
 
 
 def test_there_must_be_answers(tmp_path, capsys):

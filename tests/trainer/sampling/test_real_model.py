@@ -1,0 +1,72 @@
+"""A real model, scored by a rule, paired and trained: fresh samples follow the rule better."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from widemargin.trainer.cli import main
+
+from bench.lib import real_model
+from tests.support.sampling import prompts_file, records
+
+TOPICS = ("a lighthouse", "two old friends", "a lost key", "the first snow", "a night train")
+ASKS = (
+    "Write two sentences about {}.",
+    "Describe {} to a child.",
+    "Give me an idea for a picture of {}.",
+    "What could one ask about {}?",
+)
+RULE = """
+def short_words(prompt, answer, row):
+    words = answer.split()
+    return sum(len(word.strip(".,!?")) <= 4 for word in words) / max(1, len(words))
+"""
+
+
+@pytest.mark.slow
+def test_training_on_scored_samples_raises_the_score_of_fresh_ones(tmp_path, monkeypatch):
+    """The rule is the share of short words; prompts of the fresh samples are other ones."""
+    if not real_model.is_made():
+        pytest.skip("there is no real model; make real-model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules.py").write_text(RULE)
+    asked = [{"prompt": ask.format(topic)} for topic in TOPICS for ask in ASKS]
+    source = prompts_file(tmp_path, asked[:16], "train.jsonl")
+    fresh = prompts_file(tmp_path, asked[16:], "fresh.jsonl")
+    model = str(real_model.FOLDER)
+
+    def scored(source: str, model: str, folder: str, n: int) -> float:
+        sampling = ["--n", str(n), "--max_new_tokens=40", "--device=cpu", "--temperature=1"]
+        assert main(["generate", source, "--model", model, "--out", folder, *sampling]) == 0
+        assert main(["score", folder, "--by", "python:rules:short_words", "--name", "s"]) == 0
+        made: list[dict[str, Any]] = records(Path(folder), "scores-s")
+        return statistics.fmean(row["score"] for row in made if row["score"] is not None)
+
+    before = scored(fresh, model, "before", 16)
+    scored(source, model, "answers", 4)
+    pair = ["pair", "answers", "--out", "pairs.jsonl", "--keep-unfinished", "--tokens-for", model]
+    assert main(pair) == 0
+    settings = {
+        "model_name_or_path": model,
+        "dataset": "pairs.jsonl",
+        "objective": "simpo",
+        "use_peft": True,
+        "lora_r": 16,
+        "lora_target_modules": "all-linear",
+        "learning_rate": 1e-3,
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 4,
+        "output_dir": "run",
+        "use_cpu": True,
+        "save_strategy": "no",
+    }
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "my.yaml"]) == 0
+    after = scored(fresh, "run", "after", 16)
+    print(json.dumps({"before": before, "after": after}))
+    assert after > before + 0.02
