@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from widemargin.trainer.errors import UserError
 from widemargin.trainer.loop.collapse import Collapsed
 
 from tests.support.tiny_models import tiny_trainer
+from tests.support.two_ranks import launch
+
+ROOT = Path(__file__).parents[3]
 
 LOGGER = "widemargin.trainer.loop.collapse"
 
@@ -79,3 +84,26 @@ def test_what_a_collapse_saves_is_kept_beside_the_best(tmp_path: Path) -> None:
     with pytest.raises(Collapsed, match="saved in"):
         trainer.train()
     assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-16"
+
+
+@pytest.mark.costly
+def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
+    """By what the first rank's answers show: the other has none, and hears of it."""
+    (tmp_path / "ranks.py").write_text(
+        "import os\n"
+        "from pathlib import Path\n"
+        "from tests.trainer.loop.test_collapse import collapsing\n"
+        "from widemargin.trainer.monitor import samples\n"
+        "trainer = collapsing(Path('run'), stop_on_collapse=True, eval_pairs=4, eval_samples=2,\n"
+        "    eval_strategy='steps', eval_steps=2, eval_samples_max_new_tokens=12, max_steps=8)\n"
+        "samples.repetition = lambda ids: float(trainer.state.global_step > 3)\n"
+        "try:\n"
+        "    trainer.train()\n"
+        "except SystemExit as stop:\n"
+        "    print(f'rank {os.environ[\"RANK\"]}: {stop.code} at', trainer.state.global_step)\n"
+    )
+    done = launch(tmp_path, "ranks.py", PYTHONPATH=os.pathsep.join(map(str, [ROOT, *sys.path])))
+    for rank in "01":
+        assert f"rank {rank}: 3 at 4" in done.stdout, done.stderr[-3000:]
+    assert done.stderr.count("Signs of a collapse, step 4: sampled answers repeat") == 1
+    assert newest_complete(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint-4"
