@@ -232,7 +232,7 @@ def _plan_lines(
         lengths=lengths,
         pairs_per_batch=config.per_device_train_batch_size,
     )
-    planner = planner_for(config, lengths, packing.layout, coupled=objective.couples_pairs)
+    planner = planner_for(config, lengths, packing.layout, objective)
     return [str(packing), *summarise(fit_micro_batches(config, objective, planner)).lines()]
 
 

@@ -35,6 +35,7 @@ from .monitor.observer import Observer
 from .monitor.pair_rewards import RewardMetrics
 from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
+from .objectives.lists import Answers
 from .objectives.terms import by_edges
 from .packing import PAIR_INPUTS, model_inputs
 from .reference.model import reference_for
@@ -127,6 +128,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             pair_ids=inputs["pair_ids"],
             group=dist.group.WORLD if distributed else None,
             log_sum_squares=None if scored.figures is None else scored.figures[0],
+            answers=Answers.of(inputs),
             **{name: inputs[name] for name in PAIR_INPUTS if name in inputs},
         )
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from widemargin.trainer.objectives import OBJECTIVES
+
 from tests.support import plain_reward_losses as plain
 from tests.support.plain_objectives import (
     PlainBetaDpo,
@@ -39,6 +41,7 @@ from tests.support.plain_reward_losses import (
 )
 
 MIXTURE = "0.8*dpo + 0.2*bco + sft"
+OF_PAIRS = [name for name, spec in OBJECTIVES.items() if "pairs" in spec.takes]
 
 Case = tuple[str, dict[str, Any], Callable[[], PlainSimpo]]  # name, hyperparameters, in plain form
 CASES: dict[str, Case] = {
@@ -194,7 +197,7 @@ CASES: dict[str, Case] = {
             ("dpo-hinge", plain.hinge, 0.0, {}),
             ("robust", plain.robust, 0.1, {"label_smoothing": 0.1}),
             ("exo", plain.exo, 1e-3, {}),
-            ("nca", plain.nca, 0.0, {}),
+            ("nca-pair", plain.nca, 0.0, {}),
             ("bco-pair", plain.bco, 0.0, {}),
             ("sppo", plain.sppo, 0.0, {}),
             ("apo-zero", plain.apo_zero, 0.0, {}),
@@ -212,7 +215,7 @@ CASES: dict[str, Case] = {
         for name, formula, epsilon, given in (
             ("robust", plain.robust, 0.3, {"label_smoothing": 0.3}),
             ("exo", plain.exo, 0.3, {"label_smoothing": 0.3}),
-            ("nca", plain.nca, 0.0, {}),
+            ("nca-pair", plain.nca, 0.0, {}),
             ("bco-pair", plain.bco, 0.0, {}),
             ("sppo", plain.sppo, 0.0, {}),
             ("apo-zero", plain.apo_zero, 0.0, {}),

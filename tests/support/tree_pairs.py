@@ -47,6 +47,18 @@ def text_trees(prompts: int = 4, answers: int = 4) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def text_lists(prompts: int = 6, most: int = 5) -> Dataset:
+    """Rows of two to ``most`` answers with scores, of which some are equal."""
+    rows = []
+    for i in range(prompts):
+        count = 2 + i % (most - 1)
+        answers = [f" {' '.join(WORDS[j : j + 2 + i % 3])} {WORDS[i % 7]}" for j in range(count)]
+        scores = [2.0, *(0.5 * (j // 2) for j in range(count - 1))]
+        prompt = f"User: {WORDS[i % 7]} {' '.join(WORDS[: i + 1])} Assistant:"
+        rows.append({"prompt": prompt, "completions": answers, "scores": scores})
+    return Dataset.from_list(rows)
+
+
 def apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same rows, each a tree of its own."""
     return [{k: v for k, v in row.items() if k not in ("tree_id", "leaf_ids")} for row in rows]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.table import PairLengths
+from ..data.table import PairLengths, TreeLengths
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Line:
         """[pieces] the group of each."""
         return np.searchsorted(self.groups, self.cuts[:-1], side="right") - 1
 
-    def tokens(self, lengths: PairLengths, layout: str) -> np.ndarray:
+    def tokens(self, lengths: PairLengths | TreeLengths, layout: str) -> np.ndarray:
         """[pieces] tokens that the decoder computes for each by itself."""
         count = len(self.cuts) - 1
         return lengths.computed(layout, self.pairs, np.repeat(np.arange(count), self.sizes), count)
@@ -55,7 +55,7 @@ class Line:
         cuts = np.union1d(self.cuts[(self.cuts > first) & (self.cuts < last)], groups)
         return Line(self.pairs[first:last], cuts - first, groups - first)
 
-    def no_heavier(self, lengths: PairLengths, layout: str, limit: int) -> Line:
+    def no_heavier(self, lengths: PairLengths | TreeLengths, layout: str, limit: int) -> Line:
         """The line with pieces over a limit on tokens cut in halves, down to single pairs."""
         line = self
         while True:
@@ -87,7 +87,7 @@ class Line:
             yield middle
 
 
-def in_steps(lengths: PairLengths, order: np.ndarray, size: int) -> Line:
+def in_steps(lengths: PairLengths | TreeLengths, order: np.ndarray, size: int) -> Line:
     """All pairs in a line of one group.
 
     Args:

@@ -85,6 +85,15 @@ class PairPipeline:
         return self._rows(dataset, "eval_dataset", {})
 
     def _rows(self, dataset: Any, name: str, reports: dict[str, SplitReport]) -> Any:
+        rows = self._tokenized(dataset, name, reports)
+        if rows is not None and self.objective.ranks_lists and not rows.has_lists:
+            raise UserError(
+                f"{name}: name the objective in the settings, so that the scores and all answers "
+                f"to a prompt that {self.objective.name} ranks are read"
+            )
+        return rows
+
+    def _tokenized(self, dataset: Any, name: str, reports: dict[str, SplitReport]) -> Any:
         if isinstance(dataset, PairRows) and self.settings.group_by_prompt and not dataset.trees:
             return PairRows.of(dataset.source, self.settings)
         if dataset is None or isinstance(dataset, PairRows):
@@ -142,7 +151,8 @@ class PairPipeline:
 
     def evaluation_batches(self, rows: PairRows) -> PairBatches:
         """This rank's share of an evaluation, in the data set's order."""
-        planner = planner_for(self.settings, rows.lengths, self.layout, training=False)
+        lengths = rows.lengths
+        planner = planner_for(self.settings, lengths, self.layout, self.objective, training=False)
         return PairBatches(planner, self.settings.process_index)
 
     def summary(self, rows: PairRows) -> PlanSummary:
@@ -150,8 +160,7 @@ class PairPipeline:
         return summarise(self._planner(rows))
 
     def _planner(self, rows: PairRows) -> Planner:
-        coupled = self.objective.couples_pairs
-        return planner_for(self.settings, rows.lengths, self.layout, coupled=coupled)
+        return planner_for(self.settings, rows.lengths, self.layout, self.objective)
 
 
 class PairBatches(BatchRebalanceSampler):

@@ -22,6 +22,9 @@ once. They are cut only where a step ends (see `line`), where there would be few
 micro-batches or ranks, and where a limit on tokens asks for it. A pair that shares its prompt with
 no other is a tree by itself.
 
+Where a loss is that of a tree (`TreeLengths`), trees are in all of this what pairs are otherwise: a
+step is a number of trees, and none is ever cut.
+
 Legend: K steps of S pairs, A micro-batches a step, R ranks; U trees.
 """
 
@@ -34,7 +37,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..data.table import PairLengths
+from ..data.table import PairLengths, TreeLengths
 from ..errors import UserError
 from .line import Line, in_steps
 
@@ -99,7 +102,7 @@ class Planner:
     """Plans epochs; see the module's docstring.
 
     Args:
-        lengths: of the data set's pairs.
+        lengths: of the data set's pairs, or of their trees in the place of pairs.
         pairs_per_step: S, over all ranks and micro-batches.
         micro_batches: A, of a whole step.
         ranks: R.
@@ -113,7 +116,7 @@ class Planner:
         UserError: ``drop_last`` leaves nothing.
     """
 
-    lengths: PairLengths
+    lengths: PairLengths | TreeLengths
     pairs_per_step: int
     micro_batches: int
     ranks: int = 1
@@ -126,9 +129,9 @@ class Planner:
     def __post_init__(self) -> None:
         if len(self.lengths) and not self.micro_batches_per_epoch:
             raise UserError(
-                f"dataloader_drop_last: {len(self.lengths)} pairs fill no micro-batch of "
-                f"{self.pairs_per_step // self.micro_batches} pairs over all ranks; leave it out, "
-                "or make batches smaller"
+                f"dataloader_drop_last: {len(self.lengths)} {self.lengths.NOUN}s fill no "
+                f"micro-batch of {self.pairs_per_step // self.micro_batches} over all ranks; leave "
+                "it out, or make batches smaller"
             )
 
     @property
@@ -170,14 +173,20 @@ class Planner:
             bins.append(first + places)
             first += (len(steps.groups) - 1) * micro_batches * self.ranks
         placed = np.concatenate(bins) if bins else np.zeros(0, np.int64)
+        order = np.concatenate(pairs)[np.argsort(placed, kind="stable")] if pairs else placed
+        lengths = self.lengths
+        if isinstance(lengths, TreeLengths):
+            order, sizes = lengths.pairs_of(order)
+            placed = np.repeat(np.sort(placed), sizes)
+            lengths = lengths.pairs
         counts = np.bincount(placed, minlength=self.micro_batches_per_epoch * self.ranks)
         starts = np.arange(self.whole_steps + 1) * self.micro_batches
         return Plan(
-            order=np.concatenate(pairs)[np.argsort(placed, kind="stable")] if pairs else placed,
+            order=order,
             bounds=np.concatenate([[0], np.cumsum(counts)]),
             steps=np.append(starts, starts[-1] + tail) if tail else starts,
             ranks=self.ranks,
-            lengths=self.lengths,
+            lengths=lengths,
         )
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.table import PairLengths
+from ..data.table import PairLengths, TreeLengths
 from ..errors import UserError
 from .planner import Planner
 
@@ -24,8 +24,8 @@ def planner_for(
     settings: PreferenceConfig,
     lengths: PairLengths,
     layout: str,
+    objective: Objective,
     *,
-    coupled: bool = True,
     ranks: int | None = None,
     training: bool = True,
 ) -> Planner:
@@ -34,25 +34,26 @@ def planner_for(
     Args:
         lengths: of the data set's pairs.
         layout: of the rows.
-        coupled: whether the objective couples pairs, see `Planner`.
+        objective: whose coupling of pairs, or of the answers to a prompt, decides what is dealt.
         ranks: in place of the ranks of this launch.
         training: False for evaluation, which keeps the data set's order.
     """
     every_rank = max(1, settings.world_size) if ranks is None else ranks
+    units = TreeLengths(lengths) if objective.ranks_lists else lengths
     if not training:
         pairs = settings.eval_batch_size * every_rank
-        return Planner(lengths, pairs, 1, every_rank, seed=None, layout=layout)
+        return Planner(units, pairs, 1, every_rank, seed=None, layout=layout)
     pairs_per_step = settings.pairs_per_step
     if ranks is not None:
         per_rank = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         pairs_per_step = per_rank * ranks
     return Planner(
-        lengths,
+        units,
         pairs_per_step,
         settings.gradient_accumulation_steps,
         ranks=every_rank,
         seed=settings.seed if settings.data_seed is None else settings.data_seed,
-        coupled=coupled,
+        coupled=objective.couples_pairs,
         layout=layout,
         drop_last=settings.dataloader_drop_last,
     )
@@ -86,8 +87,9 @@ def fit_micro_batches(
         if settings.process_index == 0:
             logger.warning(
                 "gradient_accumulation_steps: %d instead of %d, so that no rank's micro-batch has "
-                "more than %d tokens (%s); a step keeps its %d pairs%s",
-                *(after, before, limit, planner.layout, planner.pairs_per_step, coupled),
+                "more than %d tokens (%s); a step keeps its %d %ss%s",
+                *(after, before, limit, planner.layout, planner.pairs_per_step),
+                *(planner.lengths.NOUN, coupled),
             )
     return fitted
 
@@ -100,7 +102,7 @@ def with_limit(planner: Planner, limit: int, epochs: int) -> Planner:
         epochs: how many, from the first, must fit.
 
     Raises:
-        UserError: a pair is larger than the limit.
+        UserError: a pair is larger than the limit, or a tree where none is cut.
     """
     alone = planner.lengths.alone(planner.layout)
     if not len(alone):
@@ -108,9 +110,9 @@ def with_limit(planner: Planner, limit: int, epochs: int) -> Planner:
     longest = int(alone.argmax())
     if alone[longest] > limit:
         raise UserError(
-            f"max_tokens_per_micro_batch: pair {longest} of train_dataset takes {alone[longest]:,} "
-            f"tokens by itself ({planner.layout}), more than {limit:,}; raise it, or lower "
-            "max_length"
+            f"max_tokens_per_micro_batch: {planner.lengths.NOUN} {longest} of train_dataset takes "
+            f"{alone[longest]:,} tokens by itself ({planner.layout}), more than {limit:,}; raise "
+            "it, or lower max_length"
         )
     planner = replace(planner, most_tokens=limit)
     # One pair per rank and micro-batch is as far as it goes, and that fits.
@@ -144,7 +146,7 @@ class PlanSummary:
 
     layout: str
     ranks: int
-    pairs_per_step: int
+    pairs_per_step: int  # or prompts, see ``noun``
     micro_batches: int  # of a whole step
     steps_per_epoch: int
     tokens: int  # in the layout in use
@@ -157,13 +159,14 @@ class PlanSummary:
     trees: int
     cut_trees: int  # how often a prompt runs again, as its tree was cut
     pair_tokens: int  # of the same micro-batches, with nothing shared between pairs
+    noun: str = "pair"  # what a step is so many of
 
     def lines(self) -> list[str]:
         """Two lines of text, or three where pairs share prompts."""
         times = f" in {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""
         steps = f"{self.steps_per_epoch:,} step" + "s" * (self.steps_per_epoch > 1)
         first = (
-            f"plan: {self.pairs_per_step:,} pairs a step{times}, {steps} an epoch; "
+            f"plan: {self.pairs_per_step:,} {self.noun}s a step{times}, {steps} an epoch; "
             f"{self.tokens / self.steps_per_epoch:,.0f} tokens a step, {self.tokens:,} an epoch"
         )
         if self.layout != "padded":
@@ -220,6 +223,7 @@ def summarise(planner: Planner) -> PlanSummary:
         trees=trees,
         cut_trees=parts - trees,
         pair_tokens=int(apart.tokens(planner.layout).sum()),
+        noun=planner.lengths.NOUN,
     )
 
 

@@ -68,6 +68,12 @@ PAPERS = {
         "2406.08414",
     ),
     "orpo": ("ORPO: Monolithic Preference Optimization without Reference Model", "2403.07691"),
+    "lipo": ("LiPO: Listwise Preference Optimization through Learning-to-Rank", "2402.01878"),
+    "rrhf": (
+        "RRHF: Rank Responses to Align Language Models with Human Feedback without tears",
+        "2304.05302",
+    ),
+    "pro": ("Preference Ranking Optimization for Human Alignment", "2306.17492"),
 }
 """Title and arXiv number of what each objective is from; sft is from no paper."""
 
@@ -77,6 +83,9 @@ PAPERS |= {
     "cpo-hinge": PAPERS["cpo"],
     "cpo-ipo": PAPERS["cpo"],
     "bco-pair": PAPERS["bco"],
+    "nca-pair": PAPERS["nca"],
+    "infonca": PAPERS["nca"],
+    "plackett-luce": PAPERS["dpo"],
     "aot-unpaired": PAPERS["aot"],
     "apo-down": PAPERS["apo-zero"],
 }

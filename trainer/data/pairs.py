@@ -176,7 +176,7 @@ def check_scores(settings: DataSettings, columns: Collection[str], name: str) ->
 
 def _settle_grouping(settings: DataSettings, parts: Sequence[Part]) -> None:
     """Give ``group_by_prompt`` its value where it is None; say where ``edges`` has no effect."""
-    if settings.edges is not None:
+    if settings.edges is not None and settings.takes != ("scored",):
         for part in parts:
             if not has_answers(part.rows):
                 part.notes.append("edges has no effect: no row has several answers")

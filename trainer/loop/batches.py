@@ -13,6 +13,7 @@ from ..batching.pipeline import PairBatches, sheltered
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
+    from ..objectives import Objective
     from ..reference.model import Reference
 
 
@@ -20,6 +21,7 @@ class BatchedTrainer(Trainer):
     """Deals pairs over steps, micro-batches and ranks as its pipeline plans them."""
 
     pipeline: PairPipeline
+    objective: Objective
     reference: Reference | None
     _train_batches: PairBatches | None = None
 
@@ -63,13 +65,13 @@ class BatchedTrainer(Trainer):
         return args.pairs_per_step
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Pairs of this optimizer step over all ranks, as a device scalar."""
-        pairs = torch.zeros((), dtype=torch.int64, device=device)
+        """Pairs (or prompts, where they have a loss) of this step over all ranks, on the device."""
+        items = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batch_samples:
-            pairs += (batch["pair_ids"] >= 0).sum().to(device)
+            items += self.objective.count(batch).to(device)
         if self.args.world_size > 1:
-            dist.all_reduce(pairs)
-        return pairs
+            dist.all_reduce(items)
+        return items
 
     def _max_pairs_per_rank(self, training: bool) -> int | None:
         """A bound that all ranks know without asking each other; None where there is no plan."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TOKENS = ("computed_tokens", "tokens", "padded_tokens")
 """What `PairCollator` counts in a batch, as `Throughput.report` takes it."""
 
-COUNTS = ("pairs", "batches", "num_tokens", *TOKENS)
+COUNTS = ("pairs", "items", "batches", "num_tokens", *TOKENS)
 """What is reported as a total, and not as a mean."""
 
 
@@ -78,6 +78,7 @@ class PreferenceMetrics:
             "margin/square": out.target_margins.double().square(),
         }
         self.add(**{name: torch.where(real, value, 0) for name, value in per_pair.items()})
+        self.add(items=out.count)
         logits = by_edges(segment_sums(mean_logits.detach(), cu_seqlens), edges) * real.repeat(2)
         chosen, rejected = logits.chunk(2)
         self.add(**{"logits/chosen": chosen, "logits/rejected": rejected})
@@ -139,6 +140,7 @@ class PreferenceMetrics:
             else value / max(over_tokens[name], 1.0)
             for name, value in total.items()
         }
+        means["loss"] = total["loss"] / counts["items"]  # of pairs, or of lists
         means["margin/std"] = math.sqrt(max(variance, 0.0))
         return {f"{prefix}{name}": value for name, value in means.items()}, counts
 

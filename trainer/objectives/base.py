@@ -10,6 +10,8 @@ Shapes: N tokens, P pairs of this rank; sequences are P chosen, then P rejected.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
+from .lists import Answers, Lists, lists_in, lists_of
 from .settings import Hyperparameters
 from .terms import (
     ObjectiveOutput,
@@ -64,6 +67,20 @@ class Objective:
         return self.hyperparameters.nll == "prompt_and_answer"
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """The kinds of data that it trains on, see `ObjectiveSpec`."""
+        return self.spec.takes
+
+    @property
+    def ranks_lists(self) -> bool:
+        """Whether it has a loss of all answers to a prompt, and none of a pair."""
+        return self.takes == ("scored",)
+
+    def count(self, batch: Mapping[str, Any]) -> Tensor:
+        """[] int64: what a collated batch's losses are averaged over: real pairs, or lists."""
+        return lists_in(batch) if self.ranks_lists else (batch["pair_ids"] >= 0).sum()
+
+    @property
     def needs_reference(self) -> bool:
         return self.spec.needs_reference
 
@@ -85,6 +102,7 @@ class Objective:
         margins: Tensor | None = None,
         prompt_cu_seqlens: Tensor | None = None,
         prompts: Tensor | None = None,
+        answers: Answers | None = None,
     ) -> ObjectiveOutput:
         """Losses of P pairs of S sequences, differentiable in ``token_logps``.
 
@@ -104,6 +122,7 @@ class Objective:
             prompt_cu_seqlens: [U + 2] of the prompts in ``token_logps``, see `PairCollator`; for
                 ``nll: prompt_and_answer`` alone.
             prompts: [P] int64, each pair's prompt.
+            answers: what the data say of the sequences; listwise objectives need their scores.
         """
         if margins is not None and not self.spec.takes_margins:
             raise UserError(
@@ -113,6 +132,9 @@ class Objective:
         pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group, edges, margins)
         if self.scores_prompts:
             pairs = _with_prompts(pairs, token_logps, prompt_cu_seqlens, prompts)
+        if self.ranks_lists:
+            lists = self._lists(token_logps, cu_seqlens, reference, pairs, edges, answers)
+            pairs = dataclasses.replace(pairs, lists=lists)
         self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
@@ -186,6 +208,26 @@ class Objective:
             training=self.training,
         )
 
+    def _lists(
+        self,
+        token_logps: Tensor,
+        cu_seqlens: Tensor,
+        reference: Tensor | None,
+        pairs: Pairs,
+        edges: Tensor | None,
+        answers: Answers | None,
+    ) -> Lists:
+        if answers is None or answers.scores is None:
+            raise UserError(
+                f"scores: give the scores of all answers to a prompt (columns completions and "
+                f"scores, or score_chosen and score_rejected), which {self.name} ranks them by; or "
+                "take an objective of pairs"
+            )
+        sums, lengths = sequence_logps(token_logps, cu_seqlens)
+        if edges is None:
+            edges = torch.arange(len(sums), device=sums.device).reshape(2, -1).T
+        return lists_of(answers, sums, lengths, reference, edges, pairs.real)
+
     def _output(self, pairs: Pairs, terms: Terms, weights: Tensor | None) -> ObjectiveOutput:
         losses = terms.losses
         if self.hyperparameters.sft_weight:
@@ -194,13 +236,15 @@ class Objective:
         if weights is not None:
             losses = losses * weights.to(losses.dtype)
         losses = torch.where(pairs.real, losses, 0.0)
+        count = pairs.real.sum() if pairs.lists is None else pairs.lists.counted(pairs.real)
         chosen_sums, rejected_sums = pairs.sums.detach().chunk(2)
         chosen_means, rejected_means = pairs.means.detach().chunk(2)
         chosen_lengths, rejected_lengths = pairs.lengths.chunk(2)
         sums = self.compares_sums
         return ObjectiveOutput(
-            loss=losses.sum() / pairs.real.sum().clamp(min=1),
+            loss=losses.sum() / count.clamp(min=1),
             losses=losses,
+            count=count,
             chosen_rewards=terms.chosen_rewards.detach(),
             rejected_rewards=terms.rejected_rewards.detach(),
             target_margins=torch.where(pairs.real, terms.target_margins.detach(), 0.0),

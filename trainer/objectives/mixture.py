@@ -103,6 +103,12 @@ def _named(part: str) -> Iterator[None]:
 @cache
 def _mixed(parts: Parts) -> ObjectiveSpec:
     specs = {name: OBJECTIVES[name] for name, _ in parts}
+    takes = [spec.takes for spec in specs.values()]
+    if not (common := tuple(kind for kind in takes[0] if all(kind in each for each in takes))):
+        raise UserError(
+            f"objective: leave one of {', '.join(specs)} out, as they train on different data: "
+            "pairs, lists of scored answers, or single answers"
+        )
     kind = _hyperparameters(parts)
     return ObjectiveSpec(
         " + ".join(f"{_shortest(weight)} ({specs[name].formula})" for name, weight in parts),
@@ -112,6 +118,7 @@ def _mixed(parts: Parts) -> ObjectiveSpec:
         couples_pairs=any(spec.couples_pairs for spec in specs.values()),
         needs_reference=any(spec.needs_reference for spec in specs.values()),
         takes_margins=any(spec.takes_margins for spec in specs.values()),
+        takes=common,
     )
 
 

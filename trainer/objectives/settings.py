@@ -66,7 +66,8 @@ class Hyperparameters:
             )
         if self.use_weighting and not self.LOSSES_OF_PAIRS:
             raise UserError(
-                "use_weighting: leave it out; aot sorts answers, so no loss is one pair's"
+                "use_weighting: leave it out; aot sorts answers and listwise objectives rank them, "
+                "so no loss is one pair's"
             )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...kernels.margin_loss.function import Kind, pair_losses
 from ..errors import UserError
 from .gather import GlobalPairs, gather_pairs
+from .lists import Lists
 from .settings import Hyperparameters
 
 State = dict[str, Tensor]
@@ -97,6 +98,7 @@ class Pairs:
     training: bool
     prompt_sums: Tensor | None = None  # [P], where likelihood terms count prompts; 0 for a filler
     prompt_lengths: Tensor | None = None  # [P] int
+    lists: Lists | None = None  # for listwise objectives, of the answers that the pairs join
 
     @property
     def real(self) -> Tensor:
@@ -146,14 +148,16 @@ class ObjectiveSpec:
     couples_pairs: bool = False  # needs one global micro-batch at a time
     needs_reference: bool = False
     takes_margins: bool = False  # adds the data's margins to its target margins
+    takes: tuple[str, ...] = ("pairs",)  # kinds of data: "pairs", or "scored" lists of answers
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
     """Losses of one call. All but ``loss`` and ``losses`` are detached; [P] unless noted."""
 
-    loss: Tensor  # [] mean of losses over this rank's real pairs; 0 when it has none
+    loss: Tensor  # [] sum of losses over ``count``; 0 when this rank has none
     losses: Tensor  # 0 for a filler pair
+    count: Tensor  # [] this rank's real pairs, or its lists where they are what has a loss
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     target_margins: Tensor  # 0 for a filler pair
@@ -181,9 +185,12 @@ def constant_margins(pairs: Pairs, margin: float) -> Tensor:
 def chosen_nll(pairs: Pairs, counted: str) -> Tensor:
     """[P] minus the chosen answers' log-probs, each answer's mean (``counted`` "answers").
 
-    For "tokens" scaled so that their mean over the global micro-batch is that over its tokens, and
-    for "prompt_and_answer" with those of the prompts: a collective, so call it on all ranks.
+    Of a list its best answer's, in equal shares for its pairs. For "tokens" scaled so that their
+    mean over the global micro-batch is that over its tokens, and for "prompt_and_answer" with those
+    of the prompts: a collective, so call it on all ranks.
     """
+    if pairs.lists is not None:
+        return pairs.lists.dealt(pairs.lists.nll_of_best())
     nll = -pairs.means.chunk(2)[0]
     if counted == "answers":
         return nll

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.formats.answers import SCORES
 from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
 from ..data.table.lengths import runs
 from ..settings.names import Layout
@@ -70,6 +71,8 @@ class PairCollator:
                                        they carry none); below 0 marks a filler pair
     ``weights``,           [P]         fp32, where the rows carry ``weight``, ``margin``: what
     ``margins``                        multiplies a pair's loss, and what its target margin gains
+    ``tree_ids``,          [S]         int64 and fp32, where the rows carry ``score_chosen`` and
+    ``scores``                         ``score_rejected``: the tree of each, and the leaf's score
     ``decoder_tokens``     [3]         int64: tokens computed, of those not padding, tokens that
                                        the padded layout would compute of the pairs
     ``num_tokens``         [1]         int64, tokens of the pairs' sequences, fillers left out:
@@ -156,6 +159,9 @@ class PairCollator:
         for name in ("weight", "margin"):
             if name in rows[0]:
                 batch[f"{name}s"] = np.array([row[name] for row in rows], np.float32)
+        if all(name in rows[0] for name in SCORES):
+            batch["tree_ids"] = forest.tree
+            batch["scores"] = np.array(forest.of_leaves(rows, SCORES), np.float32)
         if all(name in rows[0] for name in REFERENCE_COLUMNS):
             logps = forest.of_leaves(rows, REFERENCE_COLUMNS)
             batch["reference_logps"] = np.array(logps, np.float32)

@@ -88,7 +88,7 @@ class Scenario:
             settings,
             self.lengths.pairs,
             self.packing.layout,
-            coupled=self.objective.couples_pairs,
+            self.objective,
             ranks=self.ranks,
         )
         limit = settings.max_tokens_per_micro_batch

@@ -112,6 +112,7 @@ class PreferenceConfig(
         given = _values(self)
         self._set_what_this_trainer_needs()
         self.check()
+        self.settle_lists()
         self._set_what_this_machine_needs()
         check_machine(self)
         engine = self.accelerator_config or {}
@@ -208,6 +209,14 @@ class PreferenceConfig(
                 f"max_tokens_per_micro_batch: expected a number of tokens, or none, got {limit!r}"
             )
         check_training(self)
+
+    @property
+    def takes(self) -> tuple[str, ...] | None:
+        """The kinds of data that the objective trains on; None where none can be built."""
+        try:
+            return self.build_objective().takes
+        except UserError:
+            return None  # whoever builds it hears the reason
 
     def build_objective(self) -> Objective:
         """The objective these settings name, with its hyperparameters."""

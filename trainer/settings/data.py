@@ -14,6 +14,14 @@ RENDERINGS = ("joint", "separate")
 EDGES = ("best-vs-rest", "best-worst", "adjacent", "all", "above-gap")
 PAIR_WEIGHTINGS = ("pair", "prompt")
 MARGINS = ("margin", "scores", "none")
+LISTS_NEED: dict[str, tuple[Any, ...]] = {
+    "edges": (None, "all"),
+    "group_by_prompt": (None, True),
+    "pair_weighting": ("pair",),
+    "margin_from": ("margin", "none"),
+    "flip": (0,),
+}
+"""What listwise objectives leave to choose of settings that make pairs."""
 SCORES = ("completion", "last_turn", "all_assistant", "answer")
 
 
@@ -94,6 +102,23 @@ class DataSettings:
     max_train_samples: int | None = None
     #: Use at most this many rows for evaluation, counted after the shuffle; None for all.
     max_eval_samples: int | None = None
+
+    @property
+    def takes(self) -> tuple[str, ...] | None:
+        """The kinds of data that the objective trains on; None where there is none to ask."""
+        return None
+
+    def settle_lists(self) -> None:
+        """Have all answers to a prompt together where the objective ranks them."""
+        if self.takes != ("scored",):
+            return
+        for name, values in LISTS_NEED.items():
+            if getattr(self, name) not in values:
+                raise UserError(
+                    f"{name}: leave it out; a listwise objective ranks all answers to a prompt "
+                    f"by their scores, and every prompt alike, got {getattr(self, name)!r}"
+                )
+        self.edges, self.group_by_prompt = "all", True
 
     def check(self) -> None:
         """Raise ``UserError`` for the first value out of range."""

@@ -76,7 +76,7 @@ DPO: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
     ({"loss_type": ["hinge"]}, "dpo-hinge", {}),
     ({"loss_type": ["ipo"]}, "ipo", {}),
     ({"loss_type": ["exo_pair"], "label_smoothing": 1e-3}, "exo", {}),
-    ({"loss_type": ["nca_pair"]}, "nca", {}),
+    ({"loss_type": ["nca_pair"]}, "nca-pair", {}),
     ({"loss_type": ["robust"], "label_smoothing": 0.2}, "robust", {"label_smoothing": 0.2}),
     ({"loss_type": ["bco_pair"]}, "bco-pair", {}),
     ({"loss_type": ["sppo_hard"]}, "sppo", {}),
@@ -98,7 +98,7 @@ DPO: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
         for theirs, ours in {
             "sigmoid": "dpo",
             "ipo": "ipo",
-            "nca_pair": "nca",
+            "nca_pair": "nca-pair",
             "aot": "aot",
         }.items()
         for given in ({"ld_alpha": 0.3}, {"ld_alpha": 0.0}, {"use_weighting": True})

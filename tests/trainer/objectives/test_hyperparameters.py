@@ -16,6 +16,7 @@ from widemargin.trainer.objectives import (
     hyperparameters_of,
 )
 
+from tests.support.objective_cases import OF_PAIRS
 from tests.support.preference_batches import called, pack, random_pairs
 
 
@@ -23,12 +24,13 @@ def test_names():
     assert set(OBJECTIVES) == {
         *("simpo", "hinge", "lmpo", "gamma-simpo", "gamma-dpo", "beta-simpo", "beta-dpo"),
         *("dpo", "r-dpo", "ipo", "kto", "cpo", "orpo", "cpo-hinge", "cpo-ipo"),
-        *("alphapo", "repo", "simper", "sft", "dpo-hinge", "dpo-norm", "robust", "exo", "nca"),
+        *("alphapo", "repo", "simper", "sft", "dpo-hinge", "dpo-norm", "robust", "exo", "nca-pair"),
         *("bco", "bco-pair", "sppo", "apo-zero", "apo-down", "discopop", "aot", "aot-unpaired"),
+        *("infonca", "nca", "plackett-luce", "lipo", "rrhf", "pro"),
     }
     published = {"gm-simpo": "gamma-simpo", "gm-dpo": "gamma-dpo"}
     published |= {"b-simpo": "beta-simpo", "b-dpo": "beta-dpo", "sigmoid": "simpo"}
-    trl = {"exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco-pair", "sppo_hard": "sppo"}
+    trl = {"exo_pair": "exo", "nca_pair": "nca-pair", "bco_pair": "bco-pair", "sppo_hard": "sppo"}
     trl |= {"aot_unpaired": "aot-unpaired", "apo_zero": "apo-zero", "apo_down": "apo-down"}
     assert published | trl | {"sigmoid_norm": "dpo-norm"} == ALIASES
     for alias, name in ALIASES.items():
@@ -43,7 +45,7 @@ WITH_MARGIN = ["simpo", "hinge", "alphapo", "lmpo", "gamma-simpo", "gamma-dpo", 
 def test_hyperparameters_are_documented(name):
     fields = hyperparameters_of(name)
     assert "sft_weight" in fields
-    assert ("beta" in fields) == (name not in ("orpo", "repo", "simper", "sft"))
+    assert ("beta" in fields) == (name not in ("orpo", "repo", "simper", "sft", "rrhf"))
     assert ("gamma_beta_ratio" in fields) == (name in WITH_MARGIN)
     assert "length_norm" in fields or not OBJECTIVES[name].needs_reference
     assert all(field.metadata["help"] for field in fields.values())
@@ -80,9 +82,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 """What must be given for a hyperparameter to have a meaning."""
 
 
-@pytest.mark.parametrize(
-    ("name", "key"), [(n, k) for n in OBJECTIVES for k in hyperparameters_of(n)]
-)
+@pytest.mark.parametrize(("name", "key"), [(n, k) for n in OF_PAIRS for k in hyperparameters_of(n)])
 def test_every_hyperparameter_matters(name, key):
     if key == "use_weighting" and name.startswith("aot"):
         pytest.skip("refused, see below")

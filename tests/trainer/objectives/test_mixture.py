@@ -23,7 +23,7 @@ PARTS = {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
 
 def test_a_mixture_has_one_name():
     assert canonical_name(PARTS) == canonical_name(MIXTURE) == MIXTURE
-    assert canonical_name({"nca_pair": 2, "sigmoid": 1}) == "2*nca + simpo"
+    assert canonical_name({"nca_pair": 2, "sigmoid": 1}) == "2*nca-pair + simpo"
     assert canonical_name({"dpo": 1.0}) == canonical_name(" dpo ") == "dpo"
     assert canonical_name({"dpo": 0.5}) == "0.5*dpo"
     assert build_objective(PARTS).name == MIXTURE

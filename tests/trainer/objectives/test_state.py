@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.objectives import OBJECTIVES, build_objective
 
-from tests.support.objective_cases import MIXTURE
+from tests.support.objective_cases import MIXTURE, OF_PAIRS
 from tests.support.preference_batches import Pair, called, pack, random_pairs
 
-TRAINED = [*OBJECTIVES, MIXTURE]
+TRAINED = [*OF_PAIRS, MIXTURE]
 STATEFUL = [name for name in TRAINED if build_objective(name).state_dict()]
 COUPLED: dict[str, dict[str, Any]] = {
     **{name: {} for name, spec in OBJECTIVES.items() if spec.couples_pairs},

@@ -22,7 +22,7 @@ def test_a_list_of_losses_is_a_mixture():
     assert objective.hyperparameters.beta == 0.3  # pyright: ignore[reportAttributeAccessIssue]
     assert any("0.8*dpo + 0.2*bco-pair + sft, nll: tokens" in note for note in notes)
     assert built(loss_type=["hinge", "ipo"])[0].name == "dpo-hinge + ipo"
-    assert built(loss_type=["nca_pair"], loss_weights=[0.5])[0].name == "0.5*nca"
+    assert built(loss_type=["nca_pair"], loss_weights=[0.5])[0].name == "0.5*nca-pair"
 
 
 def test_a_mapping_of_objectives_is_a_mixture():

@@ -20,5 +20,6 @@ from .columns import reference_of as reference_of
 from .columns import token_columns as token_columns
 from .columns import with_reference as with_reference
 from .lengths import PairLengths as PairLengths
+from .lengths import TreeLengths as TreeLengths
 from .rows import PairRows as PairRows
 from .trees import Trees as Trees

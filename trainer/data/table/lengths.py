@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from .trees import Trees
 @dataclass(frozen=True)
 class PairLengths:
     """Tokens of every pair's parts, [pairs] int64 each, and the trees that pairs form."""
+
+    NOUN: ClassVar[str] = "pair"
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -84,6 +87,47 @@ class PairLengths:
         longest = np.zeros(count, np.int64)
         np.maximum.at(longest, sequences.group, sequences.totals)
         return longest * sequences.rows(count)
+
+
+@dataclass(frozen=True)
+class TreeLengths:
+    """The trees of pairs in the pairs' place: what is counted, dealt and never cut is a tree."""
+
+    NOUN: ClassVar[str] = "prompt"
+
+    pairs: PairLengths
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def tree(self) -> np.ndarray:
+        """[U] itself."""
+        return np.arange(len(self))
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.bincount(self.pairs.tree)
+
+    @cached_property
+    def _members(self) -> np.ndarray:
+        return np.argsort(self.pairs.tree, kind="stable")
+
+    def pairs_of(self, trees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs of some trees, tree after tree, and how many each has."""
+        sizes, begins = self._sizes[trees], np.cumsum(self._sizes) - self._sizes
+        return self._members[runs(begins[trees], sizes)], sizes
+
+    def alone(self, layout: str) -> np.ndarray:
+        """[U] tokens the decoder computes for each tree by itself; see `PairLengths.computed`."""
+        return self.computed(layout, self.tree, self.tree, len(self))
+
+    def computed(
+        self, layout: str, trees: np.ndarray, groups: np.ndarray, count: int
+    ) -> np.ndarray:
+        """[count] tokens the decoder computes for each group of trees."""
+        pairs, sizes = self.pairs_of(trees)
+        return self.pairs.computed(layout, pairs, np.repeat(groups, sizes), count)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class PairRows(Dataset):
         group_by_prompt: pairs whose prompts have equal tokens form one tree, and equal answers in
             it (scored alike, with the same log-probs of a reference) one leaf.
         margin_from, pair_weighting: as in the settings of data.
+        scored: rows also have ``score_chosen`` and ``score_rejected``, and answers with different
+            scores are different leaves.
     """
 
     @classmethod
@@ -49,6 +51,7 @@ class PairRows(Dataset):
             group_by_prompt=bool(settings.group_by_prompt),
             margin_from=settings.margin_from,
             pair_weighting=settings.pair_weighting,
+            scored=settings.takes == ("scored",),
         )
 
     def __init__(
@@ -58,6 +61,7 @@ class PairRows(Dataset):
         group_by_prompt: bool = False,
         margin_from: str = "margin",
         pair_weighting: str = "pair",
+        scored: bool = False,
     ) -> None:
         columns: list[str] = list(TOKEN_COLUMNS)
         if set(THEIR_REFERENCE_COLUMNS) <= set(dataset.column_names):
@@ -81,17 +85,25 @@ class PairRows(Dataset):
         self.dataset = dataset.select_columns(columns).with_format("arrow")
         self._reference: dict[str, np.ndarray] = {}
         by_prompt = pair_weighting == "prompt"
-        trees = name_trees(self._contents()) if group_by_prompt or by_prompt else None
+        scores = _scores(said, len(dataset)) if scored else {}
+        trees = name_trees(self._contents(scores)) if group_by_prompt or by_prompt else None
         self.trees = trees if group_by_prompt else None
-        self.numbers = pair_numbers(said, margin_from, trees if by_prompt else None)
+        self.numbers = pair_numbers(said, margin_from, trees if by_prompt else None) | scores
 
-    def _contents(self) -> Iterator[tuple[bytes, bytes, bytes]]:
-        """What makes prompts and answers of pairs equal."""
-        names = self.dataset.column_names
+    @property
+    def has_lists(self) -> bool:
+        """Whether the answers to a prompt lie together, with their scores."""
+        return self.trees is not None and SCORES[0] in self.numbers
+
+    def _contents(self, numbers: dict[str, np.ndarray]) -> Iterator[tuple[bytes, bytes, bytes]]:
+        """What makes prompts and answers of pairs equal: their tokens, and some numbers."""
+        names, begin = self.dataset.column_names, 0
         for table in self.dataset.iter(batch_size=4096):
-            columns = {name: _values(table.column(name)) for name in names}
+            columns: dict[str, Any] = {name: _values(table.column(name)) for name in names}
+            columns |= {name: v[begin : begin + len(table)] for name, v in numbers.items()}
+            begin += len(table)
             chosen, rejected = (
-                [columns[name] for name in names if side in name] for side in PARTS[1:]
+                [columns[name] for name in columns if side in name] for side in PARTS[1:]
             )
             for i, prompt in enumerate(columns[TOKEN_COLUMNS[0]]):
                 yield prompt.tobytes(), _content(chosen, i), _content(rejected, i)
@@ -195,6 +207,19 @@ def pair_numbers(
     if margin_from == "scores" and set(SCORES) <= set(said):
         numbers["margin"] = np.nan_to_num(said[SCORES[0]] - said[SCORES[1]], nan=0.0)
     return numbers
+
+
+def _scores(said: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """The scores of every pair's answers, each of them given."""
+    scores = {name: said.get(name, np.full(rows, np.nan)) for name in SCORES}
+    lacking = int(np.isnan(sum(scores.values())).sum())
+    if lacking:
+        raise UserError(
+            f"objective: give rows with {SCORES[0]} and {SCORES[1]}, or with several answers and "
+            f"their scores or ranks, which a listwise one ranks; {lacking:,} of {rows:,} pairs "
+            "have none. Or take an objective of pairs"
+        )
+    return scores
 
 
 def _values(column: pa.ChunkedArray) -> Sequence[Any]:

@@ -14,6 +14,7 @@ from . import (
     dpo,
     gamma_po,
     kto,
+    listwise,
     lmpo,
     orpo,
     reward_losses,
@@ -140,9 +141,11 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     ),
     **reward_losses.ROWS,
     **across_pairs.ROWS,
+    **listwise.ROWS,
 }
 """By name. In the formulas D is the gap of mean logps times beta, R that of the rewards
-``r = beta (s - s_ref)`` and R = r_w - r_l, g the base target margin and e the label smoothing."""
+``r = beta (s - s_ref)`` and R = r_w - r_l, g the base target margin and e the label smoothing;
+`listwise` explains its own."""
 
 ALIASES = {
     "sigmoid": "simpo",
@@ -151,7 +154,7 @@ ALIASES = {
     "b-simpo": "beta-simpo",
     "b-dpo": "beta-dpo",
     "exo_pair": "exo",
-    "nca_pair": "nca",
+    "nca_pair": "nca-pair",
     "bco_pair": "bco-pair",
     "sppo_hard": "sppo",
     "aot_unpaired": "aot-unpaired",

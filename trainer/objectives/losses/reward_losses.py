@@ -7,7 +7,7 @@ With the rewards ``w`` and ``l`` of the chosen and the rejected answer, ``beta``
     dpo-norm:   dpo of rewards per token                       TRL's sigmoid_norm
     robust:     (dpo's (1-e) term - its e term) / (1 - 2e)     robust DPO, arXiv 2403.00409
     exo:        KL of (sigmoid(D), sigmoid(-D)) from (1-e, e)  EXO, arXiv 2402.00856, eq. 16
-    nca:        -log s(w) - (log s(-w) + log s(-l)) / 2        NCA, arXiv 2402.05369
+    nca-pair:   -log s(w) - (log s(-w) + log s(-l)) / 2        NCA, arXiv 2402.05369
     bco-pair:   -log s(w) - log s(-l)                          BCO without its shift, see `bco`
     sppo:       ((w - 1/2)^2 + (l + 1/2)^2) / beta^2           SPPO, arXiv 2405.00675, hard labels
     apo-zero:   1 - s(w) + s(l)                                APO, arXiv 2408.06266, eq. 7
@@ -130,7 +130,7 @@ ROWS = {
         RobustHyperparameters,
     ),
     "exo": _row(exo, "KL((sigmoid(R), sigmoid(-R)) || (1-e, e))", ExoHyperparameters),
-    "nca": _row(nca, "-log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2"),
+    "nca-pair": _row(nca, "-log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2"),
     "bco-pair": _row(bco, "-log sigmoid(r_w) - log sigmoid(-r_l)"),
     "sppo": _row(sppo, "((r_w - 1/2)^2 + (r_l + 1/2)^2) / beta^2"),
     "apo-zero": _row(apo_zero, "1 - sigmoid(r_w) + sigmoid(r_l)"),
