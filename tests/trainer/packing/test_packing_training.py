@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from transformers import AutoModelForCausalLM
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.errors import UserError
@@ -124,3 +125,34 @@ def test_a_trained_model_generates_as_before(tmp_path):
 def test_unknown_values_are_refused(tmp_path):
     with pytest.raises(UserError, match="packing: expected one of padded, packed"):
         tiny_config(tmp_path, packing="shared")
+
+
+@pytest.mark.costly
+def test_prompts_count_in_the_likelihood_the_same_in_every_layout(tmp_path):
+    """Beside pairs of one prompt, whose prompt is scored once and counts for each."""
+    found = {}
+    for packing in ("padded", "packed", "prefix_shared"):
+        for nll in ("tokens", "prompt_and_answer"):
+            trainer = PreferenceTrainer(
+                tiny_model(),
+                tiny_config(
+                    tmp_path,
+                    objective="orpo",
+                    objective_args={"nll": nll},
+                    packing=packing,
+                    group_by_prompt=True,
+                ),
+                train_dataset=concatenate_datasets([tiny_pairs(6), tiny_pairs(6).map(swapped)]),
+                processing_class=TOKENIZER,
+            )
+            trainer.train()
+            found[packing, nll] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    for (_, nll), losses in found.items():
+        assert losses == pytest.approx(found["padded", nll], rel=1e-5)
+    assert found["padded", "tokens"] != pytest.approx(
+        found["padded", "prompt_and_answer"], rel=0.01
+    )
+
+
+def swapped(row: dict[str, str]) -> dict[str, str]:
+    return {"chosen": row["rejected"], "rejected": row["chosen"]}
