@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from datasets import concatenate_datasets
 from transformers import AutoModelForCausalLM
 from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.cli import main
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.packing import PairCollator
 
@@ -79,6 +82,38 @@ def test_two_processes_give_the_same_in_every_packing(tmp_path):
     assert (after["padded"] - parameters_of(tiny_model())).abs().max() > 1e-2
     for packing in PACKINGS[1:]:
         assert (after[packing] - after["padded"]).abs().max() < 1e-5
+
+
+@pytest.mark.costly
+def test_two_processes_count_prompts_and_tokens_as_one_does(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    tiny_pairs(22).to_json(tmp_path / "train.jsonl")
+    (tmp_path / "config.yaml").write_text(
+        f"{{model_name_or_path: {tmp_path}/model, dataset: {tmp_path}/train.jsonl, optim: sgd, "
+        "objective: orpo, nll: prompt_and_answer, learning_rate: 0.05, max_steps: 4, "
+        "head_tail: exact, save_strategy: 'no', use_cpu: true, ddp_backend: gloo, "
+        f"logging_steps: 1, output_dir: {tmp_path}/two, report_to: none, write_report: false, "
+        "per_device_train_batch_size: 4}"
+    )
+    (tmp_path / "runs.py").write_text(
+        "from widemargin.trainer.cli import main\nassert main(['train', 'config.yaml']) == 0\n"
+    )
+    done = launch(tmp_path, "runs.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = ["--per_device_train_batch_size=8", f"--output_dir={tmp_path}/one"]
+    assert main(["train", str(tmp_path / "config.yaml"), *one]) == 0
+    for name in ("loss", "num_tokens"):
+        logged = [
+            [entry[name] for entry in _history(tmp_path / ranks) if name in entry]
+            for ranks in ("one", "two")
+        ]
+        assert len(logged[0]) == 4
+        assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 def test_auto_says_what_it_chose_and_evaluation_is_the_same(tmp_path, caplog):
