@@ -30,8 +30,8 @@ from .monitor.run_record import RunRecord, changed_settings
 from .objectives import Objective
 from .packing.choose import choose_packing
 from .report.write import summary_lines, write_report
-from .settings.checks import check_output, uses_deepspeed
-from .settings.config import PreferenceConfig, check_evaluation
+from .settings.checks import check_evaluation, check_output, uses_deepspeed
+from .settings.config import PreferenceConfig
 from .settings.published.twins import is_mistral, published_steps
 from .settings.unused import unused_notes
 from .text import colours

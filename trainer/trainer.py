@@ -39,7 +39,8 @@ from .objectives.lists import Answers
 from .objectives.terms import by_edges
 from .packing import PAIR_INPUTS, model_inputs
 from .reference.model import reference_for
-from .settings.config import PreferenceConfig, check_evaluation
+from .settings.checks import check_evaluation
+from .settings.config import PreferenceConfig
 from .settings.model import check_adapted
 from .settings.unused import say_unused
 

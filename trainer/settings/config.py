@@ -22,7 +22,6 @@ from .checks import (
     check_checkpointing,
     check_environment,
     check_machine,
-    check_metric,
     check_training,
     unread_file,
     with_setting,
@@ -30,7 +29,7 @@ from .checks import (
 from .data import DataSettings
 from .launch import has_launcher, meeting
 from .model import ModelSettings, ReferenceSettings, SampleSettings
-from .names import BACKENDS, METRICS, PACKINGS, TAILS
+from .names import BACKENDS, PACKINGS, TAILS
 from .published.unknown import explaining
 
 FIELDS_OF_OBJECTIVES = ("beta", "gamma_beta_ratio")
@@ -279,28 +278,3 @@ def defaults_of(kind: type[PreferenceConfig]) -> dict[str, Any]:
 def objective_keys(objective: str) -> set[str]:
     """Hyperparameters that belong in ``objective_args``: those that are no fields here."""
     return set(hyperparameters_of(objective)) - set(FIELDS_OF_OBJECTIVES)
-
-
-def check_evaluation(config: PreferenceConfig, evaluation: object) -> None:
-    """Raise ``UserError`` where the settings ask for evaluations that the data do not allow.
-
-    Args:
-        evaluation: the evaluation data set, several by name, or None.
-    """
-    several = isinstance(evaluation, dict)
-    missing = evaluation is None or (several and not evaluation)
-    for name in ("eval_strategy", "eval_on_start"):
-        if missing and getattr(config, name) not in ("no", False):
-            raise UserError(
-                f"{name}: there is no evaluation data; give some (a test split, eval_dataset) or "
-                f"set {name}: {'no' if name == 'eval_strategy' else 'false'}"
-            )
-    if several and config.eval_samples:
-        raise UserError(
-            "eval_samples: answers are to the prompts of one evaluation set, and eval_dataset has "
-            "several; give one, or set eval_samples: 0"
-        )
-    best = config.metric_for_best_model
-    if best is not None:
-        sets = [f"{name}_" for name in evaluation] if several else [""]
-        check_metric(best, [f"{prefix}{metric}" for prefix in sets for metric in METRICS])
