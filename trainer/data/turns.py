@@ -9,7 +9,9 @@ marks narrow that down further.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .chat import NOTHING, PROBE, generation_mask, only_id, render
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+_SOME = 16
 UNCLEAR_TURNS = "turns that the template does not keep apart"
 
 THINK_MARKS = (
@@ -114,6 +117,7 @@ class TurnScorer:
         self.text_prefix = list(text_prefix)
         self.bos_id = only_id(tokenizer.bos_token_id)
         self.eos_id = only_id(tokenizer.eos_token_id)
+        self.added = frozenset(tokenizer.added_tokens_decoder)
 
     def plain(self, prompt: str, text: str, ids: list[int], start: int) -> Side:
         """An answer of plain text, closed with EOS unless an end stands there already.
@@ -150,7 +154,7 @@ class TurnScorer:
 
         ``given`` is what the template is given beside the messages.
         """
-        end = next((p for p in range(start, len(ids)) if ids[p] in self.ends.stops), len(ids))
+        end = _first(ids, self.ends.stops, start)
         if not self._says(ids[start:end], special=True):
             raise RowProblem(EMPTY_COMPLETION, "a completion renders to nothing but its end token")
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
@@ -200,8 +204,7 @@ class TurnScorer:
     ) -> int:
         """Where the turn of message ``i``, which begins at ``begin``, ends: after its end token."""
         if i == len(messages) - 1:
-            ends = (p + 1 for p in range(begin, len(ids)) if ids[p] in self.ends.stops)
-            return next(ends, len(ids))
+            return min(_first(ids, self.ends.stops, begin) + 1, len(ids))
         after = self._rendered(messages[: i + 1], False, given)
         after = [] if isinstance(after, RowProblem) else after
         shared = common_prefix(after, ids)
@@ -235,9 +238,20 @@ class TurnScorer:
 
     def _says(self, ids: Sequence[int], special: bool = False) -> bool:
         """Whether ids are more than blanks and (unless they count) special tokens."""
-        added = {} if special else self.tokenizer.added_tokens_decoder
-        rest = [i for i in ids if i not in added]
-        return bool(rest) and bool(str(self.tokenizer.decode(rest)).strip())
+        rest = iter(ids) if special else (i for i in ids if i not in self.added)
+        while some := list(islice(rest, _SOME)):  # the first few tell nearly always
+            if str(self.tokenizer.decode(some)).strip():
+                return True
+        return False
+
+
+def _first(ids: list[int], tokens: Iterable[int], start: int) -> int:
+    """Where the first of ``tokens`` stands in ``ids`` from ``start`` on; its length for nowhere."""
+    place = len(ids)
+    for token in tokens:
+        with suppress(ValueError):
+            place = ids.index(token, start, place)
+    return place
 
 
 def reasoning(text: str, start: int) -> Iterator[tuple[int, int]]:
