@@ -89,8 +89,6 @@ def load_model(
     config ``quantization`` does. One that holds an adapter gives peft's model of it, on its base,
     ready to learn on.
     """
-    from transformers import AutoModelForCausalLM
-
     name = name or _model_name(settings)
     base = adapted_model(settings, name)
     if base is not None:
@@ -109,7 +107,7 @@ def load_model(
         settings, "float32" if computes == "auto" else computes
     )
     model, found = _load(
-        AutoModelForCausalLM,
+        _kind_of_model(settings, name),
         name,
         settings,
         "model",
@@ -125,7 +123,36 @@ def load_model(
             f"model {name}: give a complete model; its files lack "
             f"{len(missing)} of the weights that config.json describes, such as {missing[0]}"
         )
+    unused = sorted(found["unexpected_keys"])
+    if unused:
+        logger.warning(
+            "model %s: %s does not use %d of the weights in its files, such as %s, and saves none "
+            "of them",
+            name, type(model).__name__, len(unused), unused[0],
+        )  # fmt: skip
     return model
+
+
+def _kind_of_model(settings: ModelSettings, name: str) -> Any:
+    """transformers' class that loads it: for causal models, or for those of images and text."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    config = _load(AutoConfig, name, settings, "model")
+    coded = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if coded or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise UserError(
+        f"model {name}: take a causal language model; transformers has no causal head for "
+        f"{config.model_type}"
+    )
 
 
 def load_model_config(settings: ModelSettings) -> PreTrainedConfig:
