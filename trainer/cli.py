@@ -9,6 +9,7 @@ import argparse
 import atexit
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from .sampling.command import COMMANDS as SAMPLING
 from .sampling.command import add_sampling, run_sampling
 from .sweep.command import add_sweep, run_sweep
 from .text import printable, steady_console
+
+TRACEBACK = "WIDEMARGIN_TRACEBACK"
+"""Environment variable: set to 1, errors said in a line show their traceback before it."""
 
 TRAIN_HELP = """\
 Train on preference pairs with the settings of a YAML file: those of PreferenceConfig (model, data,
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None, *, script: str | None = None) -> int
     """Run the command line; 0 without errors, 2 for bad input, 130 when interrupted.
 
     After SIGTERM during training it exits with 143, where `stop_on_collapse` ended it with 3; see
-    `loop`.
+    `loop`. WIDEMARGIN_TRACEBACK=1 shows the tracebacks of bad input too.
 
     ``script`` names the published script that this one replaces, such as "run_simpo".
     """
@@ -51,14 +55,12 @@ def _guarded(argv: Sequence[str] | None, script: str | None) -> int:
     try:
         return _run(list(sys.argv[1:] if argv is None else argv), script)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(error, str(error))
     except OSError as error:
         if error.filename is None:
             raise
         name = printable(str(error.filename), 200)
-        print(f"error: {error.strerror}: {name}", file=sys.stderr)
-        return 2
+        return _refused(error, f"{error.strerror}: {name} ({TRACEBACK}=1 shows where)")
     except SystemExit as stop:
         if not getattr(stop, "quiet", True):  # Stopped, by SIGTERM or for a collapse
             print(f"\n{stop}", file=sys.stderr)
@@ -70,6 +72,14 @@ def _guarded(argv: Sequence[str] | None, script: str | None) -> int:
             hint = "what is finished is kept; the same command goes on from there"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
         return 130
+
+
+def _refused(error: Exception, line: str) -> int:
+    """Say in a line what went wrong, and after the traceback where the user asks for one."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    print(f"error: {line}", file=sys.stderr)
+    return 2
 
 
 def _run(argv: list[str], script: str | None) -> int:

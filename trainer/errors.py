@@ -23,7 +23,8 @@ def refusals(what: str, *kinds: type[Exception]) -> Iterator[None]:
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from error
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"{what}: {kind}{' '.join(str(error).split())[:400]}") from error
 
 
 def is_whole(value: object, least: int) -> bool:
@@ -33,7 +34,9 @@ def is_whole(value: object, least: int) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023
 
 
 def expect_whole(name: str, value: object, least: int) -> None:

@@ -6,6 +6,7 @@ Other libraries write some files in place. `seal` adds their digests in a file b
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _CHUNK = 2**22
 
@@ -38,6 +40,34 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
         temporary.write_text(text, encoding="utf-8")
         if sync:
             sync_path(temporary)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        OSError: it cannot be read, or is no file: to open a pipe would wait for its writer.
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`, also where a text is nested too deeply or a number too long.
+
+    Raises:
+        ValueError: it is no JSON; a ``JSONDecodeError`` if it is text.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise
+        raise json.JSONDecodeError("a number has too many digits", "", 0) from None
 
 
 def write_at(descriptor: int, text: str) -> None:
@@ -87,7 +117,7 @@ def seal(seal_file: Path, paths: Iterable[Path]) -> None:
 def is_sealed(seal_file: Path, paths: Iterable[Path]) -> bool:
     """Whether ``seal_file`` names these files, no other, with the digests they have."""
     try:
-        saved = json.loads(seal_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        saved = read_json(seal_file)
+    except (OSError, ValueError):
         return False
     return saved == {path.name: file_digest(path) for path in paths}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from widemargin.trainer.data import tokenize_pairs
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.loading import load_model
 from widemargin.trainer.monitor.run_record import changed_settings
@@ -65,7 +69,7 @@ def test_a_planted_pickle_in_a_checkpoint_does_not_run(tmp_path, file):
     folder, mark = tmp_path / "run" / "checkpoint-1", tmp_path / "ran"
     torch.save({"state": Planted(mark)}, folder / file)
     (folder / "manifest.json").unlink()
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(UserError, match=r"checkpoint-1: cannot be read: UnpicklingError"):
         tiny_trainer(tmp_path / "again", **settings).train(resume_from_checkpoint=str(folder))
     assert not mark.exists()
 
@@ -92,8 +96,6 @@ def test_limits_are_no_secrets(tmp_path):
 
 
 def test_escape_codes_of_data_do_not_reach_the_terminal(tmp_path):
-    from datasets import Dataset
-    from widemargin.trainer.data import tokenize_pairs
     from widemargin.trainer.data.first_pair import preflight_lines
 
     row = {"prompt": "\x1b[2Jhi\u202e", "chosen": "yes\x07", "rejected": "no\x00\r"}
@@ -125,3 +127,44 @@ def test_only_settings_that_somebody_gave(tmp_path):
 def test_settings_in_lists_are_plain_too(tmp_path):
     found = changed_settings(tiny_config(tmp_path, debug="underflow_overflow"))
     assert yaml.safe_load(yaml.safe_dump(found))["debug"] == ["underflow_overflow"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_chat_template_stays_in_its_sandbox(template, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"chosen": turns, "rejected": turns}]
+    with pytest.raises(UserError):
+        tokenize_pairs(Dataset.from_list(rows), tokenizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_config_beyond_its_files_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    for name, value in (("num_hidden_layers", 10**7), ("vocab_size", 10**9)):
+        (folder / "config.json").write_text(json.dumps(content | {name: value}))
+        with pytest.raises(UserError, match="describes far more weights than fit"):
+            load_model(tiny_config(tmp_path, model_name_or_path=str(folder)))
+
+
+def test_every_claim_names_tests_that_exist():
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "SECURITY.md").read_text(encoding="utf-8")
+    files = (root / "tests").rglob("test_*.py")
+    known = {name for f in files for name in re.findall(r"^def (test_\w+)", f.read_text(), re.M)}
+    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    named = [set(re.findall(r"`(test_\w+)`", row)) for row in rows]
+    assert len(rows) > 10
+    assert all(named)
+    assert set().union(*named) - known == set()

@@ -47,9 +47,15 @@ KINDS: dict[str, tuple[int, str]] = {
 }
 """Kinds of runs: how many processes, and settings beside `SETTINGS`."""
 
-PIECE = 5000
-PIECE_TIMEOUT_S = 1800
-"""Cases of one seed and process, and how long they may take: longer is a hang."""
+PIECE = 1000
+PIECE_TIMEOUT_S = 3600
+"""Cases of one kind, seed and process, and how long they may take: longer is a hang."""
+
+SHARES = {
+    "rows": 0.46, "edges": 0.2, "yaml": 0.1, "runs": 0.1, "answers": 0.1, "models": 0.02,
+    "data": 0.02,
+}  # fmt: skip
+"""Of the cases: rows and settings (`fuzzing`), and files of each kind (`spoilt_files`)."""
 
 SETTINGS = """\
 {model_name_or_path: ./model, dataset: train.jsonl, eval_dataset: test.jsonl, objective: lmpo,
@@ -168,8 +174,8 @@ def tortured(kind: str, kills: int, seed: int) -> Row:
         return torture(place, kind, kills, seed)
 
 
-def try_cases(count: int, seed: int) -> Counter[str]:
-    """A piece of the cases, in a process of its own.
+def try_cases(kind: str, count: int, seed: int) -> Counter[str]:
+    """A piece of the cases of a kind, in a process of its own; ends by what became of them.
 
     Raises:
         RuntimeError: a finding, with the case and its traceback as text, since not every library's
@@ -178,9 +184,12 @@ def try_cases(count: int, seed: int) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
         try:
-            from tests.support.fuzzing import search  # datasets reads the variable at its import
+            # datasets reads the variable at its import
+            from tests.support import fuzzing, spoilt_files
 
-            return search(count, seed, Path(folder))
+            if kind == "rows":
+                return fuzzing.search(count, seed, Path(folder))
+            return spoilt_files.search(kind, count, seed, Path(folder))
         except BaseException:
             raise RuntimeError(traceback.format_exc()) from None
 
@@ -188,15 +197,21 @@ def try_cases(count: int, seed: int) -> Counter[str]:
 def fuzz(cases: int, seed: int, processes: int) -> Row:
     """Try ``cases`` of them in pieces, each of the next seed; what became of them."""
     started = time.monotonic()
-    sizes = [min(PIECE, cases - first) for first in range(0, cases, PIECE)]
-    seeds = [seed + number for number in range(len(sizes))]
+    pieces = [
+        (kind, min(PIECE, count - first), seed + first // PIECE)
+        for kind, count in ((kind, round(cases * share)) for kind, share in SHARES.items())
+        for first in range(0, count, PIECE)
+    ]
     context = multiprocessing.get_context("spawn")
     outcomes: Counter[str] = Counter()
     with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        for counts in pool.map(try_cases, sizes, seeds, timeout=PIECE_TIMEOUT_S * len(sizes)):
-            outcomes += counts
+        limit = PIECE_TIMEOUT_S * len(pieces)
+        for (kind, *_), counts in zip(
+            pieces, pool.map(try_cases, *zip(*pieces, strict=True), timeout=limit), strict=True
+        ):
+            outcomes += Counter({f"{kind} {name}": count for name, count in counts.items()})
     return {
-        "case": "fuzz", "seeds": [seeds[0], seeds[-1]], "cases": outcomes.total(),
+        "case": "fuzz", "seed": seed, "cases": outcomes.total(),
         "outcomes": dict(outcomes), "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ import hypothesis
 from datasets import Dataset, disable_progress_bars
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
+from transformers.utils.logging import disable_progress_bar
 from widemargin.trainer import PreferenceConfig
 from widemargin.trainer.data import tokenize_pairs
 from widemargin.trainer.data.first_pair import preflight_lines
@@ -158,6 +159,7 @@ def run_case(case: tuple[Any, Any, str, str], folder: Path) -> str:
 def quietly() -> Iterator[None]:
     """Without progress bars, logs and warnings, of which thousands of cases make many."""
     disable_progress_bars()
+    disable_progress_bar()
     logging.disable(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import write_at
+from ..files import read_json, write_at
 
 CLAIM = ".running"
 
@@ -65,10 +65,10 @@ def last_run(output_dir: str | Path) -> str | None:
     if descriptor is not None:  # to close the file a second time would drop the lock
         return _content(descriptor).get("run")
     try:
-        with open(os.path.join(output_dir, CLAIM), "rb") as file:
-            return _content(file.fileno()).get("run")
-    except OSError:
+        content = read_json(Path(output_dir, CLAIM))
+    except (OSError, ValueError):
         return None
+    return content.get("run") if isinstance(content, dict) else None
 
 
 def _lock(descriptor: int, output_dir: str | Path) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from ..files import digest, file_digest, sync_path, write_text
+from ..files import digest, file_digest, read_json, sync_path, write_text
 
 STAGING = "tmp-checkpoint-"
 REMOVED = "tmp-removed-"
@@ -242,14 +242,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         BrokenCheckpoint: there is none, or it is not as it was written.
     """
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        content = json.loads(text)
+        content = read_json(folder / MANIFEST)
     except FileNotFoundError as error:
         raise BrokenCheckpoint(f"it has no {MANIFEST}") from error
     except (OSError, ValueError) as error:
         raise BrokenCheckpoint(f"{MANIFEST} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BrokenCheckpoint(f"{MANIFEST} is not one of this version")
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
     if content.get("digest") != _digest(content) or text != _text(content):
         raise BrokenCheckpoint(f"{MANIFEST} is not as it was written")
     return content

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from ..errors import UserError
+from ..files import parse_json
 from ..text import printable
 from .tools import KEY
 
@@ -146,7 +147,7 @@ class ChatClient:
 def _completion(body: bytes) -> Any:
     """A chat completion that has a message."""
     try:
-        completion = json.loads(body)
+        completion = parse_json(body)
         completion["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         shown = body[:100].decode("utf-8", "replace")

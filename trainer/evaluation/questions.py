@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import parse_json
 from ..text import printable
 
 Row = dict[str, Any]
@@ -96,6 +97,8 @@ def read_file(source: str) -> str:
     hub = _HUB.fullmatch(source)
     if hub and not path.exists():
         path = _from_hub(source, *hub.groups())
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        raise UserError(f"{source}: cannot be read (it is not a file); give a file's path")
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
@@ -142,6 +145,8 @@ def _list_items(source: str) -> Iterator[tuple[str, Row]]:
             row, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise UserError(f"{where(error.pos)}: not valid JSON: {error.msg}") from error
+        except (RecursionError, ValueError):
+            raise UserError(f"{where(position)}: not valid JSON: too deep, or too long") from None
         items += 1
         yield f"{where(position)} (item {items})", _object(where(position), row)
         position = skip_blank(end)
@@ -163,7 +168,7 @@ def _lines(source: str) -> Iterator[tuple[str, Row]]:
     for number, line in lines:
         where = f"{source}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON: {error.msg}") from error
         yield where, _object(where, row)

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 from ..errors import UserError, refusals
+from ..files import parse_json, read_json
 from ..text import printable
 
 Record = dict[str, Any]
@@ -174,7 +175,7 @@ class Records:
     def _changed_settings(self) -> list[str]:
         """Each setting that differs from that of the records, with both values."""
         try:
-            before = json.loads(self._settings_path.read_text(encoding="utf-8"))
+            before = read_json(self._settings_path)
             keys = sorted(before.keys() | self._settings.keys())
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
@@ -209,7 +210,7 @@ def _parsed(path: Path, lines: bytes) -> dict[str, Record]:
     records: dict[str, Record] = {}
     for number, line in enumerate(lines.splitlines(), 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if record.pop(SEAL) != _seal(record):
                 raise ValueError("its checksum differs")
             records.setdefault(record["id"], record)

@@ -6,7 +6,9 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -24,7 +26,7 @@ from ..checkpoint.files import (
 )
 from ..checkpoint.resume import Start, check_same_run, on_first_rank, output_claimed, start_of_run
 from ..checkpoint.same_run import Facts, agreed_facts, run_facts
-from ..errors import UserError
+from ..errors import UserError, refusals
 from ..model.digest import frozen_digest
 from ..text import steady_console
 from .collapse import Collapsed, CollapseGuard
@@ -255,7 +257,8 @@ class CheckpointedTrainer(Trainer):
             self.synced.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if self.synced is not None:
@@ -268,6 +271,10 @@ class CheckpointedTrainer(Trainer):
                 f"checkpoint {checkpoint}: it has no {OBJECTIVE_FILE}, which "
                 f"{self.objective.name} needs to go on; was it saved with another objective?"
             )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Only once it has its name."""
@@ -294,6 +301,12 @@ class CheckpointedTrainer(Trainer):
             return super()._finalize_training(trial, num_train_samples, self._progress.began_at())
         finally:
             self.state.best_model_checkpoint = best
+
+
+def _reading(checkpoint: str | None) -> AbstractContextManager[None]:
+    """Files that are no states of torch's, such as crafted pickles, become a ``UserError``."""
+    kinds = (UnpicklingError, EOFError, KeyError, TypeError, RuntimeError, OSError)
+    return refusals(f"resume_from_checkpoint: {checkpoint}: cannot be read", *kinds)
 
 
 def _latest(checkpoint: Path | None) -> str:

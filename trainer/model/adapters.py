@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import UserError
+from ..files import read_json
 from ..settings.model import AdapterSettings
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def name_base(folder: Path, revision: str) -> None:
     peft's model card is removed, which names the path too.
     """
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     base = config.get("base_model_name_or_path")
     if base and Path(base).expanduser().is_dir():
         config["base_model_name_or_path"] = str(Path(base).expanduser().absolute())

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from ..data.template import own_tokenizer
 from ..errors import UserError, refusals
+from ..files import read_json
 from ..settings.model import ModelSettings
 from .adapters import bare_model, quantization_config
 from .dropout import disable_dropout
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from ..settings.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
-
-REFUSALS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_tokenizer(settings: ModelSettings, name: str | None = None) -> PreTrainedTokenizerBase:
@@ -89,25 +85,29 @@ def load_model(
     config ``quantization`` does. One that holds an adapter gives peft's model of it, on its base,
     ready to learn on.
     """
+    from transformers import AutoConfig
+
     name = name or _model_name(settings)
     base = adapted_model(settings, name)
     if base is not None:
         from peft import PeftModel
 
         model = load_model(base, quantization=quantization)
-        with refusals(f"adapter {name}: cannot be loaded", *REFUSALS):
+        with refusals(f"adapter {name}: cannot be loaded", Exception):
             return PeftModel.from_pretrained(
                 model,
                 str(Path(name).expanduser()) if _looks_local(name) else name,
                 is_trainable=True,
                 revision=_revision(settings, name),
             )  # pyright: ignore[reportReturnType]
+    config = _load(AutoConfig, name, settings, "model")
+    _check_size(config, name)
     computes = "bfloat16" if getattr(settings, "bf16", False) else settings.dtype
     quantization = quantization or quantization_config(
         settings, "float32" if computes == "auto" else computes
     )
     model, found = _load(
-        _kind_of_model(settings, name),
+        _kind_of_model(config, name),
         name,
         settings,
         "model",
@@ -133,17 +133,15 @@ def load_model(
     return model
 
 
-def _kind_of_model(settings: ModelSettings, name: str) -> Any:
+def _kind_of_model(config: PreTrainedConfig, name: str) -> Any:
     """transformers' class that loads it: for causal models, or for those of images and text."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
     )
 
-    config = _load(AutoConfig, name, settings, "model")
     coded = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if coded or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
@@ -153,6 +151,26 @@ def _kind_of_model(settings: ModelSettings, name: str) -> Any:
         f"model {name}: take a causal language model; transformers has no causal head for "
         f"{config.model_type}"
     )
+
+
+def _check_size(config: PreTrainedConfig, name: str) -> None:
+    """Raise ``UserError`` for a folder whose config describes far more than its files hold.
+
+    transformers would build all of it first, which can take the machine's memory, or for ever.
+    """
+    files = Path(name).expanduser().glob("*.safetensors")
+    held = sum(file.stat().st_size for file in files if file.is_file())
+    text: Any = config.get_text_config()
+    sizes = [getattr(text, key, 0) for key in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    if not held or not all(type(size) is int for size in sizes):
+        return
+    layers, hidden, vocabulary = sizes
+    described = layers * hidden**2 + vocabulary * hidden  # at the least
+    if described > 16 * held + 2**24:
+        raise UserError(
+            f"model {name}: give a complete model; config.json describes far more weights than fit "
+            f"into its files' {held:,} bytes"
+        )
 
 
 def load_model_config(settings: ModelSettings) -> PreTrainedConfig:
@@ -180,8 +198,8 @@ def adapted_model(settings: ModelSettings, name: str) -> ModelSettings | None:
         return None
     if path is None:
         return None
-    with refusals(f"adapter {name}: {path} cannot be read", OSError, ValueError):
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    with refusals(f"adapter {name}: {path} cannot be read", OSError, ValueError, TypeError):
+        config = read_json(Path(path))
         base = dict(config).get("base_model_name_or_path")
     if not base:
         raise UserError(
@@ -221,7 +239,7 @@ def _load(loader: Any, name: str, settings: ModelSettings, what: str, **options:
         raise UserError(f"{what} {name}: no such folder")
     if path.is_dir() and not (path / "config.json").is_file() and what == "model":
         raise UserError(f"model {name}: the folder has no config.json; give a saved model's folder")
-    with refusals(f"{what} {name}: cannot be loaded", *REFUSALS):
+    with refusals(f"{what} {name}: cannot be loaded", Exception):
         try:
             return loader.from_pretrained(
                 str(path.expanduser()) if looks_local else name,

@@ -8,7 +8,6 @@ gap where they were and a page can say how many there were.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_json
 from ..settings.names import SIDES
 from .collapse import SAMPLED_TOKENS
 from .margins import SAMPLES_FILE, Histogram, json_lines, read_margins
@@ -242,7 +242,7 @@ def _run_of(checkpoint: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: expected readable JSON, got {reason}") from None

@@ -14,6 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ..files import parse_json
+
 MARGINS_FILE = "margins.jsonl"
 KINDS: tuple[str, ...] = ("reward_margins", "target_margins")
 SCALE, WIDTH, BINS = 0.1, 0.025, 640
@@ -92,7 +94,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:  # a run killed while it wrote
             continue
         if isinstance(entry, dict):

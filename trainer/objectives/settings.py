@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
-from ..errors import UserError
+from ..errors import UserError, is_number
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class LabelSmoothing(Hyperparameters):
 def validated(field: dataclasses.Field[Any], value: Any) -> Any:
     """``value`` as the field's type, or a UserError that says what the field takes."""
     kind = type(field.default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and is_number(value):
         value = float(value)
     choices = field.metadata["choices"]
     bounds = field.metadata["bounds"]

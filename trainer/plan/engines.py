@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, refusals
+from ..files import read_json
 from ..settings.config import PreferenceConfig
 from ..settings.files import read_yaml
 
@@ -128,7 +128,7 @@ def _deepspeed(path: Path, plugin: dict, hidden_size: int, common: dict[str, Any
         sibling = path.parent / Path(named).name
         file = Path(named) if Path(named).is_file() else sibling
         with refusals(f"DeepSpeed's config {named}: cannot be read", OSError, ValueError):
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file)
     zero = config.get("zero_optimization") or {
         "stage": plugin.get("zero_stage", 2),
         "offload_optimizer": {"device": plugin.get("offload_optimizer_device", "none")},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, refusals
+from ..files import read_json
 from ..model.adapters import lora_config, with_adapter
 from ..monitor.metrics import flops_per_token
 from ..settings.config import PreferenceConfig
@@ -125,7 +125,7 @@ def find_config(settings: PreferenceConfig, path: Path | None) -> tuple[Any, str
 
 def _read(file: Path) -> Any:
     with refusals(f"model config {file}: not JSON", ValueError, OSError):
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UserError(f"model config {file}: expected a model's config.json with its model_type")
     return _of(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import reprlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -24,8 +25,12 @@ WHOLE_NUMBERS = {
     "dataloader_num_workers": 0,
     "seed": 0,
     "max_nonfinite_steps": 0,
+    "ddp_timeout": 1,
 }
 """Whole numbers and the least each can be."""
+
+LARGEST = 2**31 - 1
+"""Of any setting: two of them multiplied are still a number of 64 bits."""
 
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")
 BELOW_ONE = ("adam_beta1", "adam_beta2")
@@ -61,6 +66,12 @@ def check_training(args: TrainingArguments) -> None:
     for name, advice in WITHOUT_EFFECT.items():
         if name in defaults and getattr(args, name) != defaults[name].default:
             raise UserError(f"{name}: does nothing in preference training; {advice}")
+    for name in defaults:
+        value = getattr(args, name, None)
+        if type(value) in (int, float) and not -LARGEST <= value <= LARGEST:
+            raise UserError(
+                f"{name}: expected a number up to {LARGEST:,}, got {reprlib.repr(value)}"
+            )
     _check_best(args)
 
 

@@ -38,8 +38,8 @@ def coerced(key: str, value: Any, hint: Any) -> Any:
         return value
     if float in kinds or int in kinds:
         value = as_number(value) if str not in kinds else value
-        if float in kinds and type(value) is int and int not in kinds:
-            value = float(value)
+        if float in kinds and type(value) is int and int not in kinds and abs(value) < 2**53:
+            value = float(value)  # exact; larger ones are refused by what checks the setting
         if kinds & {int} and float not in kinds and type(value) is float and value.is_integer():
             value = int(value)
     if list in kinds and isinstance(value, str) and LISTED.fullmatch(value):

@@ -10,6 +10,8 @@ import pytest
 from datasets import Dataset
 from pyarrow import parquet
 from widemargin.trainer.data import DataSettings, load_pairs
+from widemargin.trainer.data.formats.damage import nests_too_deeply
+from widemargin.trainer.data.formats.files import load_files
 from widemargin.trainer.data.limits import TEXT_LOST
 from widemargin.trainer.errors import UserError
 
@@ -155,3 +157,24 @@ def test_rows_of_several_types_in_one_file(tmp_path):
     assert data.train["prompt_ids"][0] == data.train["prompt_ids"][1]
     data = loaded(write(tmp_path / "calls.jsonl", called))
     assert data.report.train.flags == {TEXT_LOST: 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "deep"),
+    [
+        pytest.param("[" * 5000, True, id="lists"),
+        pytest.param('[{"a":' * 3000, True, id="mixed"),
+        pytest.param(json.dumps({"prompt": "[" * 5000}), False, id="brackets in text"),
+        pytest.param('{"a": [{"b": "\\"["}]}\n' * 5000, False, id="many rows"),
+    ],
+)
+def test_files_nested_so_deeply_that_readers_crash(text, deep, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text)
+    assert nests_too_deeply(str(path)) is deep
+    (tmp_path / "null.json").write_text("null")
+    with pytest.raises(UserError, match="begins with no row"):
+        load_files("pairs", [str(tmp_path / "null.json")])
+    if deep:
+        with pytest.raises(UserError, match="nested too deeply"):
+            load_files("pairs", [str(path)])

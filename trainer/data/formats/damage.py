@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,10 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ...errors import UserError
+from ...files import parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+MOST_NESTED = 900
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STEP = np.zeros(256, np.int8)
+_STEP[[*b"[{"]], _STEP[[*b"]}"]] = 1, -1
 
 
 def with_config(name: str) -> tuple[str, str | None]:
@@ -76,10 +84,30 @@ def trouble(path: str) -> str:
             )
         if ending == ".jsonl" and text.strip():
             try:
-                json.loads(text)
+                parse_json(text)
             except ValueError as error:
                 return f"{name}, line {number + 1}{row}, is not JSON: {error}"
     return ""
+
+
+def nests_too_deeply(path: str) -> bool:
+    """Whether JSON in a file is nested so deeply that a reader of pandas or pyarrow would crash."""
+    level = lowest = 0
+    with opened(path) as file:
+        while block := file.read(1 << 24):  # brackets within strings count: a bound from above
+            levels = level + _levels(block)
+            least = np.minimum(lowest, np.minimum.accumulate(levels))
+            if (levels - least).max() > MOST_NESTED:
+                break
+            level, lowest = levels[-1], least[-1]
+        else:
+            return False
+    with opened(path) as file:
+        return bool(_levels(_STRING.sub(b"", file.read())).max(initial=0) > MOST_NESTED)
+
+
+def _levels(text: bytes) -> np.ndarray:
+    return np.cumsum(_STEP[np.frombuffer(text, np.uint8)], dtype=np.int64)
 
 
 def _lines(path: str) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from .damage import opened, trouble, unpacked_name, with_config
+from .damage import nests_too_deeply, opened, trouble, unpacked_name, with_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -173,6 +173,14 @@ def _check_content(name: str, paths: list[str]) -> None:
             start = file.read(4096)
         if not start.strip() or start.split() == [b"[]"]:
             raise UserError(f"data set {name!r}: {os.path.basename(path)} is empty; leave it out")
+        if ".json" in os.path.basename(path):
+            rows = re.match(rb"(\xef\xbb\xbf)?\s*(\[\s*)?\{", start)
+            if not rows or nests_too_deeply(path):  # either can crash pyarrow's or pandas' reader
+                problem = "is nested too deeply" if rows else "begins with no row"
+                raise UserError(
+                    f"data set {name!r}: {os.path.basename(path)} {problem}; write JSON objects "
+                    "with prompt, chosen and rejected"
+                )
 
 
 def _table_options(name: str, ending: str, paths: list[str]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ where a struct of another row has a field. Content in parts stays in parts, of t
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from ...files import parse_json
 
 Messages = list[dict[str, Any]]
 
@@ -55,7 +56,7 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError:
         pass
     try:
