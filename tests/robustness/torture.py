@@ -102,7 +102,7 @@ def record_apart(one: Path, two: Path, most_seconds: float) -> float:
     Raises:
         AssertionError: the records of ``one`` do not tell of a complete run of up to that long.
     """
-    run, other = (json.loads((path / "run.json").read_text()) for path in (one, two))
+    run, other = (json.loads((path / "run.json").read_text())["summary"] for path in (one, two))
     state = json.loads((one / "trainer_state.json").read_text())
     assert run["steps"] == other["steps"] == state["global_step"]
     assert 0 < run["train_seconds"] <= most_seconds, (run["train_seconds"], most_seconds)
