@@ -336,9 +336,9 @@ def answers(random: Random, folder: Path) -> str:
     body = json.dumps(spoilt_value(random, completion)).encode()
     body = body if random.random() < 0.5 else spoilt_bytes(random, body)
     client = chat_client.ChatClient("m", "http://localhost/v1", attempts=1)
-    client._post = lambda messages: body  # pyright: ignore[reportAttributeAccessIssue]
+    client._post = lambda messages, more: body  # pyright: ignore[reportAttributeAccessIssue]
     with suppress(UserError):
-        client.ask([], judging.parse_verdict)
+        client.ask([], lambda said: judging.parse_verdict(chat_client.text_of(said)))
     good: dict[str, tuple[Callable[[str], Any], Any]] = {
         "alpaca.json": (questions.alpaca_questions, [{"instruction": "a", "dataset": "b"}]),
         "outputs.json": (questions.alpaca_outputs, [{"instruction": "a", "output": "b"}]),

@@ -201,7 +201,7 @@ def read_records(folder: Path, name: str) -> tuple[Record, dict[str, Record]]:
     """The settings and the finished records by id, as `Records` wrote them to ``folder``."""
     path = folder / f"{name}.jsonl"
     with refusals(f"{path}: cannot be read", OSError, ValueError):
-        settings = json.loads((folder / f"{name}.settings.json").read_text(encoding="utf-8"))
+        settings = read_json(folder / f"{name}.settings.json")
         content = path.read_bytes()
     return settings, _parsed(path, content[: content.rfind(b"\n") + 1])
 

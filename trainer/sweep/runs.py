@@ -20,7 +20,7 @@ from typing import Any
 
 from ..checkpoint.claim import CLAIM
 from ..errors import UserError
-from ..files import write_text
+from ..files import read_json, write_text
 from ..report.write import summary_lines, write_report
 from ..settings.files import build_config, merge, parse_overrides, read_yaml
 from ..text import duration
@@ -68,7 +68,7 @@ def sweep(config: Path, out: Path | None, launcher: str, arguments: Sequence[str
 def is_finished(run_dir: Path) -> bool:
     """Whether a run ended well there: it wrote its summary, and left no claim on the folder."""
     try:
-        notes = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        notes = read_json(run_dir / "run.json")
         return "steps" in notes["summary"] and not (run_dir / CLAIM).exists()
     except (OSError, ValueError, LookupError, TypeError):
         return False
@@ -91,7 +91,7 @@ def _claim(folder: Path, shared: dict[str, Any], varied: list[str]) -> None:
     record = json.loads(json.dumps({"varied": varied, "shared": shared}, default=str))
     path = folder / RECORD
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         if before != record:
             raise UserError(f"--out: name another folder; {folder} has {_other(before, record)}")
         return
