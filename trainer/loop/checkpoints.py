@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -96,8 +95,7 @@ class CheckpointedTrainer(Trainer):
             start = resume_from_checkpoint
             if not isinstance(start, Start):
                 start = start_of_run(self.args, start)
-            facts = self._run_facts() | {"id": start.run, "started": time.time()}
-            self._facts = facts
+            self._facts = facts = self._run_facts() | {"id": start.run, "started": time.time()}
             folder = start.folder
             if folder is not None:
                 on_first_rank(self.args, lambda: check_same_run(folder, facts))
@@ -113,8 +111,9 @@ class CheckpointedTrainer(Trainer):
             return result
 
     def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-        listening = self.preemption.listening()
-        with steady_console(), listening, Watchdog(self) as watchdog, watchdog.naming():
+        listening, watchdog = self.preemption.listening(), Watchdog(self)
+        reading = refusals(f"resume_from_checkpoint: {checkpoint}: cannot be read", UnpicklingError)
+        with steady_console(), listening, watchdog, watchdog.naming(), reading:
             result = super().train(checkpoint, *args, **kwargs)
             check_weights(self)
         if self.stopping:
@@ -137,8 +136,8 @@ class CheckpointedTrainer(Trainer):
 
     def last_checkpoint(self) -> Path | None:
         """The run's newest checkpoint in ``output_dir`` whose files are there in their sizes."""
-        folder = Path(str(self.args.output_dir))
-        return newest_complete(folder, run=(self._facts or {}).get("id"), hashes=False)[0]
+        folder, run = Path(str(self.args.output_dir)), (self._facts or {}).get("id")
+        return newest_complete(folder, run=run, hashes=False)[0]
 
     def _run_facts(self) -> Facts:
         """On all ranks what the first one finds; a collective with several ranks."""
@@ -156,9 +155,8 @@ class CheckpointedTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         check_weights(self)
         run_dir = Path(self._get_output_dir(trial))
-        step = self.state.global_step
+        step, best_before = self.state.global_step, self.state.best_model_checkpoint
         folder, staging = run_dir / f"checkpoint-{step}", run_dir / f"{STAGING}{step}"
-        best_before = self.state.best_model_checkpoint
         self._save_problem = self._to_push = None
         self._attempt(lambda: self._make_room(staging))
         if self._gather_problem() is None:  # and no rank writes where another still clears
@@ -257,8 +255,7 @@ class CheckpointedTrainer(Trainer):
             self.synced.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if self.synced is not None:
@@ -271,10 +268,6 @@ class CheckpointedTrainer(Trainer):
                 f"checkpoint {checkpoint}: it has no {OBJECTIVE_FILE}, which "
                 f"{self.objective.name} needs to go on; was it saved with another objective?"
             )
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_rng_state(checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Only once it has its name."""
@@ -301,12 +294,6 @@ class CheckpointedTrainer(Trainer):
             return super()._finalize_training(trial, num_train_samples, self._progress.began_at())
         finally:
             self.state.best_model_checkpoint = best
-
-
-def _reading(checkpoint: str | None) -> AbstractContextManager[None]:
-    """Files that are no states of torch's, such as crafted pickles, become a ``UserError``."""
-    kinds = (UnpicklingError, EOFError, KeyError, TypeError, RuntimeError, OSError)
-    return refusals(f"resume_from_checkpoint: {checkpoint}: cannot be read", *kinds)
 
 
 def _latest(checkpoint: Path | None) -> str:
