@@ -35,9 +35,9 @@ from .monitor.observer import Observer
 from .monitor.pair_rewards import RewardMetrics
 from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
-from .objectives.lists import Answers
 from .objectives.terms import by_edges
 from .packing import PAIR_INPUTS, model_inputs
+from .reference.mismatched import answers_of
 from .reference.model import reference_for
 from .settings.checks import check_evaluation
 from .settings.config import PreferenceConfig
@@ -101,9 +101,10 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         Without that number, as in evaluation, the mean over the micro-batch's own pairs.
         """
         reference = None if self.reference is None else self.reference.sums(model, inputs)
+        answers = answers_of(inputs, model, self.reference)
         balanced = self.balance.inputs(inputs, model.training)
         scored: Any = model(**model_inputs(inputs), **balanced)
-        out = self._pair_losses(scored, reference, inputs, model.training)
+        out = self._pair_losses(scored, reference, inputs, answers, model.training)
         loss = out.loss
         if num_items_in_batch is not None:
             loss = out.losses.sum() * self.args.world_size / num_items_in_batch
@@ -117,7 +118,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         return (loss, {"pairs": out}) if return_outputs else loss
 
     def _pair_losses(
-        self, scored: Any, reference: Tensor | None, inputs: Any, training: bool
+        self, scored: Any, reference: Any, inputs: Any, answers: Any, training: bool
     ) -> ObjectiveOutput:
         """The objective of the micro-batch, with the other ranks' pairs where it couples them."""
         distributed = self.args.world_size > 1 and self.objective.couples_pairs
@@ -129,7 +130,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             pair_ids=inputs["pair_ids"],
             group=dist.group.WORLD if distributed else None,
             log_sum_squares=None if scored.figures is None else scored.figures[0],
-            answers=Answers.of(inputs),
+            answers=answers,
             **{name: inputs[name] for name in PAIR_INPUTS if name in inputs},
         )
 
@@ -215,7 +216,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         rows = self.pipeline.training_rows(train_dataset)
         held_out = self.pipeline.evaluation_rows(eval_dataset)
         parts = [rows, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
-        fit_lengths(lm, parts)
+        fit_lengths(lm, parts, exchanged=self.objective.exchanges_answers)
         peft_config = peft_config or lora_config(args)
         self.reference = reference_for(
             self.objective, lm, args, ref_model, tokenizer, peft_config, parts, starting=starting

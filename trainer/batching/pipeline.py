@@ -18,7 +18,8 @@ from ..data import tokenize_pairs
 from ..data.chat import pad_token
 from ..data.pairs import check_scores
 from ..data.report import SplitReport
-from ..data.table import FILLER_ID, PairRows, is_tokenized
+from ..data.table import FILLER_ID, PairRows, check_kind, is_tokenized
+from ..data.table.mismatched import neighbours
 from ..errors import UserError
 from ..packing.verify import packing_for
 from .planner import Plan, Planner
@@ -26,6 +27,7 @@ from .run_plan import PlanSummary, fit_micro_batches, planner_for, summarise
 from .streams import read_stream
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from ..objectives import Objective
@@ -86,6 +88,8 @@ class PairPipeline:
 
     def _rows(self, dataset: Any, name: str, reports: dict[str, SplitReport]) -> Any:
         rows = self._tokenized(dataset, name, reports)
+        if rows is not None:
+            check_kind(self.objective.takes, rows.single, name)
         if rows is not None and self.objective.ranks_lists and not rows.has_lists:
             raise UserError(
                 f"{name}: name the objective in the settings, so that the scores and all answers "
@@ -131,9 +135,10 @@ class PairPipeline:
             stand_in: a small model of its family, where its own weights will be split.
         """
         if rows is not None and rows.trees is not None and self.objective.token_weights:
+            remedy = "ld_alpha: leave it" if rows.single else "group_by_prompt: set it to false"
             raise UserError(
-                f"group_by_prompt: set it to false; {self.objective.token_weights} weighs tokens "
-                "of an answer by the other answer of each pair, so pairs cannot share it"
+                f"{remedy}; {self.objective.token_weights} weighs tokens of an answer by the other "
+                "answer of its pair"
             )
         if collator is None:
             lengths = None if rows is None else rows.lengths
@@ -147,13 +152,17 @@ class PairPipeline:
 
     def training_batches(self, rows: PairRows) -> PairBatches:
         """This rank's share of every micro-batch of training."""
-        return PairBatches(self._planner(rows), self.settings.process_index)
+        return self._batches(self._planner(rows), rows)
 
     def evaluation_batches(self, rows: PairRows) -> PairBatches:
         """This rank's share of an evaluation, in the data set's order."""
         lengths = rows.lengths
         planner = planner_for(self.settings, lengths, self.layout, self.objective, training=False)
-        return PairBatches(planner, self.settings.process_index)
+        return self._batches(planner, rows)
+
+    def _batches(self, planner: Planner, rows: PairRows) -> PairBatches:
+        prompts = rows.prompts if self.objective.exchanges_answers else None
+        return PairBatches(planner, self.settings.process_index, prompts)
 
     def summary(self, rows: PairRows) -> PlanSummary:
         """What the plan of the first epoch comes to."""
@@ -173,10 +182,13 @@ class PairBatches(BatchRebalanceSampler):
     Args:
         planner: of the whole data set, for all ranks.
         rank: this process's place among the planner's ranks.
+        prompts: [rows] a number for every prompt, where each index is to come with its neighbour,
+            see `data.table.mismatched`.
     """
 
-    def __init__(self, planner: Planner, rank: int = 0) -> None:
+    def __init__(self, planner: Planner, rank: int = 0, prompts: np.ndarray | None = None) -> None:
         self.planner, self.rank = planner, rank
+        self.prompts = prompts
         self.drop_last = planner.drop_last
         self.epoch = 0
         self._plans: dict[int, Plan] = {}
@@ -184,10 +196,18 @@ class PairBatches(BatchRebalanceSampler):
     def __len__(self) -> int:
         return self.planner.micro_batches_per_epoch
 
-    def __iter__(self) -> Iterator[list[int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __iter__(self) -> Iterator[list[Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan = self.plan
         for micro_batch in range(len(plan)):
-            yield plan.share(micro_batch, self.rank) or [FILLER_ID - plan.shortest(micro_batch)]
+            indices = plan.share(micro_batch, self.rank)
+            indices = indices or [FILLER_ID - plan.shortest(micro_batch)]
+            yield indices if self.prompts is None else self._with_neighbours(micro_batch, indices)
+
+    def _with_neighbours(self, micro_batch: int, indices: list[int]) -> list[tuple[int, int]]:
+        assert self.prompts is not None
+        shares = (self.plan.share(micro_batch, rank) for rank in range(self.plan.ranks))
+        found = neighbours([row for share in shares for row in share], self.prompts)
+        return [(i, found[i if i >= 0 else FILLER_ID - i]) for i in indices]
 
     @property
     def plan(self) -> Plan:

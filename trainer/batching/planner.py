@@ -129,7 +129,7 @@ class Planner:
     def __post_init__(self) -> None:
         if len(self.lengths) and not self.micro_batches_per_epoch:
             raise UserError(
-                f"dataloader_drop_last: {len(self.lengths)} {self.lengths.NOUN}s fill no "
+                f"dataloader_drop_last: {len(self.lengths)} {self.lengths.noun}s fill no "
                 f"micro-batch of {self.pairs_per_step // self.micro_batches} over all ranks; leave "
                 "it out, or make batches smaller"
             )

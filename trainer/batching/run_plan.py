@@ -89,7 +89,7 @@ def fit_micro_batches(
                 "gradient_accumulation_steps: %d instead of %d, so that no rank's micro-batch has "
                 "more than %d tokens (%s); a step keeps its %d %ss%s",
                 *(after, before, limit, planner.layout, planner.pairs_per_step),
-                *(planner.lengths.NOUN, coupled),
+                *(planner.lengths.noun, coupled),
             )
     return fitted
 
@@ -110,7 +110,7 @@ def with_limit(planner: Planner, limit: int, epochs: int) -> Planner:
     longest = int(alone.argmax())
     if alone[longest] > limit:
         raise UserError(
-            f"max_tokens_per_micro_batch: {planner.lengths.NOUN} {longest} of train_dataset takes "
+            f"max_tokens_per_micro_batch: {planner.lengths.noun} {longest} of train_dataset takes "
             f"{alone[longest]:,} tokens by itself ({planner.layout}), more than {limit:,}; raise "
             "it, or lower max_length"
         )
@@ -159,7 +159,7 @@ class PlanSummary:
     trees: int
     cut_trees: int  # how often a prompt runs again, as its tree was cut
     pair_tokens: int  # of the same micro-batches, with nothing shared between pairs
-    noun: str = "pair"  # what a step is so many of
+    noun: str = "pair"  # what a step is so many of: "pair", "prompt" or "answer"
 
     def lines(self) -> list[str]:
         """Two lines of text, or three where pairs share prompts."""
@@ -223,7 +223,7 @@ def summarise(planner: Planner) -> PlanSummary:
         trees=trees,
         cut_trees=parts - trees,
         pair_tokens=int(apart.tokens(planner.layout).sum()),
-        noun=planner.lengths.NOUN,
+        noun=planner.lengths.noun,
     )
 
 

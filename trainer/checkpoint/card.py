@@ -88,6 +88,7 @@ PAPERS |= {
     "plackett-luce": PAPERS["dpo"],
     "aot-unpaired": PAPERS["aot"],
     "apo-down": PAPERS["apo-zero"],
+    "apo-zero-unpaired": PAPERS["apo-zero"],
 }
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -30,7 +30,7 @@ from .chat import (
     takes_empty_system,
 )
 from .encoder import TripleEncoder, single_bos, unknown_id
-from .formats.answers import NUMBERS, SCORES, Edges
+from .formats.answers import DESIRABLE, NUMBER_COLUMNS, SCORES, Edges
 from .formats.shapes import standard_rows
 from .guard import ANSWER_LOST, guarded
 from .limits import (
@@ -39,6 +39,7 @@ from .limits import (
     MISMATCH,
     NOT_SCORED,
     PROMPT_TWICE,
+    REJECTED_CUT,
     REJECTED_NO_END,
     SCORES_SWAPPED,
     SEVERAL_TURNS,
@@ -170,7 +171,8 @@ class PairTokenizer:
             if problem.reason == EMPTY_COMPLETION and pair.lost:
                 raise RowProblem(ANSWER_LOST, pair.lost) from None
             raise
-        tokens.numbers = pair.numbers
+        if DESIRABLE in tokens.numbers:  # its sides are one answer
+            tokens.flags -= {REJECTED_NO_END, REJECTED_CUT}
         chosen, rejected = (pair.numbers.get(name, 0.0) for name in SCORES)
         if chosen < rejected:
             tokens.flags.add(SCORES_SWAPPED)
@@ -191,6 +193,7 @@ class PairTokenizer:
     ) -> Tokens:
         if pair.conversation and self.rendering.separate:
             tokens = split_separate(pair, prompt, chosen, rejected, self.bos_id, self.eos_id)
+            tokens.numbers = pair.numbers
             return fit(tokens, self.limits, self.bos_id, as_published=True)
         flags = {SEVERAL_TURNS} if pair.several_turns else set()
         if not pair.conversation:
@@ -217,7 +220,8 @@ class PairTokenizer:
             flags |= side.flags | (set() if side.ended else {flag})
         first, second = sides
         unscored = (first.unscored, second.unscored)
-        tokens = Tokens(prompt[:shared], first.ids, second.ids, flags, detail, unscored)
+        sides = (first.ids, second.ids)
+        tokens = Tokens(prompt[:shared], *sides, flags, detail, unscored, pair.numbers)
         return fit(tokens, self.limits, self.bos_id)
 
     def _side(
@@ -257,7 +261,9 @@ class TokenizedReader:
     def __call__(
         self, batch: dict[str, list[Any]], indices: list[int] | None = None
     ) -> dict[str, list[Any]]:
-        names = [name for name in (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBERS) if name in batch]
+        names = [
+            name for name in (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBER_COLUMNS) if name in batch
+        ]
         rows = [
             dict(zip(names, row, strict=True))
             for row in zip(*(batch[name] for name in names), strict=True)
@@ -268,7 +274,7 @@ class TokenizedReader:
     def _read(self, row: dict[str, Any]) -> Tokens:
         numbers = numbers_of(row)
         for name, ids in row.items():
-            if name in NUMBERS:
+            if name in NUMBER_COLUMNS:
                 continue
             if not isinstance(ids, list) or not all(
                 isinstance(i, int) and 0 <= i <= _LARGEST_ID for i in ids

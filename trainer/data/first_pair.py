@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..text import printable
 from .chat import PROBE, Rendering, only_id
 from .encoding import PairTokenizer
+from .formats.answers import DESIRABLE
 from .limits import OK, Limits
 from .table import UNSCORED_COLUMNS
 
@@ -39,12 +40,13 @@ def preflight_lines(
     green, for a terminal. Of a part with more than
     ``most_tokens`` tokens only the beginning and the end are shown; None shows all.
     """
-    ids: dict[str, Sequence[int]] = {part: row[f"{part}_ids"] for part in _PARTS}
+    parts = _PARTS[:2] if DESIRABLE in row else _PARTS  # a single answer stands on both sides
+    ids: dict[str, Sequence[int]] = {part: row[f"{part}_ids"] for part in parts}
     left = [row.get(name, ()) for name in UNSCORED_COLUMNS]
     unscored = {"prompt": range(len(ids["prompt"])), "chosen": left[0], "rejected": left[1]}
     counts = ", ".join(
         f"{part} {len(ids[part])} tokens ({_share(len(ids[part]), len(unscored[part]))})"
-        for part in _PARTS
+        for part in parts
     )
     lines = [f"first pair: {counts}"]
     bos_id = only_id(tokenizer.bos_token_id)
@@ -52,14 +54,11 @@ def preflight_lines(
         count = list(ids["prompt"]).count(bos_id)
         lines.append(f"BOS {_shown(tokenizer, bos_id)} in the prompt: {count}")
     before = _text(tokenizer, ids["prompt"][-_AROUND:])
-    after = (_text(tokenizer, ids[side][:_AROUND]) for side in ("chosen", "rejected"))
-    lines.append(
-        "completions start at position {}, after {}: chosen with {}, rejected with {}".format(
-            len(ids["prompt"]), before, *after
-        )
-    )
+    after = (_text(tokenizer, ids[side][:_AROUND]) for side in parts[1:])
+    begins = ", ".join(f"{side} with {text}" for side, text in zip(parts[1:], after, strict=True))
+    lines.append(f"completions start at position {len(ids['prompt'])}, after {before}: {begins}")
     lines.append(f"{'part':<9}{'position':>9}{'id':>9}  {'scored':<7} {'kind':<8} text")
-    for part in _PARTS:
+    for part in parts:
         offset = 0 if part == "prompt" else len(ids["prompt"])
         out = set(unscored[part])
         kept = [i not in out for i in range(len(ids[part]))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from .formats.answers import DESIRABLE
 from .rows import EMPTY_COMPLETION, IDENTICAL, RowProblem
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Tokens:
     detail: str = ""
     #: Positions in ``chosen`` and in ``rejected`` that are read, but not scored.
     unscored: tuple[list[int], list[int]] = ([], [])
-    #: What the row says of the pair, by column: see `formats.answers.NUMBERS`.
+    #: What the row says of the pair, by column: `formats.answers.NUMBER_COLUMNS`.
     numbers: dict[str, float] = field(default_factory=dict)
 
 
@@ -125,7 +126,8 @@ def fit(
         )
     if not tokens.chosen or not tokens.rejected:
         raise RowProblem(EMPTY_COMPLETION, "a completion has no tokens")
-    if tokens.chosen == tokens.rejected:
+    alike = DESIRABLE in tokens.numbers
+    if tokens.chosen == tokens.rejected and not alike:
         raise RowProblem(IDENTICAL, "chosen and rejected have the same tokens")
     prompt, room = limits.published_cut(tokens) if as_published else limits.cut(tokens, bos_id)
     flags = tokens.flags | ({PROMPT_CUT} if len(prompt) < len(tokens.prompt) else set())
@@ -136,7 +138,7 @@ def fit(
     flags |= {CHOSEN_CUT} if len(tokens.chosen) > room else set()
     flags |= {REJECTED_CUT} if len(tokens.rejected) > room else set()
     chosen, rejected = tokens.chosen[:room], tokens.rejected[:room]
-    if chosen == rejected:
+    if chosen == rejected and not alike:
         raise RowProblem(IDENTICAL_CUT, f"the sides differ only after {room} tokens")
     unscored = tuple([i for i in side if i < room] for side in tokens.unscored)
     if any(len(ids) == len(left) for ids, left in zip((chosen, rejected), unscored, strict=True)):

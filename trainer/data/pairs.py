@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..settings.data import DataSettings
 from .cached import cached_map
 from .chat import template_notes
-from .formats.answers import NUMBERS, SCORES
+from .formats.answers import NUMBER_COLUMNS, SCORES
 from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE
 from .limits import IDENTICAL_CUT, NOT_SCORED, NOTHING_LEFT, OK, TEXT_LOST
@@ -22,7 +22,9 @@ from .sources import Part, checked_columns, first_row_notes, gather, has_answers
 from .table import (
     TOKEN_COLUMNS,
     UNSCORED_COLUMNS,
+    check_kind,
     check_reference,
+    is_single,
     other_side,
     reference_of,
     with_reference,
@@ -126,6 +128,7 @@ def assemble(
     """The pairs of ``parts`` that can train, and the report of all their rows."""
     from datasets import concatenate_datasets
 
+    _check_kinds(parts, settings)
     starts = np.cumsum([0, *(len(part.rows) for part in parts)])
     order = np.arange(starts[-1])
     if shuffle:  # the permutation that Dataset.shuffle(seed) makes
@@ -157,7 +160,7 @@ def assemble(
     _check_vocabulary(int(arrow["max_id"].to_numpy().max()), vocab_size)
     positions = _of_rows(np.concatenate(places), np.searchsorted(used, order))
     some = any(pc.list_value_length(arrow[name]).to_numpy().any() for name in UNSCORED_COLUMNS)  # pyright: ignore
-    said = [name for name in NUMBERS if not np.isnan(arrow[name].to_numpy()[trains]).all()]
+    said = [name for name in NUMBER_COLUMNS if not np.isnan(arrow[name].to_numpy()[trains]).all()]
     if training:
         check_scores(settings, said, _names(parts))
     kept = [*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ()), *reference_of(table), *said]
@@ -172,6 +175,20 @@ def check_scores(settings: DataSettings, columns: Collection[str], name: str) ->
             f"margin_from: the rows of {name} have no columns {' and '.join(SCORES)}; "
             "give them, rows with several answers and scores, or leave margin_from out"
         )
+
+
+def _check_kinds(parts: Sequence[Part], settings: DataSettings) -> None:
+    """Raise ``UserError`` for rows of a kind that the objective cannot train on, or of two."""
+    for part in parts:
+        check_kind(settings.takes, is_single(part.rows), part.name)
+    single = {is_single(part.rows) for part in parts}
+    if len(single) > 1:
+        raise UserError(
+            f"{_names(parts)}: some have pairs and some single answers with labels; train on one "
+            "kind"
+        )
+    if settings.flip and single == {True}:
+        raise UserError("flip: set it to 0; it swaps the sides of pairs, and the rows have labels")
 
 
 def _settle_grouping(settings: DataSettings, parts: Sequence[Part]) -> None:

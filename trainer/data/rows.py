@@ -25,7 +25,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .formats.answers import NUMBERS
+from .formats.answers import DESIRABLE, NUMBER_COLUMNS
+from .formats.converters import label_of
 from .formats.messages import (
     MISSING,
     as_messages,
@@ -37,7 +38,7 @@ from .formats.messages import (
 from .formats.messages import WRONG_TYPE as WRONG_TYPE
 from .formats.messages import Messages as Messages
 from .formats.messages import RowProblem as RowProblem
-from .formats.shapes import arguments_of
+from .formats.shapes import SINGLE, arguments_of
 
 EMPTY_COMPLETION = "empty completion"
 IDENTICAL = "identical sides"
@@ -64,7 +65,7 @@ class Pair:
     arguments: dict[str, Any] = field(default_factory=dict)
     #: What of its text the chat template left out.
     lost: str = ""
-    #: Of the columns `NUMBERS` that the row has.
+    #: Of `NUMBER_COLUMNS` those that the row has.
     numbers: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -83,9 +84,11 @@ def attempt(function: Any, *args: Any) -> Any:
 
 
 def numbers_of(row: dict[str, Any]) -> dict[str, float]:
-    """The row's `NUMBERS`; ``RowProblem`` for one that is not finite, or a weight below 0."""
+    """The row's `NUMBER_COLUMNS`; ``RowProblem`` for one not finite, or a weight below 0."""
     numbers = {}
-    for name in NUMBERS:
+    if SINGLE[1] in row and SINGLE[2] in row:
+        numbers[DESIRABLE] = label_of(row[SINGLE[2]])
+    for name in NUMBER_COLUMNS:
         if name not in row:
             continue
         value = row[name]
@@ -101,7 +104,11 @@ def numbers_of(row: dict[str, Any]) -> dict[str, float]:
 
 
 def read_row(row: dict[str, Any]) -> Pair:
-    """The pair in ``row``, or ``RowProblem``. An absent ``prompt`` is what the sides share."""
+    """The pair in ``row``, or ``RowProblem``. An absent ``prompt`` is what the sides share.
+
+    The sides of a row with `DESIRABLE` are one answer.
+    """
+    alike = DESIRABLE in row
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise RowProblem(MISSING, f"{name} is missing")
@@ -111,8 +118,8 @@ def read_row(row: dict[str, Any]) -> Pair:
         as_messages(row.get(name)) for name in ("chosen", "rejected", "prompt")
     )
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
-        return _text_pair(prompt, chosen, rejected)
-    return _conversation_pair(prompt, chosen, rejected)
+        return _text_pair(prompt, chosen, rejected, alike)
+    return _conversation_pair(prompt, chosen, rejected, alike)
 
 
 def dressed(
@@ -144,8 +151,8 @@ def alike_in_arguments(pairs: Iterable[Pair | RowProblem]) -> Iterable[list[Pair
     return alike.values()
 
 
-def _text_pair(prompt: Any, chosen: str, rejected: str) -> Pair:
-    _check_sides(chosen.strip(), rejected.strip(), chosen == rejected)
+def _text_pair(prompt: Any, chosen: str, rejected: str, alike: bool) -> Pair:
+    _check_sides(chosen.strip(), rejected.strip(), chosen == rejected and not alike)
     if prompt is None:
         start = _shared_text(chosen, rejected)
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
@@ -172,7 +179,7 @@ def _shared_text(chosen: str, rejected: str) -> int:
     return len(shared.removesuffix(" "))
 
 
-def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
+def _conversation_pair(prompt: Any, chosen: Any, rejected: Any, alike: bool) -> Pair:
     chosen = read_messages("chosen", chosen)
     rejected = read_messages("rejected", rejected)
     begins = False
@@ -180,7 +187,7 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
         answers_only = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
         prompt = [{"role": "user", "content": prompt}] if answers_only else None
     if prompt is None or prompt == []:
-        _check_sides(chosen, rejected, chosen == rejected)
+        _check_sides(chosen, rejected, chosen == rejected and not alike)
         shared = _shared_messages(chosen, rejected)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     else:
@@ -189,7 +196,8 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         else:  # in whole conversations two answers in a row are two messages
             begins = bool(prompt) and prompt[-1]["role"] == "assistant"
-    _check_sides(_says_something(chosen), _says_something(rejected), chosen == rejected)
+    identical = chosen == rejected and not alike
+    _check_sides(_says_something(chosen), _says_something(rejected), identical)
     if not prompt or any(side[0]["role"] in ("user", "system") for side in (chosen, rejected)):
         raise RowProblem(
             NO_SHARED_PROMPT,

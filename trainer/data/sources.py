@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..settings.data import DEFAULT_SPLITS, DataSettings, is_training_split
-from .formats.answers import NUMBERS, Edges
+from .formats.answers import DESIRABLE, NUMBER_COLUMNS, NUMBERS, Edges
 from .formats.converters import best_and_worst
 from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE, open_source
@@ -31,7 +31,7 @@ from .formats.shapes import (
     standard_rows,
 )
 from .rows import ANSWER_MARK, RowProblem, attempt, read_row
-from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, is_tokenized, reference_columns
+from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, is_single, is_tokenized, reference_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,7 +155,7 @@ def checked_columns(
             f"data set {name!r} has the columns {', '.join(columns) or '(none)'}; expected prompt, "
             "chosen and rejected (or chosen and rejected that share their beginning); give their "
             "names in columns: {prompt: ..., chosen: ..., rejected: ...}; or prompt, completions "
-            "and scores (or ranks), several answers a row"
+            "and scores (or ranks), several answers a row; or prompt, completion and label, one"
         )
     _check_media(name, dataset)
     read = shape.reads(columns)
@@ -181,7 +181,7 @@ def checked_columns(
 def _tokens_of(
     dataset: Any, columns: list[str], renamed: Mapping[str, str]
 ) -> tuple[Dataset, list[str]]:
-    known = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBERS, *reference_columns(columns))
+    known = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBER_COLUMNS, *reference_columns(columns))
     kept = [column for column in known if column in columns]
     unread = [column for column in columns if column not in kept]
     notes = [f"nothing reads its columns {', '.join(unread)}"] if unread else []
@@ -201,7 +201,8 @@ def first_row_notes(dataset: Any, template: Any) -> list[str]:
     if not template or is_tokenized(dataset) or not len(dataset):
         return []
     pairs = attempt(standard_rows, dataset[0], Edges())
-    pair = pairs if isinstance(pairs, RowProblem) else attempt(read_row, pairs[0])
+    alike = {DESIRABLE: 1.0} if is_single(dataset) else {}
+    pair = pairs if isinstance(pairs, RowProblem) else attempt(read_row, alike | pairs[0])
     if isinstance(pair, RowProblem):
         return []
     if not pair.conversation:

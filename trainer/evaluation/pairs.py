@@ -16,7 +16,7 @@ from ..data.chat import pad_token
 from ..data.pairs import assemble
 from ..data.report import DataReport
 from ..data.sources import gather
-from ..data.table import PairRows
+from ..data.table import PairRows, is_single
 from ..data.template import with_template
 from ..errors import UserError
 from ..model.head import check_head, patch_head
@@ -97,6 +97,12 @@ def read_pairs(
     parts = evaluation or training
     if not parts:
         raise UserError("no data: set --dataset to a file, a folder or a hub name")
+    for part in parts:
+        if is_single(part.rows):
+            raise UserError(
+                f"dataset: give pairs (prompt, chosen, rejected); {part.name} has single answers "
+                "with labels"
+            )
     report.notes = []  # they speak of training
     tokenizer = with_template(tokenizer, settings)
     rows, report.evaluation = assemble(

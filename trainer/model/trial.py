@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UserError
-from ..packing.choose import longest_sequence
+from ..packing.choose import longest_row
 from ..packing.rope import fix_rope
 from ..settings.checks import is_split
 from ..settings.config import PreferenceConfig
@@ -63,9 +63,13 @@ def try_model(
             check_no_dropout(model)
 
 
-def fit_lengths(model: Any, parts: list[PairRows | None]) -> None:
-    """Check that the model has positions for all rows, and fix those that depend on a batch."""
-    longest = longest_sequence(*(part.lengths for part in parts if part is not None))
+def fit_lengths(model: Any, parts: list[PairRows | None], *, exchanged: bool = False) -> None:
+    """Check that the model has positions for all rows, and fix those that depend on a batch.
+
+    Args:
+        exchanged: whether answers also come after other prompts than their own.
+    """
+    longest = longest_row(parts, exchanged)
     check_positions(model, longest)
     fix_rope(bare_model(model), longest)
 

@@ -31,7 +31,8 @@ COUNTS = ("pairs", "items", "batches", "num_tokens", *TOKENS)
 class PreferenceMetrics:
     """Sums over the pairs since the last report, for training or for evaluation.
 
-    Names and meanings as TRL has them; every figure is a mean over pairs, but for ``logits/*`` and
+    Names and meanings as TRL has them; every figure is a mean over pairs (of single answers
+    ``.../chosen`` over desirable ones, ``.../rejected`` over the others), but for ``logits/*`` and
     ``entropy`` (over completion tokens), ``nll_loss`` and ``mean_token_accuracy`` (over the chosen
     ones), ``margin/std``, and ``head/*`` and ``aux_loss`` (over micro-batches). ``logps/*`` are the
     sums or the means that the objective compares; ``logps/*_mean`` are the means whatever it is.
@@ -63,25 +64,28 @@ class PreferenceMetrics:
         per_pair = {
             "pairs": torch.ones_like(out.losses),
             "loss": out.losses,
-            "rewards/chosen": out.chosen_rewards,
-            "rewards/rejected": out.rejected_rewards,
             "rewards/accuracies": (gaps > 0).double(),
             "rewards/margins": gaps,
-            "logps/chosen": out.chosen_logps,
-            "logps/rejected": out.rejected_logps,
-            "logps/chosen_mean": out.chosen_mean_logps,
-            "logps/rejected_mean": out.rejected_mean_logps,
-            "nll_loss": -out.chosen_mean_logps * out.chosen_lengths,
-            "lengths/chosen": out.chosen_lengths.double(),
-            "lengths/rejected": out.rejected_lengths.double(),
             "margin/mean": out.target_margins,
             "margin/square": out.target_margins.double().square(),
         }
         self.add(**{name: torch.where(real, value, 0) for name, value in per_pair.items()})
         self.add(items=out.count)
-        logits = by_edges(segment_sums(mean_logits.detach(), cu_seqlens), edges) * real.repeat(2)
-        chosen, rejected = logits.chunk(2)
-        self.add(**{"logits/chosen": chosen, "logits/rejected": rejected})
+        logits = by_edges(segment_sums(mean_logits.detach(), cu_seqlens), edges)
+        of_sides = {
+            "count/": torch.ones_like(logits),
+            "rewards/": torch.cat([out.chosen_rewards, out.rejected_rewards]),
+            "logps/": torch.cat([out.chosen_logps, out.rejected_logps]),
+            "logps/_mean": torch.cat([out.chosen_mean_logps, out.rejected_mean_logps]),
+            "lengths/": torch.cat([out.chosen_lengths, out.rejected_lengths]).double(),
+            "logits/": logits,
+        }
+        for name, values in of_sides.items():
+            kind, _, suffix = name.partition("/")
+            sides = torch.where(out.sides, values, 0).chunk(2)
+            self.add(**{f"{kind}/{s}{suffix}": v for s, v in zip(SIDES, sides, strict=True)})
+        nll = -out.chosen_mean_logps * out.chosen_lengths
+        self.add(nll_loss=torch.where(out.sides.chunk(2)[0], nll, 0))
 
     def add_figures(
         self,
@@ -92,7 +96,7 @@ class PreferenceMetrics:
     ) -> None:
         """Add one micro-batch's ``figures`` [3, N], see `ScoredTokens`."""
         entropy, correct = (
-            by_edges(segment_sums(row.detach(), cu_seqlens), edges) * out.real.repeat(2)
+            by_edges(segment_sums(row.detach(), cu_seqlens), edges) * out.sides
             for row in figures[1:]
         )
         self.add(entropy=entropy, mean_token_accuracy=correct.chunk(2)[0])
@@ -124,6 +128,7 @@ class PreferenceMetrics:
             dist.all_reduce(totals)
         total = dict(zip(names, totals.tolist(), strict=True))
         counts = {name: total.pop(name, 0.0) for name in COUNTS}
+        answers = {side: total.pop(f"count/{side}", 0.0) for side in SIDES}
         pairs = counts["pairs"]
         if not pairs:
             return {}, counts
@@ -131,16 +136,18 @@ class PreferenceMetrics:
         variance = square - (total["margin/mean"] / pairs) ** 2
         scored = {side: total[f"lengths/{side}"] for side in SIDES}
         counts["scored"] = sum(scored.values())
-        over_tokens = {f"logits/{side}": scored[side] for side in SIDES}
-        over_tokens |= dict.fromkeys(("nll_loss", "mean_token_accuracy"), scored["chosen"])
-        over_tokens["entropy"] = counts["scored"]
-        means = {
-            name: value / (counts["batches"] if name.startswith(("head/", "aux_")) else pairs)
-            if name not in over_tokens
-            else value / max(over_tokens[name], 1.0)
-            for name, value in total.items()
-        }
-        means["loss"] = total["loss"] / counts["items"]  # of pairs, or of lists
+        over = {name: answers[side] for name in total for side in SIDES if f"/{side}" in name}
+        over |= {name: counts["batches"] for name in total if name.startswith(("head/", "aux_"))}
+        over |= {f"logits/{side}": scored[side] for side in SIDES}
+        over |= dict.fromkeys(("nll_loss", "mean_token_accuracy"), scored["chosen"])
+        over |= {"entropy": counts["scored"], "loss": counts["items"]}
+        means = {name: value / max(over.get(name, pairs), 1.0) for name, value in total.items()}
+        if sum(answers.values()) <= pairs:  # single answers
+            margin = means["rewards/chosen"] - means["rewards/rejected"]
+            means = {name: value for name, value in means.items() if over.get(name, pairs)}
+            means["rewards/margins"] = margin
+            if not all(answers.values()):
+                del means["rewards/margins"]
         means["margin/std"] = math.sqrt(max(variance, 0.0))
         return {f"{prefix}{name}": value for name, value in means.items()}, counts
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
-from .lists import Answers, Lists, lists_in, lists_of
+from .lists import Answers, check_labels, lists_in
 from .settings import Hyperparameters
 from .terms import (
     ObjectiveOutput,
@@ -31,6 +31,7 @@ from .terms import (
     chosen_nll,
     taken_up,
     to_device,
+    with_answers,
 )
 from .tokens import length_weighted, pair_weights
 
@@ -69,7 +70,13 @@ class Objective:
     @property
     def takes(self) -> tuple[str, ...]:
         """The kinds of data that it trains on, see `ObjectiveSpec`."""
-        return self.spec.takes
+        return ("labelled",) if self.exchanges_answers else self.spec.takes
+
+    @property
+    def exchanges_answers(self) -> bool:
+        """Whether it needs the log-ratios of answers to other prompts, see `Answers`."""
+        chosen = getattr(self.hyperparameters, "kl_estimate", None) == "mismatched"
+        return chosen and "labelled" in self.spec.takes
 
     @property
     def ranks_lists(self) -> bool:
@@ -129,12 +136,13 @@ class Objective:
                 f"margin: set margin_from: none, or take another objective; {self.name} has no "
                 "target margin to add the data's to"
             )
+        weighs = self.token_weights or "use_weighting" * self.hyperparameters.use_weighting
+        check_labels(self.name, self.takes, answers, self.exchanges_answers, weighs)
         pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group, edges, margins)
         if self.scores_prompts:
             pairs = _with_prompts(pairs, token_logps, prompt_cu_seqlens, prompts)
-        if self.ranks_lists:
-            lists = self._lists(token_logps, cu_seqlens, reference, pairs, edges, answers)
-            pairs = dataclasses.replace(pairs, lists=lists)
+        sequences = (*sequence_logps(token_logps, cu_seqlens), reference)
+        pairs = with_answers(pairs, self.name, self.ranks_lists, answers, sequences, edges)
         self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
@@ -208,26 +216,6 @@ class Objective:
             training=self.training,
         )
 
-    def _lists(
-        self,
-        token_logps: Tensor,
-        cu_seqlens: Tensor,
-        reference: Tensor | None,
-        pairs: Pairs,
-        edges: Tensor | None,
-        answers: Answers | None,
-    ) -> Lists:
-        if answers is None or answers.scores is None:
-            raise UserError(
-                f"scores: give the scores of all answers to a prompt (columns completions and "
-                f"scores, or score_chosen and score_rejected), which {self.name} ranks them by; or "
-                "take an objective of pairs"
-            )
-        sums, lengths = sequence_logps(token_logps, cu_seqlens)
-        if edges is None:
-            edges = torch.arange(len(sums), device=sums.device).reshape(2, -1).T
-        return lists_of(answers, sums, lengths, reference, edges, pairs.real)
-
     def _output(self, pairs: Pairs, terms: Terms, weights: Tensor | None) -> ObjectiveOutput:
         losses = terms.losses
         if self.hyperparameters.sft_weight:
@@ -241,6 +229,9 @@ class Objective:
         chosen_means, rejected_means = pairs.means.detach().chunk(2)
         chosen_lengths, rejected_lengths = pairs.lengths.chunk(2)
         sums = self.compares_sums
+        sides = pairs.real.repeat(2)
+        if pairs.labels is not None:
+            sides = sides & torch.cat([pairs.labels, ~pairs.labels])
         return ObjectiveOutput(
             loss=losses.sum() / count.clamp(min=1),
             losses=losses,
@@ -257,6 +248,7 @@ class Objective:
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             real=pairs.real,
+            sides=sides,
         )
 
     def train(self, mode: bool = True) -> Objective:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -19,13 +21,39 @@ class Answers:
 
     tree_ids: Tensor  # [S] int64, equal for answers to one prompt
     scores: Tensor | None = None  # [S], higher for a better answer
+    labels: Tensor | None = None  # [S] bool, desirable
+    mismatched: Tensor | None = None
+    """[P] summed logps of policy minus reference, of every prompt's neighbour's answer after it."""
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Answers | None:
         """Those of a collated batch; None where it says nothing of single answers."""
         if "tree_ids" not in batch:
             return None
-        return cls(batch["tree_ids"], batch.get("scores"))
+        return cls(batch["tree_ids"], batch.get("scores"), batch.get("labels"))
+
+
+def check_labels(
+    name: str, takes: tuple[str, ...], answers: Answers | None, exchanges: bool, weighs: str
+) -> None:
+    """Raise ``UserError`` where an objective gets labels that it does not take, or lacks some.
+
+    Args:
+        name, takes: the objective's, see `ObjectiveSpec`.
+        exchanges: whether it needs mismatched answers.
+        weighs: the setting by which it weighs an answer by the other one of its pair, or "".
+    """
+    labelled = answers is not None and answers.labels is not None
+    if labelled and "labelled" not in takes:
+        raise UserError(f"labels: take kto or apo-zero-unpaired; {name} needs pairs")
+    if not labelled and takes == ("labelled",):
+        raise UserError(f"labels: give one for every answer, and edges; {name} needs them")
+    if exchanges and (answers is None or answers.mismatched is None):
+        raise UserError("mismatched: give the log-ratios of answers to other prompts")
+    if labelled and weighs:
+        raise UserError(
+            f"{weighs}: leave it out; it weighs an answer by the other answer of its pair"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,19 +130,32 @@ def count_lists(real: Tensor, pairs_alike: Tensor) -> Tensor:
 
 
 def lists_of(
-    answers: Answers,
+    name: str,
+    answers: Answers | None,
     sums: Tensor,
     lengths: Tensor,
     reference: Tensor | None,
-    edges: Tensor,
+    edges: Tensor | None,
     real: Tensor,
 ) -> Lists:
     """The lists of S answers, those of filler pairs with sums of 0.
 
     Args:
-        sums, lengths, reference: [S]. edges: [P, 2]. real: [P] bool, not a filler.
+        name: the objective's.
+        sums, lengths, reference: [S]. edges: [P, 2], as `Objective` takes them.
+        real: [P] bool, not a filler.
+
+    Raises:
+        UserError: the data give no scores.
     """
-    assert answers.scores is not None
+    if answers is None or answers.scores is None:
+        raise UserError(
+            f"scores: give the scores of all answers to a prompt (columns completions and scores, "
+            f"or score_chosen and score_rejected), which {name} ranks them by; or take an "
+            "objective of pairs"
+        )
+    if edges is None:
+        edges = torch.arange(len(sums), device=sums.device).reshape(2, -1).T
     uses = torch.zeros_like(lengths, dtype=torch.int64)
     uses = uses.index_add(0, edges.reshape(-1), real.long().repeat_interleave(2))
     # So that no number or gradient of a filler, not finite perhaps, gets into a list.

@@ -66,8 +66,8 @@ class Hyperparameters:
             )
         if self.use_weighting and not self.LOSSES_OF_PAIRS:
             raise UserError(
-                "use_weighting: leave it out; aot sorts answers and listwise objectives rank them, "
-                "so no loss is one pair's"
+                "use_weighting: leave it out; aot sorts answers, listwise objectives rank them and "
+                "others take single ones, so no loss is one pair's"
             )
 
 

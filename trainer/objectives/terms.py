@@ -6,7 +6,7 @@ Shapes: N tokens, P pairs of this rank; sequences are P chosen, then P rejected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kernels.margin_loss.function import Kind, pair_losses
 from ..errors import UserError
 from .gather import GlobalPairs, gather_pairs
-from .lists import Lists
+from .lists import Answers, Lists, lists_of
 from .settings import Hyperparameters
 
 State = dict[str, Tensor]
@@ -99,6 +99,8 @@ class Pairs:
     prompt_sums: Tensor | None = None  # [P], where likelihood terms count prompts; 0 for a filler
     prompt_lengths: Tensor | None = None  # [P] int
     lists: Lists | None = None  # for listwise objectives, of the answers that the pairs join
+    labels: Tensor | None = None  # [P] bool: desirable, where both sides are one single answer
+    mismatched: Tensor | None = None  # [P] log-ratios of answers to other prompts
 
     @property
     def real(self) -> Tensor:
@@ -148,7 +150,7 @@ class ObjectiveSpec:
     couples_pairs: bool = False  # needs one global micro-batch at a time
     needs_reference: bool = False
     takes_margins: bool = False  # adds the data's margins to its target margins
-    takes: tuple[str, ...] = ("pairs",)  # kinds of data: "pairs", or "scored" lists of answers
+    takes: tuple[str, ...] = ("pairs",)  # kinds of data: also "scored" lists, "labelled" answers
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,36 @@ class ObjectiveOutput:
     chosen_lengths: Tensor  # int
     rejected_lengths: Tensor  # int
     real: Tensor  # bool, False for a filler pair
+    sides: Tensor  # [2P] bool, chosen and then rejected: a single answer has one of the two
 
 
 def by_edges(values: Tensor, edges: Tensor | None) -> Tensor:
     """``values`` [S] of sequences as those of pairs [2P]: P chosen ones, then P rejected."""
     return values if edges is None else values[edges.T.reshape(-1)]
+
+
+def with_answers(
+    pairs: Pairs,
+    name: str,
+    ranks_lists: bool,
+    answers: Answers | None,
+    sequences: tuple[Tensor, Tensor, Tensor | None],
+    edges: Tensor | None,
+) -> Pairs:
+    """The pairs with what the objective ``name`` takes of single answers or of lists.
+
+    Args:
+        sequences: sums, lengths and the reference's sums [S].
+        edges: [P, 2], as `Objective` takes them.
+    """
+    if answers is not None and answers.labels is not None:
+        if edges is None:
+            raise UserError("edges: give them with labels, each answer's to itself")
+        labels = answers.labels[edges[:, 0]]
+        return replace(pairs, labels=labels, mismatched=answers.mismatched)
+    if not ranks_lists:
+        return pairs
+    return replace(pairs, lists=lists_of(name, answers, *sequences, edges, pairs.real))
 
 
 def constant_margins(pairs: Pairs, margin: float) -> Tensor:
@@ -192,6 +219,10 @@ def chosen_nll(pairs: Pairs, counted: str) -> Tensor:
     if pairs.lists is not None:
         return pairs.lists.dealt(pairs.lists.nll_of_best())
     nll = -pairs.means.chunk(2)[0]
+    if pairs.labels is not None:
+        if counted != "answers":
+            raise UserError("nll: leave it at answers for single answers with labels")
+        nll = torch.where(pairs.labels, nll, 0.0)
     if counted == "answers":
         return nll
     total = nll * pairs.lengths.chunk(2)[0].to(nll.dtype)

@@ -7,6 +7,6 @@ lengths to attention that takes them, as `recurrent` does for recurrent layers. 
 layouts for a model, the fastest first, and `verify` compares them with padded batches.
 """
 
-from .collator import PAIR_INPUTS, PairCollator, model_inputs
+from .collator import PAIR_INPUTS, PairCollator, mismatched_inputs, model_inputs
 
-__all__ = ["PAIR_INPUTS", "PairCollator", "model_inputs"]
+__all__ = ["PAIR_INPUTS", "PairCollator", "mismatched_inputs", "model_inputs"]

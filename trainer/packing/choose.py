@@ -7,6 +7,7 @@ with padded batches on the model itself.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .recurrent import MIXED, RECURRENT, has_no_attention, is_recurrent
 from .varlen import knows_windows
 
 if TYPE_CHECKING:
-    from ..data.table import PairLengths
+    from ..data.table import PairLengths, PairRows
 
 FAMILIES = frozenset(
     (
@@ -241,6 +242,13 @@ def longest_sequence(*lengths: PairLengths | None) -> int:
     known = [part for part in lengths if part is not None and len(part)]
     longest = [(p.prompt + np.maximum(p.chosen, p.rejected)).max() for p in known]
     return int(max(longest, default=0))
+
+
+def longest_row(parts: Sequence[PairRows | None], exchanged: bool) -> int:
+    """The same of data sets; with answers ``exchanged``, also after other prompts."""
+    known = [part for part in parts if part is not None]
+    longest = longest_sequence(*(part.lengths for part in known))
+    return max([longest, *(part.longest_exchanged for part in known)]) if exchanged else longest
 
 
 def _shortest(lengths: PairLengths | None, pairs: int, max_tokens: int | None) -> int:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.formats.answers import SCORES
+from ..data.formats.answers import DESIRABLE, SCORES
 from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
 from ..data.table.lengths import runs
+from ..data.table.mismatched import IDS, exchanged
 from ..settings.names import Layout
 from .forest import Forest
 from .layout import (
@@ -42,10 +43,19 @@ MODEL_INPUTS = (
 PAIR_INPUTS = ("edges", "weights", "margins", "prompt_cu_seqlens", "prompts")
 """What an objective takes of a batch beside sequences, where the batch has it."""
 
+MISMATCHED = "mismatched_"
+"""Before the names of what a batch has of answers after other prompts than their own."""
+
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a patched model's forward, out of a collated batch."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def mismatched_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model_inputs` and an objective need of mismatched answers; empty where none are."""
+    names = (name for name in batch if name.startswith(MISMATCHED))
+    return {name.removeprefix(MISMATCHED): batch[name] for name in names}
 
 
 class PairCollator:
@@ -73,6 +83,9 @@ class PairCollator:
     ``margins``                        multiplies a pair's loss, and what its target margin gains
     ``tree_ids``,          [S]         int64 and fp32, where the rows carry ``score_chosen`` and
     ``scores``                         ``score_rejected``: the tree of each, and the leaf's score
+    ``labels``             [S]         bool, and ``tree_ids``, where the rows carry ``desirable``
+    ``mismatched_...``                 inputs of the model and ``cu_seqlens`` of every pair's prompt
+                                       with its neighbour's answer, where the rows carry one
     ``decoder_tokens``     [3]         int64: tokens computed, of those not padding, tokens that
                                        the padded layout would compute of the pairs
     ``num_tokens``         [1]         int64, tokens of the pairs' sequences, fillers left out:
@@ -152,7 +165,8 @@ class PairCollator:
         )
         shared = self.layout == "prefix_shared"
         real = forest.counts.sum() + (forest.starts if shared else forest.prompts_again).sum()
-        padded = 2 * len(rows) * int(forest.totals.max())
+        sides = len(rows) + int((forest.edges[:, 0] != forest.edges[:, 1]).sum())
+        padded = sides * int(forest.totals.max())
         batch["decoder_tokens"] = np.array([batch["input_ids"].size, real, padded], np.int64)
         counted = forest.edges[batch["pair_ids"] >= 0]
         batch["num_tokens"] = np.array([forest.totals[counted].sum()], np.int64)
@@ -162,6 +176,13 @@ class PairCollator:
         if all(name in rows[0] for name in SCORES):
             batch["tree_ids"] = forest.tree
             batch["scores"] = np.array(forest.of_leaves(rows, SCORES), np.float32)
+        if DESIRABLE in rows[0]:
+            batch["tree_ids"] = forest.tree
+            batch["labels"] = np.array(forest.of_leaves(rows, (DESIRABLE, DESIRABLE))) > 0
+        if IDS in rows[0]:
+            other = self(exchanged(rows))
+            names = (name for name in (*MODEL_INPUTS, "cu_seqlens") if name in other)
+            batch |= {MISMATCHED + name: other[name] for name in names}
         if all(name in rows[0] for name in REFERENCE_COLUMNS):
             logps = forest.of_leaves(rows, REFERENCE_COLUMNS)
             batch["reference_logps"] = np.array(logps, np.float32)

@@ -32,6 +32,7 @@ from ..settings.checks import is_split
 from .cache import columns_digest, precomputed
 from .source import (
     check_columns,
+    check_mismatched,
     check_synced,
     check_tokenizer,
     checked,
@@ -101,6 +102,7 @@ class Reference:
         self._other = False
         if len(self._lacking) < sum(part is not None for part in rows):
             check_columns(objective)
+        check_mismatched(objective, args, rows)
         if not self._lacking and any(part is not None for part in rows):
             return
         self._other = ref_model is not None or not self.starting
@@ -112,7 +114,7 @@ class Reference:
         elif not self._policy_can_score():
             self.model = copy_of(policy, args)
         if self.model is not None:
-            prepare_frozen(self.model, args, [part for part in rows if part is not None])
+            prepare_frozen(self.model, args, rows, exchanged=objective.exchanges_answers)
         named: Any = bare_model(self.model or policy)
         self._name = args.ref_model_name_or_path if self._other else args.model_name_or_path
         self._name = self._name or named.config._name_or_path
@@ -214,6 +216,11 @@ class Reference:
             )
         with self._scoring(model, disable_adapter=self.model is None):
             return _summed_logps(self.objective, model, batch)
+
+    def ratios(self, policy: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Summed log-probs [S] under the policy less those under the frozen model, no gradient."""
+        with self._scoring(policy, disable_adapter=False):
+            return _summed_logps(self.objective, policy, batch) - self.sums(policy, batch)
 
     @contextmanager
     def _scoring(self, model: nn.Module, *, disable_adapter: bool) -> Iterator[None]:

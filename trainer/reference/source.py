@@ -14,7 +14,7 @@ from ..model.digest import model_digest
 from ..model.frozen import place_frozen
 from ..model.head import patch_head
 from ..model.loading import load_model, vocabulary_size
-from ..packing.choose import longest_sequence
+from ..packing.choose import longest_row
 from ..packing.rope import fix_rope
 from ..settings.checks import is_split
 
@@ -32,6 +32,18 @@ def check_columns(objective: Objective) -> None:
         raise UserError(
             f"{objective.token_weights}: leave it out, or take the columns reference_*_logps from "
             "the data: their sums weigh every token alike"
+        )
+
+
+def check_mismatched(
+    objective: Objective, args: PreferenceConfig, rows: Sequence[PairRows | None]
+) -> None:
+    """Mismatched answers change with every epoch, so none is scored beforehand."""
+    columns = any(part is not None and part.has_reference for part in rows)
+    if objective.exchanges_answers and (args.precompute_ref_log_probs or columns):
+        raise UserError(
+            "kl_estimate: set it to batch, or leave out precompute_ref_log_probs and the columns "
+            "reference_*_logps; the frozen model scores mismatched answers in training"
         )
 
 
@@ -91,9 +103,15 @@ def copy_of(policy: Any, args: PreferenceConfig) -> Any:
     return copy.deepcopy(policy)
 
 
-def prepare_frozen(model: Any, args: PreferenceConfig, rows: Sequence[PairRows]) -> None:
-    """Let a frozen model score these rows, with the head that needs no logits."""
-    fix_rope(model, longest_sequence(*(part.lengths for part in rows)))
+def prepare_frozen(
+    model: Any, args: PreferenceConfig, rows: Sequence[PairRows | None], *, exchanged: bool = False
+) -> None:
+    """Let a frozen model score these rows, with the head that needs no logits.
+
+    Args:
+        exchanged: whether answers also come after other prompts than their own.
+    """
+    fix_rope(model, longest_row(rows, exchanged))
     model.requires_grad_(False).eval()
     patch_head(bare_model(model), **args.head_settings)
 

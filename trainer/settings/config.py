@@ -209,14 +209,6 @@ class PreferenceConfig(
             )
         check_training(self)
 
-    @property
-    def takes(self) -> tuple[str, ...] | None:
-        """The kinds of data that the objective trains on; None where none can be built."""
-        try:
-            return self.build_objective().takes
-        except UserError:
-            return None  # whoever builds it hears the reason
-
     def build_objective(self) -> Objective:
         """The objective these settings name, with its hyperparameters."""
         if self.objective is None:

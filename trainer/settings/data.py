@@ -105,8 +105,12 @@ class DataSettings:
 
     @property
     def takes(self) -> tuple[str, ...] | None:
-        """The kinds of data that the objective trains on; None where there is none to ask."""
-        return None
+        """The kinds of data that the run's objective trains on; None where there is none to ask."""
+        build = getattr(self, "build_objective", None)
+        try:
+            return None if build is None else build().takes
+        except UserError:
+            return None  # whoever builds it hears the reason
 
     def settle_lists(self) -> None:
         """Have all answers to a prompt together where the objective ranks them."""

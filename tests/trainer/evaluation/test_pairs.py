@@ -267,3 +267,11 @@ def test_what_cannot_be_evaluated(place, tmp_path, capsys):
     assert_one_line_error([*command, str(place / "model"), *reference], "vocabulary", capsys)
     config = write_config(tmp_path / "c.yaml", place, max_lenght=3)
     assert_one_line_error([*command, str(place / "model"), "--config", config], "max_len", capsys)
+
+
+def test_single_answers_are_refused(place, tmp_path, capsys):
+    row = {"prompt": "a", "completion": " b", "label": True}
+    (tmp_path / "single.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["evaluate", "pairs", "--model", str(place / "model"), "--out", str(tmp_path / "o")]
+    assert main([*command, "--dataset", str(tmp_path / "single.jsonl")]) != 0
+    assert "dataset: give pairs (prompt, chosen, rejected)" in capsys.readouterr().err

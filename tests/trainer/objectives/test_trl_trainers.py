@@ -56,24 +56,27 @@ def some_text() -> Dataset:
 
 
 def ours(
-    folder: Path, name: Any, given: dict[str, Any], **models: Any
+    folder: Path, name: Any, given: dict[str, Any], data: Dataset | None = None, **models: Any
 ) -> tuple[list[float], torch.Tensor]:
     fields = {key: given.pop(key, None) for key in ("beta", "gamma_beta_ratio")}
     settings = SETTINGS | {"objective": name, **fields, "objective_args": given}
     trainer = PreferenceTrainer(
         tiny_model(),
         tiny_config(folder, **settings, head_tail="exact"),
-        train_dataset=rows(),
+        train_dataset=rows() if data is None else data,
         processing_class=TOKENIZER,
         **models,
     )
     return trained(trainer)
 
 
-def theirs(kind: Any, config: Any, columns: Any, **models: Any) -> tuple[list[float], torch.Tensor]:
+def theirs(
+    kind: Any, config: Any, columns: Any, text: Dataset | None = None, **models: Any
+) -> tuple[list[float], torch.Tensor]:
     data = [columns(row) for row in rows().to_list()]  # before: settings reset accelerate's state
+    text = some_text() if text is None else text
     trainer = kind(
-        tiny_model(), args=config, train_dataset=some_text(), processing_class=TOKENIZER, **models
+        tiny_model(), args=config, train_dataset=text, processing_class=TOKENIZER, **models
     )
     trainer.train_dataset = Dataset.from_list(data)
     return trained(trainer)
@@ -172,3 +175,38 @@ def test_kto_trainer_on_pairs(tmp_path):
     assert all(entry["kl"] == 0 for entry in trainer.state.log_history if "kl" in entry)
     frozen = tiny_model(initializer_range=0.05)
     compare(ours(tmp_path, "kto", {"beta": 0.3}, ref_model=frozen), other)
+
+
+KTO: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"loss_type": "kto"}, "kto", {"kl_estimate": "mismatched"}),
+    (
+        {"loss_type": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.7},
+        "kto",
+        {"kl_estimate": "mismatched", "desirable_weight": 1.5, "undesirable_weight": 0.7},
+    ),
+    ({"loss_type": "apo_zero_unpaired"}, "apo-zero-unpaired", {}),
+]
+
+
+@pytest.mark.parametrize(("given", "name", "own"), KTO, ids=lambda v: str(v)[:60])
+def test_kto_trainer(tmp_path, given, name, own):
+    """Its rotation is that of a batch which has all rows, in their order, as ours has them."""
+    answers = [row["chosen_ids" if i % 3 else "rejected_ids"] for i, row in enumerate(rows())]
+    labels = [i % 3 > 0 for i in range(PAIRS)]
+    number = iter(range(PAIRS))
+
+    def columns(row: dict[str, list[int]]) -> dict[str, Any]:
+        i = next(number)
+        ids = {"prompt_ids": row["prompt_ids"], "completion_ids": answers[i], "label": labels[i]}
+        return ids | ({} if name != "kto" else {"KL_completion_ids": answers[i - 1]})
+
+    single = [
+        {"prompt_ids": row["prompt_ids"], "chosen_ids": answer, "rejected_ids": answer,
+         "desirable": float(label)}
+        for row, answer, label in zip(rows().to_list(), answers, labels, strict=True)
+    ]  # fmt: skip
+    config = trl.KTOConfig(output_dir=str(tmp_path / "trl"), beta=0.3, **given, **SETTINGS)
+    text = Dataset.from_list([{"prompt": "a b", "completion": " c d", "label": True}] * 2)
+    reference = copy.deepcopy(tiny_model())
+    other = theirs(trl.KTOTrainer, config, columns, text, ref_model=reference)
+    compare(ours(tmp_path, name, own | {"beta": 0.3}, Dataset.from_list(single)), other)

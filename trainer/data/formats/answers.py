@@ -24,6 +24,11 @@ NUMBERS = {
 }
 """Columns of numbers that say something of a pair, and what becomes of them."""
 
+DESIRABLE = "desirable"
+"""The table's column of labels, 1 or 0; a row that has one is a single answer, on both sides."""
+
+NUMBER_COLUMNS = (*NUMBERS, DESIRABLE)
+
 
 @dataclass(frozen=True)
 class Edges:

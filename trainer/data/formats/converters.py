@@ -16,6 +16,20 @@ def same(row: Row) -> Row:
     return {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
 
 
+def single(row: Row) -> Row:
+    """One answer, as both sides; `label_of` reads its label."""
+    return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"]}
+
+
+def label_of(value: Any) -> float:
+    """A label as 1 or 0: a boolean, a number, or text of either."""
+    labels = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
+    label = labels.get(str(value).strip().casefold())
+    if label is None:
+        raise RowProblem(WRONG_TYPE, f"label is {value!r}, neither true nor false, 1 nor 0")
+    return label
+
+
 def asked(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Row], Row]:
     """A question in ``column``, and two answers: a conversation."""
 

@@ -22,6 +22,7 @@ from .converters import (
     number,
     opens,
     same,
+    single,
     swift,
     talk,
     text,
@@ -122,6 +123,7 @@ def _led(before: list[Row], messages: list[Row]) -> list[Row]:
 
 
 GROUPED = ("prompt", "response", "helpfulness")
+SINGLE = ("prompt", "completion", "label")
 SHAPES = (
     Shape("", ("prompt", "chosen", "rejected"), same),
     *(
@@ -183,6 +185,7 @@ SHAPES = (
         Shape("answers, the best first", (it, "responses"), answers=beside(it, "responses", None))
         for it in ("prompt", "instruction", "query")
     ),
+    Shape("single answers with labels", SINGLE, single),
     Shape(
         "HelpSteer2 with preferences",
         ("prompt", "response_1", "response_2", "preference_strength"),

@@ -11,8 +11,10 @@ from .columns import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from .columns import THEIR_REFERENCE_COLUMNS as THEIR_REFERENCE_COLUMNS
 from .columns import TOKEN_COLUMNS as TOKEN_COLUMNS
 from .columns import UNSCORED_COLUMNS as UNSCORED_COLUMNS
+from .columns import check_kind as check_kind
 from .columns import check_reference as check_reference
 from .columns import features as features
+from .columns import is_single as is_single
 from .columns import is_tokenized as is_tokenized
 from .columns import other_side as other_side
 from .columns import reference_columns as reference_columns

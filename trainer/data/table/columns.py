@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ..formats.answers import NUMBERS
+from ..formats.answers import DESIRABLE, NUMBER_COLUMNS
+from ..formats.shapes import SINGLE, shape_of
 from ..limits import FLAGS, OK, Tokens
 from ..rows import RowProblem
 
@@ -18,8 +19,8 @@ PARTS = ("prompt", "chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 UNSCORED_COLUMNS = ("chosen_unscored", "rejected_unscored")
 """Positions in the answers that are read but not scored; a data set without them scores all."""
-_NO_NUMBERS = (math.nan,) * len(NUMBERS)
-_OUTCOME_COLUMNS = ("status", "detail", "flags", "max_id", *NUMBERS)
+_NO_NUMBERS = (math.nan,) * len(NUMBER_COLUMNS)
+_OUTCOME_COLUMNS = ("status", "detail", "flags", "max_id", *NUMBER_COLUMNS)
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 THEIR_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # in TRL
 
@@ -30,6 +31,14 @@ FILLER_ID = -1
 def is_tokenized(dataset: Any) -> bool:
     """Whether a data set holds token ids already, by its columns."""
     return set(TOKEN_COLUMNS) <= set(getattr(dataset, "column_names", None) or ())
+
+
+def is_single(dataset: Any) -> bool:
+    """Whether the rows of checked columns are single answers with labels."""
+    if is_tokenized(dataset):
+        return DESIRABLE in dataset.column_names
+    shape = shape_of(tuple(dataset.column_names))
+    return shape is not None and shape.needs == SINGLE
 
 
 def reference_columns(columns: list[str]) -> list[str]:
@@ -73,13 +82,33 @@ def check_reference(tables: list[Any], names: str) -> None:
         )
 
 
+def check_kind(takes: tuple[str, ...] | None, single: bool, name: str) -> None:
+    """Raise ``UserError`` where an objective that ``takes`` some kinds gets another.
+
+    Args:
+        takes: see `ObjectiveSpec`; None for any.
+        single: whether the rows of the data set ``name`` are single answers with labels.
+    """
+    if takes is None or ("labelled" in takes if single else takes != ("labelled",)):
+        return
+    if single:
+        raise UserError(
+            f"objective: take kto or apo-zero-unpaired, as {name} has single answers with labels; "
+            "or give it pairs: prompt, chosen and rejected"
+        )
+    raise UserError(
+        f"objective: take one of pairs, such as apo-zero or kto with kl_estimate: batch, as {name} "
+        "has pairs; or give it single answers: prompt, completion and label"
+    )
+
+
 def features() -> Any:
     """The ``datasets.Features`` of what `token_columns` makes."""
     from datasets import Features, List, Value
 
     types = dict.fromkeys((*TOKEN_COLUMNS, *UNSCORED_COLUMNS), List(Value("int32")))
     numbers = {"flags": Value("int32"), "max_id": Value("int64"), "row": Value("int64")}
-    numbers |= dict.fromkeys(NUMBERS, Value("float64"))
+    numbers |= dict.fromkeys(NUMBER_COLUMNS, Value("float64"))
     return Features({**types, "status": Value("string"), "detail": Value("string"), **numbers})
 
 
@@ -96,7 +125,7 @@ def token_columns(outcomes: Iterable[Tokens | RowProblem]) -> dict[str, list[Any
         else:
             sides = (outcome.prompt, outcome.chosen, outcome.rejected)
             flags = sum(1 << i for i, flag in enumerate(FLAGS) if flag in outcome.flags)
-            numbers = [outcome.numbers.get(name, math.nan) for name in NUMBERS]
+            numbers = [outcome.numbers.get(name, math.nan) for name in NUMBER_COLUMNS]
             largest = max(map(max, sides))
             values = (*sides, *outcome.unscored, OK, outcome.detail, flags, largest, *numbers)
         for column, value in zip(columns.values(), values, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 
@@ -14,8 +13,6 @@ from .trees import Trees
 @dataclass(frozen=True)
 class PairLengths:
     """Tokens of every pair's parts, [pairs] int64 each, and the trees that pairs form."""
-
-    NOUN: ClassVar[str] = "pair"
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -31,9 +28,20 @@ class PairLengths:
         return np.arange(len(self)) if self.trees is None else self.trees.tree
 
     @cached_property
+    def single(self) -> bool:
+        """Whether the rows are single answers, which stand on both sides; see `Trees.single`."""
+        leaves = None if self.trees is None else self.trees.leaves
+        return leaves is not None and len(leaves) > 0 and bool((leaves[:, 0] == leaves[:, 1]).all())
+
+    @property
+    def noun(self) -> str:
+        """What a row is."""
+        return "answer" if self.single else "pair"
+
+    @cached_property
     def apart(self) -> PairLengths:
         """The same pairs with nothing shared between them."""
-        return replace(self, trees=None)
+        return replace(self, trees=Trees.single(len(self)) if self.single else None)
 
     @cached_property
     def shared(self) -> np.ndarray:
@@ -46,9 +54,8 @@ class PairLengths:
         Args:
             layout: "padded", "packed" (two sequences) or "prefix_shared" (one prompt for both).
         """
-        if layout == "padded":
-            return 2 * (self.prompt + np.maximum(self.chosen, self.rejected))
-        return self.shared + self.prompt if layout == "packed" else self.shared
+        every = np.arange(len(self))
+        return self.computed(layout, every, every, len(self))
 
     def take(self, pairs: np.ndarray) -> PairLengths:
         """Those of some pairs."""
@@ -93,9 +100,9 @@ class PairLengths:
 class TreeLengths:
     """The trees of pairs in the pairs' place: what is counted, dealt and never cut is a tree."""
 
-    NOUN: ClassVar[str] = "prompt"
-
     pairs: PairLengths
+
+    noun = "prompt"
 
     def __len__(self) -> int:
         return len(self._sizes)

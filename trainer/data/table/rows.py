@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from ...errors import UserError
 from ...settings.data import DataSettings
-from ..formats.answers import NUMBERS, SCORES
+from ..formats.answers import DESIRABLE, NUMBER_COLUMNS, SCORES
 from .columns import (
     FILLER_ID,
     PARTS,
@@ -24,6 +24,7 @@ from .columns import (
     UNSCORED_COLUMNS,
 )
 from .lengths import PairLengths
+from .mismatched import IDS, UNSCORED
 from .trees import Trees, name_trees
 
 
@@ -39,6 +40,7 @@ class PairRows(Dataset):
         group_by_prompt: pairs whose prompts have equal tokens form one tree, and equal answers in
             it (scored alike, with the same log-probs of a reference) one leaf.
         margin_from, pair_weighting: as in the settings of data.
+        max_length: of a prompt with the answer to another one.
         scored: rows also have ``score_chosen`` and ``score_rejected``, and answers with different
             scores are different leaves.
     """
@@ -51,6 +53,7 @@ class PairRows(Dataset):
             group_by_prompt=bool(settings.group_by_prompt),
             margin_from=settings.margin_from,
             pair_weighting=settings.pair_weighting,
+            max_length=settings.max_length,
             scored=settings.takes == ("scored",),
         )
 
@@ -61,6 +64,7 @@ class PairRows(Dataset):
         group_by_prompt: bool = False,
         margin_from: str = "margin",
         pair_weighting: str = "pair",
+        max_length: int | None = None,
         scored: bool = False,
     ) -> None:
         columns: list[str] = list(TOKEN_COLUMNS)
@@ -72,7 +76,7 @@ class PairRows(Dataset):
         columns += [name for name in UNSCORED_COLUMNS if _is_used(dataset, name)]
         said = {
             name: np.array(dataset[name][:], np.float64)
-            for name in NUMBERS
+            for name in NUMBER_COLUMNS
             if name in dataset.column_names
         }
         for name, values in said.items():
@@ -81,19 +85,34 @@ class PairRows(Dataset):
                     f"{name}: mend a row of the data set whose number is infinite, or a weight "
                     "below 0"
                 )
-        self.source = dataset
+        self.source, self.max_length = dataset, max_length
         self.dataset = dataset.select_columns(columns).with_format("arrow")
         self._reference: dict[str, np.ndarray] = {}
         by_prompt = pair_weighting == "prompt"
-        scores = _scores(said, len(dataset)) if scored else {}
-        trees = name_trees(self._contents(scores)) if group_by_prompt or by_prompt else None
-        self.trees = trees if group_by_prompt else None
-        self.numbers = pair_numbers(said, margin_from, trees if by_prompt else None) | scores
+        of_answers = _scores(said, len(dataset)) if scored else {}
+        self.single = DESIRABLE in said
+        if self.single:
+            of_answers = {DESIRABLE: _labels(said[DESIRABLE])}
+        trees = name_trees(self._contents(of_answers)) if group_by_prompt or by_prompt else None
+        alone = Trees.single(len(dataset)) if self.single else None
+        self.trees = trees if group_by_prompt else alone
+        self.numbers = pair_numbers(said, margin_from, trees if by_prompt else None) | of_answers
 
     @property
     def has_lists(self) -> bool:
         """Whether the answers to a prompt lie together, with their scores."""
         return self.trees is not None and SCORES[0] in self.numbers
+
+    @cached_property
+    def longest_exchanged(self) -> int:
+        """Most tokens of any prompt with the answer to another one."""
+        most = int(self.lengths.prompt.max(initial=0) + self.lengths.chosen.max(initial=0))
+        return most if self.max_length is None else min(most, self.max_length)
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """[pairs] a number for every prompt, equal for equal tokens."""
+        return name_trees(self._contents({})).tree
 
     def _contents(self, numbers: dict[str, np.ndarray]) -> Iterator[tuple[bytes, bytes, bytes]]:
         """What makes prompts and answers of pairs equal: their tokens, and some numbers."""
@@ -103,7 +122,8 @@ class PairRows(Dataset):
             columns |= {name: v[begin : begin + len(table)] for name, v in numbers.items()}
             begin += len(table)
             chosen, rejected = (
-                [columns[name] for name in columns if side in name] for side in PARTS[1:]
+                [columns[name] for name in columns if side in name or name == DESIRABLE]
+                for side in PARTS[1:]
             )
             for i, prompt in enumerate(columns[TOKEN_COLUMNS[0]]):
                 yield prompt.tobytes(), _content(chosen, i), _content(rejected, i)
@@ -165,7 +185,10 @@ class PairRows(Dataset):
                     f"vocabulary those from 0 to {vocab_size - 1}; use the model's own tokenizer"
                 )
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """The rows of these indices; (index, neighbour) also gives one the neighbour's answer."""
+        others = [index[1] for index in indices if isinstance(index, tuple)]
+        indices = [index[0] if isinstance(index, tuple) else index for index in indices]
         row_numbers = [index if index >= 0 else FILLER_ID - index for index in indices]
         table: pa.Table = self.dataset[row_numbers]
         columns = {name: _values(table.column(name)) for name in table.column_names}
@@ -174,6 +197,8 @@ class PairRows(Dataset):
         if self.trees is not None:
             trees = self.trees.take(np.array(row_numbers))
             columns |= {"tree_id": trees.tree, "leaf_ids": trees.leaves}
+        if others:
+            columns |= self._answers_of(others, self.lengths.prompt[row_numbers])
         return [
             {
                 **{name: column[i] for name, column in columns.items()},
@@ -181,6 +206,19 @@ class PairRows(Dataset):
             }
             for i, index in enumerate(indices)
         ]
+
+    def _answers_of(self, rows: list[int], prompts: np.ndarray) -> dict[str, list[Any]]:
+        """Their answers, cut to what prompts of so many tokens leave room for."""
+        table: pa.Table = self.dataset[rows]
+        rooms = np.maximum(self.longest_exchanged - prompts, 1)
+        ids = _values(table.column(TOKEN_COLUMNS[1]))
+        columns: dict[str, list[Any]] = {
+            IDS: [tokens[:room] for tokens, room in zip(ids, rooms, strict=True)]
+        }
+        if UNSCORED_COLUMNS[0] in table.column_names:
+            left = _values(table.column(UNSCORED_COLUMNS[0]))
+            columns[UNSCORED] = [each[each < room] for each, room in zip(left, rooms, strict=True)]
+        return columns
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
@@ -207,6 +245,12 @@ def pair_numbers(
     if margin_from == "scores" and set(SCORES) <= set(said):
         numbers["margin"] = np.nan_to_num(said[SCORES[0]] - said[SCORES[1]], nan=0.0)
     return numbers
+
+
+def _labels(labels: np.ndarray) -> np.ndarray:
+    if not np.isin(labels, (0.0, 1.0)).all():
+        raise UserError(f"{DESIRABLE}: mend a row of the data set whose label is not 1 or 0")
+    return labels
 
 
 def _scores(said: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:

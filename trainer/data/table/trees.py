@@ -29,6 +29,12 @@ class Trees:
         """Every pair a tree of its own."""
         return cls(np.arange(pairs), np.arange(2 * pairs).reshape(-1, 2))
 
+    @classmethod
+    def single(cls, answers: int) -> Trees:
+        """Of answers without a counterpart, each a tree by itself: an edge from it to itself."""
+        every = np.arange(answers)
+        return cls(every, np.stack([every, every], axis=1))
+
     def __len__(self) -> int:
         return int(self.tree.max(initial=-1)) + 1
 

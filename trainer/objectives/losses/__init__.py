@@ -114,10 +114,18 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     ),
     "kto": ObjectiveSpec(
         "mean of 1 - sigmoid(r_w - beta KL_l) and 1 - sigmoid(beta KL_w - r_l)",
-        dpo.ReferenceHyperparameters,
+        kto.KtoHyperparameters,
         kto.kto_terms,
         couples_pairs=True,
         needs_reference=True,
+        takes=("pairs", "labelled"),
+    ),
+    "apo-zero-unpaired": ObjectiveSpec(
+        "1 - sigmoid(r) of a desirable answer, sigmoid(r) of an undesirable one",
+        kto.LabelledHyperparameters,
+        kto.apo_zero_unpaired_terms,
+        needs_reference=True,
+        takes=("labelled",),
     ),
     "cpo": ObjectiveSpec(
         "-(1-e) log sigmoid(D) - e log sigmoid(-D) - alpha mean_w, D = beta (s_w - s_l)",
@@ -159,6 +167,7 @@ ALIASES = {
     "sppo_hard": "sppo",
     "aot_unpaired": "aot-unpaired",
     "apo_zero": "apo-zero",
+    "apo_zero_unpaired": "apo-zero-unpaired",
     "apo_down": "apo-down",
     "sigmoid_norm": "dpo-norm",
 }
