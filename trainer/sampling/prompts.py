@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.chat import plain_text_prefix, render
 from ..data.encoder import encode, single_bos
-from ..data.encoding import content_form
 from ..data.formats.answers import Edges
 from ..data.formats.converters import transcript
 from ..data.formats.files import ONE_TABLE, open_source
@@ -22,6 +21,7 @@ from ..data.formats.messages import content_text
 from ..data.formats.shapes import standard_rows
 from ..data.guard import PROMPT_LOST, occurs
 from ..data.rows import Pair, RowProblem, attempt, dressed, read_row
+from ..data.template import content_forms
 from ..errors import UserError
 from ..files import digest
 from ..text import printable
@@ -73,7 +73,8 @@ def read_prompts(
 
     ``opening`` goes before prompts without a system message. ``tokenizer`` is None for a server.
     """
-    form = "text" if tokenizer is None else content_form(tokenizer)
+    templated = tokenizer is not None and tokenizer.chat_template
+    forms = content_forms(tokenizer) if templated else {"user": "text"}
     prompts: dict[str, Prompt] = {}
     problems: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -81,7 +82,7 @@ def read_prompts(
     for number, row in enumerate(rows):
         if len(prompts) == limit:
             break
-        prompt = attempt(_prompt, row, form, tokenizer, opening)
+        prompt = attempt(_prompt, row, forms, tokenizer, opening)
         if isinstance(prompt, RowProblem):
             problems[prompt.reason] += 1
             examples.setdefault(prompt.reason, f"row {number}: {prompt.detail}")
@@ -101,7 +102,7 @@ def read_prompts(
 
 def _prompt(
     row: dict[str, Any],
-    form: str,
+    forms: dict[str, str],
     tokenizer: PreTrainedTokenizerBase | None,
     opening: list[dict[str, str]],
 ) -> Prompt:
@@ -110,10 +111,10 @@ def _prompt(
         raise RowProblem(BEGUN, "end the prompt before it")
     prompt = Prompt(pair.prompt, json.loads(json.dumps(row, default=str)))
     if pair.conversation:
-        pair = dressed(pair, row, {}, form)
-        has_system = pair.prompt[0]["role"] == "system"
-        prompt.content = [*([] if has_system else opening), *pair.prompt]
-        prompt.arguments = pair.arguments
+        if pair.prompt[0]["role"] != "system":
+            pair.prompt = [*opening, *pair.prompt]
+        pair = dressed(pair, row, {}, forms)
+        prompt.content, prompt.arguments = pair.prompt, pair.arguments
     if tokenizer is not None:
         prompt.token_ids = _tokens(prompt, pair.conversation, tokenizer)
     elif not pair.conversation:
