@@ -63,20 +63,25 @@ def test_a_sample_is_that_of_its_seed_whatever_its_batch():
         assert complete(model, [prompt], decoding, [seed]) == [answer]
 
 
-def test_samples_come_as_often_as_they_are_likely():
-    """First tokens of many seeds against the softmax, cut by top-k, within four deviations."""
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.6), (9, 0.7)])
+def test_samples_come_as_often_as_they_are_likely(top_k, top_p):
+    """First tokens of many seeds against the cut softmax, within four deviations."""
     model: Any = tiny_model().eval()
-    seeds, count = range(2000), 2000
+    count = 2000
     with torch.no_grad():
         logits = model(torch.tensor([PROMPTS[2]])).logits[0, -1] / 0.7
-    kept = logits.topk(5)
-    expected = kept.values.softmax(0)
-    drawn = complete(model, [PROMPTS[2]] * count, Decoding([], PAD, 1, 0.7, top_k=5), seeds)
-    tokens = torch.tensor([answer.token_ids[0] for answer in drawn])
-    for token, share in zip(kept.indices, expected, strict=True):
+    likeliest = logits.topk(top_k or len(logits))
+    shares = likeliest.values.softmax(0)
+    kept = shares.cumsum(0) - shares < top_p
+    tokens, shares = likeliest.indices[kept], shares[kept] / shares[kept].sum()
+    assert 2 < len(tokens) < len(logits) / 2
+    decoding = Decoding([], PAD, 1, 0.7, top_p, top_k)
+    answers = complete(model, [PROMPTS[2]] * count, decoding, range(count))
+    drawn = torch.tensor([answer.token_ids[0] for answer in answers])
+    assert set(drawn.tolist()) <= set(tokens.tolist())
+    for token, share in zip(tokens, shares, strict=True):
         deviation = (share * (1 - share) / count).sqrt()
-        assert abs((tokens == token).float().mean() - share) < 4 * deviation
-    assert set(tokens.tolist()) <= set(kept.indices.tolist())
+        assert abs((drawn == token).float().mean() - share) < 4 * deviation
 
 
 def test_answers_end_within_the_context():
