@@ -19,6 +19,7 @@ from widemargin.trainer.cli import _parser
 from widemargin.trainer.objectives import OBJECTIVES, hyperparameters_of
 from widemargin.trainer.settings.files import parse_overrides
 from widemargin.trainer.settings.published.keys import TABLE
+from widemargin.trainer.sweep.values import pairs_of
 
 from tests.support.doc_pages import (
     MAKERS,
@@ -164,7 +165,8 @@ def _check_widemargin(words: list[str]) -> None:
         return
     _, rest = _parser().parse_known_args(words)
     rest = [word for word in rest if word not in ("--profile", "--key=value")]
-    assert parse_overrides(rest).keys() - settings() - TABLE.keys() == set(), words
+    given = dict(pairs_of(rest)) if words[0] == "sweep" else parse_overrides(rest)
+    assert given.keys() - settings() - TABLE.keys() == set(), words
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=named)
