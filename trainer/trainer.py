@@ -245,14 +245,13 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         self, model: Any, args: PreferenceConfig, tokenizer: Any, peft_config: Any, quantized: Any
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer, loaded if they are only named."""
-        if isinstance(model, str):
+        by_name = isinstance(model, str)
+        if by_name:
             args.model_name_or_path = model
         self._merges_files = args.model_name_or_path is not None
-        named = adapted_model(args, model) if isinstance(model, str) else None
-        adapted = named is not None or args.use_peft or peft_config is not None
-        adapted = adapted or hasattr(model, "get_base_model")
+        adapted = args.use_peft or peft_config is not None or hasattr(model, "get_base_model")
+        adapted = adapted or (by_name and adapted_model(args, model) is not None)
         check_adapted(args, adapted, quantized is not None)
-        by_name = isinstance(model, str)
         lm: PreTrainedModel = load_model(args, quantization=quantized) if by_name else model
         if args.merge_adapter and not self._merges_files:
             check_merges_in_memory(lm, args)
