@@ -1,4 +1,4 @@
-"""A real model, scored by a rule, paired and trained: fresh samples follow the rule better."""
+"""Models of text, scored by a rule, paired and trained: fresh samples follow the rule better."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 from widemargin.trainer.cli import main
 
 from bench.lib import real_model
+from tests.support.eval_files import REAL
 from tests.support.sampling import prompts_file, records
 
 TOPICS = ("a lighthouse", "two old friends", "a lost key", "the first snow", "a night train")
@@ -28,17 +29,21 @@ def short_words(prompt, answer, row):
 """
 
 
+SMALL = REAL.parent / "small_lm"
+
+
 @pytest.mark.slow
-def test_training_on_scored_samples_raises_the_score_of_fresh_ones(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", [SMALL, real_model.FOLDER], ids=["small", "real"])
+def test_training_on_scored_samples_raises_the_score_of_fresh_ones(tmp_path, monkeypatch, folder):
     """The rule is the share of short words; prompts of the fresh samples are other ones."""
-    if not real_model.is_made():
-        pytest.skip("there is no real model; make real-model")
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"{folder} is not here; make real-model makes the real one")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rules.py").write_text(RULE)
     asked = [{"prompt": ask.format(topic)} for topic in TOPICS for ask in ASKS]
-    source = prompts_file(tmp_path, asked[:16], "train.jsonl")
-    fresh = prompts_file(tmp_path, asked[16:], "fresh.jsonl")
-    model = str(real_model.FOLDER)
+    source = prompts_file(tmp_path, asked[:12], "train.jsonl")
+    fresh = prompts_file(tmp_path, asked[12:], "fresh.jsonl")
+    model = str(folder)
 
     def scored(source: str, model: str, folder: str, n: int) -> float:
         sampling = ["--n", str(n), "--max_new_tokens=40", "--device=cpu", "--temperature=1"]
@@ -47,10 +52,18 @@ def test_training_on_scored_samples_raises_the_score_of_fresh_ones(tmp_path, mon
         made: list[dict[str, Any]] = records(Path(folder), "scores-s")
         return statistics.fmean(row["score"] for row in made if row["score"] is not None)
 
-    before = scored(fresh, model, "before", 16)
-    scored(source, model, "answers", 4)
-    pair = ["pair", "answers", "--out", "pairs.jsonl", "--keep-unfinished", "--tokens-for", model]
-    assert main(pair) == 0
+    before = scored(fresh, model, "before", 8)
+    scored(source, model, "answers", 8)
+    pair = [
+        "pair",
+        "answers",
+        "--out",
+        "pairs.jsonl",
+        "--rule",
+        "best-vs-rest",
+        "--keep-unfinished",
+    ]
+    assert main([*pair, "--tokens-for", model]) == 0
     settings = {
         "model_name_or_path": model,
         "dataset": "pairs.jsonl",
@@ -67,6 +80,6 @@ def test_training_on_scored_samples_raises_the_score_of_fresh_ones(tmp_path, mon
     }
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(settings))
     assert main(["train", "my.yaml"]) == 0
-    after = scored(fresh, "run", "after", 16)
+    after = scored(fresh, "run", "after", 8)
     print(json.dumps({"before": before, "after": after}))
     assert after > before + 0.02
