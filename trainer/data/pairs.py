@@ -141,7 +141,8 @@ def assemble(
     for part, low, high in zip(parts, starts[:-1], starts[1:], strict=True):
         rows = used[(used >= low) & (used < high)] - low
         if training:
-            part.notes += first_row_notes(part.rows, tokenizer.chat_template)
+            with naming_bad_text(part.name, part.rows):
+                part.notes += first_row_notes(part.rows, tokenizer.chat_template)
         sources.append(SourceCount(part.name, part.split, part.available, len(rows), part.notes))
         if len(rows):
             raw = part.rows if len(rows) == len(part.rows) else part.rows.select(rows)

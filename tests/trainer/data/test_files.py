@@ -178,3 +178,11 @@ def test_files_nested_so_deeply_that_readers_crash(text, deep, tmp_path):
     if deep:
         with pytest.raises(UserError, match=r"nested too deeply|begins with no row"):
             load_files("pairs", [str(path)])
+
+
+def test_bad_text_in_the_first_row_of_messages_is_named(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pair = {"prompt": [user("caf?")], "chosen": [bot("yes")], "rejected": [bot("no")]}
+    path.write_bytes(json.dumps(pair).encode().replace(b"caf?", b"caf\xe9"))
+    with pytest.raises(UserError, match=r"pairs.jsonl, line 1 \(row 0\), is not UTF-8"):
+        loaded(path)
