@@ -87,7 +87,8 @@ class Measurements(TrainerCallback):
         tokenizer = self.trainer.processing_class
         stops = stop_ids(tokenizer, model.generation_config)
         decoding = Decoding(stops, tokenizer.pad_token_id, MAX_NEW_TOKENS, temperature=1.0)
-        written = complete(model, [list(prompt) for prompt in prompts], decoding, ANSWERS_SEED)
+        seeds = [ANSWERS_SEED + i for i in range(len(prompts))]
+        written = complete(model, [list(prompt) for prompt in prompts], decoding, seeds)
         lengths = [len(answer.token_ids) for answer in written]
         return {
             "mean_tokens": statistics.fmean(lengths),

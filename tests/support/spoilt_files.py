@@ -390,7 +390,7 @@ def search(kind: str, count: int, seed: int, folder: Path) -> Counter[str]:
     """Try ``count`` cases of a kind; how many came to each end.
 
     Raises:
-        Exception: of the first that ends otherwise; its notes name the case.
+        AssertionError: names the first case that ends otherwise, and comes from its error.
     """
     limit_memory()
     outcomes: Counter[str] = Counter()
@@ -398,7 +398,6 @@ def search(kind: str, count: int, seed: int, folder: Path) -> Counter[str]:
         for number in range(seed * 10**6, seed * 10**6 + count):
             try:
                 outcomes[try_case(kind, number, folder)] += 1
-            except BaseException as error:
-                error.add_note(f"try_case({kind!r}, {number}, folder)")
-                raise
+            except Exception as error:
+                raise AssertionError(f"try_case({kind!r}, {number}, folder)") from error
     return outcomes

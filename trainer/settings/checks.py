@@ -68,7 +68,7 @@ def check_training(args: TrainingArguments) -> None:
             raise UserError(f"{name}: does nothing in preference training; {advice}")
     for name in defaults:
         value = getattr(args, name, None)
-        if type(value) in (int, float) and not -LARGEST <= value <= LARGEST:
+        if isinstance(value, int | float) and not -LARGEST <= value <= LARGEST:
             raise UserError(
                 f"{name}: expected a number up to {LARGEST:,}, got {reprlib.repr(value)}"
             )

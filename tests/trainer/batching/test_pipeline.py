@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_reference_columns_travel_along_in_full_precision():
 
 
 def test_what_becomes_of_a_trainers_rows_is_said(tmp_path, caplog):
-    rows = list(tiny_pairs(4))
+    rows: list[Any] = list(tiny_pairs(4))
 
     def made() -> str:
         data = Dataset.from_list(rows)

@@ -113,7 +113,7 @@ def test_a_pair_beside_the_answers_wins_unless_edges_are_named():
     assert texts == [("yes", "no")]
     assert "nothing reads its columns all_generated_responses, all_rm_scores" in lines
     assert settings.group_by_prompt is False
-    assert settings.filled_in == {"group_by_prompt": False}
+    assert vars(settings)["filled_in"] == {"group_by_prompt": False}
     texts, *_ = made([row], edges="best-worst")
     assert texts == [("yes, it is", "no")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -140,7 +141,8 @@ def test_a_table_that_would_be_read_otherwise_than_meant_is_refused(tmp_path, te
 def test_messages_in_a_table_that_pandas_wrote(tmp_path):
     pair = {"prompt": [user("wet?")], "chosen": [bot("it's 'so'")], "rejected": [bot("0")]}
     path = tmp_path / "pairs.csv"
-    Dataset.from_list([pair]).to_pandas().to_csv(path)
+    frame: Any = Dataset.from_list([pair]).to_pandas()
+    frame.to_csv(path)
     expected = load_pairs(
         DataSettings(write(tmp_path / "pairs.jsonl", [pair])), tiny_tokenizer()
     ).train
