@@ -23,7 +23,7 @@ from tests.support import fuzzing, spoilt_files
     ("kind", "kills", "cases"),
     [
         pytest.param("plain", 3, 50, id="one process"),
-        pytest.param("lora", 3, 0, id="adapter, the best kept"),
+        pytest.param("lora", 3, 0, id="adapter, the best kept", marks=pytest.mark.slow),
         pytest.param("reference", 3, 0, id="reference", marks=pytest.mark.slow),
         pytest.param("ddp", 3, 0, id="two", marks=pytest.mark.slow),
         pytest.param("zero2", 3, 0, id="ZeRO-2", marks=pytest.mark.slow),
@@ -77,12 +77,17 @@ def test_a_case_that_ends_otherwise_is_shown(monkeypatch):
         try_cases("rows", 5, 0)
 
 
+@pytest.fixture(scope="module")
+def elsewhere():
+    """A process for what a library may crash."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize("kind", [name for name in SHARES if name != "rows"])
-def test_spoilt_files(kind, tmp_path):
-    """In processes of their own, which a library may crash."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        outcomes = pool.submit(try_cases, kind, 20, 7).result(timeout=600)
+def test_spoilt_files(kind, elsewhere):
+    outcomes = elsewhere.submit(try_cases, kind, 20, 7).result(timeout=600)
     assert outcomes.total() == 20
 
 

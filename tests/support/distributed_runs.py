@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import PrinterCallback, TrainerCallback
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.settings.launch import leave_group
 
 from tests.support.tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs
 
@@ -250,3 +251,4 @@ def main(engine: str, folder: Path) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     main(sys.argv[1], Path(sys.argv[2]))
+    leave_group()

@@ -64,7 +64,8 @@ def test_what_an_earlier_launch_left(name, value, monkeypatch):
         check_left_over()
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.costly
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_nobody_else_comes(rank, tmp_path):
     """In a process of its own, whose group would outlive the test."""
     with socket.socket() as free:
