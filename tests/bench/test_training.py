@@ -71,7 +71,19 @@ def test_random_weights_on_lengths_alone(tmp_path, capsys):
     lengths.write_text(json.dumps([[3, 5, 4], [6, 2, 9]]))
     arguments = [
         *("--contenders", "widemargin-packed", "--shape", "tiny", "--lengths", str(lengths)),
-        *("--steps", "1", "--warmup", "0", "--batch", "2", "--out", str(out), "--allow-dirty"),
+        *(
+            "--rounds",
+            "1",
+            "--steps",
+            "1",
+            "--warmup",
+            "0",
+            "--batch",
+            "2",
+            "--out",
+            str(out),
+            "--allow-dirty",
+        ),
         "--checkpointing",
     ]
     assert training.main(arguments) == 0, capsys.readouterr()
@@ -89,7 +101,18 @@ def test_steps_are_fewer_where_time_is_short(tmp_path, capsys):
     lengths.write_text(json.dumps([[3, 5, 4]] * 20))
     arguments = [
         *("--contenders", "widemargin-padded", "widemargin-packed", "--shape", "tiny"),
-        *("--lengths", str(lengths), "--steps", "9", "--warmup", "1", "--batch", "2"),
+        *(
+            "--lengths",
+            str(lengths),
+            "--rounds",
+            "1",
+            "--steps",
+            "9",
+            "--warmup",
+            "1",
+            "--batch",
+            "2",
+        ),
         *("--budget-s", "0", "--out", str(out), "--allow-dirty"),
     ]
     assert training.main(arguments) == 0, capsys.readouterr()
@@ -151,7 +174,19 @@ def test_an_adapter_trains_in_place_of_all_weights(tmp_path, capsys, objective):
     lengths.write_text(json.dumps([[3, 5, 4]] * 4))
     arguments = [
         *("--contenders", "widemargin-padded", "--shape", "tiny", "--lengths", str(lengths)),
-        *("--steps", "1", "--warmup", "0", "--batch", "2", "--out", str(out), "--allow-dirty"),
+        *(
+            "--rounds",
+            "1",
+            "--steps",
+            "1",
+            "--warmup",
+            "0",
+            "--batch",
+            "2",
+            "--out",
+            str(out),
+            "--allow-dirty",
+        ),
         *("--objective", objective, "--append"),
     ]
     assert training.main([*arguments, "--lora"]) == 0, capsys.readouterr()

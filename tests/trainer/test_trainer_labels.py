@@ -250,7 +250,7 @@ def test_a_column_of_labels_beside_pairs_is_not_read(tmp_path):
     assert "nothing reads its columns label" in "\n".join(report.lines())
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")

@@ -86,7 +86,7 @@ def test_what_a_collapse_saves_is_kept_beside_the_best(tmp_path: Path) -> None:
     assert newest_complete(tmp_path)[0] == tmp_path / "checkpoint-16"
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
     """By what the first rank's answers show: the other has none, and hears of it."""
     (tmp_path / "ranks.py").write_text(

@@ -84,7 +84,7 @@ def test_two_processes_give_the_same_in_every_packing(tmp_path):
         assert (after[packing] - after["padded"]).abs().max() < 1e-5
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_two_processes_count_prompts_and_tokens_as_one_does(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
