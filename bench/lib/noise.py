@@ -16,7 +16,7 @@ import psutil
 from bench.lib.record import RESULTS, ROOT
 
 MAX_SPREAD = 0.25
-"""Of the largest difference between two times of the same step, as a share of the faster."""
+"""Of the largest difference between a step's two fastest times, as a share of the fastest."""
 MAX_OTHERS = 0.15
 """Of the machine's cores, that other programs may use on average while the benchmark runs."""
 NOISY = ROOT / "outputs" / "noisy"

@@ -184,8 +184,8 @@ def _training(file: File) -> str:
         load = max(row["others_load"] for row in rows)
         spread = max(row.get("spread", 0) for row in rows)
         quiet = (
-            f" Other programs used at most {load:.0%} of the machine; two times of "
-            f"the same step differed by at most {spread:.0%}."
+            f" Other programs used at most {load:.0%} of the machine; a step's "
+            f"two fastest times differed by at most {spread:.0%}."
         )
     return training.table(file.rows) + (text if gaps else "") + quiet
 

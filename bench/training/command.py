@@ -3,10 +3,10 @@
 `python -m bench.training` from the repository root. Every contender is a trainer in a process of
 its own, one after the other (`bench.training.rounds`). All see the same token ids in the same
 batches, so the loss curves of contenders with the same objective must lie on each other: they are
-stored and compared. In every further round they train the same steps again; the faster time of a
-step counts, and how far its times are apart says how noisy the run was. The first steps of a round
-do not count. A row has pairs/s (real time, batch fetching included), peak memory of the process
-(resident on a CPU, allocated on a GPU) and the loss of each step.
+stored and compared. In every further round they train the same steps again; the fastest time of a
+step counts, and how far the next one is from it says how noisy the run was. The first steps of a
+round do not count. A row has pairs/s (real time, batch fetching included), peak memory of the
+process (resident on a CPU, allocated on a GPU) and the loss of each step.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=12, help="steps that count (default 12)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those (default 3)")
-    parser.add_argument("--rounds", type=int, default=2, help="times of each step (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="times of each step (default 3)")
     parser.add_argument(
         "--budget-s",
         type=float,

@@ -43,7 +43,7 @@ def test_layouts_do_the_same_work(folder, capsys):
             *("--model", str(folder / "model"), "--pairs", str(folder / "pairs.jsonl")),
             *("--steps", "2", "--warmup", "1", "--batch", "2", "--max-length", "64"),
             *("--out", str(out), "--allow-dirty", "--long-prompts", "--head-tail", "exact"),
-            *("--accumulation", "2"),
+            *("--accumulation", "2", "--rounds", "2"),
         ]
     )
     assert status == 0, capsys.readouterr()
@@ -154,7 +154,7 @@ def test_a_noisy_run_is_kept_apart(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(noise, "MAX_SPREAD", -1.0)
     arguments = [
         *("--contenders", "widemargin-padded", "--shape", "tiny", "--lengths", str(lengths)),
-        *("--steps", "2", "--warmup", "1", "--batch", "2", "--allow-dirty"),
+        *("--rounds", "2", "--steps", "2", "--warmup", "1", "--batch", "2", "--allow-dirty"),
         *("--out", str(tmp_path / "results" / "a.json")),
     ]
     assert training.main(arguments) == 1
@@ -232,6 +232,8 @@ def test_the_faster_time_of_a_step_counts():
     assert row["tokens_per_step"] == 15
     assert (row["peak_mib"], row["losses"]) == (9.0, [0.5, 0.25, 0.125])
     assert "spread" not in rounds.facts(records[:1], 2, options)
+    slow = [records[0] | {"taken": [{"ms": 9e9, "tokens": 1}] * 4}]
+    assert rounds.facts(records + slow, 2, options)["spread"] == 0.333
 
 
 @pytest.mark.costly
