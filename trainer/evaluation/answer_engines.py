@@ -6,6 +6,7 @@ for the same batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def make_engine(
     return engine(model, settings, tokenizer)
 
 
-class LocalEngine:
+class LocalEngine(ABC):
     """An engine with the model itself, which continues token ids."""
 
     def __init__(
@@ -74,11 +75,11 @@ class LocalEngine:
         self.settings, self.tokenizer = settings, tokenizer
         self.load(model)
 
-    def load(self, model: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def load(self, model: str) -> None: ...
 
-    def complete(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[Completion]:
-        raise NotImplementedError
+    @abstractmethod
+    def complete(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[Completion]: ...
 
     def answers(self, prompts: list[list[int]], seeds: Sequence[int]) -> list[Answer]:
         completions = self.complete(prompts, seeds)

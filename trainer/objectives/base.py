@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
-from .lists import Answers, check_labels, lists_in
+from .lists import Answers, check_labels, lists_in, lists_of
 from .settings import Hyperparameters
 from .terms import (
     ObjectiveOutput,
@@ -31,7 +31,7 @@ from .terms import (
     chosen_nll,
     taken_up,
     to_device,
-    with_answers,
+    with_labels,
 )
 from .tokens import length_weighted, pair_weights
 
@@ -141,8 +141,11 @@ class Objective:
         pairs = self._pairs(token_logps, cu_seqlens, reference, pair_ids, group, edges, margins)
         if self.scores_prompts:
             pairs = _with_prompts(pairs, token_logps, prompt_cu_seqlens, prompts)
-        sequences = (*sequence_logps(token_logps, cu_seqlens), reference)
-        pairs = with_answers(pairs, self.name, self.ranks_lists, answers, sequences, edges)
+        if answers is not None and answers.labels is not None:
+            pairs = with_labels(pairs, answers, edges)
+        elif self.ranks_lists:
+            given = (answers, token_logps, cu_seqlens, reference, edges)
+            pairs = dataclasses.replace(pairs, lists=lists_of(self.name, *given, pairs.real))
         self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:

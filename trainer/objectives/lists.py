@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
 
 
@@ -132,8 +133,8 @@ def count_lists(real: Tensor, pairs_alike: Tensor) -> Tensor:
 def lists_of(
     name: str,
     answers: Answers | None,
-    sums: Tensor,
-    lengths: Tensor,
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
     reference: Tensor | None,
     edges: Tensor | None,
     real: Tensor,
@@ -142,7 +143,7 @@ def lists_of(
 
     Args:
         name: the objective's.
-        sums, lengths, reference: [S]. edges: [P, 2], as `Objective` takes them.
+        token_logps, cu_seqlens, reference, edges: as `Objective` takes them.
         real: [P] bool, not a filler.
 
     Raises:
@@ -154,6 +155,7 @@ def lists_of(
             f"or score_chosen and score_rejected), which {name} ranks them by; or take an "
             "objective of pairs"
         )
+    sums, lengths = sequence_logps(token_logps, cu_seqlens)
     if edges is None:
         edges = torch.arange(len(sums), device=sums.device).reshape(2, -1).T
     uses = torch.zeros_like(lengths, dtype=torch.int64)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kernels.margin_loss.function import Kind, pair_losses
 from ..errors import UserError
 from .gather import GlobalPairs, gather_pairs
-from .lists import Answers, Lists, lists_of
+from .lists import Answers, Lists
 from .settings import Hyperparameters
 
 State = dict[str, Tensor]
@@ -180,28 +180,11 @@ def by_edges(values: Tensor, edges: Tensor | None) -> Tensor:
     return values if edges is None else values[edges.T.reshape(-1)]
 
 
-def with_answers(
-    pairs: Pairs,
-    name: str,
-    ranks_lists: bool,
-    answers: Answers | None,
-    sequences: tuple[Tensor, Tensor, Tensor | None],
-    edges: Tensor | None,
-) -> Pairs:
-    """The pairs with what the objective ``name`` takes of single answers or of lists.
-
-    Args:
-        sequences: sums, lengths and the reference's sums [S].
-        edges: [P, 2], as `Objective` takes them.
-    """
-    if answers is not None and answers.labels is not None:
-        if edges is None:
-            raise UserError("edges: give them with labels, each answer's to itself")
-        labels = answers.labels[edges[:, 0]]
-        return replace(pairs, labels=labels, mismatched=answers.mismatched)
-    if not ranks_lists:
-        return pairs
-    return replace(pairs, lists=lists_of(name, answers, *sequences, edges, pairs.real))
+def with_labels(pairs: Pairs, answers: Answers, edges: Tensor | None) -> Pairs:
+    """The pairs, each of which is one single answer, with its label; ``edges`` [P, 2]."""
+    if edges is None or answers.labels is None:
+        raise UserError("edges: give them with labels, each answer's to itself")
+    return replace(pairs, labels=answers.labels[edges[:, 0]], mismatched=answers.mismatched)
 
 
 def constant_margins(pairs: Pairs, margin: float) -> Tensor:

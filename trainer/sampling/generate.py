@@ -76,7 +76,7 @@ def generate(
     settled = identity(
         [[p.content, p.arguments, p.token_ids] for p in prompts], "prompts", settings, model, engine
     )
-    if tokenizer is None or url:
+    if tokenizer is None:
         writer = Answerer(
             lambda: ServerEngine(model, str(url), settings), settings.batch_size, settings.seed
         )

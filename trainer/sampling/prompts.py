@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BEGUN = "prompt that begins an answer"
-_SIDES = {
-    side: [{"role": "assistant", "content": side}]
-    for side in ("chosen", "rejected")
-}  # fmt: skip
+_SIDES = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
 
 
 @dataclass
@@ -138,12 +134,8 @@ def _tokens(prompt: Prompt, talk: bool, tokenizer: PreTrainedTokenizerBase) -> l
     text = render(tokenizer, [prompt.content], True, prompt.arguments)[0]
     if isinstance(text, RowProblem):
         raise text
-    lost = [said for said in _said(prompt.content) if not occurs(said, text)]
+    lost = [said for said in map(content_text, prompt.content) if not occurs(said, text)]
     if lost:
         raise RowProblem(PROMPT_LOST, lost[0])
     bos = tokenizer.bos_token_id
     return single_bos(encode(tokenizer, [text])[0], bos if isinstance(bos, int) else None)
-
-
-def _said(messages: list[dict[str, Any]]) -> Iterator[str]:
-    yield from map(content_text, messages)
