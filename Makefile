@@ -68,7 +68,7 @@ setup: $(DEV) ## Create .venv with the package and the development tools
 quickstart: $(BASE) ## Train a small model on this machine and write a report
 	$(BIN)/widemargin quickstart
 
-demo: real-model ## Tune SmolLM2-135M-Instruct for ten minutes, and show its answers before and after
+demo: real-model ## Tune SmolLM2-135M-Instruct for 96 steps, and show its answers before and after
 	$(BIN)/python examples/demo.py
 
 test: $(DEV) ## Run the tests, without the slow ones

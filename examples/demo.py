@@ -1,4 +1,4 @@
-"""Tune a real model for ten minutes and see what it answers before and after: `make demo`.
+"""Tune a real model for 96 steps and see what it answers before and after: `make demo`.
 
 The pairs are those of --train and --test: JSONL, perhaps gzipped, with prompt, chosen and rejected
 as messages. Where these files are absent, the quickstart's generated pairs stand in for them.
