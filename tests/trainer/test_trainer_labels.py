@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.cli import main
 from widemargin.trainer.data import tokenize_pairs
@@ -23,7 +21,7 @@ from tests.support.tiny_models import (
     tiny_model,
     tiny_pairs,
 )
-from tests.support.two_ranks import launch
+from tests.support.two_ranks import trained_alike
 
 
 def labelled(count: int = 12, **columns: Any) -> Dataset:
@@ -252,26 +250,5 @@ def test_a_column_of_labels_beside_pairs_is_not_read(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    labelled(13).to_json(tmp_path / "train.jsonl")
-    (tmp_path / "config.yaml").write_text(
-        "{model_name_or_path: ./model, dataset: train.jsonl, objective: kto, beta: 0.5, "
-        "kl_estimate: mismatched, optim: sgd, lr_scheduler_type: constant, max_grad_norm: 0.0, "
-        "head_tail: exact, max_steps: 5, logging_steps: 1, save_strategy: 'no', use_cpu: true, "
-        "disable_tqdm: true, learning_rate: 0.05, write_report: false}"
-    )
-    monkeypatch.chdir(tmp_path)
-    alone = ["config.yaml", "--per_device_train_batch_size=4", "--output_dir=one"]
-    assert main(["train", *alone]) == 0
-    ranks = ["config.yaml", "--per_device_train_batch_size=2", "--output_dir=two"]
-    done = launch(tmp_path, "-m", "widemargin.trainer", *ranks, "--ddp_backend=gloo")
-    assert done.returncode == 0, done.stderr[-2000:]
-    weights, logs = [], []
-    for name in ("one", "two"):
-        (saved,) = (tmp_path / name).glob("*model.safetensors")
-        weights.append(load_file(saved))
-        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
-        logs.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    assert all((weights[0][k] - weights[1][k]).abs().max() < 2e-6 for k in weights[0])
-    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    settings = "objective: kto, kl_estimate: mismatched, max_steps: 5, learning_rate: 0.05"
+    trained_alike(tmp_path, monkeypatch, labelled(13), settings)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.batching.planner import Planner
-from widemargin.trainer.cli import main
 from widemargin.trainer.data.table import PairRows
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.objectives import build_objective
@@ -25,7 +22,7 @@ from tests.support.tiny_models import (
     tiny_pairs,
 )
 from tests.support.tree_pairs import text_lists
-from tests.support.two_ranks import launch
+from tests.support.two_ranks import trained_alike
 
 
 def trainer_of(folder, data: Any = None, **settings: Any) -> PreferenceTrainer:
@@ -193,26 +190,5 @@ def test_settings_that_make_pairs_are_refused(tmp_path, name, value):
 
 @pytest.mark.costly
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    text_lists(7).to_json(tmp_path / "train.jsonl")
-    (tmp_path / "config.yaml").write_text(
-        "{model_name_or_path: ./model, dataset: train.jsonl, objective: infonca, beta: 0.5, "
-        "optim: sgd, lr_scheduler_type: constant, max_grad_norm: 0.0, head_tail: exact, "
-        "max_steps: 4, logging_steps: 1, save_strategy: 'no', use_cpu: true, disable_tqdm: true, "
-        "learning_rate: 0.05, write_report: false}"
-    )
-    monkeypatch.chdir(tmp_path)
-    alone = ["config.yaml", "--per_device_train_batch_size=4", "--output_dir=one"]
-    assert main(["train", *alone]) == 0
-    ranks = ["config.yaml", "--per_device_train_batch_size=2", "--output_dir=two"]
-    done = launch(tmp_path, "-m", "widemargin.trainer", *ranks, "--ddp_backend=gloo")
-    assert done.returncode == 0, done.stderr[-2000:]
-    weights, logs = [], []
-    for name in ("one", "two"):
-        (saved,) = (tmp_path / name).glob("*model.safetensors")
-        weights.append(load_file(saved))
-        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
-        logs.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    assert all((weights[0][k] - weights[1][k]).abs().max() < 2e-6 for k in weights[0])
-    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    settings = "objective: infonca, max_steps: 4, learning_rate: 0.05"
+    trained_alike(tmp_path, monkeypatch, text_lists(7), settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import median
 
 from ..errors import UserError
 from ..evaluation.results import Record, Records, read_records
@@ -95,11 +96,10 @@ def _check_failures(records: Records, total: int, share: float) -> None:
 
 def _report(records: Records, folder: Path) -> None:
     made = list(records.done.values())
-    values = sorted(record["score"] for record in made if record["score"] is not None)
+    values = [record["score"] for record in made if record["score"] is not None]
     line = f"{len(values):,} scores"
     if values:
-        middle = values[len(values) // 2]
-        line += f", from {values[0]:.4g} to {values[-1]:.4g}, middle {middle:.4g}"
+        line += f", from {min(values):.4g} to {max(values):.4g}, median {median(values):.4g}"
     failed, cut = _failed(records), sum(record["why"] == TRUNCATED for record in made)
     empty = len(made) - len(values) - len(failed)
     counts = {"answers without text": empty, "without a score": len(failed), TRUNCATED: cut}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from typing import Any
@@ -11,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from widemargin.trainer import PreferenceTrainer
-from widemargin.trainer.cli import main
 from widemargin.trainer.data.table import REFERENCE_COLUMNS
 from widemargin.trainer.errors import UserError
 
@@ -29,7 +26,7 @@ from tests.support.reference_runs import (
 )
 from tests.support.tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_pairs
 from tests.support.tiny_tokenizers import tiny_tokenizer
-from tests.support.two_ranks import launch
+from tests.support.two_ranks import trained_alike
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -208,32 +205,11 @@ SPLIT = {
 @pytest.mark.costly
 @pytest.mark.parametrize("how", SPLIT)
 def test_two_ranks_equal_one(tmp_path, cache, monkeypatch, how):
-    tiny_model().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    tiny_pairs(11).to_json(tmp_path / "train.jsonl")
-    (tmp_path / "config.yaml").write_text(
-        "{model_name_or_path: ./model, dataset: train.jsonl, objective: dpo, beta: 0.5, "
-        "optim: sgd, lr_scheduler_type: constant, max_grad_norm: 0.0, head_tail: exact, "
-        "max_steps: 5, logging_steps: 1, save_strategy: 'no', use_cpu: true, disable_tqdm: true, "
-        f"write_report: false, {SPLIT[how]}}}"
-    )
-    monkeypatch.chdir(tmp_path)
-    alone = ["config.yaml", "--per_device_train_batch_size=4", "--output_dir=one"]
-    assert main(["train", *alone]) == 0
-    ranks = ["config.yaml", "--per_device_train_batch_size=2", "--output_dir=two"]
-    module = ["-m", "widemargin.trainer", *ranks, "--ddp_backend=gloo"]
-    done = launch(tmp_path, *module, HF_DATASETS_CACHE=str(tmp_path / "datasets"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "its own reference" not in done.stdout + done.stderr
-    weights, logs = [], []
-    for name in ("one", "two"):
-        (saved,) = (tmp_path / name).glob("*model.safetensors")
-        weights.append(load_file(saved))
-        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
-        logs.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    assert all((weights[0][k] - weights[1][k]).abs().max() < 2e-6 for k in weights[0])
-    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
-    assert logs[0][0] == pytest.approx(math.log(2), rel=1e-4)
+    settings = f"objective: dpo, max_steps: 5, {SPLIT[how]}"
+    datasets = {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    printed, losses = trained_alike(tmp_path, monkeypatch, tiny_pairs(11), settings, **datasets)
+    assert "its own reference" not in printed
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-4)
     if how == "precomputed":
         (kept,) = (tmp_path / "datasets" / "widemargin").glob("reference-*")
         assert [kept.name] == [path.name for path in cache.iterdir()]
