@@ -76,7 +76,19 @@ def _real(name: str, limit_s: float, *arguments: str) -> Part:
 
 
 _PAIRS = ("--batch", "2", "--steps", "5", "--warmup", "1")
-_PROMPTS = ("--trees", "--batch", "12", "--max-length", "512", "--steps", "2", "--warmup", "1")
+_PROMPTS = (
+    "--trees",
+    "--batch",
+    "12",
+    "--accumulation",
+    "2",
+    "--max-length",
+    "512",
+    "--steps",
+    "2",
+    "--warmup",
+    "1",
+)
 _SHARED = ("--contenders", "widemargin-prefix_shared")
 REAL_PARTS = (
     _real("simpo", 900, *_PAIRS),
