@@ -128,7 +128,12 @@ def test_readme_shows_the_real_model_as_soon_as_it_was_measured() -> None:
     noisy = training_file(*(row | {"spread": 0.4} for row in quiet.rows))
     assert "steps spread by 40%" in readme.table([noisy])
     trees = {"case": readme.REAL + readme.BY_PROMPT, "objective": "simpo"}
-    both = readme.table([training_file(*(row | trees for row in quiet.rows)), quiet])
+    by_prompt = training_file(*(row | trees for row in quiet.rows))
+    by_prompt.rows[0] |= {"provider": readme.TREES, "pairs_per_s": 3.7}
+    both = readme.table([by_prompt, quiet])
+    sentence = readme.claim([by_prompt, quiet])
+    assert "SimPO 2.0 times" in sentence
+    assert "with all pairs of each prompt, 3.7 times, in 50%." in sentence
     assert both.index("SmolLM2-135M-Instruct: ") < both.index("with all pairs of each prompt: ")
     gpu = training_file(*(r | {"device": "cuda", "device_name": "Some GPU"} for r in quiet.rows))
     assert readme.claim([toy, quiet, gpu]).startswith("**On Some GPU")
