@@ -20,6 +20,7 @@ COLOURS = {
     "trl-chunked": "#d6a400",
     "trl-cpo": "#d6a400",
     "trl-dpo": "#d6a400",
+    "trl-dpo-our-head": "#8c6bb1",
     "liger-simpo": "#31a354",
     "liger-ce": "#74c476",
     "liger-ce-mean": "#a1d99b",

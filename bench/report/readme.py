@@ -8,7 +8,7 @@ from bench.lib.noise import noises
 from bench.lib.record import Row
 from bench.lib.table import markdown
 from bench.report.page import REAL, File
-from bench.training.contenders import SHAPES
+from bench.training.contenders import BASES, SHAPES
 from bench.training.table import same_case, variant
 
 BEST, TREES = "widemargin-prefix_shared", "widemargin-trees"
@@ -18,6 +18,7 @@ NAMES = {
     "cpu": "two CPU cores",
     "trl-cpo": "TRL `CPOTrainer`",
     "trl-dpo": "TRL `DPOTrainer`",
+    "trl-dpo-our-head": "TRL `DPOTrainer` with our head",
     "small_lm": "a model of 11M parameters",
     "random-11m": "a random model of 11M parameters",
 }
@@ -51,7 +52,7 @@ def _order(row: Row) -> tuple[bool, bool, int]:
 
 
 def _base(case: list[Row]) -> Row | None:
-    return next((row for row in case if row["provider"].startswith("trl")), None)
+    return next((row for row in case if row["provider"] in BASES), None)
 
 
 def claim(files: Iterable[File]) -> str:

@@ -8,7 +8,10 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "widemargin-trees": {"trainer": "ours", "packing": "prefix_shared", "trees": True},
     "trl-cpo": {"trainer": "trl-cpo"},
     "trl-dpo": {"trainer": "trl-dpo"},
+    "trl-dpo-our-head": {"trainer": "trl-dpo", "our_head": True},
 }
+BASES = ("trl-cpo", "trl-dpo")
+"""Against which the others are compared."""
 
 
 def _llama(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int):
@@ -26,7 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": _llama(128256, 2048, 8192, 16, 32, 8) | {"tie_word_embeddings": True},
     "llama-8b": _llama(128256, 4096, 14336, 32, 32, 8) | {"tie_word_embeddings": False},
 }
-SKIPPED = {"simpo": {"trl-dpo"}, "lmpo": {"trl-cpo", "trl-dpo"}, "dpo": {"trl-cpo"}}
+_DPO = {"trl-dpo", "trl-dpo-our-head"}
+SKIPPED = {"simpo": _DPO, "lmpo": _DPO | {"trl-cpo"}, "dpo": {"trl-cpo"}}
 """Contenders that lack the objective."""
 TREES = "widemargin-trees"
 """The contender of `--trees`, whose pairs share their prompts."""

@@ -53,6 +53,7 @@ def specification(
         settings["group_by_prompt"] = contender.get("trees", False)
     return {
         "trainer": contender["trainer"],
+        "our_head": contender.get("our_head", False),
         "settings": settings,
         "objective": options.objective,
         "beta": 0.1 if options.objective == "dpo" else 2.5,

@@ -2,6 +2,7 @@
 
 from bench.lib.record import Row
 from bench.lib.table import markdown
+from bench.training.contenders import BASES
 
 CASE = (
     *("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device"),
@@ -22,7 +23,7 @@ def table(rows: list[Row]) -> str:
             f"{variant(row)}; {row['device_name']}; torch {row['versions']['torch']}; "
             f"{(row['commit'] or 'no commit')[:9]}"
         )
-        base = next((r for r in rows if r["provider"].startswith("trl") and same_case(r, row)), {})
+        base = next((r for r in rows if r["provider"] in BASES and same_case(r, row)), {})
         groups.setdefault(heading, []).append([row["provider"], *_cells(row, base)])
     return "\n\n".join(f"{title}\n\n{markdown(COLUMNS, lines)}" for title, lines in groups.items())
 

@@ -5,6 +5,7 @@ in, takes one optimizer step and answers with a line of JSON; the line "stop" en
 memory is the process's own.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -253,7 +254,13 @@ def main(path: str) -> None:
     turns = Turns(answers, cuda)
     model.get_decoder().register_forward_pre_hook(turns.count, with_kwargs=True)
     trainer.add_callback(turns)
-    trainer.train()
+    with our_head() if spec["our_head"] else contextlib.nullcontext():
+        trainer.train()
+
+
+def our_head() -> Any:
+    """TRL's trainers score by this project's head inside."""
+    return importlib.import_module("widemargin.integrations.trl").use_widemargin_head()
 
 
 if __name__ == "__main__":

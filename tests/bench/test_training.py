@@ -196,6 +196,22 @@ def test_an_adapter_trains_in_place_of_all_weights(tmp_path, capsys, objective):
     assert "float32, LoRA;" in table(rows)
 
 
+@pytest.mark.costly
+def test_trl_with_our_head_takes_the_same_steps(tmp_path, capsys):
+    pytest.importorskip("trl")
+    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
+    lengths.write_text(json.dumps([[3, 5, 4]] * 4))
+    arguments = [
+        *("--contenders", "trl-dpo", "trl-dpo-our-head", "--objective", "dpo", "--shape", "tiny"),
+        *("--lengths", str(lengths), "--steps", "2", "--warmup", "0", "--batch", "2"),
+        *("--rounds", "1", "--out", str(out), "--allow-dirty"),
+    ]
+    assert training.main(arguments) == 0, capsys.readouterr()
+    theirs, ours = read_rows(out)
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
+    assert ours["losses"] != [ours["losses"][0]] * 2
+
+
 def test_contenders_see_the_pairs_of_trees_in_the_same_steps():
     """Ours draws its own order, with and without trees; others take the rows as they come."""
     rows = [
