@@ -93,8 +93,18 @@ def _text(node: ast.expr) -> str:
 
 def is_printed(message: str) -> bool:
     """Whether a source text has the message's parts, one after another."""
-    parts = [re.escape(part.strip()) for part in message.split(GAP)]
-    return re.search(".*".join(parts), source_texts()) is not None
+    parts = [part.strip() for part in message.split(GAP)]
+    return any(_has_in_order(text, parts) for text in source_texts().splitlines())
+
+
+def _has_in_order(text: str, parts: list[str]) -> bool:
+    end = 0
+    for part in parts:
+        begin = text.find(part, end)
+        if begin < 0:
+            return False
+        end = begin + len(part)
+    return True
 
 
 @cache
