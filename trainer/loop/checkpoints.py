@@ -28,12 +28,10 @@ from ..checkpoint.same_run import Facts, agreed_facts, run_facts
 from ..errors import UserError, refusals
 from ..model.digest import frozen_digest
 from ..text import steady_console
-from .collapse import Collapsed, CollapseGuard
-from .preemption import Preempted, Preemption
+from .nonfinite import check_weights
 from .progress import Progress
-from .stopped import Stopped
+from .stopping import Collapsed, CollapseGuard, Preempted, Preemption, Stopped
 from .watchdog import Watchdog
-from .weights import check_weights
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
@@ -46,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointedTrainer(Trainer):
-    """Saves, resumes, and stops at SIGTERM with a checkpoint; see `checkpoint` and `preemption`.
+    """Saves, resumes, and stops at SIGTERM with a checkpoint; see `checkpoint` and `stopping`.
 
     A checkpoint that cannot be written, as on a full disk, is removed and warned of, and training
     goes on; the checkpoints before it stay as they are.

@@ -1,8 +1,8 @@
-"""Steps that must not update the model: a loss or a gradient that is not finite.
+"""What must not reach the model or its files: a loss, a gradient or weights that are not finite.
 
 The host reads one number per optimizer step, after the gradients' norm is there and before the
 update (never per micro-batch): whether a loss or the norm is not finite. With several ranks one
-small all-reduce makes them agree, and carries SIGTERM with it, see `preemption`.
+small all-reduce makes them agree, and carries SIGTERM with it, see `stopping`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ..monitor.metrics import PreferenceMetrics
     from ..objectives import Objective
-    from .checkpoints import CheckpointedTrainer
 
 MOST_NAMED = 20
 """Pairs that a message names."""
@@ -38,13 +37,11 @@ class NonFiniteGuard(TrainerCallback):
     ``norm`` is the gradient's, of the current step.
 
     Args:
-        trainer: whose steps are watched.
+        trainer: a `CheckpointedTrainer`, whose steps are watched.
         objective, metrics: what a step changes apart from the model, put back if it is passed over.
     """
 
-    def __init__(
-        self, trainer: CheckpointedTrainer, objective: Objective, metrics: PreferenceMetrics
-    ) -> None:
+    def __init__(self, trainer: Any, objective: Objective, metrics: PreferenceMetrics) -> None:
         self.trainer = trainer
         self.objective = objective
         self.metrics = metrics
@@ -69,7 +66,7 @@ class NonFiniteGuard(TrainerCallback):
                 "max_nonfinite_steps: DeepSpeed makes its update together with the backward pass, "
                 "so no step can be passed over; leave it at 0"
             )
-        engine: Any = self.trainer.model_wrapped
+        engine = self.trainer.model_wrapped
         update = engine.step
 
         def checked(*args: Any, **kwargs: Any) -> Any:
@@ -100,8 +97,7 @@ class NonFiniteGuard(TrainerCallback):
         """Whether it made this step's update; recent versions pass over gradients not finite."""
         if self.norm is None or not self.trainer.is_deepspeed_enabled:
             return False
-        engine: Any = self.trainer.model_wrapped
-        return bool(engine.was_step_applied())
+        return bool(self.trainer.model_wrapped.was_step_applied())
 
     def _norm_may_overflow(self) -> bool:
         """Whether a loss scaler (fp16) tries scales, and passes over such steps itself."""
@@ -113,7 +109,7 @@ class NonFiniteGuard(TrainerCallback):
     def _check(self, *figures: Any) -> None:
         if not self.trainer.preemption.agree(_sum(figures)):
             return
-        args: Any = self.trainer.args
+        args = self.trainer.args
         limit = args.max_nonfinite_steps
         message = self._message()
         if self.passed_over >= limit:
@@ -134,8 +130,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def _undo(self) -> None:
         """No gradient, so that the optimizer leaves the weights and its own state alone."""
-        optimizer: Any = self.trainer.optimizer
-        optimizer.zero_grad(set_to_none=True)
+        self.trainer.optimizer.zero_grad(set_to_none=True)
         if self._before is not None:
             objective, loss, metrics = self._before
             self.objective.load_state_dict(objective)
@@ -177,3 +172,24 @@ def _listed(ids: Any) -> str:
     ids = sorted(ids)
     more = f" and {len(ids) - MOST_NAMED} more" if len(ids) > MOST_NAMED else ""
     return ", ".join(map(str, ids[:MOST_NAMED])) + more
+
+
+def check_weights(trainer: Any) -> None:
+    """Raise where an update has overflowed the weights, on all ranks; a collective with several.
+
+    An update can do so by a finite gradient: in fp16, or with ``adam_epsilon: 0``.
+    """
+    model: Any = trainer.model
+    tensors = [getattr(p, "ds_tensor", p).detach() for p in model.parameters() if p.requires_grad]
+    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    bad = torch.stack([~torch.isfinite(t).all() for t in tensors if t.numel()] or [torch.tensor(0)])
+    any_bad = bad.any().to(trainer.args.device, torch.int32)
+    if trainer.args.world_size > 1:
+        dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
+    if any_bad.item():
+        last = trainer.last_checkpoint()
+        raise UserError(
+            f"Lower learning_rate, keep weights in fp32 (dtype: float32), or raise adam_epsilon: "
+            f"after step {trainer.state.global_step} the model has weights that are not finite, "
+            f"and they are not saved. The last complete checkpoint is {last or 'none'}"
+        )

@@ -11,10 +11,10 @@ from transformers import Trainer
 from ..checkpoint.card import write_model_card
 from ..checkpoint.hub import hub_refusals, push_checkpoint, upload
 from ..model.adapters import bare_model, name_base
-from ..model.folder import MERGED, check_saves_whole, copy_processor, writing_model
+from ..model.folder import MERGED, copy_processor, writing_model
 from ..model.merging import export_merged
 from ..monitor.run_record import describe_run
-from .engine import check_deepspeed
+from .arguments import check_deepspeed, check_saves_whole
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, refusals
+from ..errors import refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -77,25 +77,6 @@ def writing_model(folder: Path, *, keep_merged: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
     if stale:
         logger.warning("Removed from %s, of an earlier model: %s", folder, ", ".join(stale))
-
-
-def check_saves_whole(state: Any) -> None:
-    """Raise ``UserError`` if the engine of accelerate's ``state`` would save only a part."""
-    fsdp = getattr(state, "fsdp_plugin", None)
-    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
-        raise UserError(
-            "fsdp_state_dict_type: set FULL_STATE_DICT in the launcher's file; with "
-            f"{fsdp.state_dict_type} no trained model would be written"
-        )
-    deepspeed = getattr(state, "deepspeed_plugin", None)
-    config = {} if deepspeed is None else deepspeed.deepspeed_config
-    zero = config.get("zero_optimization", {})
-    gathers = "stage3_gather_16bit_weights_on_model_save"
-    if zero.get("stage") == 3 and not zero.get(gathers):
-        raise UserError(
-            f"{gathers}: set it to true under zero_optimization in the DeepSpeed file; without it "
-            "no trained model would be written"
-        )
 
 
 def model_files(folder: Path) -> list[Path]:

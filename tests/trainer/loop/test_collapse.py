@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from widemargin.trainer.checkpoint.files import newest_complete
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.loop.collapse import Collapsed
+from widemargin.trainer.loop.stopping import Collapsed
 
 from tests.support.tiny_models import tiny_trainer
 from tests.support.two_ranks import launch
 
 ROOT = Path(__file__).parents[3]
 
-LOGGER = "widemargin.trainer.loop.collapse"
+LOGGER = "widemargin.trainer.loop.stopping"
 
 
 def collapsing(folder: Path, **settings: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.loop.engine import check_deepspeed
+from widemargin.trainer.loop.arguments import check_deepspeed, check_saves_whole
 
 from tests.support.tiny_models import tiny_config
 
@@ -76,3 +76,26 @@ def test_files_that_agree(tmp_path):
 def test_files_that_contradict_the_settings(changes, settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         check(tmp_path, changes, **settings)
+
+
+@pytest.mark.parametrize(
+    ("engine", "setting"),
+    [
+        ({"fsdp_plugin": SimpleNamespace(state_dict_type="SHARDED_STATE_DICT")}, "fsdp_state"),
+        ({"deepspeed_plugin": SimpleNamespace(
+            deepspeed_config={"zero_optimization": {"stage": 3}})}, "stage3_gather"),
+    ],
+)  # fmt: skip
+def test_an_engine_that_saves_no_model_is_refused(engine, setting):
+    with pytest.raises(UserError, match=f"^{setting}"):
+        check_saves_whole(SimpleNamespace(**engine))
+
+
+def test_engines_that_save_a_model():
+    full = SimpleNamespace(state_dict_type="StateDictType.FULL_STATE_DICT")
+    gathered = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    for zero in (gathered, {"stage": 2}):
+        plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+        check_saves_whole(SimpleNamespace(deepspeed_plugin=plugin))
+    check_saves_whole(SimpleNamespace(fsdp_plugin=full))
+    check_saves_whole(SimpleNamespace())

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 from widemargin.trainer.checkpoint.files import choose_checkpoint, newest_complete
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.loop.preemption import Preempted
+from widemargin.trainer.loop.stopping import Preempted
 
 from tests.support.tiny_models import (
     TOKENIZER,
@@ -129,7 +129,7 @@ def test_one_read_per_step_and_none_per_micro_batch(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, **SETTINGS | {"logging_steps": 100})
     monkeypatch.setattr(torch.Tensor, "item", counted)
     trainer.train()
-    assert reads.count("preemption.py") == 4
+    assert reads.count("stopping.py") == 4
 
 
 @pytest.mark.costly

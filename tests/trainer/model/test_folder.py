@@ -5,21 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 from widemargin.trainer import PreferenceTrainer
-from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.adapters import name_base
-from widemargin.trainer.model.folder import (
-    check_saves_whole,
-    copy_processor,
-    model_files,
-    writing_model,
-)
+from widemargin.trainer.model.folder import copy_processor, model_files, writing_model
 
 from tests.support.tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs, tiny_trainer
 
@@ -167,26 +160,3 @@ def test_merging_takes_the_weights_that_trained(tmp_path, caplog):
     weights = (tiny_model(seed=5).lm_head.weight, merged.lm_head.weight)
     assert torch.equal(*weights)
     assert "has other weights" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("engine", "setting"),
-    [
-        ({"fsdp_plugin": SimpleNamespace(state_dict_type="SHARDED_STATE_DICT")}, "fsdp_state"),
-        ({"deepspeed_plugin": SimpleNamespace(
-            deepspeed_config={"zero_optimization": {"stage": 3}})}, "stage3_gather"),
-    ],
-)  # fmt: skip
-def test_an_engine_that_saves_no_model_is_refused(engine, setting):
-    with pytest.raises(UserError, match=f"^{setting}"):
-        check_saves_whole(SimpleNamespace(**engine))
-
-
-def test_engines_that_save_a_model():
-    full = SimpleNamespace(state_dict_type="StateDictType.FULL_STATE_DICT")
-    gathered = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
-    for zero in (gathered, {"stage": 2}):
-        plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
-        check_saves_whole(SimpleNamespace(deepspeed_plugin=plugin))
-    check_saves_whole(SimpleNamespace(fsdp_plugin=full))
-    check_saves_whole(SimpleNamespace())

@@ -1,10 +1,15 @@
-"""SIGTERM during training: a checkpoint at the end of the step, then exit status 143."""
+"""What ends a run before its last step, saved and with an exit status of its own.
+
+SIGTERM ends it with a checkpoint at the end of the step and status 143. A collapse is warned of,
+and ends it with status 3 if `stop_on_collapse` says so.
+"""
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +19,46 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .stopped import Stopped
+from ..errors import UserError
+from ..monitor.collapse import ADVICE, Sign, Watch
 
 SIGTERM_STATUS = 128 + signal.SIGTERM
+COLLAPSED_STATUS = 3
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(SystemExit):
+    """The run is saved, and the process is to end with a status that is not 0.
+
+    A run that others wait for has not finished.
+
+    Args:
+        code: the exit status.
+        reason: why, as the beginning of a sentence that goes on with "after step …".
+        problem: why there is no ``checkpoint``.
+        advice: what to do next.
+        quiet: this rank says nothing; the first one speaks for all.
+    """
+
+    def __init__(
+        self,
+        code: int,
+        reason: str,
+        step: int,
+        checkpoint: Path | None,
+        problem: str | None,
+        advice: str,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(code)
+        saved = f"saved in {checkpoint}" if problem is None else f"and nothing was saved: {problem}"
+        self.message = f"{reason} after step {step}, {saved}; {advice}"
+        self.quiet = quiet
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Preempted(Stopped):
@@ -87,3 +129,50 @@ class Preemption(TrainerCallback):
             self.agree()
             if self.stopping:
                 control.should_save = control.should_training_stop = True
+
+
+class Collapsed(Stopped):
+    """`stop_on_collapse` ended the run; the process is to end with status 3."""
+
+    def __init__(
+        self, signs: Iterable[Sign], step: int, checkpoint: Path | None, problem: str | None,
+        *, quiet: bool,
+    ) -> None:  # fmt: skip
+        reason = f"stopped by stop_on_collapse ({said(signs)})"
+        super().__init__(COLLAPSED_STATUS, reason, step, checkpoint, problem, ADVICE, quiet=quiet)
+
+
+class CollapseGuard(TrainerCallback):
+    """Shows each entry of the log to a `Watch`, and warns once of each kind of sign.
+
+    Every rank has the same log, so all of them stop at the same step.
+
+    Attributes:
+        stopping: whether a sign of this process is to end the run.
+    """
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+        self.stopping = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch, self.stopping = Watch(), False
+        for entry in state.log_history:
+            self.watch.add(entry)
+        if args.stop_on_collapse and self.watch.signs:
+            raise UserError(
+                "stop_on_collapse: set it to false to go on from here, or begin again with other "
+                f"settings; this run has collapsed: {said(self.watch.signs.values())}"
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        new = self.watch.add(state.log_history[-1])
+        for sign in new:
+            if state.is_world_process_zero:
+                logger.warning("Signs of a collapse, %s. %s", sign, ADVICE)
+        if new and args.stop_on_collapse:
+            self.stopping = control.should_save = control.should_training_stop = True
+
+
+def said(signs: Iterable[Sign]) -> str:
+    return "; ".join(str(sign) for sign in signs)
