@@ -16,8 +16,7 @@ from ..data import chat
 from ..data.encoder import encode
 from ..data.rows import RowProblem
 from ..errors import UserError
-from ..model.generation import context_of
-from ..model.loading import load_model_config
+from ..model.loading import context_of, load_model_config
 from ..text import printable
 from .answer_engines import VLLM_AT_ONCE, Answer, engine_name, make_engine
 from .models import dtype_of, fingerprint, model_settings, read_tokenizer

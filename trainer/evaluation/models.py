@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.template import read_chat_template
 from ..errors import UserError, refusals
-from ..model.dropout import disable_dropout
-from ..model.loading import adapted_model, load_model, load_tokenizer
+from ..model.loading import adapted_model, disable_dropout, load_model, load_tokenizer
 from ..settings.model import ModelSettings
 from .settings import LoadSettings
 

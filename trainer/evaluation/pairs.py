@@ -19,8 +19,9 @@ from ..data.sources import gather
 from ..data.table import PairRows, is_single
 from ..data.template import with_template
 from ..errors import UserError
-from ..model.head import check_head, patch_head
+from ..model.head import patch_head
 from ..model.loading import load_model_config, vocabulary_size
+from ..model.trial import check_head
 from ..monitor.run_record import versions
 from ..packing import model_inputs
 from ..packing.verify import settle_packing

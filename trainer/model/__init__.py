@@ -3,8 +3,8 @@
 May import the kernels, settings, data, packing and batching. Start in `head`.
 """
 
-from .dropout import disable_dropout
 from .loading import (
+    disable_dropout,
     load_model,
     load_model_config,
     load_tokenizer,

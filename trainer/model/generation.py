@@ -1,4 +1,4 @@
-"""Answers from a model: the tokens that end one, its longest length, and a batch of them."""
+"""Answers from a model: the tokens that end one, and a batch of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import (
 
 from ..data import chat
 from ..data.turns import end_of_turn_id
+from .loading import context_of
 
 
 @dataclass
@@ -92,13 +93,6 @@ def stop_ids(
     ids = eos if isinstance(eos, list) else [eos]
     ids = [*ids, chat.only_id(tokenizer.eos_token_id), end_of_turn_id(tokenizer)]
     return sorted({i for i in ids if i is not None})
-
-
-def context_of(config: Any) -> int | None:
-    """The most tokens the model takes, prompt and answer together; None where it does not say."""
-    text = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
-    return next((limit for name in names if (limit := getattr(text, name, None))), None)
 
 
 def complete(

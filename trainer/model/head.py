@@ -26,7 +26,6 @@ from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tai
 from ..errors import UserError
 from ..packing.masks import packed_arguments
 from .experts import balance_loss
-from .logits import logit_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -226,75 +225,47 @@ def inner_model(model: Any) -> Any:
     return getattr(model, "model", model) if base is model else base  # Llama-4 names another
 
 
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Compare the patched head with the model's own logits on a few tokens.
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Settings of a text model's config that its logits are multiplied by."""
 
-    A family that treats its logits in a way this project does not know is an error here, and not
-    a silently different loss. Needs weights that are not split: not under ZeRO-3 or FSDP. The
-    logits are compared as they are, and amplified: small ones do not feel a softcap.
+DIVISORS = ("logits_scaling",)
+"""Settings that logits are divided by."""
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Settings c of ``c * tanh(logits / c)``."""
+
+FACTORS_DESPITE_THEIR_NAME = {
+    "hyperclovax": ("logits_scaling",),
+    "hyperclovax_vision_v2": ("logits_scaling",),
+}
+"""By model type: settings that multiply logits where other families divide by them."""
+
+UNUSED = {
+    "mpt": ("logit_scale",),
+    "gemma3": ("final_logit_softcapping",),
+    "aya_vision": ("logit_scale",),
+}
+"""By model type: settings that the config has and the model never reads."""
+
+
+def logit_settings(config: Any) -> dict[str, Any]:
+    """``logit_scale`` and ``softcap`` of the logits of a model with this config.
+
+    The order is fixed: ``softcap(scale * (hidden @ weight.T + bias))``. A family that does anything
+    else is found by `trial.check_head`, and refused.
     """
-    config = model.config.get_text_config()
-    tokens = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
-    was_training = model.training
-    model.eval()
-    try:
-        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        _check_causal(model, tokens, logits)
-        treated, known = _amplified(model, tokens)
-        scored = model(
-            input_ids=tokens,
-            select=torch.arange(tokens.shape[1] - 1, device=tokens.device),
-            targets=tokens[0, 1:],
-        )
-    finally:
-        model.train(was_training)
-    full = logits.dtype == torch.float32 and not torch.is_autocast_enabled(logits.device.type)
-    bound = 1e-3 if full else 0.05
-    expected = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-    for found, right in ((scored.token_logps, expected), (known, treated)):
-        if found.shape == right.shape:
-            worst = (found - right).abs().max().item()
-            if worst <= bound * max(1.0, right.abs().max().item()):
-                continue
-            apart = f"differ from {type(model).__name__}'s own logits by {worst:.3g}"
-        else:
-            apart = f"are of {found.shape[-1]} tokens, {type(model).__name__}'s own of fewer"
-        raise UserError(
-            f"model: take another one; log-probs from the head {apart}: this family does something "
-            "before or after its head that is not known here"
-        )
+    text, kind = config.get_text_config(), config.model_type
+    unused = UNUSED.get(kind, ())
+    inverted = FACTORS_DESPITE_THEIR_NAME.get(kind, ())
 
+    def given(names: tuple[str, ...]) -> list[tuple[str, float]]:
+        found = ((name, getattr(text, name, None)) for name in names if name not in unused)
+        return [(name, float(value)) for name, value in found if value]
 
-def _check_causal(model: Any, tokens: Tensor, logits: Tensor) -> None:
-    """Raise ``UserError`` where logits [T - 1, V] depend on the tokens that come later."""
-    half = tokens.shape[1] // 2
-    others = torch.cat([tokens[:, :half], tokens[:, half:].flip(1)], dim=1)
-    after = model(input_ids=others, use_cache=False).logits[0, :half]
-    apart = (after - logits[:half]).abs().max().item()
-    if apart > 0.05 * max(1.0, logits.abs().max().item()):
-        raise UserError(
-            "model: take one with causal attention (is_decoder: true, or "
-            f"use_bidirectional_attention: false in its config); {type(model).__name__} predicts "
-            "a token from those after it, so its log-probs say nothing of an answer"
-        )
-
-
-def _amplified(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [T, V] that the model makes of ones of about 50, and those that the head would."""
-    head, scoring = model.get_output_embeddings(), model.scoring
-    raw: list[Tensor] = []
-
-    def amplify(module: Any, args: Any, out: Any) -> Tensor:
-        raw.append(50.0 * out / out.float().std().clamp_min(1e-6).to(out.dtype))
-        return raw[-1]
-
-    handle = head.register_forward_hook(amplify)
-    try:
-        treated = model(input_ids=tokens, use_cache=False).logits[0].float()
-    finally:
-        handle.remove()
-    known = scoring.logit_scale * raw[-1].flatten(0, -2).float()
-    if scoring.softcap is not None:
-        known = scoring.softcap * torch.tanh(known / scoring.softcap)
-    return treated, known
+    scale = 1.0
+    for _, factor in given(FACTORS):
+        scale *= factor
+    for name, divisor in given(DIVISORS):
+        scale = scale * divisor if name in inverted else scale / divisor
+    caps = [cap for _, cap in given(SOFTCAPS)]
+    return {"logit_scale": scale, "softcap": caps[0] if caps else None}

@@ -12,10 +12,10 @@ from ..errors import UserError, refusals
 from ..files import read_json
 from ..settings.model import ModelSettings
 from .adapters import bare_model, quantization_config
-from .dropout import disable_dropout
 from .head import Scoring, patch_head
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..settings.config import PreferenceConfig
@@ -217,6 +217,13 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
+def context_of(config: Any) -> int | None:
+    """The most tokens the model takes, prompt and answer together; None where it does not say."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
+    return next((limit for name in names if (limit := getattr(text, name, None))), None)
+
+
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
@@ -266,3 +273,27 @@ def prepared_head(lm: PreTrainedModel, args: PreferenceConfig) -> Scoring:
         )
         args._n_gpu = 1
     return patch_head(bare_model(lm), **args.head_settings, figures=args.token_metrics)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the probability of every dropout to zero, layers and functional ones alike.
+
+    Layers keep it as ``p``. Families that call the function keep it in a number of their own, under
+    a name with "drop" in it: ``dropout``, ``attn_dropout``, ``attention_dropout``, ``layerdrop``.
+    Some (Persimmon, ProphetNet) read the config in every forward, so its numbers become zero too,
+    and are saved so with the model.
+    """
+    from torch.nn.modules.dropout import _DropoutNd
+
+    modules: Any = model.modules()
+    configs: Any = {id(m.config): m.config for m in modules if hasattr(m, "config")}
+    for config in configs.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name.lower():
+                setattr(module, name, 0.0)

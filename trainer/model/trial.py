@@ -7,20 +7,25 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..packing.choose import longest_row
 from ..packing.rope import fix_rope
 from ..settings.checks import is_split
-from ..settings.config import PreferenceConfig
-from .adapters import bare_model
-from .dropout import check_no_dropout, disable_dropout
-from .generation import context_of
-from .head import check_head, patch_head
+from .adapters import bare_model, without_adapter
+from .head import patch_head
+from .loading import context_of, disable_dropout
 from .stand_in import stand_in
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..data.table import PairRows
+    from ..settings.config import PreferenceConfig
+
+COMPARED_TOKENS = 16
+"""By which two forwards are compared, for dropout."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +66,113 @@ def try_model(
         check_head(model)
         if args.disable_dropout:
             check_no_dropout(model)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compare the patched head with the model's own logits on a few tokens.
+
+    A family that treats its logits in a way this project does not know is an error here, and not
+    a silently different loss. Needs weights that are not split: not under ZeRO-3 or FSDP. The
+    logits are compared as they are, and amplified: small ones do not feel a softcap.
+    """
+    config = model.config.get_text_config()
+    tokens = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        _check_causal(model, tokens, logits)
+        treated, known = _amplified(model, tokens)
+        scored = model(
+            input_ids=tokens,
+            select=torch.arange(tokens.shape[1] - 1, device=tokens.device),
+            targets=tokens[0, 1:],
+        )
+    finally:
+        model.train(was_training)
+    full = logits.dtype == torch.float32 and not torch.is_autocast_enabled(logits.device.type)
+    bound = 1e-3 if full else 0.05
+    expected = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    for found, right in ((scored.token_logps, expected), (known, treated)):
+        if found.shape == right.shape:
+            worst = (found - right).abs().max().item()
+            if worst <= bound * max(1.0, right.abs().max().item()):
+                continue
+            apart = f"differ from {type(model).__name__}'s own logits by {worst:.3g}"
+        else:
+            apart = f"are of {found.shape[-1]} tokens, {type(model).__name__}'s own of fewer"
+        raise UserError(
+            f"model: take another one; log-probs from the head {apart}: this family does something "
+            "before or after its head that is not known here"
+        )
+
+
+def _check_causal(model: Any, tokens: Tensor, logits: Tensor) -> None:
+    """Raise ``UserError`` where logits [T - 1, V] depend on the tokens that come later."""
+    half = tokens.shape[1] // 2
+    others = torch.cat([tokens[:, :half], tokens[:, half:].flip(1)], dim=1)
+    after = model(input_ids=others, use_cache=False).logits[0, :half]
+    apart = (after - logits[:half]).abs().max().item()
+    if apart > 0.05 * max(1.0, logits.abs().max().item()):
+        raise UserError(
+            "model: take one with causal attention (is_decoder: true, or "
+            f"use_bidirectional_attention: false in its config); {type(model).__name__} predicts "
+            "a token from those after it, so its log-probs say nothing of an answer"
+        )
+
+
+def _amplified(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [T, V] that the model makes of ones of about 50, and those that the head would."""
+    head, scoring = model.get_output_embeddings(), model.scoring
+    raw: list[Tensor] = []
+
+    def amplify(module: Any, args: Any, out: Any) -> Tensor:
+        raw.append(50.0 * out / out.float().std().clamp_min(1e-6).to(out.dtype))
+        return raw[-1]
+
+    handle = head.register_forward_hook(amplify)
+    try:
+        treated = model(input_ids=tokens, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
+    known = scoring.logit_scale * raw[-1].flatten(0, -2).float()
+    if scoring.softcap is not None:
+        known = scoring.softcap * torch.tanh(known / scoring.softcap)
+    return treated, known
+
+
+@torch.no_grad()
+def check_no_dropout(model: PreTrainedModel) -> None:
+    """Raise ``UserError`` where two forwards in training mode differ, adapters left out.
+
+    It needs weights that are not split over ranks, and leaves the random numbers as they were.
+    """
+    bare: Any = bare_model(model)
+    count = bare.config.get_text_config().vocab_size
+    ids = torch.arange(1, 1 + COMPARED_TOKENS, device=bare.device)[None] % count
+    was_training = model.training
+    model.train()
+    devices = [bare.device] if bare.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), without_adapter(model):
+            first, second = (bare(input_ids=ids, use_cache=False).logits for _ in range(2))
+    finally:
+        model.train(was_training)
+    apart = (first - second).abs().max().item()
+    if apart <= 1e-3 * first.abs().max().clamp_min(1.0).item():  # rounding of atomic sums
+        return
+    named = [name for name, p in vars(bare.config.get_text_config()).items() if _is_on(name, p)]
+    settings = f" ({', '.join(named)})" if named else ""
+    raise UserError(
+        f"disable_dropout: set the dropout in the model's config to 0{settings}, or set "
+        f"disable_dropout: false; {type(bare).__name__} is still random in training mode, where "
+        f"two forwards differ by {apart:.2g}"
+    )
+
+
+def _is_on(name: str, value: object) -> bool:
+    return ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
 
 
 def fit_lengths(model: Any, parts: list[PairRows | None], *, exchanged: bool = False) -> None:

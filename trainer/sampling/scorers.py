@@ -25,7 +25,7 @@ from ..evaluation.chat_client import OPENAI, ChatClient, NothingUsable, Unusable
 from ..evaluation.models import device_of, dtype_of, fingerprint, model_settings, read_tokenizer
 from ..evaluation.settings import LoadSettings, count
 from ..files import digest, file_digest
-from ..model.generation import context_of
+from ..model.loading import context_of
 from ..text import printable
 
 Score = tuple[float | None, str]

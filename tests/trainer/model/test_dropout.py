@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.model.dropout import check_no_dropout, disable_dropout
+from widemargin.trainer.model.loading import disable_dropout
+from widemargin.trainer.model.trial import check_no_dropout
 
 from tests.support.tiny_models import tiny_model, tiny_trainer
 

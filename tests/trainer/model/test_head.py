@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForSeq2SeqLM, T5Config
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.model.head import check_head, patch_head
+from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.model.trial import check_head
 
 from tests.support.tiny_models import VOCABULARY, tiny_model
 

@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.model import trial
-from widemargin.trainer.model.head import check_head, patch_head
+from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.model.stand_in import stand_in
+from widemargin.trainer.model.trial import check_head
 from widemargin.trainer.packing.verify import settle_packing
 
 from tests.support.tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs, tiny_trainer
