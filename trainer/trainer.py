@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +34,9 @@ from .monitor.observer import Observer
 from .monitor.pair_rewards import RewardMetrics
 from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
+from .objectives.lists import Answers
 from .objectives.terms import by_edges
 from .packing import PAIR_INPUTS, model_inputs
-from .reference.mismatched import answers_of
 from .reference.model import reference_for
 from .settings.checks import check_evaluation
 from .settings.config import PreferenceConfig
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .objectives import Objective, ObjectiveOutput
-
-logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
@@ -100,8 +97,10 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
 
         Without that number, as in evaluation, the mean over the micro-batch's own pairs.
         """
-        reference = None if self.reference is None else self.reference.sums(model, inputs)
-        answers = answers_of(inputs, model, self.reference)
+        reference, answers = None, Answers.of(inputs)
+        if self.reference is not None:
+            reference = self.reference.sums(model, inputs)
+            answers = self.reference.answers(model, inputs)
         balanced = self.balance.inputs(inputs, model.training)
         scored: Any = model(**model_inputs(inputs), **balanced)
         out = self._pair_losses(scored, reference, inputs, answers, model.training)

@@ -36,7 +36,7 @@ from .watchdog import Watchdog
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
     from ..objectives import Objective
-    from ..reference.sync import SyncedReference
+    from ..reference.source import SyncedReference
 
 OBJECTIVE_FILE = "objective.safetensors"
 

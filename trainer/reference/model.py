@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,15 @@ from ..errors import UserError
 from ..model.adapters import bare_model, starts_as_its_base
 from ..model.digest import model_digest
 from ..model.loading import load_model
-from ..packing import model_inputs
-from ..packing.verify import compare_with_alone
+from ..objectives.lists import Answers
+from ..packing import mismatched_inputs, model_inputs
 from ..settings.checks import is_split
 from .cache import columns_digest, precomputed
 from .source import (
+    SyncedReference,
     check_columns,
     check_mismatched,
+    check_packing,
     check_synced,
     check_tokenizer,
     checked,
@@ -41,7 +44,6 @@ from .source import (
     placed,
     prepare_frozen,
 )
-from .sync import SyncedReference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -147,7 +149,7 @@ class Reference:
             trainer.add_callback(trainer.synced)  # pyright: ignore
         if self._other and packing is not None and not is_split(self.args):
             with self._autocast():
-                self._check_packing(packing)
+                check_packing(self.model, packing)
         if self._digest is None or not self.args.precompute_ref_log_probs:
             return
         frozen: Any = self.model or trainer.model
@@ -193,16 +195,6 @@ class Reference:
             return columns_digest(rows)
         return "" if self._starts_under_adapter and not self._other else self._digest or ""
 
-    def _check_packing(self, packing: Packing) -> None:
-        """Another model may run an attention that reads packed rows otherwise."""
-        model: Any = self.model
-        problem = compare_with_alone(model, packing)
-        if problem is not None:
-            raise UserError(
-                f"ref_model: it does not take the rows that the model does ({packing.layout}): "
-                f"{problem}; load it with the same attn_implementation, or set packing: padded"
-            )
-
     def sums(self, policy: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Summed log-probs [S] of the batch's completions, fp32 (fp64 for an fp64 model)."""
         given = batch.get("reference_logps")
@@ -217,10 +209,17 @@ class Reference:
         with self._scoring(model, disable_adapter=self.model is None):
             return _summed_logps(self.objective, model, batch)
 
-    def ratios(self, policy: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Summed log-probs [S] under the policy less those under the frozen model, no gradient."""
+    def answers(self, policy: nn.Module, batch: Mapping[str, Any]) -> Answers | None:
+        """What a batch says of its answers, and both models of its mismatched ones, if it has any.
+
+        Those take two forwards without gradients, in the batch's own layout.
+        """
+        answers, other = Answers.of(batch), mismatched_inputs(batch)
+        if answers is None or not other:
+            return answers
         with self._scoring(policy, disable_adapter=False):
-            return _summed_logps(self.objective, policy, batch) - self.sums(policy, batch)
+            ratios = _summed_logps(self.objective, policy, other) - self.sums(policy, other)
+        return replace(answers, mismatched=ratios)
 
     @contextmanager
     def _scoring(self, model: nn.Module, *, disable_adapter: bool) -> Iterator[None]:

@@ -1,29 +1,38 @@
-"""A reference that fits the policy: a given one, a copy, or one that is loaded again."""
+"""A reference that fits the policy: one given, copied, loaded again, or one that follows it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
 
 from ..errors import UserError
 from ..model.adapters import bare_model
 from ..model.digest import model_digest
-from ..model.frozen import place_frozen
 from ..model.head import patch_head
 from ..model.loading import load_model, vocabulary_size
 from ..packing.choose import longest_row
 from ..packing.rope import fix_rope
+from ..packing.verify import compare_with_alone
 from ..settings.checks import is_split
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..data.table import PairRows
     from ..objectives import Objective
+    from ..packing.choose import Packing
     from ..settings.config import PreferenceConfig
+
+REFERENCE_FILE = "reference.safetensors"
 
 
 def check_columns(objective: Objective) -> None:
@@ -95,6 +104,16 @@ def checked(model: PreTrainedModel, policy: Any) -> PreTrainedModel:
     return model
 
 
+def check_packing(model: Any, packing: Packing) -> None:
+    """Another model may run an attention that reads packed rows otherwise."""
+    problem = compare_with_alone(model, packing)
+    if problem is not None:
+        raise UserError(
+            f"ref_model: it does not take the rows that the model does ({packing.layout}): "
+            f"{problem}; load it with the same attn_implementation, or set packing: padded"
+        )
+
+
 def copy_of(policy: Any, args: PreferenceConfig) -> Any:
     """A copy of the policy as it is now."""
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
@@ -116,13 +135,52 @@ def prepare_frozen(
     patch_head(bare_model(model), **args.head_settings)
 
 
-def placed(model: Any, accelerator: Any, args: PreferenceConfig) -> Any:
-    """A prepared model on the device, with the kernels that the policy has."""
+def placed(model: Any, accelerator: Accelerator, args: PreferenceConfig) -> Any:
+    """A prepared model on all ranks, with the kernels that the policy has.
+
+    Under FSDP2 and ZeRO-3 its weights are split as the policy's are; otherwise every rank has all
+    of them; DDP, which exchanges gradients, is left out.
+    """
     if args.use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel
 
         apply_liger_kernel(model, args.liger_kernel_config)
-    return place_frozen(model, accelerator, args)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise UserError(
+                "fsdp_version: a reference model needs version 2; set it, or train without FSDP"
+            )
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        if getattr(model, "is_quantized", False):  # placed when it was loaded
+            return model
+        return model.to(args.device)
+    config = _inference_config(accelerator, bare_model(model).config.get_text_config().hidden_size)
+    if config["zero_optimization"]["stage"] == 3:
+        import deepspeed  # pyright: ignore[reportMissingImports] (an extra)
+
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        engine.eval()
+        return engine
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return model.to(args.device, dtypes.get(accelerator.mixed_precision))
+
+
+def _inference_config(accelerator: Accelerator, hidden_size: int) -> dict[str, Any]:
+    """The run's DeepSpeed settings without an optimizer, and buffers sized as transformers does."""
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)  # pyright: ignore
+    config.pop("optimizer", None)
+    config.pop("scheduler", None)
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    if zero["stage"] == 3:
+        zero |= {
+            "reduce_bucket_size": hidden_size * hidden_size,
+            "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+        }
+    return config
 
 
 def loaded_again(
@@ -146,3 +204,40 @@ def loaded_again(
             f"precompute_ref_log_probs: false; {name!r} is no longer the frozen model's name"
         )
     return placed(model, accelerator, args)
+
+
+class SyncedReference(TrainerCallback):
+    """TR-DPO, arXiv 2404.09656: mixes the policy into the frozen ``model`` as the settings say.
+
+    Every ``ref_model_sync_steps`` steps its weights become ``ref_model_mixup_alpha`` times the
+    policy's plus the rest of its own, in its dtype. They are saved with each checkpoint.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps:
+            return
+        policy = dict(bare_model(kwargs["model"]).named_parameters())
+        for name, parameter in self.model.named_parameters():
+            parameter.lerp_(policy[name].to(parameter.dtype), args.ref_model_mixup_alpha)
+
+    def save(self, folder: str) -> None:
+        """Write the weights as they are now into a checkpoint; call it on one rank."""
+        weights = {name: p.detach().cpu() for name, p in self.model.named_parameters()}
+        save_file(weights, Path(folder) / REFERENCE_FILE)
+
+    @torch.no_grad()
+    def load(self, folder: str) -> None:
+        """Take up the weights of a checkpoint."""
+        path = Path(folder) / REFERENCE_FILE
+        if not path.is_file():
+            raise UserError(
+                f"checkpoint {folder}: it has no {REFERENCE_FILE}, which sync_ref_model needs "
+                "to go on; take one of a run with that setting"
+            )
+        weights = load_file(path)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weights[name])

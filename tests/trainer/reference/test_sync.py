@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.reference.sync import REFERENCE_FILE
+from widemargin.trainer.reference.source import REFERENCE_FILE
 
 from tests.support.reference_runs import LORA, ONCE, dpo_trainer, losses, trained
 from tests.support.tiny_models import parameters_of, tiny_model
