@@ -1,12 +1,13 @@
-"""Text shown to people, which can neither steer a terminal nor end the run that shows it."""
+"""Text shown to people: it steers no terminal, ends no run that shows it, and hides paths."""
 
 from __future__ import annotations
 
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -120,3 +121,25 @@ def colours() -> bool:
     """Whether standard output is a terminal that wants colours (see no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return sys.stdout.isatty() and not plain
+
+
+def unplaced(value: Any) -> Any:
+    """Names and settings in which a path of this machine is cut to its last component.
+
+    Readers elsewhere learn nothing from the rest of a path but who trained where.
+    """
+    if isinstance(value, Mapping):
+        return {unplaced(key): unplaced(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [unplaced(part) for part in value]
+    return Path(value).name or "folder" if isinstance(value, str) and is_place(value) else value
+
+
+def is_place(name: str) -> bool:
+    """Whether a name is a path of this machine, by its form or because the path exists."""
+    if name.startswith(("/", "~", "./", "../")):
+        return True
+    try:
+        return "/" in name and Path(name).exists()
+    except (OSError, ValueError):  # too long for a name, or no text for one
+        return False

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from widemargin.trainer.text import printable, steady_console, visible
+from widemargin.trainer.text import printable, steady_console, unplaced, visible
 
 STEERING = "safe\u202egnp.exe \x1b[31m\x00\ud800\x9b"
 
@@ -67,3 +67,27 @@ def test_a_reader_that_goes_leaves_the_exit_status():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/someone/models/mine", "mine"),
+        ("~/pairs.jsonl", "pairs.jsonl"),
+        ("../data/", "data"),
+        ("/", "folder"),
+        ("owner/model", "owner/model"),
+        ({"/a/b": 0.5, "owner/data": 1}, {"b": 0.5, "owner/data": 1}),
+        (["/a/b", 3, None], ["b", 3, None]),
+        ("x/" + "y" * 5000, "x/" + "y" * 5000),
+        ("a/\0", "a/\0"),
+    ],
+)
+def test_places_of_this_machine_are_named_by_their_last_part(value, shown):
+    assert unplaced(value) == shown
+
+
+def test_a_folder_that_looks_like_a_hub_name_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert unplaced("owner/model") == "model"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..monitor.history import Run, flatten
 from ..objectives import parts_of
-from ..places import is_place, unplaced
-from ..text import duration, figure
+from ..text import duration, figure, is_place, unplaced
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -24,7 +24,7 @@ from transformers.utils.hub import PushInProgress
 from ..errors import refusals
 from ..model.folder import MERGED, model_files
 from ..monitor.margins import MARGINS_FILE, SAMPLES_FILE
-from ..places import is_place, unplaced
+from ..text import is_place, unplaced
 from .files import UPLOAD
 
 if TYPE_CHECKING:

@@ -6,8 +6,7 @@ import math
 
 from ..monitor.collapse import SAMPLED_TOKENS, Watch
 from ..monitor.history import Run, number
-from ..places import unplaced
-from ..text import duration, figure
+from ..text import duration, figure, unplaced
 from .charts import ACCURACY, MARGIN, Chart, Line, draw_chart, filled
 from .marks import Drawing
 from .page import details, drawing_card, not_finite, numbers_table, page, sample_card, section, text

@@ -16,7 +16,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from widemargin.trainer.checkpoint.card import PAPERS, _citation
 from widemargin.trainer.cli import main
 from widemargin.trainer.objectives import OBJECTIVES
-from widemargin.trainer.places import unplaced
 
 from tests.support.tiny_models import TOKENIZER, tiny_model, tiny_pairs, tiny_trainer
 
@@ -107,30 +106,6 @@ def test_a_run_ends_with_its_card(run_config, tmp_path, monkeypatch):
     ends = [json.loads((tmp_path / d / "trainer_state.json").read_text()) for d in ("run", "b")]
     losses = [[e["loss"] for e in end["log_history"] if "loss" in e] for end in ends]
     assert losses[0] == losses[1]
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        ("/home/someone/models/mine", "mine"),
-        ("~/pairs.jsonl", "pairs.jsonl"),
-        ("../data/", "data"),
-        ("/", "folder"),
-        ("owner/model", "owner/model"),
-        ({"/a/b": 0.5, "owner/data": 1}, {"b": 0.5, "owner/data": 1}),
-        (["/a/b", 3, None], ["b", 3, None]),
-        ("x/" + "y" * 5000, "x/" + "y" * 5000),
-        ("a/\0", "a/\0"),
-    ],
-)
-def test_places_of_this_machine_are_named_by_their_last_part(value, shown):
-    assert unplaced(value) == shown
-
-
-def test_a_folder_that_looks_like_a_hub_name_is_a_folder(tmp_path, monkeypatch):
-    (tmp_path / "owner" / "model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert unplaced("owner/model") == "model"
 
 
 def test_the_trainer_alone_writes_one_and_nothing_in_it_is_live(tmp_path):
