@@ -25,8 +25,8 @@ from random import Random
 from typing import Any
 
 from widemargin.trainer import PreferenceConfig
-from widemargin.trainer.checkpoint.claim import last_run
 from widemargin.trainer.checkpoint.files import choose_checkpoint, settle_leftovers
+from widemargin.trainer.checkpoint.resume import last_run
 from widemargin.trainer.data import load_pairs
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation import chat_client, judging, questions

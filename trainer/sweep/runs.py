@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.claim import CLAIM
+from ..checkpoint.resume import CLAIM
 from ..errors import UserError
 from ..files import read_json, write_text
 from ..report.write import summary_lines, write_report

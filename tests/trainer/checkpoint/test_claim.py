@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from widemargin.trainer.checkpoint.claim import CLAIM, claimed, last_run, name_run
 from widemargin.trainer.checkpoint.files import (
     choose_checkpoint,
     newest_complete,
     rotate,
     write_manifest,
 )
+from widemargin.trainer.checkpoint.resume import CLAIM, claimed, last_run, name_run
 from widemargin.trainer.errors import UserError
 
 from tests.support.tiny_models import tiny_trainer
