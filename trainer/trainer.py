@@ -30,8 +30,7 @@ from .model.loading import (
 )
 from .model.merging import check_merges_in_memory
 from .model.trial import check_learns, fit_lengths, trial_model, try_model
-from .monitor.observer import Observer
-from .monitor.pair_rewards import RewardMetrics
+from .monitor.observer import Observer, RewardMetrics
 from .monitor.profiling import ProfileCallback
 from .monitor.samples import SampleWriter
 from .objectives.lists import Answers
