@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..data import tokenize_pairs
@@ -24,7 +27,6 @@ from ..errors import UserError
 from ..packing.verify import packing_for
 from .planner import Plan, Planner
 from .run_plan import PlanSummary, fit_micro_batches, planner_for, summarise
-from .streams import read_stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -248,3 +250,24 @@ def _end_with(parent: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def read_stream(stream: IterableDataset, most: int | None) -> Dataset:
+    """The rows of ``stream``, at most ``most``, as a data set that can be planned and resumed.
+
+    They lie in a temporary folder until the process ends, and only parts of them in memory.
+    """
+    folder = tempfile.mkdtemp(prefix="widemargin-stream-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from stream if most is None else stream.take(most)
+
+    try:
+        read: Any = Dataset.from_generator(rows, cache_dir=folder)
+    except Exception as error:
+        raise UserError(
+            "train_dataset or eval_dataset: a row of the IterableDataset cannot be read: "
+            f"{error.__cause__ or error}; mend it, or give a datasets.Dataset"
+        ) from error
+    return read
