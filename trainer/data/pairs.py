@@ -29,7 +29,7 @@ from .table import (
     reference_of,
     with_reference,
 )
-from .table.lengths import runs
+from .table.trees import runs
 from .template import generation_stops, with_template
 from .turns import end_of_turn_id
 

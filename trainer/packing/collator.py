@@ -10,12 +10,12 @@ import torch
 
 from ..data.formats.answers import DESIRABLE, SCORES
 from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
-from ..data.table.lengths import runs
 from ..data.table.mismatched import IDS, exchanged
+from ..data.table.trees import runs
 from ..settings.names import Layout
-from .forest import Forest
 from .layout import (
     BLOCK,
+    Forest,
     Rows,
     alternate,
     place_dense,

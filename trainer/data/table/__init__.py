@@ -1,8 +1,8 @@
 """The table of tokens, a pair a row, and the trees that its pairs form.
 
 May import what the rows of data import. `columns` names the columns and fills them, `rows` gives
-them to batches; `trees` says which pairs share a prompt and which of their answers are the same,
-and `lengths` what batches of them cost.
+them to batches; `trees` says which pairs share a prompt, which of their answers are the same, and
+what batches of them cost.
 """
 
 from .columns import FILLER_ID as FILLER_ID
@@ -21,7 +21,7 @@ from .columns import reference_columns as reference_columns
 from .columns import reference_of as reference_of
 from .columns import token_columns as token_columns
 from .columns import with_reference as with_reference
-from .lengths import PairLengths as PairLengths
-from .lengths import TreeLengths as TreeLengths
 from .rows import PairRows as PairRows
+from .trees import PairLengths as PairLengths
+from .trees import TreeLengths as TreeLengths
 from .trees import Trees as Trees

@@ -23,9 +23,8 @@ from .columns import (
     TOKEN_COLUMNS,
     UNSCORED_COLUMNS,
 )
-from .lengths import PairLengths
 from .mismatched import IDS, UNSCORED
-from .trees import Trees, name_trees
+from .trees import PairLengths, Trees, name_trees
 
 
 class PairRows(Dataset):
