@@ -10,9 +10,8 @@ from typing import Any
 
 from widemargin.trainer.objectives import ALIASES, OBJECTIVES, hyperparameters_of
 from widemargin.trainer.settings.config import PreferenceConfig, defaults_of
-from widemargin.trainer.settings.published.departures import DEPARTURES
 from widemargin.trainer.settings.published.keys import SOURCES, Key, yaml_value
-from widemargin.trainer.settings.published.twins import TWINS
+from widemargin.trainer.settings.published.scripts import DEPARTURES, TWINS
 
 from docs import trl_defaults
 

@@ -32,7 +32,7 @@ from .packing.choose import choose_packing
 from .report.write import summary_lines, write_report
 from .settings.checks import check_evaluation, check_output, uses_deepspeed
 from .settings.config import PreferenceConfig
-from .settings.published.twins import is_mistral, published_steps
+from .settings.published.scripts import is_mistral, published_steps
 from .settings.unused import unused_notes
 from .text import colours
 from .trainer import PreferenceTrainer

@@ -15,11 +15,16 @@ from ..errors import UserError
 from .coercion import LONGEST_NUMBER, as_number, coerced
 from .config import PreferenceConfig, objective_keys
 from .model import check_adapted
-from .published.ambiguity import check_loss_type
-from .published.departures import departures, is_published, kept_defaults
 from .published.keys import TABLE
+from .published.loss_type import check_loss_type
+from .published.scripts import (
+    as_published_class,
+    as_published_script,
+    departures,
+    is_published,
+    kept_defaults,
+)
 from .published.translation import SCRIPTS, fit_objective, merge, name_objective, translate
-from .published.twins import as_published_class, as_published_script
 from .published.unknown import unknown_key
 
 _MOST_NESTED, _MOST_VALUES = 50, 100_000

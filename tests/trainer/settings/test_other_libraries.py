@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 from widemargin.trainer import PreferenceConfig
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.settings.files import build_config
-from widemargin.trainer.settings.published.ambiguity import MEANINGS
+from widemargin.trainer.settings.published.loss_type import MEANINGS
 
 from docs import trl_defaults
 

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config, load_config
-from widemargin.trainer.settings.published.departures import departures, kept_defaults
-from widemargin.trainer.settings.published.twins import is_mistral, published_steps
+from widemargin.trainer.settings.published.scripts import (
+    departures,
+    is_mistral,
+    kept_defaults,
+    published_steps,
+)
 
 SCRIPTS = ["run_lmpo", "run_simpo", "run_xpo"]
 HERE = {"use_cpu": True, "report_to": "none"}

@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import UserError
 from ...objectives import OBJECTIVES, canonical_name, hyperparameters_of, parts_of, spec_of
 from .keys import TABLE, Key, Settings, note, number, yaml_value
-from .trl import IN_DPO, trl_mixture, without_effect
+from .loss_type import IN_DPO, trl_mixture, without_effect
 
 DATA = ("dataset", "dataset_name", "dataset_mixer")
 """What names the data, of which there is one."""

@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 
 from ...errors import UserError
 from ...objectives import ALIASES, OBJECTIVES, canonical_name, hyperparameters_of
-from .ambiguity import MEANINGS
 from .keys import TABLE, Settings
-from .trl import IN_DPO, trl_mixture
+from .loss_type import IN_DPO, MEANINGS, trl_mixture
 
 Kind = TypeVar("Kind")
 
