@@ -94,7 +94,7 @@ def digest(chunks: Iterable[str | bytes | memoryview], size: int = 16) -> str:
     return content.hexdigest()
 
 
-def file_digest(path: Path, size: int = 32) -> str:
+def file_digest(path: Path) -> str:
     """The digest of a file's content, read piece by piece."""
 
     def chunks() -> Iterator[bytes]:
@@ -102,7 +102,7 @@ def file_digest(path: Path, size: int = 32) -> str:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
-    return digest(chunks(), size)
+    return digest(chunks(), size=32)
 
 
 def seal(seal_file: Path, paths: Iterable[Path]) -> None:

@@ -128,11 +128,6 @@ def unknown_id(tokenizer: Any) -> int | None:
     return token_id if token_id in encode(tokenizer, [_RARE])[0] else None
 
 
-def drops_characters(tokenizer: Any) -> bool:
-    """Whether characters that the tokenizer does not know leave no token."""
-    return not encode(tokenizer, [_RARE])[0]
-
-
 def single_bos(ids: list[int], bos_id: int | None) -> list[int]:
     """``ids`` with one BOS where they begin with several."""
     if bos_id is None:

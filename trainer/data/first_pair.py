@@ -13,12 +13,14 @@ from .chat import PROBE, Rendering, only_id
 from .encoding import PairTokenizer
 from .formats.answers import DESIRABLE
 from .limits import OK, Limits
-from .table import UNSCORED_COLUMNS
+from .table import PARTS, UNSCORED_COLUMNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PARTS = ("prompt", "chosen", "rejected")
+MOST_TOKENS = 24
+"""Of a part that are shown."""
+
 _GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 #: Tokens shown on each side of a completion's start.
 _AROUND = 6
@@ -29,7 +31,6 @@ _FIRST = 6
 def preflight_lines(
     row: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    most_tokens: int | None = 24,
     *,
     colours: bool = False,
 ) -> list[str]:
@@ -38,9 +39,9 @@ def preflight_lines(
     ``row`` has ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, and where not all of an answer
     is scored ``chosen_unscored`` and ``rejected_unscored``. With ``colours`` the scored tokens are
     green, for a terminal. Of a part with more than
-    ``most_tokens`` tokens only the beginning and the end are shown; None shows all.
+    `MOST_TOKENS` tokens only the beginning and the end are shown.
     """
-    parts = _PARTS[:2] if DESIRABLE in row else _PARTS  # a single answer stands on both sides
+    parts = PARTS[:2] if DESIRABLE in row else PARTS  # a single answer stands on both sides
     ids: dict[str, Sequence[int]] = {part: row[f"{part}_ids"] for part in parts}
     left = [row.get(name, ()) for name in UNSCORED_COLUMNS]
     unscored = {"prompt": range(len(ids["prompt"])), "chosen": left[0], "rejected": left[1]}
@@ -62,7 +63,7 @@ def preflight_lines(
         offset = 0 if part == "prompt" else len(ids["prompt"])
         out = set(unscored[part])
         kept = [i not in out for i in range(len(ids[part]))]
-        part_lines = _part_lines(part, ids[part], offset, kept, tokenizer, most_tokens)
+        part_lines = _part_lines(part, ids[part], offset, kept, tokenizer)
         lines += [_coloured(line, scored) if colours else line for line, scored in part_lines]
     return lines
 
@@ -94,7 +95,7 @@ def first_tokens_line(
 def _example_ids(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[int]:
     row = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     texts = {"prompt": PROBE, "chosen": "yes", "rejected": "no"}
-    batch = {part: [[{"role": row[part], "content": texts[part]}]] for part in _PARTS}
+    batch = {part: [[{"role": row[part], "content": texts[part]}]] for part in PARTS}
     done = PairTokenizer(tokenizer, Limits(None, None, None, "keep_end"), rendering)(batch)
     return list(done["prompt_ids"][0]) if done["status"][0] == OK else []
 
@@ -109,11 +110,10 @@ def _part_lines(
     offset: int,
     scored: Sequence[bool],
     tokenizer: PreTrainedTokenizerBase,
-    most_tokens: int | None,
 ) -> Iterator[tuple[str, bool]]:
     hidden = range(0)
-    if most_tokens is not None and len(ids) > most_tokens:
-        hidden = range(most_tokens // 2, len(ids) - (most_tokens - most_tokens // 2))
+    if len(ids) > MOST_TOKENS:
+        hidden = range(MOST_TOKENS // 2, len(ids) - MOST_TOKENS // 2)
     for i, token_id in enumerate(ids):
         if hidden and i == hidden.start:
             yield f"{part:<9}{'...':>9}{'':>9}  {'':<16} {len(hidden)} more tokens", False

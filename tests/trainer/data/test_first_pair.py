@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from widemargin.trainer.data import first_pair
 from widemargin.trainer.data.chat import Rendering
 from widemargin.trainer.data.encoding import PairTokenizer
 from widemargin.trainer.data.first_pair import preflight_lines
@@ -34,9 +35,10 @@ def test_preflight_shows_roles_and_counts() -> None:
     assert len(lines) == 4 + len(prompt) + 3
 
 
-def test_preflight_leaves_out_the_middle_of_long_parts() -> None:
+def test_preflight_leaves_out_the_middle_of_long_parts(monkeypatch) -> None:
     row = {"prompt_ids": [0] * 50, "chosen_ids": [3] * 4, "rejected_ids": [3] * 5}
-    lines = preflight_lines(row, tiny_tokenizer(), most_tokens=4)
+    monkeypatch.setattr(first_pair, "MOST_TOKENS", 4)
+    lines = preflight_lines(row, tiny_tokenizer())
     assert [line.split()[1] for line in lines[4:9]] == ["0", "1", "...", "48", "49"]
     assert "46 more tokens" in lines[6]
     assert len(lines) == 4 + 5 + 4 + 5
