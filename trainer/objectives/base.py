@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
-from .lists import Answers, check_labels, lists_in, lists_of
+from .lists import Answers, lists_in, lists_of
 from .settings import Hyperparameters
 from .terms import (
     ObjectiveOutput,
@@ -28,6 +28,7 @@ from .terms import (
     State,
     Terms,
     by_edges,
+    check_labels,
     chosen_nll,
     taken_up,
     to_device,

@@ -34,29 +34,6 @@ class Answers:
         return cls(batch["tree_ids"], batch.get("scores"), batch.get("labels"))
 
 
-def check_labels(
-    name: str, takes: tuple[str, ...], answers: Answers | None, exchanges: bool, weighs: str
-) -> None:
-    """Raise ``UserError`` where an objective gets labels that it does not take, or lacks some.
-
-    Args:
-        name, takes: the objective's, see `ObjectiveSpec`.
-        exchanges: whether it needs mismatched answers.
-        weighs: the setting by which it weighs an answer by the other one of its pair, or "".
-    """
-    labelled = answers is not None and answers.labels is not None
-    if labelled and "labelled" not in takes:
-        raise UserError(f"labels: take kto or apo-zero-unpaired; {name} needs pairs")
-    if not labelled and takes == ("labelled",):
-        raise UserError(f"labels: give one for every answer, and edges; {name} needs them")
-    if exchanges and (answers is None or answers.mismatched is None):
-        raise UserError("mismatched: give the log-ratios of answers to other prompts")
-    if labelled and weighs:
-        raise UserError(
-            f"{weighs}: leave it out; it weighs an answer by the other answer of its pair"
-        )
-
-
 @dataclass(frozen=True)
 class Lists:
     """The answers to every prompt as a list. All but ``edges`` is [S], or [S, S] of two answers.

@@ -1,7 +1,8 @@
-"""Weighted sums of objectives: ``{dpo: 0.8, bco: 0.2, sft: 1}``, or ``0.8*dpo + 0.2*bco + sft``.
+"""Objectives by name: one of the table, or a weighted sum of several.
 
-A hyperparameter's value goes to every part that has one of this name; where none is given each part
-keeps its own default. Rewards and target margins are those of the first part that ranks answers.
+A sum is ``{dpo: 0.8, bco: 0.2, sft: 1}`` or ``0.8*dpo + 0.2*bco + sft``. A hyperparameter's value
+goes to every part that has one of this name; where none is given each part keeps its own default.
+Rewards and target margins are those of the first part that ranks answers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import UserError
+from .base import Objective
 from .losses import ALIASES, OBJECTIVES
 from .settings import Hyperparameters, unknown_name
 from .terms import ObjectiveSpec, Pairs, State, Terms
@@ -24,6 +26,38 @@ Parts = tuple[tuple[str, float], ...]
 
 PLUS = re.compile(r"(?<![\d.][eE])\+")
 """Between parts; the one in a weight such as 1e+2 is none."""
+
+
+def build_objective(name: str | Mapping[str, float], **hyperparameters: Any) -> Objective:
+    """The objective ``name``, in training mode, with an empty state.
+
+    Args:
+        name: a key of ``OBJECTIVES`` or of ``ALIASES``; or several of them with their weights,
+            ``{"dpo": 0.8, "sft": 1}``, as one mixture.
+        hyperparameters: values for the fields of ``hyperparameters_of(name)``; the others keep
+            their defaults.
+    """
+    name = canonical_name(name)
+    known = hyperparameters_of(name)
+    for key in hyperparameters:
+        if key not in known:
+            owners = {n: ", ".join(_owners(name, n)) for n in known}
+            raise unknown_name(f"hyperparameter of {name}", key, known, owners)
+    spec = spec_of(name)
+    return Objective(name, spec, spec.hyperparameters(**hyperparameters))
+
+
+def hyperparameters_of(name: str) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of an objective's hyperparameters by name: ``default``, ``metadata["help"]``."""
+    spec = spec_of(name)
+    return {field.name: field for field in dataclasses.fields(spec.hyperparameters)}
+
+
+def _owners(mixture: str, hyperparameter: str) -> list[str]:
+    """The parts of a mixture that have this hyperparameter, where not all do."""
+    parts = [part for part, _ in parts_of(mixture)]
+    owners = [part for part in parts if hyperparameter in hyperparameters_of(part)]
+    return owners if len(owners) < len(parts) else []
 
 
 def spec_of(name: str) -> ObjectiveSpec:

@@ -180,6 +180,29 @@ def by_edges(values: Tensor, edges: Tensor | None) -> Tensor:
     return values if edges is None else values[edges.T.reshape(-1)]
 
 
+def check_labels(
+    name: str, takes: tuple[str, ...], answers: Answers | None, exchanges: bool, weighs: str
+) -> None:
+    """Raise ``UserError`` where an objective gets labels that it does not take, or lacks some.
+
+    Args:
+        name, takes: the objective's, see `ObjectiveSpec`.
+        exchanges: whether it needs mismatched answers.
+        weighs: the setting by which it weighs an answer by the other one of its pair, or "".
+    """
+    labelled = answers is not None and answers.labels is not None
+    if labelled and "labelled" not in takes:
+        raise UserError(f"labels: take kto or apo-zero-unpaired; {name} needs pairs")
+    if not labelled and takes == ("labelled",):
+        raise UserError(f"labels: give one for every answer, and edges; {name} needs them")
+    if exchanges and (answers is None or answers.mismatched is None):
+        raise UserError("mismatched: give the log-ratios of answers to other prompts")
+    if labelled and weighs:
+        raise UserError(
+            f"{weighs}: leave it out; it weighs an answer by the other answer of its pair"
+        )
+
+
 def with_labels(pairs: Pairs, answers: Answers, edges: Tensor | None) -> Pairs:
     """The pairs, each of which is one single answer, with its label; ``edges`` [P, 2]."""
     if edges is None or answers.labels is None:
