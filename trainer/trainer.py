@@ -36,7 +36,7 @@ from .monitor.samples import SampleWriter
 from .objectives.lists import Answers
 from .objectives.terms import by_edges
 from .packing import PAIR_INPUTS, model_inputs
-from .reference.model import reference_for
+from .reference.model import Reference
 from .settings.checks import check_evaluation
 from .settings.config import PreferenceConfig
 from .settings.model import check_adapted
@@ -203,7 +203,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         model, args = settled_arguments(model, args, *given, *of_trl)
         self.reward_metrics = RewardMetrics(compute_metrics, args.eval_samples)
         self.objective = args.build_objective() if objective is None else objective
-        ref_model, starting = reference_source(model, args, ref_model)
+        ref_model, starting = reference_source(model, args, ref_model, self.objective)
         say_unused(args, self.objective)
         lm, tokenizer = self._load(model, args, processing_class, peft_config, quantization_config)
         check_evaluation(args, eval_dataset)
@@ -216,9 +216,10 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         parts = [rows, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
         fit_lengths(lm, parts, exchanged=self.objective.exchanges_answers)
         peft_config = peft_config or lora_config(args)
-        self.reference = reference_for(
-            self.objective, lm, args, ref_model, tokenizer, peft_config, parts, starting=starting
-        )
+        self.reference = None
+        if self.objective.needs_reference:
+            of_run = (ref_model, tokenizer, peft_config, parts)
+            self.reference = Reference(self.objective, lm, args, *of_run, starting=starting)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
             lm = with_adapter(lm, peft_config)

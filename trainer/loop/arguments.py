@@ -14,6 +14,8 @@ from ..settings.config import PreferenceConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..objectives import Objective
+
 _ORDER = (
     "here the order is model, args, train_dataset, eval_dataset, processing_class, ref_model, "
     "peft_config, data_collator, callbacks, optimizers; give them by name"
@@ -83,11 +85,13 @@ def _check_quantization(model: Any, args: PreferenceConfig, quantization_config:
 
 
 def reference_source(
-    model: Any, args: PreferenceConfig, ref_model: Any
+    model: Any, args: PreferenceConfig, ref_model: Any, objective: Objective
 ) -> tuple[PreTrainedModel | None, bool]:
     """A reference that is a model and not a name, and whether it is the model as it is now."""
     if isinstance(ref_model, str):
         args.ref_model_name_or_path, ref_model = ref_model, None
+    if ref_model is not None and not objective.needs_reference:
+        raise UserError(f"ref_model: {objective.name} uses none; leave it out")
     # An object may have other weights by now than what its name stands for.
     of_policy = (None, model) if isinstance(model, str) else (None,)
     return ref_model, ref_model is None and args.ref_model_name_or_path in of_policy

@@ -144,7 +144,8 @@ class Reference:
         self._unwrap = accelerator.unwrap_model
         if self.model is not None:
             self.model = placed(self.model, accelerator, self.args)
-        if self.model is not None and self.args.sync_ref_model:
+        if self.args.sync_ref_model:
+            check_synced(self.model, self.args)
             trainer.synced = SyncedReference(self.model)  # pyright: ignore
             trainer.add_callback(trainer.synced)  # pyright: ignore
         if self._other and packing is not None and not is_split(self.args):
@@ -269,29 +270,6 @@ class Reference:
         args = self.args
         half = args.bf16 or args.fp16 or args.load_in_4bit or args.load_in_8bit or args.tf32
         return bool(half) or args.dtype not in ("float32", "auto")
-
-
-def reference_for(
-    objective: Objective,
-    policy: Any,
-    args: PreferenceConfig,
-    ref_model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: Any,
-    rows: list[PairRows | None],
-    *,
-    starting: bool,
-) -> Reference | None:
-    """The `Reference` of an objective that needs one; None for the others, which refuse one."""
-    if objective.needs_reference:
-        reference = Reference(
-            objective, policy, args, ref_model, tokenizer, peft_config, rows, starting=starting
-        )
-        check_synced(reference.model, args)
-        return reference
-    if ref_model is not None:
-        raise UserError(f"ref_model: {objective.name} uses none; leave it out")
-    return None
 
 
 def _summed_logps(objective: Objective, model: Any, batch: Mapping[str, Any]) -> Tensor:
