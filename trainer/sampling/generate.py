@@ -23,12 +23,12 @@ from ..evaluation.answering import (
     length_report,
     opening_of,
 )
+from ..evaluation.chat_client import ChatClient, NothingUsable, in_order, text_of
 from ..evaluation.models import read_tokenizer
 from ..evaluation.results import Record, Records, output_folder
 from ..evaluation.settings import DecodingSettings
 from ..files import digest
 from .prompts import Prompt, open_prompts, read_prompts
-from .server import ServerEngine
 
 
 @dataclass
@@ -135,3 +135,30 @@ def _report(records: Sequence[Record], n: int, folder: Path) -> None:
     if n > 1 and alike:
         print(f"  prompts whose answers are all the same: {alike:,} of {len(texts):,}")
     print(f"Written: {folder / 'answers.jsonl'}; next: widemargin score {folder} --by ...")
+
+
+class ServerEngine:
+    """An OpenAI-compatible server, asked for each answer by itself."""
+
+    def __init__(self, model: str, url: str, settings: DecodingSettings) -> None:
+        self.settings = settings
+        self.client = ChatClient(model, url, role="server")
+
+    def answers(self, prompts: list[list[Any]], seeds: Sequence[int]) -> list[Answer]:
+        return list(in_order(self._answer, list(zip(prompts, seeds, strict=True)), len(prompts)))
+
+    def _answer(self, asked: tuple[list[Any], int]) -> Answer:
+        settings, (messages, seed) = self.settings, asked
+        body = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": seed}
+        try:
+            return self.client.ask(
+                messages, _served, body | {"max_tokens": settings.max_new_tokens}
+            )
+        except NothingUsable:
+            return Answer("", None, "no answer")
+
+
+def _served(completion: Any) -> Answer:
+    usage = completion.get("usage") or {}
+    finish = completion["choices"][0].get("finish_reason") or "stop"
+    return Answer(text_of(completion), usage.get("completion_tokens"), str(finish))
