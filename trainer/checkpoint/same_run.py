@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from ..data.table.columns import numbers_digest, tokens_digest
 from ..errors import UserError
 from ..model.adapters import bare_model
 from ..model.digest import IRRELEVANT
 from ..monitor.run_record import objective_facts, plain
-from ..reference.cache import numbers_digest, tokens_digest
 from ..settings.coercion import is_secret
 from ..settings.config import defaults_of
 

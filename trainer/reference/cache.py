@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
@@ -27,7 +26,8 @@ from torch.utils.data import DataLoader
 
 from ..batching.pipeline import sheltered
 from ..data.table import REFERENCE_COLUMNS as COLUMNS
-from ..data.table import TOKEN_COLUMNS, UNSCORED_COLUMNS, PairRows
+from ..data.table import PairRows
+from ..data.table.columns import tokens_digest
 from ..errors import UserError
 from ..files import digest, replacing
 from ..model.adapters import bare_model
@@ -142,33 +142,6 @@ def cache_key(model: str, rows: PairRows, trainer: Trainer, weights: str = "") -
     if weights:
         facts.append(weights)
     return digest([json.dumps(facts)])
-
-
-def tokens_digest(rows: PairRows) -> str:
-    """The hash of every pair's token ids, in order."""
-
-    unscored = [name for name in UNSCORED_COLUMNS if name in rows.dataset.column_names]
-
-    def chunks() -> Iterator[bytes]:
-        for table in rows.dataset.with_format("arrow").iter(batch_size=4096):
-            for name in (*TOKEN_COLUMNS, *unscored):
-                column = table.column(name)
-                for numbers in (pc.list_value_length(column), pc.list_flatten(column)):  # pyright: ignore
-                    yield numbers.to_numpy().astype(np.int64).tobytes()
-
-    return digest(chunks())
-
-
-def numbers_digest(rows: PairRows) -> str:
-    """The hash of every pair's weight and margin; "" where there are none."""
-    numbers = sorted(rows.numbers.items())
-    return digest(name.encode() + v.tobytes() for name, v in numbers) if numbers else ""
-
-
-def columns_digest(rows: PairRows) -> str:
-    """The hash of the log-probs that the data set itself has."""
-    table: Any = rows.dataset.with_format("numpy")[:]
-    return digest(np.asarray(table[name], np.float64).tobytes() for name in COLUMNS)
 
 
 def write(path: Path, values: Values) -> None:

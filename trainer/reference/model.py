@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..data.table.columns import columns_digest
 from ..errors import UserError
 from ..model.adapters import bare_model, starts_as_its_base
 from ..model.digest import model_digest
@@ -30,7 +31,7 @@ from ..model.loading import load_model
 from ..objectives.lists import Answers
 from ..packing import mismatched_inputs, model_inputs
 from ..settings.checks import is_split
-from .cache import columns_digest, precomputed
+from .cache import precomputed
 from .source import (
     SyncedReference,
     check_columns,

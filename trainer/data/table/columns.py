@@ -1,15 +1,17 @@
-"""Columns of the table of tokens and of the reference: names, and how pairs become rows."""
+"""Columns of the table of tokens and of the reference: names, how pairs become rows, digests."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from ...errors import UserError
+from ...files import digest
 from ..formats.answers import DESIRABLE, NUMBER_COLUMNS
 from ..formats.shapes import SINGLE, shape_of
 from ..limits import FLAGS, OK, Tokens
@@ -131,3 +133,29 @@ def token_columns(outcomes: Iterable[Tokens | RowProblem]) -> dict[str, list[Any
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     return columns
+
+
+def tokens_digest(rows: Any) -> str:
+    """The hash of every pair's token ids in `PairRows`, in order."""
+    unscored = [name for name in UNSCORED_COLUMNS if name in rows.dataset.column_names]
+
+    def chunks() -> Iterator[bytes]:
+        for table in rows.dataset.with_format("arrow").iter(batch_size=4096):
+            for name in (*TOKEN_COLUMNS, *unscored):
+                column = table.column(name)
+                for numbers in (pc.list_value_length(column), pc.list_flatten(column)):  # pyright: ignore
+                    yield numbers.to_numpy().astype(np.int64).tobytes()
+
+    return digest(chunks())
+
+
+def numbers_digest(rows: Any) -> str:
+    """The hash of every pair's weight and margin; "" where there are none."""
+    numbers = sorted(rows.numbers.items())
+    return digest(name.encode() + v.tobytes() for name, v in numbers) if numbers else ""
+
+
+def columns_digest(rows: Any) -> str:
+    """The hash of the log-probs that the data set itself has."""
+    table: Any = rows.dataset.with_format("numpy")[:]
+    return digest(np.asarray(table[name], np.float64).tobytes() for name in REFERENCE_COLUMNS)
