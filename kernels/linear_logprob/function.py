@@ -138,15 +138,15 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes, devices or settings that do not fit.
     """
-    _check_inputs(hidden, weight, targets, bias)
+    check_inputs(hidden, weight, targets, bias)
     check_settings(logit_scale, softcap, temperature, tail, tail_eps)
-    _refuse_forward_mode(hidden, weight, bias)
+    refuse_forward_mode(hidden, weight, bias)
     dtype = compute_dtype(hidden)
     stats = _no_stats(hidden, dtype) if return_stats else None
     scales = at_temperature(temperature, logit_scale, softcap)
     settings = (*scales, tail, tail_eps, dtype, choose_backend(backend, hidden, dtype))
     asked = [return_entropy, return_log_sum_sq_probs, return_mean_logits, return_is_top1]
-    keep = _needs_backward(hidden, weight, bias)
+    keep = needs_backward(hidden, weight, bias)
     found = forward_op(hidden, weight, targets, bias, stats, *settings, keep, asked)
     extras = [x for x, wanted in zip(found[-4:], asked, strict=True) if wanted]
     answers = [found[0], *([] if stats is None else [HeadStats(stats)]), *extras]
@@ -168,7 +168,7 @@ def _no_stats(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return hidden.new_full((4,), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
 
 
-def _needs_backward(*inputs: Tensor | None) -> bool:
+def needs_backward(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
@@ -183,7 +183,7 @@ def _autocast(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
     """Raise where torch would pass over tangents and return derivatives of zero."""
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -193,7 +193,7 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
             )
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Raise ``ValueError`` for the first tensor of the wrong shape, dtype or device."""
     check_tensors(hidden=hidden, weight=weight, targets=targets)
     if bias is not None:

@@ -45,7 +45,7 @@ def forward_op(
     Without ``keep`` the last three of `Saved` are empty, and so are extras not ``asked`` for.
     """
     call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
-    _check_targets(targets, len(weight))
+    check_targets(targets, len(weight))
     ignored = targets == IGNORE_INDEX
     targets = targets.masked_fill(ignored, 0)
     kept: dict[str, Any] = {"keep": keep, "profile": keep and tail == "mean"}
@@ -149,7 +149,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.settings = settings
 
 
-class _OnlyOnce(torch.autograd.Function):
+class OnlyOnce(torch.autograd.Function):
     """Marks a gradient as non-differentiable, so that double backward raises.
 
     torch's ``once_differentiable`` does not raise where the incoming gradient depends on the inputs
@@ -179,7 +179,7 @@ def _backward(ctx, grad, _lse, _partial_lse, _profile, _tops, entropy_grad, *_):
     with torch.no_grad():
         gradients = backward_op(grad, *inputs, ctx.stats, *kept, entropy_grad, *ctx.settings, needs)
     if torch.is_grad_enabled():  # create_graph=True
-        gradients = (_OnlyOnce.apply(gradient, grad, *inputs) for gradient in gradients)
+        gradients = (OnlyOnce.apply(gradient, grad, *inputs) for gradient in gradients)
     d_hidden, d_weight, d_bias = (g if n else None for g, n in zip(gradients, needs, strict=True))
     return d_hidden, d_weight, None, d_bias, *none[4:]
 
@@ -196,7 +196,7 @@ def check_entropy_grad(entropy_grad: Tensor | None, tail: str) -> None:
 forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
+def check_targets(targets: Tensor, vocabulary: int) -> None:
     """Raise ``ValueError`` for ids outside the vocabulary, on a CPU: a GPU would be waited for."""
     if targets.device.type != "cpu" or not len(targets):
         return

@@ -59,15 +59,16 @@ def split_masses(saved: Saved, bounds: Tensor) -> tuple[Tensor, Tensor]:
         bounds: [N], see `thresholds`.
     """
     masses = torch.exp(saved.partial_lse - saved.lse)
-    blocks, columns = (saved.targets // BLOCK)[None], saved.targets % BLOCK
+    blocks = (saved.targets.clamp_min(0) // BLOCK)[None]
     tops = torch.zeros_like(masses, dtype=torch.bool)
     if saved.tops.numel():
         top_masses = masses * top_shares(saved.tops)
         torch.ge(top_masses, TOP_CUT * bounds, out=tops)
-        is_target = top_columns(saved.tops.gather(0, blocks)) == columns
-        tops.scatter_(0, blocks, tops.gather(0, blocks) & ~is_target)
+        rows = blocks * BLOCK + top_columns(saved.tops.gather(0, blocks))
+        tops.scatter_(0, blocks, tops.gather(0, blocks) & (rows != saved.targets))
         masses -= top_masses.masked_fill_(~tops, 0.0)
-    rest = masses.gather(0, blocks) - torch.exp(saved.logps)[None]
+    held = torch.exp(saved.logps).where(saved.targets >= 0, 0.0)
+    rest = masses.gather(0, blocks) - held
     return masses.scatter_(0, blocks, rest).clamp_min_(0.0), tops
 
 

@@ -109,6 +109,7 @@ def list_entries(
     Args:
         grad: [N] of the log-probs, times ``logit_scale``; that of ``entropy`` too.
     """
+    targets = saved.targets
     blocks, tokens = tops.nonzero(as_tuple=True)
     packed, partial_lse = saved.tops[blocks, tokens], saved.partial_lse[blocks, tokens]
     shares = top_shares(packed).to(grad.dtype)
@@ -116,11 +117,12 @@ def list_entries(
     if call.softcap is not None:
         grads *= softcap_slope(partial_lse + shares.log(), call.softcap)
     entries = Entries(
-        torch.cat([blocks * BLOCK + top_columns(packed), saved.targets]),
+        torch.cat([blocks * BLOCK + top_columns(packed), targets]),
         torch.cat([tokens, torch.arange(len(grad), device=grad.device)]),
-        torch.cat([grads, target_grads(call, grad, saved.logps, saved.targets, entropy)]),
+        torch.cat([grads, target_grads(call, grad, saved.logps, targets.clamp_min(0), entropy)]),
     )
-    order = torch.argsort(entries.rows, stable=True)
+    elsewhere = int((targets < 0).sum())  # which come first, and have no row here
+    order = torch.argsort(entries.rows, stable=True)[elsewhere:]
     return Entries(*(x[order] for x in entries))
 
 

@@ -63,10 +63,11 @@ class Extras(NamedTuple):
 class Saved(NamedTuple):
     """What forward keeps. targets, logps, lse: [N]. partial_lse: [B, N]. profile: [V] or empty.
 
-    ``targets`` are in [0, V), the others in fp32 (fp64 for fp64 inputs). tops: [B, N] int32, or [0,
-    N] where nothing reads them: of each block's mass the share that its largest element has, as the
-    bits of an fp32 number whose low 7 bits hold the element's column in the block instead. Not
-    finite where partial_lse is not. extras: of calls that ask for some; backward reads none.
+    ``targets`` are in [0, V), or in backward -1 for one among another rank's rows; the others in
+    fp32 (fp64 for fp64 inputs). tops: [B, N] int32, or [0, N] where nothing reads them: of each
+    block's mass the share that its largest element has, as the bits of an fp32 number whose low 7
+    bits hold the element's column in the block instead. Not finite where partial_lse is not.
+    extras: of calls that ask for some; backward reads none.
     """
 
     targets: Tensor

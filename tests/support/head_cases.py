@@ -52,14 +52,21 @@ class TailCase(NamedTuple):
 
 
 @torch.no_grad()
-def tail_gradients(hidden, weight, targets, bias, grad, tail, eps, logit_scale=1.0, softcap=None):
-    """Targets and tops exact on their own; every inactive pair's other mass averaged or dropped."""
+def tail_gradients(
+    hidden, weight, targets, bias, grad, tail, eps, logit_scale=1.0, softcap=None, shards=None
+):
+    """Targets and tops exact on their own; every inactive pair's other mass averaged or dropped.
+
+    Args:
+        shards: numbers of rows, from the first of which blocks are counted; None for all rows.
+    """
     z = reference.head_logits(hidden, weight, bias, logit_scale, softcap)
     slope = 1 - (z / softcap) ** 2 if softcap else torch.ones_like(z)
     p, d_logits, rows = z.softmax(-1), torch.zeros_like(z), torch.arange(len(z))
     bound = eps * grad.abs().mean() / grad.abs()
     pairs, elements = 0, 0
-    for block in rows.new_tensor(range(z.shape[1])).split(128):
+    parts = torch.arange(z.shape[1]).split(shards or [z.shape[1]])
+    for block in (block for part in parts for block in part.split(128)):
         inside, own_slope = p[:, block], slope[:, block]
         mass, column = inside.sum(-1), targets - block[0]
         profile = (inside / mass[:, None] * own_slope).mean(0)

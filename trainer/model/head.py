@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.utils.generic import ModelOutput
 
 from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tail, linear_logprob
 from ..errors import UserError
 from ..packing.masks import packed_arguments
 from .experts import balance_loss
+from .tensor_parallel import check_sharded, is_sharded, sharded_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,16 +151,16 @@ def _head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> A
         hidden = hidden.to(self.weight.dtype)
     bias = getattr(self, "bias", None)
     asked = scoring.figures
+    names = ("logit_scale", "softcap", "tail", "tail_eps", "backend")
+    settings: dict[str, Any] = {name: getattr(scoring, name) for name in names}
+    if is_sharded(self):
+        return *sharded_scores(self, hidden, targets, asked, settings), None
     token_logps, stats, *figures = linear_logprob(
         hidden,
         self.weight,
         targets,
         bias=bias,
-        logit_scale=scoring.logit_scale,
-        softcap=scoring.softcap,
-        tail=scoring.tail,
-        tail_eps=scoring.tail_eps,
-        backend=scoring.backend,
+        **settings,
         return_stats=True,
         return_entropy=asked,
         return_log_sum_sq_probs=asked,
@@ -200,11 +200,7 @@ def _check_model(model: PreTrainedModel) -> None:
             f"model: expected a causal language model with a head, got {type(model).__name__}; "
             "load it with AutoModelForCausalLM"
         )
-    if isinstance(getattr(head, "weight", None), DTensor):
-        raise UserError(
-            "model: load it without tp_plan; the head cannot take a weight that tensor "
-            "parallelism has split over ranks"
-        )
+    check_sharded(head)
     if type(head) is not nn.Linear and not hasattr(head, "unpatched_forward"):
         raise UserError(
             f"model: expected a plain linear lm_head, got {type(head).__name__}; leave lm_head out "

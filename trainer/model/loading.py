@@ -13,6 +13,7 @@ from ..files import read_json
 from ..settings.model import ModelSettings
 from .adapters import bare_model, quantization_config
 from .head import Scoring, patch_head
+from .tensor_parallel import refuse_sharded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -268,10 +269,9 @@ def prepared_head(lm: PreTrainedModel, args: PreferenceConfig) -> Scoring:
     if args.disable_dropout:
         disable_dropout(lm)
     if args.n_gpu > 1:
-        logger.warning(
-            "Using one of %d GPUs; for all of them start with accelerate launch", args.n_gpu
-        )
+        logger.warning("Using one of %d GPUs; for all, start with accelerate launch", args.n_gpu)
         args._n_gpu = 1
+    refuse_sharded(lm)
     return patch_head(bare_model(lm), **args.head_settings, figures=args.token_metrics)
 
 

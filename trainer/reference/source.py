@@ -18,6 +18,7 @@ from ..model.adapters import bare_model
 from ..model.digest import model_digest
 from ..model.head import patch_head
 from ..model.loading import load_model, vocabulary_size
+from ..model.tensor_parallel import refuse_sharded
 from ..packing.choose import longest_row
 from ..packing.rope import fix_rope
 from ..packing.verify import compare_with_alone
@@ -132,6 +133,7 @@ def prepare_frozen(
     """
     fix_rope(model, longest_row(rows, exchanged))
     model.requires_grad_(False).eval()
+    refuse_sharded(model)
     patch_head(bare_model(model), **args.head_settings)
 
 
