@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
-import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..data import tokenize_pairs
 from ..data.chat import pad_token
-from ..data.pairs import check_scores
+from ..data.pairs import check_scores, tokenize_parts
 from ..data.report import SplitReport
 from ..data.table import FILLER_ID, PairRows, check_kind, is_tokenized
 from ..data.table.mismatched import neighbours
@@ -27,6 +24,7 @@ from ..errors import UserError
 from ..packing.verify import packing_for
 from .planner import Plan, Planner
 from .run_plan import PlanSummary, fit_micro_batches, planner_for, summarise
+from .streams import StreamedRows, read_stream, rows_of_stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,9 +108,12 @@ class PairPipeline:
             rows = PairRows.of(dataset, self.settings)
             rows.check(name, self.vocab_size)
             return rows
+        if isinstance(dataset, IterableDataset) and name == "train_dataset":
+            rows = rows_of_stream(dataset, self.settings, self._shard, self._rows_of_shard)
+            self._say(self.reports[name])
+            return rows
         if isinstance(dataset, IterableDataset):
-            which = "train" if name == "train_dataset" else "eval"
-            dataset = read_stream(dataset, getattr(self.settings, f"max_{which}_samples"))
+            dataset = read_stream(dataset, self.settings.max_eval_samples)
         dataset, reports[name] = tokenize_pairs(
             dataset,
             self.tokenizer,
@@ -121,9 +122,24 @@ class PairPipeline:
             vocab_size=self.vocab_size,
             name=name,
         )
-        if not reports[name].is_plain and self.settings.process_index == 0:
-            logger.warning("%s", "\n".join(reports[name].lines()))
+        self._say(reports[name])
         return PairRows.of(dataset, self.settings)
+
+    def _shard(self, parts: list[Any], folder: str) -> Any:
+        """The pairs of a shard of a stream; the report is of the last shard that was read."""
+        pairs, self.reports["train_dataset"] = tokenize_parts(
+            parts, self.tokenizer, self.settings, vocab_size=self.vocab_size, folder=folder
+        )
+        return pairs
+
+    def _rows_of_shard(self, pairs: Any) -> PairRows:
+        rows = PairRows.of(pairs, self.settings)
+        check_kind(self.objective.takes, rows.single, "train_dataset")
+        return rows
+
+    def _say(self, report: SplitReport) -> None:
+        if not report.is_plain and self.settings.process_index == 0:
+            logger.warning("%s", "\n".join(report.lines()))
 
     def choose_collator(
         self, model: Any, rows: PairRows | None, collator: Any = None, stand_in: Any = None
@@ -154,7 +170,15 @@ class PairPipeline:
 
     def training_batches(self, rows: PairRows) -> PairBatches:
         """This rank's share of every micro-batch of training."""
-        return self._batches(self._planner(rows), rows)
+        batches = self._batches(self._planner(rows), rows)
+        if isinstance(rows, StreamedRows):
+
+            def of_shard(shard: int) -> tuple[Planner, np.ndarray | None]:
+                rows.go_to(shard)
+                return self._planner(rows), self._prompts(rows)
+
+            batches.of_epoch = of_shard
+        return batches
 
     def evaluation_batches(self, rows: PairRows) -> PairBatches:
         """This rank's share of an evaluation, in the data set's order."""
@@ -163,8 +187,15 @@ class PairPipeline:
         return self._batches(planner, rows)
 
     def _batches(self, planner: Planner, rows: PairRows) -> PairBatches:
-        prompts = rows.prompts if self.objective.exchanges_answers else None
-        return PairBatches(planner, self.settings.process_index, prompts)
+        return PairBatches(planner, self.settings.process_index, self._prompts(rows))
+
+    def _prompts(self, rows: PairRows) -> np.ndarray | None:
+        return rows.prompts if self.objective.exchanges_answers else None
+
+    def rewind(self, rows: Any) -> None:
+        """Have a stream's first shard again; anything else is as it was."""
+        if isinstance(rows, StreamedRows):
+            rows.go_to(0)
 
     def summary(self, rows: PairRows) -> PlanSummary:
         """What the plan of the first epoch comes to."""
@@ -186,6 +217,9 @@ class PairBatches(BatchRebalanceSampler):
         rank: this process's place among the planner's ranks.
         prompts: [rows] a number for every prompt, where each index is to come with its neighbour,
             see `data.table.mismatched`.
+
+    Attributes:
+        of_epoch: gives planner and prompts of an epoch, where each has its own data.
     """
 
     def __init__(self, planner: Planner, rank: int = 0, prompts: np.ndarray | None = None) -> None:
@@ -193,7 +227,13 @@ class PairBatches(BatchRebalanceSampler):
         self.prompts = prompts
         self.drop_last = planner.drop_last
         self.epoch = 0
+        self.of_epoch: Callable[[int], tuple[Planner, np.ndarray | None]] | None = None
         self._plans: dict[int, Plan] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if self.of_epoch is not None:
+            self.planner, self.prompts = self.of_epoch(epoch)
 
     def __len__(self) -> int:
         return self.planner.micro_batches_per_epoch
@@ -250,24 +290,3 @@ def _end_with(parent: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-def read_stream(stream: IterableDataset, most: int | None) -> Dataset:
-    """The rows of ``stream``, at most ``most``, as a data set that can be planned and resumed.
-
-    They lie in a temporary folder until the process ends, and only parts of them in memory.
-    """
-    folder = tempfile.mkdtemp(prefix="widemargin-stream-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from stream if most is None else stream.take(most)
-
-    try:
-        read: Any = Dataset.from_generator(rows, cache_dir=folder)
-    except Exception as error:
-        raise UserError(
-            "train_dataset or eval_dataset: a row of the IterableDataset cannot be read: "
-            f"{error.__cause__ or error}; mend it, or give a datasets.Dataset"
-        ) from error
-    return read

@@ -63,8 +63,8 @@ CONTENT = """
     pair_weighting margin_from tools max_length max_prompt_length
     max_completion_length chat_template_kwargs
     truncation_mode chat_template chat_rendering auto_insert_empty_system_msg flip shuffle mix_seed
-    max_train_samples score per_device_train_batch_size gradient_accumulation_steps
-    max_tokens_per_micro_batch packing deepspeed save_only_model
+    max_train_samples stream_shard_size score per_device_train_batch_size
+    gradient_accumulation_steps max_tokens_per_micro_batch packing deepspeed save_only_model
 """
 """Settings whose effect is compared in their place: tokens, weights, the objective, the plan."""
 

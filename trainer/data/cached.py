@@ -40,8 +40,16 @@ if TYPE_CHECKING:
 _VERSION = 8
 
 
-def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> Dataset:
-    """The rows of ``raw`` tokenized (or, if they hold ids already, checked and cut)."""
+def cached_map(
+    raw: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    folder: str | None = None,
+) -> Dataset:
+    """The rows of ``raw`` tokenized (or, if they hold ids already, checked and cut).
+
+    ``folder`` keeps them, in place of the data sets' cache.
+    """
     from datasets import config
     from filelock import FileLock
 
@@ -54,7 +62,7 @@ def cached_map(raw: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataS
     stops = generation_stops(tokenizer, settings)
     edges = Edges(settings.edges or EDGES[0], settings.edge_gap)
     key = fingerprint(raw, tokenizer, limits, rendering, stops, edges)
-    folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin")
+    folder = folder or os.path.join(config.HF_DATASETS_CACHE, "widemargin")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"pairs-{key}.arrow")
     with FileLock(path + ".lock"), unchanged(Path(folder), key):

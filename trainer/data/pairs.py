@@ -105,14 +105,41 @@ def tokenize_pairs(
     ``max_eval_samples``. ``name`` is what messages call the data set.
     """
     settings = settings or DataSettings()
+    return tokenize_parts(
+        [dataset], tokenizer, settings, training=training, vocab_size=vocab_size, name=name
+    )
+
+
+def tokenize_parts(
+    datasets: Sequence[Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    *,
+    training: bool = True,
+    vocab_size: int | None = None,
+    name: str = "train_dataset",
+    folder: str | None = None,
+) -> tuple[Dataset, SplitReport]:
+    """As `tokenize_pairs`, of several data sets one after another.
+
+    ``folder`` keeps their tokens, in place of the cache.
+    """
     settings.check()
     tokenizer = with_template(tokenizer, settings)
     several = settings.edges is not None
-    rows, notes = checked_columns(name, dataset, settings.columns, several=several)
-    part = Part(name, ONE_TABLE, rows, len(rows), notes)
-    _settle_grouping(settings, [part])
+    parts = []
+    for dataset in datasets:
+        rows, notes = checked_columns(name, dataset, settings.columns, several=several)
+        parts.append(Part(name, ONE_TABLE, rows, len(rows), notes))
+    _settle_grouping(settings, parts)
     return assemble(
-        [part], tokenizer, settings, training=training, shuffle=False, vocab_size=vocab_size
+        parts,
+        tokenizer,
+        settings,
+        training=training,
+        shuffle=False,
+        vocab_size=vocab_size,
+        folder=folder,
     )
 
 
@@ -124,8 +151,12 @@ def assemble(
     training: bool,
     shuffle: bool,
     vocab_size: int | None,
+    folder: str | None = None,
 ) -> tuple[Dataset, SplitReport]:
-    """The pairs of ``parts`` that can train, and the report of all their rows."""
+    """The pairs of ``parts`` that can train, and the report of all their rows.
+
+    ``folder`` keeps their tokens, in place of the cache.
+    """
     from datasets import concatenate_datasets
 
     _check_kinds(parts, settings)
@@ -147,7 +178,7 @@ def assemble(
         if len(rows):
             raw = part.rows if len(rows) == len(part.rows) else part.rows.select(rows)
             with naming_bad_text(part.name, part.rows):
-                tokens = cached_map(raw, tokenizer, settings)
+                tokens = cached_map(raw, tokenizer, settings, folder)
             tables.append(with_reference(part.name, tokens, raw))
             made = np.array(tokens["row"][:])
             origins += [(part, int(rows[row])) for row in made]

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ..batching.pipeline import PairBatches, sheltered
+from ..batching.streams import check_same_shard
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
@@ -28,6 +30,13 @@ class BatchedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_EveryEpochsOrder(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', from the first shard of a stream on."""
+        if self.train_dataset is None:
+            raise UserError("train_dataset: give one to train on; this trainer can only evaluate")
+        self.pipeline.rewind(self.train_dataset)
+        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         return sheltered(super().get_train_dataloader())
@@ -89,3 +98,4 @@ class _EveryEpochsOrder(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._train_batches is not None:
             self.trainer._train_batches.set_epoch(int(state.epoch or 0))
+            check_same_shard(args, self.trainer.train_dataset)

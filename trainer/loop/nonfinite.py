@@ -152,7 +152,8 @@ class NonFiniteGuard(TrainerCallback):
         else:
             what = f"the gradient's norm is not finite; the step has pairs {_listed(losses)}"
             what += " of train_dataset"
-        return f"Step {step}: {what} (tokenized, counted from 0)"
+        rows: Any = self.trainer.train_dataset
+        return f"Step {step}: {what} (tokenized, counted from 0{rows.within})"
 
 
 def _sum(figures: Any) -> Tensor | None:

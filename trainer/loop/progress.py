@@ -1,4 +1,7 @@
-"""Losses and seconds of a run so far, kept in its checkpoints and reported by a resumed run."""
+"""Losses and seconds of a run so far, kept in its checkpoints and reported by a resumed run.
+
+And where a stream was, which a resumed run reads on.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..batching.streams import go_on_in_stream, place_in_stream
 from ..checkpoint.files import MANIFEST, read_manifest
 
 
@@ -26,9 +30,10 @@ class Progress:
     def __init__(self, trainer: Any, folder: Path | None) -> None:
         self.trainer = trainer
         self.began = time.monotonic()
-        self.before: dict[str, float] = {}
+        self.before: dict[str, Any] = {}
         if folder is not None and (folder / MANIFEST).is_file():
             self.before = read_manifest(folder)["run"].get("progress", {})
+            go_on_in_stream(trainer.train_dataset, self.before)
         self.restored = False
 
     @property
@@ -36,7 +41,7 @@ class Progress:
         """Of training, over all processes that carried it out one after another."""
         return self.before.get("seconds", 0.0) + time.monotonic() - self.began
 
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, Any]:
         """What a checkpoint's manifest keeps; a collective with several ranks."""
         observer, ranks = self.trainer.observer, self.trainer.args.world_size
         sums = self.trainer._tr_loss.detach().double().reshape(1)
@@ -50,6 +55,7 @@ class Progress:
             "last_logged": self.trainer._globalstep_last_logged,
             "seconds": self.seconds,
             "num_tokens": observer.num_tokens + tokens,
+            **place_in_stream(self.trainer.train_dataset),
         }
 
     def restore(self) -> None:

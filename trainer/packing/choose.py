@@ -248,6 +248,7 @@ def longest_row(parts: Sequence[PairRows | None], exchanged: bool) -> int:
     """The same of data sets; with answers ``exchanged``, also after other prompts."""
     known = [part for part in parts if part is not None]
     longest = longest_sequence(*(part.lengths for part in known))
+    longest = max([longest, *(part.longest_to_come for part in known)])
     return max([longest, *(part.longest_exchanged for part in known)]) if exchanged else longest
 
 

@@ -100,6 +100,9 @@ class DataSettings:
     mix_seed: int = 42
     #: Use at most this many rows for training, counted after the shuffle; None for all.
     max_train_samples: int | None = None
+    #: Pairs that are read at a time of an ``IterableDataset`` that trains, at least: each such
+    #: shard is planned as an epoch. A stream with fewer is read to its end, as a data set.
+    stream_shard_size: int = 16384
     #: Use at most this many rows for evaluation, counted after the shuffle; None for all.
     max_eval_samples: int | None = None
 
@@ -131,6 +134,7 @@ class DataSettings:
                 expect_bool(each.name, getattr(self, each.name))
         for name in ("max_length", "max_prompt_length", "max_completion_length"):
             _check_count(name, getattr(self, name), "tokens")
+        expect_whole("stream_shard_size", self.stream_shard_size, 1)
         for name in ("max_train_samples", "max_eval_samples"):
             _check_count(name, getattr(self, name), "rows")
         _check_count("preprocessing_num_workers", self.preprocessing_num_workers, "processes")

@@ -42,7 +42,14 @@ class PairRows(Dataset):
         max_length: of a prompt with the answer to another one.
         scored: rows also have ``score_chosen`` and ``score_rejected``, and answers with different
             scores are different leaves.
+
+    Attributes:
+        within: what rows are a part of, in messages that number them.
+        longest_to_come: tokens that a sequence may have of which the length is not known yet.
     """
+
+    within = ""
+    longest_to_come = 0
 
     @classmethod
     def of(cls, dataset: Any, settings: DataSettings) -> PairRows:
