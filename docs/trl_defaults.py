@@ -37,6 +37,7 @@ def write() -> None:
     from trl.experimental.cpo import CPOConfig
     from trl.experimental.orpo import ORPOConfig
     from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.kto_config import KTOConfig
 
     of_transformers = defaults_of(TrainingArguments)
     kinds = {
@@ -45,7 +46,7 @@ def write() -> None:
             for name, value in defaults_of(kind).items()
             if name not in of_transformers or of_transformers[name] != value
         }
-        for kind in (DPOConfig, CPOConfig, ORPOConfig)
+        for kind in (DPOConfig, CPOConfig, ORPOConfig, KTOConfig)
     }
     FILE.write_text(json.dumps({"version": trl.__version__} | kinds, indent=1) + "\n")
 

@@ -55,6 +55,8 @@ def settled_arguments(
             f"args: expected a PreferenceConfig, got {given}; PreferenceConfig(objective='dpo') is "
             "TRL's default, and for other libraries' settings see docs/migration.md"
         )
+    if args.use_liger_kernel and args.device.type == "cpu":
+        raise UserError("use_liger_kernel: leave it out here; its kernels need a GPU")
     if model_init is not None:
         if model is not None:
             raise UserError("model_init: given beside model; keep one")

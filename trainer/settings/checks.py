@@ -167,6 +167,8 @@ def check_attention(model: ModelSettings, mixed_precision: str) -> None:
     name = model.attn_implementation or ""
     if name == "flash_attention_2":
         _check_flash_attention()
+    elif "flash" in name and not torch.accelerator.is_available():
+        raise UserError(f"attn_implementation: {name} needs a GPU; set attn_implementation: sdpa")
     full = model.dtype == "float32" and mixed_precision == "no"
     if full and "flash_attention" in name:
         raise UserError(

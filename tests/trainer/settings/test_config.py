@@ -127,6 +127,14 @@ def test_flash_attention_has_no_full_precision(monkeypatch):
         PreferenceConfig(**given, **half)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device for it")
+def test_flash_attention_of_the_hub_needs_a_device():
+    with pytest.raises(UserError, match=r"attn_implementation: a/flash-attn2 needs a GPU; set"):
+        PreferenceConfig(
+            objective="simpo", bf16=True, use_cpu=True, attn_implementation="a/flash-attn2"
+        )
+
+
 def test_liger_leaves_the_head_alone(monkeypatch):
     monkeypatch.setattr(import_utils, "is_liger_kernel_available", lambda: True)
     config = PreferenceConfig(

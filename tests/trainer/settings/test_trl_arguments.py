@@ -153,7 +153,24 @@ ORPO: list[Row] = [
     ("label_smoothing", 0.1, "leave it out", "leave it out; orpo has none"),
 ]
 
-TABLES = {"dpo": DPO, "cpo": CPO, "simpo": SIMPO, "orpo": ORPO}
+KTO: list[Row] = [
+    (
+        "loss_type",
+        "kto",
+        r"or that with kl_estimate: mismatched \(TRL's KTOConfig",
+        "instead of it",
+    ),
+    (
+        *("loss_type", "apo_zero_unpaired", {"objective": "apo-zero-unpaired"}),
+        "write objective='apo-zero-unpaired' instead",
+    ),
+    ("desirable_weight", 1.5, {"desirable_weight": 1.5}, OWN),
+    ("undesirable_weight", 0.5, {"undesirable_weight": 0.5}, OWN),
+    ("train_sampling_strategy", "sequential", "always drawn in random order", "always drawn in"),
+    *(row for row in DPO if row[0] in trl_defaults.read()["KTOConfig"] and row[0] != "loss_type"),
+]
+
+TABLES = {"dpo": DPO, "cpo": CPO, "simpo": SIMPO, "orpo": ORPO, "kto": KTO}
 CASES = [(objective, *row) for objective, rows in TABLES.items() for row in rows]
 
 
@@ -203,6 +220,7 @@ def test_the_table_has_every_argument_that_trl_has():
         "DPOConfig": {"dpo"},
         "CPOConfig": {"cpo", "simpo"},
         "ORPOConfig": {"orpo"},
+        "KTOConfig": {"kto"},
     }.items():
         tried = {row[0] for objective in names for row in TABLES[objective]}
         assert set(theirs[kind]) <= tried, kind

@@ -2,7 +2,7 @@
 
 Sources: the YAML files of the SimPO, LMPO and gamma-PO repositories; the settings classes their
 scripts read them with (the alignment handbook's, which they build on, and a ``SimPOConfig`` of
-their own); transformers 4, whose names those files use; and TRL's DPO and CPO settings.
+their own); transformers 4, whose names those files use; and TRL's DPO, CPO and KTO settings.
 """
 
 from __future__ import annotations
@@ -278,8 +278,8 @@ TRL = (
     _dropped("force_use_ref_model", "ref_model_name_or_path, where given, is the reference"),
     _only("ref_model_init_kwargs", (), _MODEL_ARGUMENTS),
     Key("loss_weights", "objective", "with a list of loss_type: a mixture of objectives"),
-    _same("ld_alpha", "of objectives with a reference; null is 1"),
-    _same("use_weighting", "of every objective but aot and aot-unpaired"),
+    _same("ld_alpha", "of objectives of pairs with a reference; null is 1"),
+    _same("use_weighting", "of objectives whose loss is one pair's (not aot, lists, labels)"),
     _only("model_adapter_name", (), _ONE_GROUP),
     _only("ref_adapter_name", (), _ONE_GROUP),
     _same("router_aux_loss_coef", "by default the model's own, as TRL has it; 0 leaves it out"),
@@ -294,7 +294,7 @@ SOURCES = {
     "SimPO, and LMPO, which shares its settings": SIMPO,
     "gamma-PO adds": GAMMA_PO,
     "transformers 4": TRANSFORMERS,
-    "TRL's DPOConfig, CPOConfig and ScriptArguments": TRL,
+    "TRL's DPOConfig, CPOConfig, KTOConfig and ScriptArguments": TRL,
 }
 
 TABLE = {key.name: key for keys in SOURCES.values() for key in keys}

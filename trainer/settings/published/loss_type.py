@@ -22,8 +22,8 @@ MEANINGS = {
         "objective: ipo (gamma-PO, TRL's DPOConfig) or cpo-ipo (TRL's CPOConfig, no reference)"
     ),
     "kto": (
-        "objective: kto for gamma-PO's, on pairs; TRL's KTOConfig takes its KL term from "
-        "mismatched pairs"
+        "objective: kto (gamma-PO's, on pairs), or that with kl_estimate: mismatched (TRL's "
+        "KTOConfig, on single answers with labels)"
     ),
 }
 """What to write instead of a ``loss_type`` that means several losses."""
