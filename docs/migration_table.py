@@ -86,11 +86,12 @@ objective="apo-zero-unpaired", ...)`, for the same rows |
 | `peft_config=` | the same, for everything but `lm_head` |
 | `processing_class=`, `callbacks=`, `optimizers=` | the same |
 | `data_collator=` | one that returns what `PairCollator` does; TRL's return other batches |
+| columns `images`, `image` | the same, in prompts of [some families](data-formats.md#images), \
+embedded in the rows; the tower sees a pair's images once |
 | `loss_type: sigmoid` in a file | write `objective: dpo` (CPOConfig: `cpo`); alone it is asked \
 about, as `hinge`, `ipo`, `kto` and a `simpo` without its margin are; a list, which only DPOConfig \
 has, is `dpo` |
 | a model given by name | the same; `dtype` and `attn_implementation` are settings |
-| images beside the texts | refused: text alone trains here |
 
 {situations}; `python -m tests.trl_situations` tries them all.
 

@@ -264,10 +264,10 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
     def _start(self, lm: Any, small: Any) -> None:
         """Check the head where it will run, prepare the reference, and watch from here on."""
         # Losses are scaled here, over the step's pairs; the second name is transformers < 5.20's.
-        self.loss_is_scaled_for_ga = True
-        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         args: Any = self.args
-        try_model(lm, small, args, self.accelerator.autocast())
+        autocast, rows = self.accelerator.autocast(), self.train_dataset
+        try_model(lm, small, args, autocast, rows, self.data_collator)
         if self.reference is not None:
             self.reference.prepare(self, self.pipeline.packing)
         self.observer = Observer(lm, args)

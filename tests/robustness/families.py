@@ -160,7 +160,7 @@ most {apart} nats apart), and one training step. {counts}.
 - **not tried**: no tiny model of it could be made here, or it took too long. Your model is still
   compared with its logits before training.
 {wrong}
-No GPU, no real checkpoint and no image took part.
+No GPU, no real checkpoint and no image took part. [Images](data-formats.md#images) have a table.
 
 | family | result | packing, or the reason |
 | --- | --- | --- |

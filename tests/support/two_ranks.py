@@ -39,6 +39,7 @@ def trained_alike(
     """Train by one process and by two, whose weights and losses must be equal.
 
     Args:
+        folder: may have a model in ``model`` already.
         rows: of training.
         settings: of the run in YAML's flow style, without braces; 4 pairs are a micro-batch of all
             ranks.
@@ -46,11 +47,12 @@ def trained_alike(
     Returns:
         What the two printed, and the losses of the one.
     """
-    tiny_model().save_pretrained(folder / "model")
-    TOKENIZER.save_pretrained(folder / "model")
-    rows.to_json(folder / "train.jsonl")
+    if not (folder / "model").is_dir():
+        tiny_model().save_pretrained(folder / "model")
+        TOKENIZER.save_pretrained(folder / "model")
+    rows.to_parquet(folder / "train.parquet")
     (folder / "config.yaml").write_text(
-        "{model_name_or_path: ./model, dataset: train.jsonl, beta: 0.5, optim: sgd, "
+        "{model_name_or_path: ./model, dataset: train.parquet, beta: 0.5, optim: sgd, "
         "lr_scheduler_type: constant, max_grad_norm: 0.0, head_tail: exact, logging_steps: 1, "
         f"save_strategy: 'no', use_cpu: true, disable_tqdm: true, write_report: false, {settings}}}"
     )

@@ -12,7 +12,7 @@ from tests.trl_situations.situation import Situation
 DPO = {"objective": "dpo"}
 ONCE = {"precompute_ref_log_probs": True}
 STEPS = {"eval_strategy": "steps", "eval_steps": 1}
-NO_IMAGES = "pairs of text alone train here"
+NO_IMAGES = "images: give the model's own processor"
 
 FAMILIES = [
     *("cohere2", "glm4_moe", "gpt_oss", "qwen2", "qwen3_moe", "nemotron_h", "olmo3", "lfm2"),

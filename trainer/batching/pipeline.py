@@ -22,6 +22,7 @@ from ..data.table import FILLER_ID, PairRows, check_kind, is_tokenized
 from ..data.table.mismatched import neighbours
 from ..errors import UserError
 from ..packing.verify import packing_for
+from .images import refuse_raw_images, run_packing, run_processor
 from .planner import Plan, Planner
 from .run_plan import PlanSummary, fit_micro_batches, planner_for, summarise
 from .streams import StreamedRows, read_stream, rows_of_stream
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.images.processor import ImageProcessor
     from ..objectives import Objective
     from ..packing.choose import Packing
     from ..settings.config import PreferenceConfig
@@ -68,6 +70,7 @@ class PairPipeline:
         self.reports: dict[str, SplitReport] = {}
         self.packing: Packing | None = None
         self.layout = "padded"
+        self.images: ImageProcessor | None = None
 
     def training_rows(self, dataset: Any) -> Any:
         """The rows of the data set of training, tokenized if it is raw; None for None."""
@@ -90,6 +93,8 @@ class PairPipeline:
         rows = self._tokenized(dataset, name, reports)
         if rows is not None:
             check_kind(self.objective.takes, rows.single, name)
+            if rows.has_images and self.images is None:
+                self.images = run_processor(self.tokenizer, self.settings, self.objective)
         if rows is not None and self.objective.ranks_lists and not rows.has_lists:
             raise UserError(
                 f"{name}: name the objective in the settings, so that the scores and all answers "
@@ -103,6 +108,7 @@ class PairPipeline:
         if dataset is None or isinstance(dataset, PairRows):
             return dataset
         if is_tokenized(dataset):
+            refuse_raw_images(name, dataset)
             if name == "train_dataset":
                 check_scores(self.settings, dataset.column_names, name)
             rows = PairRows.of(dataset, self.settings)
@@ -160,8 +166,10 @@ class PairPipeline:
             )
         if collator is None:
             lengths = None if rows is None else rows.lengths
-            self.packing = packing_for(model, self.settings, lengths, stand_in)
+            padded = run_packing(self.images, model, rows, self.settings)
+            self.packing = padded or packing_for(model, self.settings, lengths, stand_in)
             collator = self.packing.collator(pad_token(self.tokenizer, self.vocab_size))
+            collator.images = self.images
             collator.scores_prompts = self.objective.scores_prompts
         self.layout = getattr(collator, "layout", "padded")
         if rows is not None:

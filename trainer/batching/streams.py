@@ -43,13 +43,18 @@ def read_stream(stream: IterableDataset, most: int | None) -> Dataset:
     folder = _temporary_folder()
 
     def rows() -> Iterator[dict[str, Any]]:
-        yield from stream if most is None else stream.take(most)
+        yield from as_stored(stream if most is None else stream.take(most))
 
     try:
         read: Any = Dataset.from_generator(rows, cache_dir=folder)
     except Exception as error:
         raise _unreadable(error.__cause__ or error) from error
     return read
+
+
+def as_stored(stream: IterableDataset) -> IterableDataset:
+    """``stream`` without its images and sounds decoded, which would open the files they name."""
+    return stream.decode(False) if stream.features else stream
 
 
 class Shards:
@@ -68,7 +73,7 @@ class Shards:
     """
 
     def __init__(self, stream: IterableDataset, size: int, prepare: Prepare) -> None:
-        self.stream = stream.with_format(None)
+        self.stream = as_stored(stream.with_format(None))
         self.size, self.prepare = size, prepare
         self.places: dict[int, tuple[int, int]] = {0: (0, 0)}
         self.digests: dict[int, str] = {}

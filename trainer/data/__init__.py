@@ -3,9 +3,10 @@
 May import settings. Start in `pairs`, whose `load_pairs` calls the rest. A row passes through, in
 this order: `sources` (names -> raw rows; `formats` has the forms that these come in), `rows` (a raw
 row -> a pair of texts or messages), `chat` (a pair -> text, through the chat template; `separate`
-has the published scripts' way), `guard` (text that the template left out), `encoding` (text ->
-token ids, by `encoder`; `turns` says which are scored), `limits` (ids -> those that fit), `table`
-(ids -> the columns that batches read). `report` counts the rows.
+has the published scripts' way), `guard` (text that the template left out), `images` (the tokens of
+images that prompts show), `encoding` (text -> token ids, by `encoder`; `turns` says which are
+scored), `limits` (ids -> those that fit), `table` (ids -> the columns that batches read). `report`
+counts the rows.
 """
 
 from ..settings.data import DataSettings

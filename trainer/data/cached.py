@@ -35,19 +35,26 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from .images.processor import ImageProcessor
+
 
 # Raise it when the same rows, tokenizer and settings come to give other tokens or counts.
 _VERSION = 8
+
+IMAGES_AT_ONCE = 32
+"""Rows with images that are in memory at a time."""
 
 
 def cached_map(
     raw: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     settings: DataSettings,
+    images: ImageProcessor | None = None,
     folder: str | None = None,
 ) -> Dataset:
     """The rows of ``raw`` tokenized (or, if they hold ids already, checked and cut).
 
+    With the processor of ``images`` rows may have some, and the result has their columns.
     ``folder`` keeps them, in place of the data sets' cache.
     """
     from datasets import config
@@ -61,21 +68,23 @@ def cached_map(
         )
     stops = generation_stops(tokenizer, settings)
     edges = Edges(settings.edges or EDGES[0], settings.edge_gap)
-    key = fingerprint(raw, tokenizer, limits, rendering, stops, edges)
+    key = fingerprint(raw, tokenizer, limits, rendering, stops, edges, images)
     folder = folder or os.path.join(config.HF_DATASETS_CACHE, "widemargin")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"pairs-{key}.arrow")
     with FileLock(path + ".lock"), unchanged(Path(folder), key):
         return raw.map(
             DyingWithParent(
-                TokenizedReader(limits, only_id(tokenizer.bos_token_id))
+                TokenizedReader(limits, only_id(tokenizer.bos_token_id), images is not None)
                 if is_tokenized(raw)
-                else PairTokenizer(tokenizer, limits, rendering, stops, edges)
+                else PairTokenizer(tokenizer, limits, rendering, stops, edges, images)
             ),
             batched=True,
             with_indices=True,
             remove_columns=raw.column_names,
-            features=features(),
+            features=features(images is not None),
+            batch_size=1000 if images is None else IMAGES_AT_ONCE,
+            writer_batch_size=None if images is None else IMAGES_AT_ONCE,
             num_proc=settings.preprocessing_num_workers,
             new_fingerprint=key,
             cache_file_name=path,
@@ -90,6 +99,7 @@ def fingerprint(
     rendering: Rendering | None = None,
     stops: frozenset[int] = frozenset(),
     edges: Edges | None = None,
+    images: ImageProcessor | None = None,
 ) -> str:
     """The hash of all that decides the tokens of ``raw``."""
     import tokenizers
@@ -99,6 +109,7 @@ def fingerprint(
     versions = [_VERSION, transformers.__version__, tokenizers.__version__]
     settings = [asdict(limits), asdict(rendering or Rendering()), sorted(stops)]
     settings.append(asdict(edges or Edges()))
+    settings += [] if images is None else [images.content]
     facts = [versions, raw._fingerprint, _tokenizer_content(tokenizer), settings]
     return Hasher.hash(json.dumps(facts, sort_keys=True, default=str))
 

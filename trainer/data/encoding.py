@@ -18,6 +18,7 @@ All this is ``chat_rendering: joint``; `separate` has the published scripts' way
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .chat import (
@@ -33,6 +34,7 @@ from .encoder import TripleEncoder, single_bos, unknown_id
 from .formats.answers import DESIRABLE, NUMBER_COLUMNS, SCORES, Edges
 from .formats.shapes import standard_rows
 from .guard import ANSWER_LOST, guarded
+from .images.columns import show_images
 from .limits import (
     BOS_DOUBLED,
     CHOSEN_NO_END,
@@ -69,6 +71,8 @@ from .turns import Ends, Side, TurnScorer, find_ends
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .images.processor import ImageProcessor
+
 _LARGEST_ID = 2**31 - 1
 
 
@@ -82,8 +86,10 @@ class PairTokenizer:
         rendering: Rendering | None = None,
         stops: frozenset[int] = frozenset(),
         edges: Edges | None = None,
+        images: ImageProcessor | None = None,
     ):
         self.tokenizer = tokenizer
+        self.images = images
         self.limits = limits
         self.edges = edges or Edges()
         self.rendering = rendering or Rendering()
@@ -116,13 +122,16 @@ class PairTokenizer:
             guarded(pair, texts, self.template)
             for pair, texts in zip(pairs, self._render(pairs), strict=True)
         ]
+        if self.images is not None:
+            rendered = [*map(self.images.expanded, rendered, pairs)]
         ids = iter(self.encode([texts for texts in rendered if not isinstance(texts, RowProblem)]))
-        return token_columns(
+        made = (
             texts
             if isinstance(texts, RowProblem)
             else attempt(self._finish, pair, texts, next(ids))
             for pair, texts in zip(pairs, rendered, strict=True)
-        ) | {"row": origins}
+        )
+        return token_columns(made, images=self.images is not None) | {"row": origins}
 
     def _pairs(self, row: dict[str, Any]) -> list[Pair | RowProblem]:
         """The pairs of a row, which may have several answers."""
@@ -135,6 +144,7 @@ class PairTokenizer:
     def _read(self, row: dict[str, Any]) -> Pair:
         pair = read_row(row)
         pair.numbers = numbers_of(row)
+        show_images(pair, row)
         if self.rendering.separate:
             pair = last_turns(pair, row)
         if not pair.conversation:
@@ -221,7 +231,7 @@ class PairTokenizer:
         first, second = sides
         unscored = (first.unscored, second.unscored)
         sides = (first.ids, second.ids)
-        tokens = Tokens(prompt[:shared], *sides, flags, detail, unscored, pair.numbers)
+        tokens = Tokens(prompt[:shared], *sides, flags, detail, unscored, pair.numbers, pair.images)
         return fit(tokens, self.limits, self.bos_id)
 
     def _side(
@@ -248,15 +258,15 @@ def from_first_answer(pair: Pair) -> Pair:
     asked = roles.index("user") if "user" in roles else 0
     first = next((i for i in range(asked, len(roles)) if roles[i] == "assistant"), len(roles))
     history = pair.prompt[first:]
-    return Pair(pair.prompt[:first], history + pair.chosen, history + pair.rejected, True)
+    sides = {"chosen": history + pair.chosen, "rejected": history + pair.rejected}
+    return replace(pair, prompt=pair.prompt[:first], begun=None, **sides)
 
 
 class TokenizedReader:
     """Batches that hold token ids already -> the same columns, checked and cut."""
 
-    def __init__(self, limits: Limits, bos_id: int | None):
-        self.limits = limits
-        self.bos_id = bos_id
+    def __init__(self, limits: Limits, bos_id: int | None, images: bool = False):
+        self.limits, self.bos_id, self.images = limits, bos_id, images
 
     def __call__(
         self, batch: dict[str, list[Any]], indices: list[int] | None = None
@@ -269,7 +279,8 @@ class TokenizedReader:
             for row in zip(*(batch[name] for name in names), strict=True)
         ]
         origins = list(range(len(rows))) if indices is None else indices
-        return token_columns(attempt(self._read, row) for row in rows) | {"row": origins}
+        made = (attempt(self._read, row) for row in rows)
+        return token_columns(made, self.images) | {"row": origins}
 
     def _read(self, row: dict[str, Any]) -> Tokens:
         numbers = numbers_of(row)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 OK = "ok"
 NO_PROMPT_TOKEN = "no prompt token to predict the completion from"
 NOTHING_LEFT = "nothing left of a completion after truncation"
+IMAGES_CUT = "a prompt with images over the limits, which none is cut to"
 NOT_SCORED = "nothing of an answer is scored"
 IDENTICAL_CUT = "identical sides after truncation"
 
@@ -63,6 +64,8 @@ class Tokens:
     unscored: tuple[list[int], list[int]] = ([], [])
     #: What the row says of the pair, by column: `formats.answers.NUMBER_COLUMNS`.
     numbers: dict[str, float] = field(default_factory=dict)
+    #: The images whose tokens are among the prompt's.
+    images: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def fit(
         raise RowProblem(IDENTICAL, "chosen and rejected have the same tokens")
     prompt, room = limits.published_cut(tokens) if as_published else limits.cut(tokens, bos_id)
     flags = tokens.flags | ({PROMPT_CUT} if len(prompt) < len(tokens.prompt) else set())
+    if tokens.images and PROMPT_CUT in flags:
+        raise RowProblem(IMAGES_CUT, f"of {len(tokens.prompt)} tokens, its images' included")
     if room is None:
         return replace(tokens, prompt=prompt, flags=flags)
     if room <= 0:

@@ -16,6 +16,7 @@ from .chat import template_notes
 from .formats.answers import NUMBER_COLUMNS, SCORES
 from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE
+from .images.processor import IMAGE_KEY, IMAGES, processor_of
 from .limits import IDENTICAL_CUT, NOT_SCORED, NOTHING_LEFT, OK, TEXT_LOST
 from .report import DataReport, SourceCount, SplitReport, count_rows
 from .sources import Part, checked_columns, first_row_notes, gather, has_answers
@@ -168,6 +169,7 @@ def assemble(
     if not len(order):
         raise UserError(f"{_names(parts)}: no rows; check the fractions and the files")
     used = np.sort(order)
+    images = processor_of([part.rows for part in parts], tokenizer, settings)
     tables, sources, origins, places = [], [], [], []
     for part, low, high in zip(parts, starts[:-1], starts[1:], strict=True):
         rows = used[(used >= low) & (used < high)] - low
@@ -178,14 +180,15 @@ def assemble(
         if len(rows):
             raw = part.rows if len(rows) == len(part.rows) else part.rows.select(rows)
             with naming_bad_text(part.name, part.rows):
-                tokens = cached_map(raw, tokenizer, settings, folder)
+                tokens = cached_map(raw, tokenizer, settings, images, folder)
             tables.append(with_reference(part.name, tokens, raw))
             made = np.array(tokens["row"][:])
             origins += [(part, int(rows[row])) for row in made]
             places.append(made + np.searchsorted(used, low))
     check_reference(tables, _names(parts))
     table = concatenate_datasets(tables)
-    arrow: pyarrow.Table = table.with_format("arrow")[:]
+    shown = [] if images is None else [IMAGES, IMAGE_KEY]
+    arrow: pyarrow.Table = table.remove_columns(shown).with_format("arrow")[:]
     trains = np.array([status == OK for status in arrow["status"].to_pylist()], dtype=bool)
     report = count_rows("train" if training else "evaluation", sources, origins, arrow, trains)
     _check_rows(report, settings)
@@ -196,7 +199,7 @@ def assemble(
     if training:
         check_scores(settings, said, _names(parts))
     kept = [*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ()), *reference_of(table), *said]
-    table = table.select_columns(kept)
+    table = table.select_columns([*kept, *shown])
     return _arrange(table, positions[trains[positions]], settings, training, report), report
 
 

@@ -63,6 +63,8 @@ class Pair:
     begun: dict[str, Any] | None = None
     #: What the chat template is given beside the messages: ``tools``, and what it calls its own.
     arguments: dict[str, Any] = field(default_factory=dict)
+    #: The images that its prompt shows, encoded.
+    images: list[bytes] = field(default_factory=list)
     #: What of its text the chat template left out.
     lost: str = ""
     #: Of `NUMBER_COLUMNS` those that the row has.

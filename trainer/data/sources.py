@@ -24,12 +24,13 @@ from .formats.messages import MESSAGE_FIELDS, as_messages
 from .formats.shapes import (
     ARGUMENTS,
     GROUPED,
-    MEDIA,
+    IMAGE_COLUMNS,
     PROMPT_LIKE,
     Shape,
     shape_of,
     standard_rows,
 )
+from .images.columns import checked_media
 from .rows import ANSWER_MARK, RowProblem, attempt, read_row
 from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, is_single, is_tokenized, reference_columns
 
@@ -146,7 +147,7 @@ def checked_columns(
         advice = _ADVICE.get(kind, "make one with Dataset.from_list(rows)")
         raise UserError(f"{name}: expected a datasets.Dataset, got {kind}; {advice}")
     if is_tokenized(dataset):
-        return _tokens_of(dataset, columns, renamed or {})
+        return _tokens_of(name, dataset, columns, renamed or {})
     dataset = _renamed(name, _in_python(name, dataset), renamed or {})
     columns = dataset.column_names
     shape = shape_of(tuple(columns), several)
@@ -157,10 +158,11 @@ def checked_columns(
             "names in columns: {prompt: ..., chosen: ..., rejected: ...}; or prompt, completions "
             "and scores (or ranks), several answers a row; or prompt, completion and label, one"
         )
-    _check_media(name, dataset)
-    read = shape.reads(columns)
+    dataset, images = checked_media(name, dataset, readable=shape.needs != GROUPED)
+    read = [it for it in shape.reads(columns) if it not in IMAGE_COLUMNS or it in images]
     for column in read:
-        _check_text(name, column, dataset.features[column])
+        if column not in images:
+            _check_text(name, column, dataset.features[column])
     _check_prompt(name, dataset, shape, read)
     reference = reference_columns(columns)
     if shape.needs == GROUPED:  # they become pairs of those columns alone
@@ -174,13 +176,14 @@ def checked_columns(
     unread = [column for column in columns if column not in (*read, *reference)]
     notes += [f"nothing reads its columns {', '.join(unread)}"] if unread else []
     if shape.needs == GROUPED:
-        return _grouped(dataset, notes), notes
+        return _grouped(dataset.select_columns(read), notes), notes
     return dataset.select_columns([*read, *reference]), notes
 
 
 def _tokens_of(
-    dataset: Any, columns: list[str], renamed: Mapping[str, str]
+    name: str, dataset: Any, columns: list[str], renamed: Mapping[str, str]
 ) -> tuple[Dataset, list[str]]:
+    checked_media(name, dataset, readable=False)
     known = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *NUMBER_COLUMNS, *reference_columns(columns))
     kept = [column for column in known if column in columns]
     unread = [column for column in columns if column not in kept]
@@ -250,32 +253,13 @@ def _renamed(name: str, dataset: Any, names: Mapping[str, str]) -> Any:
     return dataset.remove_columns(hidden).rename_columns(names) if names else dataset
 
 
-def _check_media(name: str, dataset: Any) -> None:
-    import pyarrow.compute as pc
-
-    for column in dataset.column_names:
-        if column.casefold() not in MEDIA:
-            continue
-        stored: Any = dataset.data.column(column)
-        if dataset._indices is not None:  # a filter's choice of rows lies beside the table
-            stored = stored.take(dataset._indices.column(0))
-        listed = "list" in str(stored.type)
-        sizes = pc.call_function("list_value_length", [stored]) if listed else stored.is_valid()
-        if pc.call_function("any", [sizes.cast("bool")]).as_py():
-            raise UserError(
-                f"data set {name!r} has {column}: pairs of text alone train here, and without its "
-                f"{column} a pair means something else; leave out such rows, or the column if the "
-                "texts stand by themselves"
-            )
-
-
 def _check_prompt(name: str, dataset: Any, shape: Shape, read: list[str]) -> None:
     """Raise ``UserError`` where there is no prompt but a column that seems to hold it."""
     like = [column for column in dataset.column_names if column.casefold() in PROMPT_LIKE]
     like = [column for column in like if column not in read]
     if shape.needs != ("chosen", "rejected") or not like or not len(dataset):
         return
-    side = attempt(as_messages, dataset[0]["chosen"])
+    side = attempt(as_messages, dataset.select_columns(["chosen"])[0]["chosen"])
     answer = isinstance(side, str) and ANSWER_MARK not in side
     if isinstance(side, list) and side and isinstance(side[0], dict):
         answer = side[0].get("role") == "assistant"

@@ -43,6 +43,8 @@ def own_tokenizer(processing_class: Any) -> Any:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer is not processing_class and not tokenizer.chat_template:
         tokenizer.chat_template = getattr(processing_class, "chat_template", None)
+    if hasattr(processing_class, "image_processor"):
+        tokenizer.processor = processing_class
     if type(tokenizer).__name__.startswith("MistralCommon"):
         raise UserError(
             "tokenizer: give one of transformers' own (a folder with tokenizer.json and a chat "

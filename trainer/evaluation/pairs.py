@@ -13,6 +13,7 @@ import torch
 from ...kernels.margin_loss.function import sequence_logps
 from ..data import PairData
 from ..data.chat import pad_token
+from ..data.images.processor import ImageProcessor, image_processor
 from ..data.pairs import assemble
 from ..data.report import DataReport
 from ..data.sources import gather
@@ -120,7 +121,9 @@ def _scored(
     name: str, settings: PairSettings, rows: PairRows, tokenizer: PreTrainedTokenizerBase
 ) -> PairLogps:
     model = read_model(settings, name)
-    logps = score_pairs(model, rows, settings, pad_token(tokenizer, vocabulary_size(model)))
+    images = image_processor(tokenizer, settings) if rows.has_images else None
+    pad = pad_token(tokenizer, vocabulary_size(model))
+    logps = score_pairs(model, rows, settings, pad, images)
     del model  # makes room for the reference
     gc.collect()
     if torch.cuda.is_available():
@@ -135,7 +138,11 @@ def _scored(
 
 
 def score_pairs(
-    model: PreTrainedModel, rows: PairRows, settings: PairSettings, pad_token_id: int
+    model: PreTrainedModel,
+    rows: PairRows,
+    settings: PairSettings,
+    pad_token_id: int,
+    images: ImageProcessor | None = None,
 ) -> PairLogps:
     """The model's log-probs of all pairs; ``model`` is patched, see `patch_head`, if it is not yet.
 
@@ -148,7 +155,7 @@ def score_pairs(
         patch_head(model)
     check_head(model)
     packing = settle_packing(
-        settings.packing,
+        "padded" if images is not None and images.family.sees_ahead else settings.packing,
         model,
         device=model.device,
         dtype=getattr(torch, dtype_of(settings)),
@@ -157,6 +164,7 @@ def score_pairs(
         max_tokens=settings.max_tokens_per_batch,
     )
     collator = packing.collator(pad_token_id)
+    collator.images = images
     sums = np.zeros((2, len(rows)))
     indices, batch_sums = [], []
     with torch.no_grad(), tqdm(total=len(rows), unit="pair", disable=None) as bar:

@@ -76,10 +76,13 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
         )
     if hasattr(model, "get_base_model"):
         raise UserError("peft_config: the model has an adapter already; give one or the other")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    tied = getattr(embedding, "weight", None) is head.weight
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model.enable_input_require_grads()  # for reentrant checkpointing; peft does it elsewhere
+    _leave_tower(model, peft_config)
     _leave_experts(model, peft_config)
     try:
         with without_peft_warnings():
@@ -97,7 +100,6 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
             "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
             "take; leave lm_head out of target_modules and modules_to_save"
         )
-    tied = model.config.get_text_config().tie_word_embeddings
     if tied and model.get_input_embeddings() is not embedding:
         raise UserError(
             "peft_config: it trains the embedding, whose weight is also lm_head's here "
@@ -105,6 +107,18 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
             "target_modules and modules_to_save"
         )
     return adapted
+
+
+def _leave_tower(model: Any, peft_config: Any) -> None:
+    """Keep "all-linear" to the language model where the model also has one for images or sound."""
+    if getattr(peft_config, "target_modules", None) != "all-linear":
+        return
+    if getattr(peft_config, "exclude_modules", True):
+        return  # someone chose, or an adapter that cannot
+    decoder, inner = model.get_decoder(), model.base_model
+    names = [n for n, part in inner.named_children() if part is not decoder]
+    if decoder is not inner and any(part is decoder for part in inner.children()) and names:
+        peft_config.exclude_modules = rf"(.*\.)?({'|'.join(names)})(\..*)?"
 
 
 def _leave_experts(model: PreTrainedModel, peft_config: Any) -> None:

@@ -25,6 +25,7 @@ from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tai
 from ..errors import UserError
 from ..packing.masks import packed_arguments
 from .experts import balance_loss
+from .images import with_image_features
 from .tensor_parallel import check_sharded, is_sharded, sharded_scores
 
 if TYPE_CHECKING:
@@ -128,9 +129,9 @@ def _model_forward(
     kwargs["use_cache"] = False
     if router_weights is not None:
         kwargs["output_router_logits"] = True
-    outputs = inner_model(self)(*args, **kwargs)
-    hidden = outputs[0]
-    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, select)
+    inner = inner_model(self)
+    outputs = inner(*args, **with_image_features(inner, kwargs))
+    picked = outputs[0].flatten(0, -2).index_select(0, select)
     token_logps, mean_logits, figures = self.get_output_embeddings()(picked, targets=targets)
     aux_loss = None
     router_logits = getattr(outputs, "router_logits", None)  # a family's dense models have none

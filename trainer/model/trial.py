@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..data.images.processor import IMAGES
 from ..errors import UserError
+from ..packing import model_inputs
 from ..packing.choose import longest_row
 from ..packing.rope import fix_rope
+from ..packing.verify import evaluating
 from ..settings.checks import is_split
 from .adapters import bare_model, without_adapter
 from .head import patch_head
+from .images import check_images
 from .loading import context_of, disable_dropout
 from .stand_in import stand_in
 
@@ -52,11 +56,17 @@ def trial_model(model: Any, args: PreferenceConfig) -> Any:
 
 
 def try_model(
-    model: Any, small: Any, args: PreferenceConfig, autocast: AbstractContextManager
+    model: Any,
+    small: Any,
+    args: PreferenceConfig,
+    autocast: AbstractContextManager,
+    rows: Any = None,
+    collate: Any = None,
 ) -> None:
     """Raise ``UserError`` where the head, causality or dropout is not as training needs it.
 
-    ``small`` is what `trial_model` gave for ``model``.
+    ``small`` is what `trial_model` gave for ``model``. With images in ``rows`` of training the
+    batch that ``collate`` makes of one is tried too.
     """
     if is_split(args):
         if small is None:
@@ -66,6 +76,24 @@ def try_model(
         check_head(model)
         if args.disable_dropout:
             check_no_dropout(model)
+        if model is not small and getattr(rows, "has_images", False):
+            _try_images(model, rows, collate)
+
+
+@torch.no_grad()
+def _try_images(model: Any, rows: PairRows, collate: Any) -> None:
+    """Compare a pair of ``rows`` with the model's own logits, in the batch that training makes."""
+    if getattr(collate, "images", None) is None:  # the user's own
+        return
+    [row] = rows.__getitems__([int(rows.list_lengths(IMAGES).argmax())])
+    batch: Any = collate([row])
+    inputs = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in model_inputs(batch).items()
+    }
+    with evaluating(model):
+        scored = model(**inputs).token_logps[: int(batch["cu_seqlens"][1])]
+        check_images(bare_model(model), collate.images, row, scored)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from .recurrent import MIXED, RECURRENT, has_no_attention, is_recurrent
 from .varlen import knows_windows
 
 if TYPE_CHECKING:
+    from ..data.images.processor import Family
     from ..data.table import PairLengths, PairRows
 
 FAMILIES = frozenset(
@@ -122,6 +123,26 @@ def packings(
 def choose_packing(setting: str, config: Any, **circumstances: Any) -> Packing:
     """The first of `packings`, with the same arguments and errors."""
     return packings(setting, config, **circumstances)[0]
+
+
+def packing_of_images(family: Family, config: Any, setting: str) -> Packing | None:
+    """The packing of prompts with images where there is no choice; None where there is.
+
+    Raises:
+        UserError: the model is of another family, or ``setting`` not one that it can have.
+    """
+    kind = config.model_type
+    if kind != family.model:
+        raise UserError(
+            f"images: give the model's own processor; the model is of the kind {kind}, the "
+            f"processor for {family.model}"
+        )
+    if not family.sees_ahead:
+        return None
+    reason = f"tokens of an image see later ones in {kind}"
+    if setting not in ("auto", "padded"):
+        raise UserError(f"packing: set padded, or auto; {reason}")
+    return Packing("padded", "dense", reason)
 
 
 def area_cost(config: Any) -> float:

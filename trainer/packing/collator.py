@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..data.formats.answers import DESIRABLE, SCORES
+from ..data.images.processor import IMAGES
 from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
 from ..data.table.mismatched import IDS, exchanged
 from ..data.table.trees import runs
 from ..settings.names import Layout
+from .images import IMAGE_INPUTS, add_images
 from .layout import (
     BLOCK,
     Forest,
@@ -23,22 +25,17 @@ from .layout import (
     token_ids,
     varlen_lengths,
 )
+from .varlen import VARLEN_ARGUMENTS
+
+if TYPE_CHECKING:
+    from ..data.images.processor import ImageProcessor
 
 MODEL_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "segment_ids",
-    "branch_ids",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "kv_index",
-    "select",
-    "targets",
+    *("input_ids", "attention_mask", "position_ids", "segment_ids", "branch_ids"),
+    *VARLEN_ARGUMENTS,
+    *("select", "targets"),
+    *IMAGE_INPUTS,
 )
-
 
 PAIR_INPUTS = ("edges", "weights", "margins", "prompt_cu_seqlens", "prompts")
 """What an objective takes of a batch beside sequences, where the batch has it."""
@@ -95,6 +92,8 @@ class PairCollator:
                                        log-probs
     =====================  ==========  ==========================================================
 
+    Where rows have images, ``images`` is their processor, and `add_images` says what is added.
+
     With ``scores_prompts`` the prompts, each once, follow the completions in ``select`` and
     ``targets``, but for each one's first token, which nothing predicts:
 
@@ -143,6 +142,7 @@ class PairCollator:
         self.area_cost = area_cost
         self.shortest_row = shortest_row
         self.scores_prompts = False
+        self.images: ImageProcessor | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         forest = Forest.of(rows)
@@ -152,6 +152,8 @@ class PairCollator:
             "prefix_shared": self._prefix_shared,
         }
         batch = layouts[self.layout](forest)
+        if IMAGES in rows[0]:
+            add_images(self.images, batch, forest, rows, self.layout == "prefix_shared")
         batch["targets"] = np.concatenate([np.asarray(c, np.int64) for c in forest.completions])
         batch["cu_seqlens"] = np.concatenate([[0], np.cumsum(forest.counts)]).astype(np.int32)
         if any(name in rows[0] for name in UNSCORED_COLUMNS):

@@ -32,8 +32,9 @@ def packed_arguments(
 
     Args:
         model: the causal language model.
-        arguments: those of its forward; ``position_ids`` [B, T] among them, and for varlen
-            attention ``cu_seq_lens_q`` and the rest of what `PairCollator` gives.
+        arguments: those of its forward; ``position_ids`` [B, T] among them (or [4, B, T], the
+            first in the token's sequence), and for varlen attention ``cu_seq_lens_q`` and the rest
+            of what `PairCollator` gives.
         segment_ids: [B, T]; -1 on padding.
         branch_ids: [B, T]: 0 prompt, leaves from 1 on; None where no prefix is shared.
 
@@ -64,7 +65,8 @@ def packed_arguments(
     if branch_ids is None:
         branch_ids = torch.zeros_like(segment_ids)
     dtype = model.get_input_embeddings().weight.dtype
-    masks = pair_masks(config, segment_ids, branch_ids, positions, dtype)
+    in_sequence = positions if positions.dim() == 2 else positions[0]
+    masks = pair_masks(config, segment_ids, branch_ids, in_sequence, dtype)
     return arguments | {"attention_mask": masks}
 
 

@@ -188,7 +188,7 @@ class Alone:
     def of(cls, model: PreTrainedModel) -> Alone:
         rows, parameters = _rows(model), _first_layer(model)
         parts, total = [], torch.zeros(1)
-        with _evaluating(model):
+        with evaluating(model):
             for side in TOKEN_COLUMNS[1:]:
                 for row in rows:
                     try:
@@ -213,7 +213,7 @@ def compare_with_alone(
     if expected.error is not None:
         return expected.error
     try:
-        with _evaluating(model):
+        with evaluating(model):
             logps, gradient = _scored(model, packing.collator(0)(_rows(model)), _first_layer(model))
     except Exception as error:  # whatever a family raises, the answer is that it cannot
         return _in_short(error)
@@ -253,7 +253,7 @@ def _one(prompt: list[int], completion: list[int]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

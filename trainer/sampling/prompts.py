@@ -19,6 +19,7 @@ from ..data.formats.files import ONE_TABLE, open_source
 from ..data.formats.messages import content_text
 from ..data.formats.shapes import standard_rows
 from ..data.guard import PROMPT_LOST, occurs
+from ..data.images.columns import checked_media, show_images
 from ..data.rows import Pair, RowProblem, attempt, dressed, read_row
 from ..data.template import content_forms
 from ..errors import UserError
@@ -52,11 +53,11 @@ def open_prompts(source: str, split: str | None) -> Any:
     """The rows of a file, a folder or a hub name; of ``split``, or of its training split."""
     tables = open_source(source, [split or "train"], [])
     if ONE_TABLE in tables:
-        return tables[ONE_TABLE]
+        return checked_media(source, tables[ONE_TABLE], readable=False)[0]
     names = [name for name in tables if (name == split if split else "train" in name)]
     if len(names) != 1:
         raise UserError(f"--split: name one of {', '.join(tables)}, the splits of {source}")
-    return tables[names[0]]
+    return checked_media(source, tables[names[0]], readable=False)[0]
 
 
 def read_prompts(
@@ -124,7 +125,9 @@ def _read(row: dict[str, Any]) -> Pair:
     """The row as a pair, whose answers mean nothing."""
     if not _SIDES.keys() <= row.keys():
         row = row | _SIDES | ({"prompt": transcript(row["prompt"])} if "prompt" in row else {})
-    return read_row(standard_rows(row, Edges())[0])
+    pair = read_row(standard_rows(row, Edges())[0])
+    show_images(pair, row)  # none, so no message may have a place for one
+    return pair
 
 
 def _tokens(prompt: Prompt, talk: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:

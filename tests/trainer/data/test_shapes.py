@@ -138,7 +138,7 @@ def test_a_prompt_under_an_unknown_name_is_an_error_that_names_it(column):
 
 def test_media_are_refused_and_empty_columns_of_them_are_not():
     row = {"prompt": [user(Q)], "chosen": [bot(GOOD)], "rejected": [bot(BAD)]}
-    with pytest.raises(UserError, match="has images"):
+    with pytest.raises(UserError, match="put the images themselves into its column images"):
         made([row | {"images": ["cat.png"]}])
     assert "nothing reads its columns images" in made([row | {"images": []}])[1]
     mixed = Dataset.from_list([row | {"images": ["cat.png"]}, row | {"images": []}])

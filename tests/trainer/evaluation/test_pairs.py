@@ -26,6 +26,13 @@ from widemargin.trainer.evaluation.settings import BETAS, PairSettings, pair_set
 from widemargin.trainer.model.head import patch_head
 
 from tests.support.eval_files import save_model, save_pairs
+from tests.support.tiny_images import (
+    image_model,
+    image_pairs,
+    image_processor,
+    image_rows,
+    own_logps,
+)
 from tests.support.tiny_models import TOKENIZER, tiny_model, tiny_pairs
 from tests.trainer.test_cli import assert_one_line_error
 
@@ -53,6 +60,21 @@ def plain_logps(model: Any, row: dict[str, Any], side: str) -> float:
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
     logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
     return float(logps.gather(1, torch.tensor(answer)[:, None]).sum())
+
+
+def test_images_are_seen(tmp_path):
+    image_model("llava").save_pretrained(tmp_path / "model")
+    image_processor("llava").save_pretrained(tmp_path / "model")
+    image_pairs().to_parquet(tmp_path / "pairs.parquet")
+    run(tmp_path, tmp_path, "--dataset", str(tmp_path / "pairs.parquet"), "--max-length=128")
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    model, processor = image_model("llava").eval(), image_processor("llava")
+    for raw, row in zip(image_rows(), rows, strict=True):
+        for side in ("chosen", "rejected"):
+            begin = row["prompt_tokens"]
+            _, logps = own_logps(model, processor, raw, side)
+            found = logps[begin - 1 : begin + row[f"{side}_tokens"] - 1].sum().item()
+            assert row[f"{side}_sum_logps"] == pytest.approx(found, abs=1e-4)
 
 
 @pytest.mark.parametrize("packing", ["auto", "padded"])

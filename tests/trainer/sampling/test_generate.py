@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 from widemargin.trainer.cli import main
+from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation import answering
+from widemargin.trainer.sampling.prompts import open_prompts, read_prompts
 
 from tests.support import tiny_models
 from tests.support.eval_files import chat_endpoint, save_model
+from tests.support.pair_rows import user
 from tests.support.sampling import FOUR, generate, prompts_file, records
+from tests.support.tiny_images import image_pairs, image_rows
 from tests.trainer.test_cli import assert_one_line_error
 
 TOKENIZER: Any = tiny_models.TOKENIZER
@@ -137,6 +141,17 @@ def test_a_prompt_that_fills_the_context_gets_no_answer(tmp_path, capsys):
     finishes = [row["finish"] for row in records(tmp_path / "out", "answers")]
     assert finishes.count("prompt too long") == 2
     assert "prompt too long: 2 of 4" in capsys.readouterr().out
+
+
+def test_prompts_with_images_are_refused(tmp_path):
+    """Rows with parts of type image and no column are left out."""
+    image_pairs(2).to_parquet(tmp_path / "pairs.parquet")
+    with pytest.raises(UserError, match="has images"):
+        open_prompts(str(tmp_path / "pairs.parquet"), None)
+    rows = [{"prompt": row["prompt"]} for row in image_rows(1)] + [{"prompt": [user("Well?")]}]
+    prompts, lines = read_prompts(rows, None, [], None)
+    assert len(prompts) == 1
+    assert "content that is not text" in lines[0]
 
 
 @pytest.mark.parametrize(

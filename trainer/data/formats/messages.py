@@ -1,7 +1,8 @@
 """Messages as others write them -> messages as chat templates read them.
 
 JSON text is parsed, ShareGPT's ``from`` and ``value`` are renamed, and the nulls go that Arrow puts
-where a struct of another row has a field. Content in parts stays in parts, of text alone.
+where a struct of another row has a field. Content in parts stays in parts: of text, and places of
+images.
 """
 
 from __future__ import annotations
@@ -149,18 +150,24 @@ def _part(name: str, part: Any) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise RowProblem(WRONG_TYPE, f"{name} has a part {kind(part)}")
+    if part == IMAGE_PART:
+        return part
     if not isinstance(part.get("text"), str) or part.get("type", "text") not in TEXT_PARTS:
         raise RowProblem(NOT_TEXT, f"{name} has a part of type {part.get('type')!r}")
     return {**part, "type": "text"}
 
 
 TEXT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PART = {"type": "image"}
+"""The place of an image, which a column of its row holds."""
 
 
 def content_text(message: dict[str, Any]) -> str:
     """A message's content as one text, its parts joined."""
     content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return (
+        content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    )
 
 
 def in_forms(messages: Messages, forms: Mapping[str, str]) -> Messages:

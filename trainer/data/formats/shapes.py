@@ -34,7 +34,7 @@ BEFORE = (*SYSTEM, "history")
 ARGUMENTS = ("tools", "chat_template_kwargs")
 PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "problem", "text", "user")
 """Columns that hold a prompt under another name, as often as not."""
-MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
+IMAGE_COLUMNS = ("images", "image")
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Shape:
 
     def reads(self, columns: Collection[str]) -> list[str]:
         """Those of ``columns`` that become tokens."""
-        known = {*self.needs, *self.also, *BEFORE, *ARGUMENTS, *NUMBERS}
+        known = {*self.needs, *self.also, *BEFORE, *ARGUMENTS, *NUMBERS, *IMAGE_COLUMNS}
         return [column for column in columns if column in known]
 
     def rows(self, row: Row, edges: Edges) -> list[Row]:
-        """The pairs of ``row`` with prompt (or none), chosen, rejected and `ARGUMENTS`."""
+        """The pairs of ``row`` with prompt (or none), chosen, rejected, `ARGUMENTS` and images."""
         if self.answers is not None:
             pairs = rows_of(*self.answers(row), edges)
         else:
@@ -73,7 +73,8 @@ class Shape:
         before = _system(row) + ([] if "history" in self.needs else _history(row.get("history")))
         if any(column in row for column in BEFORE if column not in self.needs):
             standard = _after(before, standard)
-        return standard | {name: row[name] for name in ARGUMENTS if name in row}
+        beside = (*ARGUMENTS, *IMAGE_COLUMNS)
+        return standard | {name: row[name] for name in beside if name in row}
 
 
 def _system(row: Row) -> list[Row]:

@@ -14,6 +14,7 @@ from ...errors import UserError
 from ...files import digest
 from ..formats.answers import DESIRABLE, NUMBER_COLUMNS
 from ..formats.shapes import SINGLE, shape_of
+from ..images.processor import IMAGE_KEY, IMAGES, image_key
 from ..limits import FLAGS, OK, Tokens
 from ..rows import RowProblem
 
@@ -104,24 +105,30 @@ def check_kind(takes: tuple[str, ...] | None, single: bool, name: str) -> None:
     )
 
 
-def features() -> Any:
+def features(images: bool = False) -> Any:
     """The ``datasets.Features`` of what `token_columns` makes."""
     from datasets import Features, List, Value
 
     types = dict.fromkeys((*TOKEN_COLUMNS, *UNSCORED_COLUMNS), List(Value("int32")))
     numbers = {"flags": Value("int32"), "max_id": Value("int64"), "row": Value("int64")}
     numbers |= dict.fromkeys(NUMBER_COLUMNS, Value("float64"))
-    return Features({**types, "status": Value("string"), "detail": Value("string"), **numbers})
+    texts = {"status": Value("string"), "detail": Value("string")}
+    of_images = {IMAGES: List(Value("binary")), IMAGE_KEY: List(Value("int64"))}
+    return Features({**types, **texts, **numbers, **(of_images if images else {})})
 
 
-def token_columns(outcomes: Iterable[Tokens | RowProblem]) -> dict[str, list[Any]]:
+def token_columns(
+    outcomes: Iterable[Tokens | RowProblem], images: bool = False
+) -> dict[str, list[Any]]:
     """A batch of tokenized pairs by column: those of `features` but ``row``.
 
     Lists are empty where a pair cannot train, and numbers NaN where its row says nothing.
     """
     names = (*TOKEN_COLUMNS, *UNSCORED_COLUMNS, *_OUTCOME_COLUMNS)
     columns: dict[str, list[Any]] = {name: [] for name in names}
+    shown: list[list[bytes]] = []
     for outcome in outcomes:
+        shown.append([] if isinstance(outcome, RowProblem) else outcome.images)
         if isinstance(outcome, RowProblem):
             values = ([], [], [], [], [], outcome.reason, outcome.detail, 0, -1, *_NO_NUMBERS)
         else:
@@ -132,16 +139,19 @@ def token_columns(outcomes: Iterable[Tokens | RowProblem]) -> dict[str, list[Any
             values = (*sides, *outcome.unscored, OK, outcome.detail, flags, largest, *numbers)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
+    if images:
+        columns |= {IMAGES: shown, IMAGE_KEY: [image_key(each) for each in shown]}
     return columns
 
 
 def tokens_digest(rows: Any) -> str:
-    """The hash of every pair's token ids in `PairRows`, in order."""
-    unscored = [name for name in UNSCORED_COLUMNS if name in rows.dataset.column_names]
+    """The hash of every pair's token ids in `PairRows`, and of its images, in order."""
+    some = [it for it in (*UNSCORED_COLUMNS, IMAGE_KEY) if it in rows.dataset.column_names]
+    names = [*TOKEN_COLUMNS, *some]
 
     def chunks() -> Iterator[bytes]:
-        for table in rows.dataset.with_format("arrow").iter(batch_size=4096):
-            for name in (*TOKEN_COLUMNS, *unscored):
+        for table in rows.dataset.select_columns(names).with_format("arrow").iter(batch_size=4096):
+            for name in names:
                 column = table.column(name)
                 for numbers in (pc.list_value_length(column), pc.list_flatten(column)):  # pyright: ignore
                     yield numbers.to_numpy().astype(np.int64).tobytes()

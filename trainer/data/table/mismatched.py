@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ..images.processor import IMAGES
 from .columns import TOKEN_COLUMNS, UNSCORED_COLUMNS
 
 IDS, UNSCORED = "mismatched_ids", "mismatched_unscored"
@@ -49,6 +50,7 @@ def exchanged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             prompt: row[prompt],
             **dict.fromkeys(sides, row[IDS]),
+            **{name: row[name] for name in (IMAGES,) if name in row},
             **({} if UNSCORED not in row else dict.fromkeys(UNSCORED_COLUMNS, row[UNSCORED])),
             "tree_id": place,
             "leaf_ids": [place, place],

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from ...errors import UserError
 from ...settings.data import DataSettings
 from ..formats.answers import DESIRABLE, NUMBER_COLUMNS, SCORES
+from ..images.processor import IMAGE_KEY, IMAGES
 from .columns import (
     FILLER_ID,
     PARTS,
@@ -36,8 +37,8 @@ class PairRows(Dataset):
 
     Args:
         dataset: with the token columns.
-        group_by_prompt: pairs whose prompts have equal tokens form one tree, and equal answers in
-            it (scored alike, with the same log-probs of a reference) one leaf.
+        group_by_prompt: pairs whose prompts have equal tokens and images form one tree, and equal
+            answers in it (scored alike, with the same log-probs of a reference) one leaf.
         margin_from, pair_weighting: as in the settings of data.
         max_length: of a prompt with the answer to another one.
         scored: rows also have ``score_chosen`` and ``score_rejected``, and answers with different
@@ -79,7 +80,9 @@ class PairRows(Dataset):
             dataset = dataset.rename_columns(dict(names))
         if set(REFERENCE_COLUMNS) <= set(dataset.column_names):
             columns += REFERENCE_COLUMNS
-        columns += [name for name in UNSCORED_COLUMNS if _is_used(dataset, name)]
+        columns += [it for it in UNSCORED_COLUMNS if _is_used(dataset, it)]
+        self.has_images = _is_used(dataset, IMAGE_KEY)  # that some prompts show
+        columns += [IMAGES, IMAGE_KEY] if self.has_images else []
         said = {
             name: np.array(dataset[name][:], np.float64)
             for name in NUMBER_COLUMNS
@@ -117,13 +120,13 @@ class PairRows(Dataset):
 
     @cached_property
     def prompts(self) -> np.ndarray:
-        """[pairs] a number for every prompt, equal for equal tokens."""
+        """[pairs] a number for every prompt, equal for equal tokens and images."""
         return name_trees(self._contents({})).tree
 
     def _contents(self, numbers: dict[str, np.ndarray]) -> Iterator[tuple[bytes, bytes, bytes]]:
         """What makes prompts and answers of pairs equal: their tokens, and some numbers."""
-        names, begin = self.dataset.column_names, 0
-        for table in self.dataset.iter(batch_size=4096):
+        names, begin = [it for it in self.dataset.column_names if it != IMAGES], 0
+        for table in self.dataset.select_columns(names).iter(batch_size=4096):
             columns: dict[str, Any] = {name: _values(table.column(name)) for name in names}
             columns |= {name: v[begin : begin + len(table)] for name, v in numbers.items()}
             begin += len(table)
@@ -131,8 +134,9 @@ class PairRows(Dataset):
                 [columns[name] for name in columns if side in name or name == DESIRABLE]
                 for side in PARTS[1:]
             )
-            for i, prompt in enumerate(columns[TOKEN_COLUMNS[0]]):
-                yield prompt.tobytes(), _content(chosen, i), _content(rejected, i)
+            prompt = [columns[it] for it in (TOKEN_COLUMNS[0], IMAGE_KEY) if it in columns]
+            for i in range(len(table)):
+                yield _content(prompt, i), _content(chosen, i), _content(rejected, i)
 
     @property
     def has_reference(self) -> bool:
@@ -149,7 +153,7 @@ class PairRows(Dataset):
     @cached_property
     def lengths(self) -> PairLengths:
         """Tokens of every pair's parts, from Arrow's offsets: no token is read."""
-        prompt, chosen, rejected = (self._list_lengths(name) for name in TOKEN_COLUMNS)
+        prompt, chosen, rejected = (self.list_lengths(name) for name in TOKEN_COLUMNS)
         return PairLengths(prompt, chosen, rejected, self.trees)
 
     @cached_property
@@ -157,7 +161,7 @@ class PairRows(Dataset):
         """The same with the scored tokens of the answers alone, over which means are taken."""
         lengths = self.lengths
         left: dict[str, Any] = {
-            name: self._list_lengths(name) if name in self.dataset.column_names else 0
+            name: self.list_lengths(name) if name in self.dataset.column_names else 0
             for name in UNSCORED_COLUMNS
         }
         chosen, rejected = (left[name] for name in UNSCORED_COLUMNS)
@@ -165,7 +169,7 @@ class PairRows(Dataset):
             lengths, chosen=lengths.chosen - chosen, rejected=lengths.rejected - rejected
         )
 
-    def _list_lengths(self, name: str) -> np.ndarray:
+    def list_lengths(self, name: str) -> np.ndarray:
         # The table's rows stand as they were stored; select and shuffle keep a list beside it.
         stored = self.dataset._indices
         rows = slice(None) if stored is None else stored.column(0).to_numpy()
