@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class OutputTrainer(Trainer):
-    """Writes the trained model and its card.
+    """Writes the trained model and its card, and reads a model's weights again.
 
     Attributes:
         run_record: the content of ``run.json``, if there is one.
@@ -34,6 +34,7 @@ class OutputTrainer(Trainer):
     run_record: dict[str, Any] | None = None
     _merges_files: bool
     _merged: Path | None = None
+    _loading: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = bare_model(kwargs["model"]).config
@@ -74,8 +75,33 @@ class OutputTrainer(Trainer):
             revision = args.model_revision if source == args.model_name_or_path else "main"
             if (written / "adapter_config.json").is_file():
                 name_base(written, revision)
+            elif self.pipeline.images is not None and not source:
+                self.pipeline.images.processor.save_pretrained(written)
             else:
                 copy_processor(config, source, revision, written)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._loading = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._loading = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load what transformers saves under the names of a family's first files.
+
+        Image-text models and mixtures of experts are among them. By itself it would take none of
+        these weights when it goes on from such a checkpoint.
+        """
+        if not load_result.unexpected_keys or self._loading is None:
+            super()._issue_warnings_after_load(load_result)
+            return
+        model: Any = self.model
+        saved = type(model).from_pretrained(
+            self._loading, dtype=model.dtype, use_safetensors=True, local_files_only=True
+        )
+        model.load_state_dict(saved.state_dict())
 
     @property
     def _lm(self) -> Any:

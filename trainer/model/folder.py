@@ -108,7 +108,7 @@ def copy_processor(config: PreTrainedConfig, source: str, revision: str, folder:
     options: Any = {f"_raise_exceptions_for_{kind}": False for kind in lenient}
     copied = False
     with refusals(f"model {source}: its processor cannot be copied to {folder}", OSError):
-        for name in PROCESSOR:
+        for name in PROCESSOR if source else ():  # a model made in memory has no name
             found = cached_file(source, name, revision=revision, **options)
             if found is not None:
                 shutil.copyfile(found, folder / name)
