@@ -17,6 +17,7 @@ prompts; here they share what is the same, and the row is counted as a prompt mi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .chat import Rendered, render, shared_arguments, without_bos
@@ -32,7 +33,7 @@ def last_turns(pair: Pair, row: dict[str, Any]) -> Pair:
     if not pair.conversation or (isinstance(row.get("prompt"), list) and row["prompt"]):
         return pair
     prompt = pair.prompt + pair.chosen[:-1]
-    return Pair(prompt, pair.chosen[-1:], pair.rejected[-1:], conversation=True)
+    return replace(pair, prompt=prompt, chosen=pair.chosen[-1:], rejected=pair.rejected[-1:])
 
 
 def render_separately(

@@ -101,6 +101,13 @@ def test_the_end_of_an_answer_is_where_generation_stops(name: str) -> None:
     assert scored(tokenizer, row)[1] == "uno" + last
 
 
+@pytest.mark.parametrize("setting", [{"score": "all_assistant"}, {"chat_rendering": "separate"}])
+def test_a_pair_keeps_its_numbers_where_its_prompt_ends_elsewhere(setting: Any) -> None:
+    row = {"chosen": TALK[:4], "rejected": [*TALK[:3], bot("zwei")], "weight": 0.5, "margin": 2.0}
+    data, _ = tokenize_pairs(Dataset.from_list([row]), style("chatml"), DataSettings(**setting))
+    assert (data[0]["weight"], data[0]["margin"]) == (0.5, 2.0)
+
+
 def test_a_generation_config_names_the_end(tmp_path: Any) -> None:
     tokenizer = style("gpt-oss")
     tokenizer.chat_template = GPT_OSS.replace("<|return|>", "<|im_end|><|return|>")
