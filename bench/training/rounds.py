@@ -53,7 +53,7 @@ def specification(
         settings["group_by_prompt"] = contender.get("trees", False)
     return {
         "trainer": contender["trainer"],
-        "our_head": contender.get("our_head", False),
+        "our_head": options.head_tail if "our_head" in contender else None,
         "settings": settings,
         "objective": options.objective,
         "beta": 0.1 if options.objective == "dpo" else 2.5,

@@ -254,13 +254,16 @@ def main(path: str) -> None:
     turns = Turns(answers, cuda)
     model.get_decoder().register_forward_pre_hook(turns.count, with_kwargs=True)
     trainer.add_callback(turns)
-    with our_head() if spec["our_head"] else contextlib.nullcontext():
+    with head_of(spec):
         trainer.train()
 
 
-def our_head() -> Any:
-    """TRL's trainers score by this project's head inside."""
-    return importlib.import_module("widemargin.integrations.trl").use_widemargin_head()
+def head_of(spec: Spec) -> contextlib.AbstractContextManager[None]:
+    """Inside, TRL's trainers score by this project's head if the contender is to."""
+    if spec["our_head"] is None:
+        return contextlib.nullcontext()
+    trl = importlib.import_module("widemargin.integrations.trl")
+    return trl.use_widemargin_head(tail=spec["our_head"])
 
 
 if __name__ == "__main__":

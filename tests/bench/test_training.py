@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from widemargin.trainer.doctor.trl import GLOBAL, seam
 
 from bench.lib import noise
 from bench.lib.record import read_rows
@@ -13,7 +15,7 @@ from bench.training import command as training
 from bench.training import plot as training_plot
 from bench.training import rounds
 from bench.training.table import table
-from bench.training.worker import cpo_row
+from bench.training.worker import cpo_row, head_of
 from tests.support.tiny_models import TOKENIZER, tiny_model
 
 
@@ -32,6 +34,16 @@ def folder(tmp_path):
             row = {k: [{"role": r, "content": c}] for k, (r, c) in sides.items()}
             file.write(json.dumps(row) + "\n")
     return tmp_path
+
+
+OUR_HEAD = "trl-dpo-our-head"
+
+
+def tiny(folder: Path, lengths: list[list[int]], *arguments: str) -> list[str]:
+    """Arguments for random weights on pairs of so many tokens, two a step."""
+    (folder / "lengths.json").write_text(json.dumps(lengths))
+    given = ("--shape", "tiny", "--lengths", str(folder / "lengths.json"))
+    return [*given, "--batch", "2", "--allow-dirty", *arguments]
 
 
 @pytest.mark.costly
@@ -67,25 +79,12 @@ def test_layouts_do_the_same_work(folder, capsys):
 
 @pytest.mark.costly
 def test_random_weights_on_lengths_alone(tmp_path, capsys):
-    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
-    lengths.write_text(json.dumps([[3, 5, 4], [6, 2, 9]]))
-    arguments = [
-        *("--contenders", "widemargin-packed", "--shape", "tiny", "--lengths", str(lengths)),
-        *(
-            "--rounds",
-            "1",
-            "--steps",
-            "1",
-            "--warmup",
-            "0",
-            "--batch",
-            "2",
-            "--out",
-            str(out),
-            "--allow-dirty",
-        ),
-        "--checkpointing",
-    ]
+    out = tmp_path / "out.json"
+    arguments = tiny(
+        *(tmp_path, [[3, 5, 4], [6, 2, 9]]),
+        *("--contenders", "widemargin-packed", "--rounds", "1", "--steps", "1", "--warmup", "0"),
+        *("--out", str(out), "--checkpointing"),
+    )
     assert training.main(arguments) == 0, capsys.readouterr()
     assert training.main([*arguments, "--append"]) == 0
     assert len(read_rows(out)) == 1  # the same case again takes the old row's place
@@ -97,24 +96,12 @@ def test_random_weights_on_lengths_alone(tmp_path, capsys):
 
 @pytest.mark.costly
 def test_steps_are_fewer_where_time_is_short(tmp_path, capsys):
-    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
-    lengths.write_text(json.dumps([[3, 5, 4]] * 20))
-    arguments = [
-        *("--contenders", "widemargin-padded", "widemargin-packed", "--shape", "tiny"),
-        *(
-            "--lengths",
-            str(lengths),
-            "--rounds",
-            "1",
-            "--steps",
-            "9",
-            "--warmup",
-            "1",
-            "--batch",
-            "2",
-        ),
-        *("--budget-s", "0", "--out", str(out), "--allow-dirty"),
-    ]
+    out = tmp_path / "out.json"
+    arguments = tiny(
+        *(tmp_path, [[3, 5, 4]] * 20),
+        *("--contenders", "widemargin-padded", "widemargin-packed", "--rounds", "1"),
+        *("--steps", "9", "--warmup", "1", "--budget-s", "0", "--out", str(out)),
+    )
     assert training.main(arguments) == 0, capsys.readouterr()
     for row in read_rows(out):
         assert row["steps"] == 2
@@ -147,16 +134,14 @@ def test_the_peer_is_given_the_same_tokens():
 
 @pytest.mark.costly
 def test_a_noisy_run_is_kept_apart(tmp_path, capsys, monkeypatch):
-    lengths = tmp_path / "lengths.json"
-    lengths.write_text(json.dumps([[3, 5, 4]] * 6))
     monkeypatch.setattr(noise, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(noise, "NOISY", tmp_path / "noisy")
     monkeypatch.setattr(noise, "MAX_SPREAD", -1.0)
-    arguments = [
-        *("--contenders", "widemargin-padded", "--shape", "tiny", "--lengths", str(lengths)),
-        *("--rounds", "2", "--steps", "2", "--warmup", "1", "--batch", "2", "--allow-dirty"),
+    arguments = tiny(
+        *(tmp_path, [[3, 5, 4]] * 6),
+        *("--contenders", "widemargin-padded", "--rounds", "2", "--steps", "2", "--warmup", "1"),
         *("--out", str(tmp_path / "results" / "a.json")),
-    ]
+    )
     assert training.main(arguments) == 1
     assert "repeat it when the machine is idle" in capsys.readouterr().err
     (row,) = read_rows(tmp_path / "noisy" / "a.json")
@@ -170,25 +155,12 @@ def test_a_noisy_run_is_kept_apart(tmp_path, capsys, monkeypatch):
 @pytest.mark.costly
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])
 def test_an_adapter_trains_in_place_of_all_weights(tmp_path, capsys, objective):
-    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
-    lengths.write_text(json.dumps([[3, 5, 4]] * 4))
-    arguments = [
-        *("--contenders", "widemargin-padded", "--shape", "tiny", "--lengths", str(lengths)),
-        *(
-            "--rounds",
-            "1",
-            "--steps",
-            "1",
-            "--warmup",
-            "0",
-            "--batch",
-            "2",
-            "--out",
-            str(out),
-            "--allow-dirty",
-        ),
-        *("--objective", objective, "--append"),
-    ]
+    out = tmp_path / "out.json"
+    arguments = tiny(
+        *(tmp_path, [[3, 5, 4]] * 4),
+        *("--contenders", "widemargin-padded", "--rounds", "1", "--steps", "1", "--warmup", "0"),
+        *("--out", str(out), "--objective", objective, "--append"),
+    )
     assert training.main([*arguments, "--lora"]) == 0, capsys.readouterr()
     assert training.main(arguments) == 0, capsys.readouterr()
     rows = read_rows(out)
@@ -199,17 +171,27 @@ def test_an_adapter_trains_in_place_of_all_weights(tmp_path, capsys, objective):
 @pytest.mark.costly
 def test_trl_with_our_head_takes_the_same_steps(tmp_path, capsys):
     pytest.importorskip("trl")
-    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
-    lengths.write_text(json.dumps([[3, 5, 4]] * 4))
-    arguments = [
-        *("--contenders", "trl-dpo", "trl-dpo-our-head", "--objective", "dpo", "--shape", "tiny"),
-        *("--lengths", str(lengths), "--steps", "2", "--warmup", "0", "--batch", "2"),
-        *("--rounds", "1", "--out", str(out), "--allow-dirty"),
-    ]
+    out = tmp_path / "out.json"
+    arguments = tiny(
+        *(tmp_path, [[3, 5, 4]] * 4),
+        *("--contenders", "trl-dpo", OUR_HEAD, "--objective", "dpo"),
+        *("--rounds", "1", "--steps", "2", "--warmup", "0", "--out", str(out)),
+    )
     assert training.main(arguments) == 0, capsys.readouterr()
     theirs, ours = read_rows(out)
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
     assert ours["losses"] != [ours["losses"][0]] * 2
+
+
+def test_trl_has_our_head_where_the_contender_says_so(tmp_path):
+    pytest.importorskip("trl")
+    options = training.parse(["--shape", "tiny", "--head-tail", "exact"])
+    specs = {name: rounds.specification(name, options, tmp_path) for name in ("trl-dpo", OUR_HEAD)}
+    assert [spec["our_head"] for spec in specs.values()] == [None, "exact"]
+    for name, spec in specs.items():
+        with head_of(spec):
+            assert hasattr(getattr(seam(), GLOBAL), "replaces") == (name == OUR_HEAD)
+    assert not hasattr(getattr(seam(), GLOBAL), "replaces")
 
 
 def test_contenders_see_the_pairs_of_trees_in_the_same_steps():
@@ -254,14 +236,13 @@ def test_the_faster_time_of_a_step_counts():
 
 @pytest.mark.costly
 def test_contenders_that_break_leave_the_others_their_rounds(tmp_path, capsys, monkeypatch):
-    lengths, out = tmp_path / "lengths.json", tmp_path / "out.json"
-    lengths.write_text(json.dumps([[3, 5, 4]] * 6))
+    out = tmp_path / "out.json"
     monkeypatch.setitem(rounds.CONTENDERS, "trl-cpo", {"trainer": "no such trainer"})
-    arguments = [
-        *("--contenders", "widemargin-padded", "trl-cpo", "--shape", "tiny", "--rounds", "2"),
-        *("--lengths", str(lengths), "--steps", "2", "--warmup", "0", "--batch", "2"),
-        *("--out", str(out), "--allow-dirty"),
-    ]
+    arguments = tiny(
+        *(tmp_path, [[3, 5, 4]] * 6),
+        *("--contenders", "widemargin-padded", "trl-cpo", "--rounds", "2"),
+        *("--steps", "2", "--warmup", "0", "--out", str(out)),
+    )
     assert training.main(arguments) == 0, capsys.readouterr()
     ours, theirs = read_rows(out)
     assert ours["rounds"] == 2

@@ -13,7 +13,7 @@ from datasets import config as datasets_config
 
 from tests.support.fuzzing import run_case, search
 
-COUNT = int(os.environ.get("FUZZ_CASES", "1000"))
+COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
 
 
 @pytest.mark.costly

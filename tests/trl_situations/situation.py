@@ -91,10 +91,10 @@ def _carry_out(situation: Situation, settings: dict[str, Any], folder: Path) -> 
     if situation.then == "train":
         loss = trainer.train().training_loss
         assert math.isfinite(loss), loss
-        assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
-        changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)}
-        frozen = {n for n, p in trainer.model.named_parameters() if not p.requires_grad}
-        assert not changed & frozen
+        after = dict(trainer.model.named_parameters())
+        changed = [p for name, p in after.items() if not torch.equal(before[name], p)]
+        assert changed
+        assert all(p.requires_grad for p in changed)
     if situation.later:
         _check_losses(trainer.evaluate(materials.data(situation.later)), situation.later)
     elif situation.evaluation and situation.then != "make":

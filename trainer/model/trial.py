@@ -106,9 +106,7 @@ def check_head(model: PreTrainedModel) -> None:
     """
     config = model.config.get_text_config()
     tokens = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
         _check_causal(model, tokens, logits)
         treated, known = _amplified(model, tokens)
@@ -117,8 +115,6 @@ def check_head(model: PreTrainedModel) -> None:
             select=torch.arange(tokens.shape[1] - 1, device=tokens.device),
             targets=tokens[0, 1:],
         )
-    finally:
-        model.train(was_training)
     full = logits.dtype == torch.float32 and not torch.is_autocast_enabled(logits.device.type)
     bound = 1e-3 if full else 0.05
     expected = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
