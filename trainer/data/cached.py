@@ -72,13 +72,11 @@ def cached_map(
     folder = folder or os.path.join(config.HF_DATASETS_CACHE, "widemargin")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"pairs-{key}.arrow")
-    with FileLock(path + ".lock"), unchanged(Path(folder), key):
+    with FileLock(path + ".lock"), unchanged(Path(folder), key), children_end_with_this():
         return raw.map(
-            DyingWithParent(
-                TokenizedReader(limits, only_id(tokenizer.bos_token_id), images is not None)
-                if is_tokenized(raw)
-                else PairTokenizer(tokenizer, limits, rendering, stops, edges, images)
-            ),
+            TokenizedReader(limits, only_id(tokenizer.bos_token_id), images is not None)
+            if is_tokenized(raw)
+            else PairTokenizer(tokenizer, limits, rendering, stops, edges, images),
             batched=True,
             with_indices=True,
             remove_columns=raw.column_names,
@@ -151,22 +149,37 @@ def unchanged(folder: Path, key: str) -> Iterator[None]:
         seal(seal_file, after)
 
 
-class DyingWithParent:
-    """Reads batches; where a worker process does, it ends when its parent has been killed.
+@contextmanager
+def children_end_with_this() -> Iterator[None]:
+    """Processes forked inside, and theirs, end within a second when their parent has been killed.
 
-    Otherwise it would wait for work for ever, and hold the lock.
+    Workers that tokenize, and the process that holds their queue, would otherwise wait for ever,
+    and hold the lock.
     """
+    global _parent
+    _parent = os.getpid()
+    try:
+        yield
+    finally:
+        _parent = None
 
-    def __init__(self, read: Any) -> None:
-        self.read, self.parent, self.watched = read, os.getpid(), False
 
-    def __call__(self, batch: Any, indices: list[int]) -> Any:
-        if os.getpid() != self.parent and not self.watched:
-            self.watched = True
-            threading.Thread(target=self._watch, daemon=True).start()
-        return self.read(batch, indices)
+_parent: int | None = None
+"""The process inside `children_end_with_this`; None outside."""
 
-    def _watch(self) -> None:
-        while os.getppid() == self.parent:
-            time.sleep(1)
-        os._exit(1)
+
+def _watch_parent() -> None:
+    """Run in every forked process."""
+    global _parent
+    if _parent is not None:
+        threading.Thread(target=_end_after, args=[_parent], daemon=True).start()
+        _parent = os.getpid()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+os.register_at_fork(after_in_child=_watch_parent)

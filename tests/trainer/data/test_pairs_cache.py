@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -144,3 +145,48 @@ def test_a_damaged_cache_is_made_again(tmp_path, caplog, monkeypatch, workers, d
     for times in (1, 1):  # the second run finds it mended
         assert tokenize_pairs(raw, tiny_tokenizer(), settings)[0][:] == tokens
         assert caplog.text.count("tokenizing again") == times
+
+
+_WAITING = """
+import sys, time
+from datasets import Dataset, config
+from tests.support.pair_rows import make_rows
+from tests.support.tiny_tokenizers import tiny_tokenizer
+from widemargin.trainer.data import DataSettings, tokenize_pairs
+from widemargin.trainer.data.encoding import PairTokenizer
+
+def wait(*_):
+    print("waits", flush=True)
+    time.sleep(600)
+
+config.HF_DATASETS_CACHE = sys.argv[1]
+PairTokenizer.__call__ = wait
+settings = DataSettings(preprocessing_num_workers=3)
+tokenize_pairs(Dataset.from_list(make_rows(3)), tiny_tokenizer(), settings)
+"""
+
+
+@pytest.mark.costly
+def test_no_process_stays_when_one_that_tokenizes_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _WAITING, str(tmp_path)]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert killed.stdout is not None
+    assert [killed.stdout.readline() for _ in range(3)] == ["waits\n"] * 3
+    killed.kill()
+    killed.wait()
+    try:
+        end = time.monotonic() + 30
+        while _is_group(killed.pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not _is_group(killed.pid)
+    finally:
+        if _is_group(killed.pid):
+            os.killpg(killed.pid, signal.SIGKILL)
+
+
+def _is_group(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
