@@ -16,17 +16,16 @@ BY_PROMPT = ", by prompt"
 """Ends the names of cases that train on all pairs of each prompt."""
 NAMES = {
     "cpu": "two CPU cores",
-    "trl-cpo": "TRL `CPOTrainer`",
-    "trl-dpo": "TRL `DPOTrainer`",
-    "trl-dpo-our-head": "TRL `DPOTrainer` with our head",
     "small_lm": "a model of 11M parameters",
     "random-11m": "a random model of 11M parameters",
 }
+TRAINERS = {"trl-cpo": "`CPOTrainer`", "trl-dpo": "`DPOTrainer`"}
+OUR_HEAD = "trl-dpo-our-head"
 OBJECTIVES = {"simpo": "SimPO", "dpo": "DPO", "lmpo": "LMPO"}
-COLUMNS = ("trainer", "pairs/s", "× TRL", "tokens a step", "peak memory, GiB")
+COLUMNS = ("training step", "pairs/s", "TRL's pairs/s", "times as fast", "memory, of TRL's")
 
 
-def shown(files: Iterable[File]) -> list[list[Row]]:
+def compared(files: Iterable[File]) -> list[list[Row]]:
     """The cases of README: the real model's, or the small model's where it was not measured.
 
     Each is the rows of one run, TRL's among them. A GPU's come first.
@@ -40,15 +39,15 @@ def shown(files: Iterable[File]) -> list[list[Row]]:
         else:
             case.append(row)
     cases = [case for case in cases if _base(case) and not case[0]["long_prompts"]]
-    cases = [case for case in cases if not variant(case[0])]
     real = [c for c in cases if c[0]["case"].startswith(REAL) or c[0]["device"] == "cuda"]
     return sorted(real or cases, key=lambda case: _order(case[0]))
 
 
-def _order(row: Row) -> tuple[bool, bool, int]:
-    """A GPU's first, then pairs before the trees of several pairs a prompt."""
+def _order(row: Row) -> tuple[bool, str, int, bool, str]:
+    """A GPU's first, then by model and objective; trees and variants after what they vary."""
     objective = list(OBJECTIVES).index(row["objective"])
-    return row["device"] == "cpu", row["case"].endswith(BY_PROMPT), objective
+    by_prompt, model = row["case"].endswith(BY_PROMPT), row["case"].removesuffix(BY_PROMPT)
+    return row["device"] == "cpu", model, objective, by_prompt, variant(row)
 
 
 def _base(case: list[Row]) -> Row | None:
@@ -57,7 +56,7 @@ def _base(case: list[Row]) -> Row | None:
 
 def claim(files: Iterable[File]) -> str:
     """One sentence: the first case that has our best layout, and the same with its trees."""
-    cases = shown(files)
+    cases = [case for case in compared(files) if not variant(case[0])]
     for case in cases:
         gain = _gain(case, BEST)
         if gain is None:
@@ -91,42 +90,51 @@ def _trees_of(row: Row, case: list[Row]) -> bool:
 
 
 def table(files: Iterable[File]) -> str:
-    """Five columns, a heading for each case, and where it was measured."""
-    return "\n\n".join(_case(case) for case in shown(files))
+    """One table for each device and model, a line for each step that was compared with TRL's."""
+    groups: dict[tuple[str, str], list[list[Row]]] = {}
+    for case in compared(files):
+        model = case[0]["case"].removesuffix(BY_PROMPT)
+        groups.setdefault((case[0]["device_name"], model), []).append(case)
+    return "\n\n".join(_group(*named, cases) for named, cases in groups.items())
 
 
-def _case(case: list[Row]) -> str:
-    row, base = case[0], _base(case)
-    assert base is not None
-    lengths = "/".join(str(round(n)) for n in row["mean_lengths"].values())
-    heading = (
-        f"{OBJECTIVES[row['objective']]} on {_named(row['case'])}: "
-        f"{row['pairs_per_step']} pairs a step, "
-        f"prompt/chosen/rejected {lengths} tokens, {row['dtype']}; {row['device_name']}"
-        f"{_noise(case)}. {_agreement(case)}"
-    )
-    lines = [
-        [
-            NAMES.get(r["provider"], r["provider"].replace("widemargin-", "widemargin ")),
-            f"{r['pairs_per_s']:.2f}",
-            f"{r['pairs_per_s'] / base['pairs_per_s']:.2f}",
-            f"{r['tokens_per_step']:.0f}",
-            f"{r['peak_mib'] / 1024:.1f}",
-        ]
-        for r in case
-    ]
+def _group(device: str, model: str, cases: list[list[Row]]) -> str:
+    gaps = [gap for case in cases for row in case if (gap := row.get("largest_loss_gap"))]
+    agree = f" Losses of a step differ by at most {max(gaps):.0e} of their value." if gaps else ""
+    dtypes = ", ".join(dict.fromkeys(case[0]["dtype"] for case in cases))
+    lines = [line for case in cases for line in _lines(case)]
+    heading = f"{NAMES.get(model, model)}, {dtypes}; {device}.{agree}"
     return f"{heading}\n\n{markdown(COLUMNS, lines)}"
 
 
-def _named(case: str) -> str:
-    model = case.removesuffix(BY_PROMPT)
-    return NAMES.get(model, model) + ", with all pairs of each prompt" * (model != case)
+def _lines(case: list[Row]) -> list[list[str]]:
+    """Our fastest layout against TRL's trainer, and that trainer with our head against itself."""
+    base = _base(case)
+    ours = [row for row in case if row["provider"].startswith("widemargin-")]
+    assert base is not None
+    lines = []
+    if ours:
+        best = max(ours, key=lambda row: row["pairs_per_s"])
+        layout = best["provider"].removeprefix("widemargin-").replace("_", " ")
+        lines.append(_line(f"{_step(best)}, {layout}{_noise(case)}", best, base))
+    for row in case:
+        if row["provider"] == OUR_HEAD:
+            trainer = TRAINERS[base["provider"]]
+            lines.append(_line(f"{_step(row)}, TRL's {trainer} with our head", row, base))
+    return lines
 
 
-def _agreement(case: list[Row]) -> str:
-    """How far the trainers' losses are apart, as the records have it."""
-    gaps = [row["largest_loss_gap"] for row in case if row.get("largest_loss_gap") is not None]
-    return f"Their losses differ by at most {max(gaps):.0e} of their value." if gaps else ""
+def _step(row: Row) -> str:
+    pairs = f"{row['pairs_per_step']} pairs" + ", all of each prompt" * row["case"].endswith(
+        BY_PROMPT
+    )
+    return f"{OBJECTIVES[row['objective']]}{variant(row)}, {pairs}"
+
+
+def _line(step: str, row: Row, base: Row) -> list[str]:
+    faster, memory = (row[name] / base[name] for name in ("pairs_per_s", "peak_mib"))
+    speeds = [f"{each['pairs_per_s']:.2f}" for each in (row, base)]
+    return [step, *speeds, f"{faster:.2f}", f"{memory:.0%}"]
 
 
 def _noise(case: list[Row]) -> str:

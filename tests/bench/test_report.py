@@ -96,7 +96,7 @@ def test_results_of_another_folder_leave_readme_alone(
     )
     assert results.main([str(folder), "--readme", str(front), "--no-pictures"]) == 0
     assert "times as fast as TRL" in front.read_text()
-    assert "TRL `CPOTrainer`" in front.read_text()
+    assert "| SimPO, " in front.read_text()
     (folder / "empty").mkdir()
     capsys.readouterr()
     assert results.main([str(folder / "empty")]) == 2
@@ -134,7 +134,12 @@ def test_readme_shows_the_real_model_as_soon_as_it_was_measured() -> None:
     sentence = readme.claim([by_prompt, quiet])
     assert "SimPO 2.0 times" in sentence
     assert "with all pairs of each prompt, 3.7 times, in 50%." in sentence
-    assert both.index("SmolLM2-135M-Instruct: ") < both.index("with all pairs of each prompt: ")
+    pairs, grouped = [line for line in both.splitlines() if line.startswith("| SimPO")]
+    assert "prefix shared | 2.00 | 1.00 | 2.00 | 50% |" in pairs
+    assert "all of each prompt, trees | 3.70 | 1.00 | 3.70 | 50% |" in grouped
+    lora = training_file(*(row | {"lora": True} for row in quiet.rows))
+    assert "SimPO, LoRA, " in readme.table([lora, quiet])
+    assert "LoRA" not in readme.claim([lora, quiet])
     gpu = training_file(*(r | {"device": "cuda", "device_name": "Some GPU"} for r in quiet.rows))
     assert readme.claim([toy, quiet, gpu]).startswith("**On Some GPU")
 
