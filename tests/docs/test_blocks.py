@@ -102,7 +102,7 @@ def test_shell_is_well_formed(page: Path, text: str):
 def test_readme_is_short():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 120
-    header = next(line for line in readme.splitlines() if line.startswith("| trainer |"))
+    header = next(line for line in readme.splitlines() if line.startswith("| training step |"))
     assert header.count("|") <= 6
 
 
