@@ -5,8 +5,10 @@ tests marked `gpu` are skipped and Triton kernels interpreted.
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import spawn
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def quick_files(pytestconfig: pytest.Config) -> dict[Path, bool]:
     """The test files of this session, and whether `make test-quick` runs a test of each."""
     return pytestconfig.stash[_QUICK_FILES]
+
+
+@pytest.fixture
+def preloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Python processes that the test starts or spawns are forks of one that has imported all."""
+    from tests.support.preloaded import python
+
+    monkeypatch.setattr(sys, "executable", python())
+    before = spawn.get_executable()
+    spawn.set_executable(sys.executable)
+    yield
+    spawn.set_executable(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ def test_two_ranks_equal_one(tmp_path):
         "if os.environ['RANK'] == '0': pathlib.Path('logs.json').write_text(json.dumps(logs))\n"
     )
     (tmp_path / "two.py").write_text(code)
-    done = launch(tmp_path, "two.py", PYTHONPATH=":".join([str(ROOT), *filter(None, sys.path)]))
+    done = launch(tmp_path, "two.py")
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "logs.json").read_text())
     for mine, expected in zip(two[:6], one[:6], strict=True):

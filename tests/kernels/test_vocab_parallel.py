@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +11,12 @@ from widemargin.kernels.vocab_parallel import vocab_parallel_linear_logprob
 
 from tests.support.two_ranks import launch
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes found, see `vocab_ranks`."""
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join(map(str, [ROOT, *sys.path]))
-    command = ["-m", "tests.support.vocab_ranks", str(folder)]
-    done = launch(folder, *command, PYTHONPATH=path)
+    done = launch(folder, "-m", "tests.support.vocab_ranks", str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -13,19 +13,29 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from widemargin.trainer.cli import main
 
+from tests.support.preloaded import python
 from tests.support.tiny_models import TOKENIZER, tiny_model
 
 
-def launch(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    folder: Path, *command: str, fresh: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script or ``-m MODULE`` with its arguments on two ranks that work in ``folder``.
 
-    torchrun takes a free port by itself, so any number of launches may run side by side.
+    torchrun takes a free port by itself, so any number of launches may run side by side. It and
+    the ranks are forks of a preloaded process, or ``fresh`` ones. The ranks import from where this
+    process does.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    interpreter = sys.executable if fresh else python()
+    launcher = [interpreter, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     return subprocess.run(
         [*launcher, *command],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **settings, **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -253,7 +253,10 @@ def test_fillers_weigh_nothing(tmp_path):
 
 @pytest.mark.costly
 def test_two_ranks_equal_one(tmp_path, monkeypatch):
-    """Ten steps of LMPO on two processes, ragged at the end of each epoch, and evaluation too."""
+    """Ten steps of LMPO on two processes, ragged at the end of each epoch, and evaluation too.
+
+    The launch is a fresh one: others of this suite are of forks, which import nothing.
+    """
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     tiny_pairs(21).to_json(tmp_path / "train.jsonl")
@@ -269,7 +272,8 @@ def test_two_ranks_equal_one(tmp_path, monkeypatch):
     one = ["config.yaml", "--per_device_train_batch_size=4", "--output_dir=one"]
     assert main(["train", *one]) == 0
     two = ["config.yaml", "--per_device_train_batch_size=2", "--output_dir=two"]
-    done = launch(tmp_path, "-m", "widemargin.trainer", *two, "--ddp_backend=gloo")
+    two = ["-m", "widemargin.trainer", *two, "--ddp_backend=gloo"]
+    done = launch(tmp_path, *two, fresh=True)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (
         parameters_of(AutoModelForCausalLM.from_pretrained(tmp_path / name))

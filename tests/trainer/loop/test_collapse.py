@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,6 @@ from widemargin.trainer.loop.stopping import Collapsed
 
 from tests.support.tiny_models import tiny_trainer
 from tests.support.two_ranks import launch
-
-ROOT = Path(__file__).parents[3]
 
 LOGGER = "widemargin.trainer.loop.stopping"
 
@@ -102,7 +98,7 @@ def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
         "except SystemExit as stop:\n"
         "    print(f'rank {os.environ[\"RANK\"]}: {stop.code} at', trainer.state.global_step)\n"
     )
-    done = launch(tmp_path, "ranks.py", PYTHONPATH=os.pathsep.join(map(str, [ROOT, *sys.path])))
+    done = launch(tmp_path, "ranks.py")
     for rank in "01":
         assert f"rank {rank}: 3 at 4" in done.stdout, done.stderr[-3000:]
     assert done.stderr.count("Signs of a collapse, step 4: sampled answers repeat") == 1

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +10,6 @@ import pytest
 from tests.support.tiny_models import tiny_model
 from tests.support.two_ranks import launch
 
-ROOT = Path(__file__).resolve().parents[3]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "uneven": ("llama", {"vocab_size": 369}),
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -29,9 +25,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("models")
     for name, (family, changes) in MODELS.items():
         tiny_model(family, **changes).save_pretrained(folder / name)
-    path = os.pathsep.join(map(str, [ROOT, *sys.path]))
-    command = ["-m", "tests.support.tensor_parallel_ranks", str(folder)]
-    done = launch(folder, *command, PYTHONPATH=path)
+    done = launch(folder, "-m", "tests.support.tensor_parallel_ranks", str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
