@@ -104,6 +104,7 @@ def test_gate_refuses_to_time_a_wrong_provider() -> None:
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_head_writes_rows_and_prints_their_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +149,7 @@ def test_results_folder_takes_nothing_from_a_dirty_tree(
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_baselines_are_collected_only_when_asked_for() -> None:
     command = [
         sys.executable,

@@ -47,6 +47,7 @@ def tiny(folder: Path, lengths: list[list[int]], *arguments: str) -> list[str]:
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_layouts_do_the_same_work(folder, capsys):
     out = folder / "out.json"
     status = training.main(
@@ -78,6 +79,7 @@ def test_layouts_do_the_same_work(folder, capsys):
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_random_weights_on_lengths_alone(tmp_path, capsys):
     out = tmp_path / "out.json"
     arguments = tiny(
@@ -95,6 +97,7 @@ def test_random_weights_on_lengths_alone(tmp_path, capsys):
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_steps_are_fewer_where_time_is_short(tmp_path, capsys):
     out = tmp_path / "out.json"
     arguments = tiny(
@@ -110,6 +113,7 @@ def test_steps_are_fewer_where_time_is_short(tmp_path, capsys):
 
 @pytest.mark.costly
 def test_a_contender_that_cannot_run_is_listed_with_the_reason(folder, capsys):
+    """In a fresh process; the other tests' are forks."""
     out = folder / "out.json"
     status = training.main(
         [
@@ -133,6 +137,7 @@ def test_the_peer_is_given_the_same_tokens():
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_a_noisy_run_is_kept_apart(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(noise, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(noise, "NOISY", tmp_path / "noisy")
@@ -153,6 +158,7 @@ def test_a_noisy_run_is_kept_apart(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])
 def test_an_adapter_trains_in_place_of_all_weights(tmp_path, capsys, objective):
     out = tmp_path / "out.json"
@@ -169,6 +175,7 @@ def test_an_adapter_trains_in_place_of_all_weights(tmp_path, capsys, objective):
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_trl_with_our_head_takes_the_same_steps(tmp_path, capsys):
     pytest.importorskip("trl")
     out = tmp_path / "out.json"
@@ -235,6 +242,7 @@ def test_the_faster_time_of_a_step_counts():
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_contenders_that_break_leave_the_others_their_rounds(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.json"
     monkeypatch.setitem(rounds.CONTENDERS, "trl-cpo", {"trainer": "no such trainer"})

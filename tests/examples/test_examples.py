@@ -48,6 +48,7 @@ def run(script: str, *arguments: str, cwd: Path) -> str:
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_trl_script_trains_an_adapter(inputs: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("trl_script.py", *inputs, str(out), cwd=tmp_path)
@@ -55,6 +56,7 @@ def test_trl_script_trains_an_adapter(inputs: tuple[str, str], tmp_path: Path) -
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_own_loop_takes_steps(inputs: tuple[str, str], tmp_path: Path) -> None:
     printed = run("own_loop.py", *inputs, cwd=tmp_path)
     losses = [float(line.split()[1]) for line in printed.splitlines() if line.startswith("loss ")]
@@ -92,6 +94,7 @@ def test_scripts_stay_short(script: str) -> None:
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_demo_answers_the_same_questions_before_and_after(
     inputs: tuple[str, str], tmp_path: Path
 ) -> None:

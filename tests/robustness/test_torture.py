@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import config as datasets_config
 from safetensors.torch import save_file
 
 from tests.robustness.torture import KINDS, SHARES, apart, runnable, try_cases
@@ -19,6 +20,7 @@ from tests.support import fuzzing, spoilt_files
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize(
     ("kind", "kills", "cases"),
     [
@@ -71,7 +73,7 @@ def test_other_weights_are_noticed(tmp_path):
 
 
 def test_a_case_that_ends_otherwise_is_shown(monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", "restored after the test")
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", "restored after the test")
     monkeypatch.setattr(fuzzing, "run_case", lambda case, folder: {}["missing"])
     with pytest.raises(RuntimeError, match=r"(?s)KeyError: 'missing'.*attempt\("):
         try_cases("rows", 5, 0)
@@ -85,6 +87,7 @@ def elsewhere():
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize("kind", [name for name in SHARES if name != "rows"])
 def test_spoilt_files(kind, elsewhere):
     outcomes = elsewhere.submit(try_cases, kind, 20, 7).result(timeout=600)

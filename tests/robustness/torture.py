@@ -26,6 +26,7 @@ import traceback
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -160,11 +161,17 @@ def torture(place: Path, kind: str, kills: int, seed: int) -> Row:
     }  # fmt: skip
 
 
+def use_cache(folder: Path) -> None:
+    """For prepared data, in this process."""
+    config: Any = importlib.import_module("datasets.config")
+    config.HF_DATASETS_CACHE = folder
+
+
 def tortured(kind: str, kills: int, seed: int) -> Row:
     """`torture` in a folder of its own, with the imports done that the forks share."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder).resolve()
-        os.environ["HF_DATASETS_CACHE"] = str(place / "cache")
+        use_cache(place / "cache")
         importlib.import_module("widemargin.trainer.train")
         preparing = os.fork()  # this process starts no threads, which a fork would lack
         if not preparing:
@@ -182,9 +189,8 @@ def try_cases(kind: str, count: int, seed: int) -> Counter[str]:
             exception travels between processes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
+        use_cache(Path(folder) / "cache")  # which cases of data clear
         try:
-            # datasets reads the variable at its import
             from tests.support import fuzzing, spoilt_files
 
             if kind == "rows":

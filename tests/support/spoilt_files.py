@@ -313,7 +313,7 @@ def data_files(random: Random, folder: Path) -> str:
         load_pairs(config, TOKENIZER, len(TOKENIZER))
     finally:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else None
-        shutil.rmtree(os.environ.get("HF_DATASETS_CACHE", folder / "none"), ignore_errors=True)
+        shutil.rmtree(folder / "cache", ignore_errors=True)
     return "ran"
 
 

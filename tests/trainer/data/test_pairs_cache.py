@@ -54,25 +54,27 @@ def test_cache_key_is_content() -> None:
 
 @pytest.mark.costly
 def test_cache_key_is_the_same_in_another_process(tmp_path: Path) -> None:
+    """Which hashes strings otherwise."""
     tiny_tokenizer().save_pretrained(tmp_path)
     Dataset.from_list(make_rows(5)).save_to_disk(tmp_path / "raw")
     program = (
-        "import sys; from datasets import load_from_disk; from transformers import AutoTokenizer\n"
+        "from datasets import load_from_disk; from transformers import AutoTokenizer\n"
         "from widemargin.trainer.data import cached, limits as sizes\n"
         "limits = sizes.Limits(9, 5, None, 'keep_end')\n"
-        "raw = load_from_disk(sys.argv[1] + '/raw')\n"
-        "key = cached.fingerprint(raw, AutoTokenizer.from_pretrained(sys.argv[1]), limits)\n"
-        "print('key', key)\n"
+        f"raw = load_from_disk('{tmp_path}/raw')\n"
+        f"key = cached.fingerprint(raw, AutoTokenizer.from_pretrained('{tmp_path}'), limits)\n"
     )
-
-    def key(hash_seed: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", program, str(tmp_path)]
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-    first, second = (process.communicate()[0] for process in (key("1"), key("2")))
-    assert first == second
-    assert first.startswith("key ")
+    here: dict[str, Any] = {}
+    exec(program, here)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}print('key', key, hash('a'))"],
+        env={**os.environ, "PYTHONHASHSEED": "17"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    key, hashed = done.stdout.split()[1:]
+    assert key == here["key"]
+    assert int(hashed) != hash("a")
 
 
 def test_rendering_settings_are_part_of_the_cache_key() -> None:

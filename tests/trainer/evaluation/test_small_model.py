@@ -52,6 +52,7 @@ def rows(path: Path) -> list[dict]:
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_a_run_that_is_killed_goes_on_with_nothing_lost_or_doubled(tmp_path):
     """Sampled, so that another batch or seed would show."""
     sampled = ("--limit=6", "--batch_size=1", "--temperature=1")

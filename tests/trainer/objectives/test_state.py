@@ -161,6 +161,7 @@ def run_rank(rank: int, folder: Path, capacity: int | None) -> None:
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize("capacity", [None, 200])
 def test_two_processes_equal_one(tmp_path, capacity):
     spawn(run_rank, (tmp_path, capacity), nprocs=2)

@@ -46,6 +46,7 @@ def kill(arguments: list[str], grown: Path, total: int, kills: int, folder: Path
     assert seen[-1] == total
 
 
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_is_uninterrupted(tmp_path, kills, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))

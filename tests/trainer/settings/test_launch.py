@@ -65,6 +65,7 @@ def test_what_an_earlier_launch_left(name, value, monkeypatch):
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_nobody_else_comes(rank, tmp_path):
     """In a process of its own, whose group would outlive the test."""

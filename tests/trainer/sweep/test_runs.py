@@ -142,6 +142,7 @@ def test_a_run_without_summary_or_with_a_claim_has_not_finished(tmp_path: Path) 
     assert not is_finished(tmp_path)
 
 
+@pytest.mark.usefixtures("preloaded")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,6 +163,7 @@ def test_settings_are_refused_before_the_first_run(
 
 
 @pytest.mark.costly
+@pytest.mark.usefixtures("preloaded")
 def test_training_itself(tmp_path: Path) -> None:
     """Two runs of two steps, of which one was interrupted after its first."""
     tiny_model().save_pretrained(tmp_path / "model")
