@@ -1,6 +1,7 @@
 """Two processes under DDP, ZeRO-2, ZeRO-3 and FSDP2 end where one process does.
 
 One launch per engine, through the configs that are shipped, does all of `distributed_runs.RUNS`.
+DDP's processes are fresh, the others are forks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.support.distributed_runs import (
     run,
     write_inputs,
 )
+from tests.support.preloaded import python
 from tests.support.tiny_models import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +40,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
-    "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 
 pytestmark = pytest.mark.distributed
@@ -74,9 +75,10 @@ def engine(request, inputs) -> Engine:
     launch = ["-m", "accelerate.commands.launch", "--config_file"]
     launch += [f"configs/accelerate/{name}.yaml", "--num_processes=2", "--main_process_port=0"]
     cache = inputs / f"cache-{name}"
+    interpreter = sys.executable if name == "multi_gpu" else python()
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.support.distributed_runs", name, str(inputs)],
+        [interpreter, *launch, "-m", "tests.support.distributed_runs", name, str(inputs)],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "HF_DATASETS_CACHE": str(cache)},
         capture_output=True,
