@@ -6,6 +6,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,7 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+@cache
 def _config_fields() -> dict[str, Any]:
     """Name -> type of every setting that can be given."""
     hints = typing.get_type_hints(PreferenceConfig)
