@@ -85,6 +85,21 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", DELTA),
     "qwen3_5_moe": ("qwen3_5_moe_text", DELTA | MIXTURE),
     "olmo_hybrid": ("olmo_hybrid", DELTA),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16,
+            "ssm_state_size": 8, "n_groups": 2,
+        },
+    ),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            **MIXTURE, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16,
+            "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8, "v_head_dim": 8, "linear_head_dim": 8, "linear_num_heads": 4,
+        },
+    ),
 }  # fmt: skip
 """Families with recurrent layers, most of them beside attention."""
 

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..settings.names import Layout
 from .collator import PairCollator
 from .layout import BLOCK, Rows, dense_cost, row_length
-from .recurrent import MIXED, RECURRENT, has_no_attention, is_recurrent
+from .recurrent import MIXED, RECURRENT, has_no_attention, is_recurrent, kernel_without_boundaries
 from .varlen import knows_windows
 
 if TYPE_CHECKING:
@@ -196,6 +196,9 @@ def _rows(
     config: Any, attention: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Rows], str]:
     """Kinds of rows that this attention reads, the fastest first, and why these (or none)."""
+    kernel = kernel_without_boundaries(config) if is_recurrent(config) else None
+    if kernel is not None:
+        return [], f"{config.model_type}'s kernel {kernel} cannot keep sequences of a row apart"
     if has_no_attention(config):
         return ["varlen"], "recurrent layers: sequence by sequence, without padding"
     if is_recurrent(config):

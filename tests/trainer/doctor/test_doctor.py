@@ -15,6 +15,7 @@ from widemargin.trainer.doctor import kernels as doctor_kernels
 from widemargin.trainer.doctor import machine as doctor
 from widemargin.trainer.doctor import model as doctor_model
 
+from tests.support import fake_kernels
 from tests.support.tiny_models import TOKENIZER, tiny_model
 
 
@@ -64,6 +65,20 @@ def test_a_model_is_told_without_its_weights(capsys: Any, model: str, tmp_path: 
     assert "million parameters" in found["model"]["detail"]
     assert found["packing"]["detail"].split()[0] in ("padded", "packed", "prefix_shared")
     assert "answers end with" in found["chat template"]["detail"]
+
+
+def test_a_kernel_that_leaves_a_model_padded_is_named(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mamba = tiny_model("mamba")
+    mamba.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    _, found = findings(capsys, "--model", str(tmp_path))
+    assert found["packing"]["detail"].startswith("prefix_shared")
+    fake_kernels.install(monkeypatch, sys.modules[type(mamba).__module__])
+    _, found = findings(capsys, "--model", str(tmp_path))
+    assert found["packing"]["status"] == "warn"
+    assert "selective_scan_fn cannot keep sequences of a row apart" in found["packing"]["detail"]
 
 
 def test_a_model_that_is_not_there_or_not_one(capsys: Any, tmp_path: Path) -> None:

@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
+from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.packing import PairCollator, model_inputs
-from widemargin.trainer.packing.recurrent import TIMED, keep_sequences_apart
+from widemargin.trainer.packing.choose import choose_packing
+from widemargin.trainer.packing.recurrent import (
+    TIMED,
+    keep_sequences_apart,
+    kernel_without_boundaries,
+)
+from widemargin.trainer.packing.verify import settle_packing
 
+from tests.support import fake_kernels
 from tests.support.packed_rows import RECURRENT, alone, errors, family_model, gradient, token_pairs
 from tests.support.tiny_models import tiny_trainer
 
@@ -87,3 +95,64 @@ def test_auto_shares_prompts_and_trains_as_padded_rows_do(tmp_path, family):
     fresh = torch.cat([p.detach().flatten() for p in family_model(family).parameters()])
     apart = (learnt[0] - learnt[1]).norm() / (learnt[1] - fresh).norm()
     assert apart < 1e-3
+
+
+KERNELS = [p for p in known if p.values[0] not in ("mamba", "falcon_mamba", "jamba")]
+
+
+def modeling(model: Any) -> Any:
+    return sys.modules[type(model).__module__]
+
+
+@pytest.mark.parametrize("family", KERNELS)
+@pytest.mark.parametrize("layout", ["packed", "prefix_shared"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+def test_a_package_s_kernel_is_given_the_boundaries(family, layout, checkpointing, monkeypatch):
+    """No GPU here: a stand-in has the kernel's signature and restrictions, and torch's results."""
+    model, rows = family_model(family, "sdpa").eval(), token_pairs(3)
+    logps = alone(model, rows)
+    expected = logps.detach(), gradient(model, logps)
+    seen = fake_kernels.install(monkeypatch, modeling(model))
+    batch = PairCollator(0, layout=layout, rows="varlen")(rows)
+    assert max(errors(model, batch, expected, checkpointing=checkpointing)) < 2 * BOUND
+    kernels = {fake_kernels.KERNELS[name][0] for name in TIMED if hasattr(modeling(model), name)}
+    assert len({name for name, _ in seen}) == len(kernels)
+    counts = batch["cu_seq_lens_k"].diff().tolist()
+    assert all(given == counts for _, given in seen)  # one call, of all sequences
+
+
+def test_kernels_that_are_layers_are_found(monkeypatch):
+    """The package `kernels` makes a layer of each function, which it may replace later."""
+    layers = pytest.importorskip("kernels")
+    model = family_model("qwen3_next", "sdpa").eval()
+    seen = fake_kernels.install(monkeypatch, modeling(model))
+    for name in ("causal_conv1d_fn", "torch_chunk_gated_delta_rule"):
+        made = layers.use_kernel_forward_from_hub(name)(getattr(modeling(model), name))
+        assert isinstance(made, torch.nn.Module)
+        monkeypatch.setattr(modeling(model), name, made)
+    patch_head(model)
+    model(**model_inputs(PairCollator(0, layout="packed", rows="varlen")(token_pairs(2))))
+    assert {name for name, _ in seen} == {"causal_conv1d_fn", "chunk_gated_delta_rule"}
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
+def test_a_scan_without_boundaries_stays_padded(family, monkeypatch):
+    model = family_model(family, "sdpa")
+    assert kernel_without_boundaries(model.config) is None
+    fake_kernels.install(monkeypatch, modeling(model))
+    kernel = "mamba_ssm.ops.selective_scan_interface.selective_scan_fn"
+    assert kernel_without_boundaries(model.config) == kernel
+    packing = choose_packing("auto", model.config, attention="sdpa")
+    assert (packing.layout, kernel in packing.reason) == ("padded", True)
+    with pytest.raises(UserError, match="selective_scan_fn cannot keep sequences of a row apart"):
+        choose_packing("packed", model.config, attention="sdpa")
+
+
+def test_an_old_kernel_without_boundaries_is_not_given_packed_rows(monkeypatch):
+    model = family_model("lfm2", "sdpa")
+    old = {"causal_conv1d_fn": fake_kernels.no_boundaries}
+    fake_kernels.install(monkeypatch, modeling(model), **old)
+    patch_head(model)
+    packing = settle_packing("auto", model, attention="sdpa")
+    assert packing.layout == "padded"
+    assert "causal_conv1d.causal_conv1d_fn cannot keep sequences" in packing.reason
