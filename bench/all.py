@@ -21,6 +21,7 @@ from pathlib import Path
 from bench.lib import real_model
 from bench.lib.record import ROOT, find_commit, refused
 from bench.report import pages as results
+from bench.training.contenders import HYBRIDS, LAYOUTS
 
 TOTAL_S = 585
 """Parts begin and are cut so that all end within this; drawing takes a few seconds more."""
@@ -100,19 +101,35 @@ REAL_PARTS = (
 REAL_TOTAL_S = 3600
 
 
+def _hybrid(shape: str, *arguments: str) -> Part:
+    ours = ("--contenders", *(f"widemargin-{layout}" for layout in LAYOUTS))
+    name = f"training-{shape}" + "-long" * bool(arguments)
+    given = ("--shape", shape, *ours, "--steps", "5", "--warmup", "1", "--append", *arguments)
+    return Part(name, given, "training_hybrid_cpu.json", 900)
+
+
+HYBRID_PARTS = tuple(
+    _hybrid(shape, *prompts) for shape in HYBRIDS for prompts in ((), ("--long-prompts",))
+)
+"""Our layouts of small models with recurrent layers, on short and long prompts (`--hybrids`)."""
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.all", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder")
     names = [part.name for part in PARTS]
     real = [part.name for part in REAL_PARTS]
+    hybrids = [part.name for part in HYBRID_PARTS]
+    every = names + real + hybrids
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--parts", nargs="+", choices=names + real, default=names, metavar="NAME")
+    which.add_argument("--parts", nargs="+", choices=every, default=names, metavar="NAME")
     which.add_argument(
         "--real", action="store_const", const=real, dest="parts", help="steps of the real model"
     )
-    parser.add_argument(
-        "--total-s", type=float, help=f"default {TOTAL_S}, and {REAL_TOTAL_S} with --real"
-    )
+    text = "steps of small models with recurrent layers"
+    which.add_argument("--hybrids", action="store_const", const=hybrids, dest="parts", help=text)
+    text = f"default {TOTAL_S}, and {REAL_TOTAL_S} with --real or --hybrids"
+    parser.add_argument("--total-s", type=float, help=text)
     parser.add_argument("--allow-dirty", action="store_true", help="store uncommitted results")
     parser.add_argument("--keep-noisy", action="store_true", help="store noisy training steps too")
     return parser.parse_args(arguments)
@@ -149,10 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out.resolve()
     if refused(out / "all.json", find_commit(), options.allow_dirty):
         return 2
-    default = REAL_TOTAL_S if options.parts[0].startswith("training-real") else TOTAL_S
+    short = options.parts[0] in [part.name for part in PARTS]
+    default = TOTAL_S if short else REAL_TOTAL_S
     end = time.monotonic() + (options.total_s or default)
     fates: dict[str, str] = {}
-    for part in (*PARTS, *REAL_PARTS):
+    for part in (*PARTS, *REAL_PARTS, *HYBRID_PARTS):
         if part.name not in options.parts:
             continue
         left = min(part.limit_s, end - time.monotonic())

@@ -19,6 +19,7 @@ from bench.planning import table as planning
 from bench.scaling import table as scaling
 from bench.scaling.curves import SIZES
 from bench.training import table as training
+from bench.training.contenders import HYBRIDS
 
 KINDS = {"linear_logprob": "head", "training": "training", "scaling": "scaling"}
 KINDS |= {"planning": "planning", "active": "active"}
@@ -178,16 +179,20 @@ def _training(file: File) -> str:
             gaps[f"{row['objective']}, {prompts} prompts"] = row["largest_loss_gap"]
     said = "; ".join(f"{case}: {gap:.0e}" for case, gap in gaps.items())
     text = f"\n\nLargest relative difference between the trainers' losses of a step: {said}."
-    rows = [row for row in file.rows if "others_load" in row]
-    quiet = ""
-    if rows:
-        load = max(row["others_load"] for row in rows)
-        spread = max(row.get("spread", 0) for row in rows)
-        quiet = (
-            f" Other programs used at most {load:.0%} of the machine; a step's "
-            f"two fastest times differed by at most {spread:.0%}."
-        )
-    return training.table(file.rows) + (text if gaps else "") + quiet
+    return training.table(file.rows) + (text if gaps else "") + _quiet(file.rows)
+
+
+def _quiet(rows: list[Row]) -> str:
+    """How much other programs and chance had a share in these steps, where it was measured."""
+    rows = [row for row in rows if "others_load" in row]
+    if not rows:
+        return ""
+    load = max(row["others_load"] for row in rows)
+    spread = max(row.get("spread", 0) for row in rows)
+    return (
+        f" Other programs used at most {load:.0%} of the machine; a step's "
+        f"two fastest times differed by at most {spread:.0%}."
+    )
 
 
 def _scaling(file: File) -> str:
@@ -234,6 +239,18 @@ def head_table(files: Iterable[File]) -> str:
     names = ("head_cpu", "head_cuda", "head")
     rows = [row for f in files if f.kind == "head" and f.path.stem in names for row in f.rows]
     return head.table([row for row in rows if row["case"] in ("cpu", "llama3-8b")])
+
+
+def hybrid_table(files: Iterable[File]) -> str:
+    """The table of performance.md: our layouts of models with recurrent layers."""
+    rows = [row for f in files if f.kind == "training" for row in f.rows if row["case"] in HYBRIDS]
+    if not rows:
+        return "Not measured yet: `python -m bench.all --hybrids --out bench/results`."
+    row = rows[0]
+    return (
+        f"{row['objective']}, {row['pairs_per_step']} pairs a step, {row['attention']}, "
+        f"{row['dtype']}; {machine(row)}{_quiet(rows)}\n\n{training.layouts_table(rows)}"
+    )
 
 
 def active_table(files: Iterable[File]) -> str:

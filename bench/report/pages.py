@@ -21,6 +21,7 @@ from bench.training import plot as training_plot
 HEAD_PAGE = ROOT / "docs" / "how-the-head-works.md"
 KERNEL_PAGE = ROOT / "docs" / "kernel.md"
 HOW_PAGE = ROOT / "docs" / "how-it-works.md"
+PERFORMANCE_PAGE = ROOT / "docs" / "performance.md"
 DRAW = {
     "head": head_plot.draw,
     "active": head_plot.draw_active,
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             (HEAD_PAGE, page.active_table(files), "active"),
             (KERNEL_PAGE, page.head_table(files), "head"),
             (HOW_PAGE, front.share_table(), "shares"),
+            (PERFORMANCE_PAGE, page.hybrid_table(files), "hybrids"),
         ):
             write_into(path, table, name)
             print(f"wrote the table in {os.path.relpath(path)}")

@@ -27,7 +27,14 @@ from bench.lib.record import (
 )
 from bench.lib.subject import fill_in
 from bench.training.contenders import CONTENDERS, SHAPES, SKIPPED, TREES
-from bench.training.data import PairSource, Rows, lengths_of, rows_of_lengths, token_rows
+from bench.training.data import (
+    PairSource,
+    Rows,
+    folded,
+    lengths_of,
+    rows_of_lengths,
+    token_rows,
+)
 from bench.training.rounds import run_contenders
 from bench.training.table import CASE, table
 
@@ -79,8 +86,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def find_rows(options: argparse.Namespace) -> Rows:
     count = options.batch * (options.steps + options.warmup)
+    vocabulary = SHAPES[options.shape]["vocab_size"] if options.shape else 256
     if options.lengths:
-        vocabulary = SHAPES[options.shape]["vocab_size"] if options.shape else 256
         lengths = json.loads(options.lengths.read_text())
         return rows_of_lengths(lengths[:count], vocabulary)
     source = PairSource(
@@ -91,7 +98,8 @@ def find_rows(options: argparse.Namespace) -> Rows:
         options.long_prompts,
         by_prompt=options.trees,
     )
-    return token_rows(source)
+    rows = token_rows(source)
+    return folded(rows, vocabulary) if options.shape else rows
 
 
 def shared_facts(options: argparse.Namespace, rows: Rows, commit: Commit) -> Row:

@@ -76,5 +76,10 @@ def rows_of_lengths(lengths: list[list[int]], vocabulary: int, seed: int = 0) ->
     return [dict(zip(SIDES, map(ids, three), strict=True)) for three in lengths]
 
 
+def folded(rows: Rows, vocabulary: int) -> Rows:
+    """The same lengths, with token ids of a smaller vocabulary."""
+    return [{side: [i % vocabulary for i in ids] for side, ids in row.items()} for row in rows]
+
+
 def lengths_of(rows: Rows) -> list[list[int]]:
     return [[len(row[side]) for side in SIDES] for row in rows]

@@ -2,7 +2,7 @@
 
 from bench.lib.record import Row
 from bench.lib.table import markdown
-from bench.training.contenders import BASES
+from bench.training.contenders import BASES, LAYOUTS
 
 CASE = (
     *("case", "long_prompts", "objective", "attention", "dtype", "pairs_per_step", "device"),
@@ -10,6 +10,11 @@ CASE = (
 )
 """What rows of one table have in common, beside the commit."""
 COLUMNS = ("trainer", "pairs/s", "step ms (min–max)", "× TRL", "tokens a step", "peak memory MiB")
+
+LAYOUT_COLUMNS = (
+    *("model", "prompt/chosen/rejected", "layout", "pairs/s", "× padded"),
+    *("tokens a step", "peak memory MiB"),
+)
 
 
 def table(rows: list[Row]) -> str:
@@ -49,3 +54,19 @@ def same_case(a: Row, b: Row) -> bool:
 def variant(row: Row) -> str:
     """The ways in which a run differs from full training without checkpointing."""
     return ", LoRA" * row.get("lora", False) + ", checkpointing" * row.get("checkpointing", False)
+
+
+def layouts_table(rows: list[Row]) -> str:
+    """Markdown: our layouts of each case against padded rows."""
+    lines = []
+    for row in rows:
+        layout = row["provider"].removeprefix("widemargin-")
+        if layout not in LAYOUTS or "reason" in row:
+            continue
+        padded = [r for r in rows if same_case(r, row) and r["provider"] == "widemargin-padded"]
+        times = [f"{row['pairs_per_s'] / base['pairs_per_s']:.2f}" for base in padded] or ["–"]
+        lengths = "/".join(str(round(n)) for n in row["mean_lengths"].values())
+        speed, tokens = f"{row['pairs_per_s']:.2f}", f"{row['tokens_per_step']:.0f}"
+        memory = f"{row['peak_mib']:.0f}"
+        lines.append([row["case"], lengths, layout, speed, times[0], tokens, memory])
+    return markdown(LAYOUT_COLUMNS, lines, text=3)

@@ -11,6 +11,7 @@ from bench import all as everything
 from bench.lib import real_model
 from bench.lib.record import RESULTS, Commit
 from bench.training import command as training
+from bench.training.contenders import HYBRIDS
 
 
 def test_make_bench_refuses_to_publish_from_a_dirty_tree(
@@ -46,7 +47,7 @@ def test_a_part_that_is_cut_leaves_the_others(
 
 
 def test_parts_name_benchmarks_and_fit_the_time() -> None:
-    for part in (*everything.PARTS, *everything.REAL_PARTS):
+    for part in (*everything.PARTS, *everything.REAL_PARTS, *everything.HYBRID_PARTS):
         assert find_spec(part.module) is not None
     assert everything.TOTAL_S < 600
 
@@ -59,3 +60,11 @@ def test_real_takes_the_parts_of_the_real_model() -> None:
         assert options.model == real_model.FOLDER
         assert options.objective == ("dpo" if "dpo" in part.name else "simpo")
         assert options.batch % options.accumulation == 0
+
+
+def test_hybrids_take_each_model_on_short_and_long_prompts() -> None:
+    parts = everything.HYBRID_PARTS
+    assert everything.parse(["--hybrids"]).parts == [part.name for part in parts]
+    options = [training.parse(list(part.arguments)) for part in parts]
+    taken = {(given.shape, given.long_prompts) for given in options}
+    assert taken == {(shape, long) for shape in HYBRIDS for long in (False, True)}

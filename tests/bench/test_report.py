@@ -44,6 +44,7 @@ def test_the_page_s_pictures_and_files_are_there() -> None:
         ("docs/kernel.md", "head", page.head_table),
         ("docs/how-it-works.md", "shares", lambda _: readme.share_table()),
         ("docs/how-the-head-works.md", "active", page.active_table),
+        ("docs/performance.md", "hybrids", page.hybrid_table),
     ],
 )
 def test_tables_are_made_of_the_committed_json(
@@ -153,3 +154,20 @@ def test_a_case_without_trl_makes_no_claim() -> None:
 def test_the_head_is_a_fifth_at_135m_and_a_fifteenth_at_8b() -> None:
     shares = [readme.head_share(shape) for shape in readme.SHARES.values()]
     assert shares == pytest.approx([28.3 / 134.5, 262.7 / 1235.7, 525.3 / 7504.9], rel=5e-3)
+
+
+def test_layouts_of_hybrids_are_compared_with_padded_rows() -> None:
+    case = {"case": "falcon-h1-10m", "others_load": 0.01, "spread": 0.02}
+    padded = steps("widemargin-padded", 2.0, **case)
+    file = training_file(
+        padded, steps(readme.BEST, 3.0, **case), steps("trl-cpo", 1.0, **case),
+        steps(readme.BEST, 9.0, **case | {"case": "small_lm"}),
+    )  # fmt: skip
+    shown = page.hybrid_table([file])
+    assert "| prefix_shared | 3.00 | 1.50 |" in shown
+    assert "two fastest times differed by at most 2%" in shown
+    assert "trl" not in shown
+    assert "9.00" not in shown
+    alone = steps(readme.BEST, 3.0, **case)
+    assert "| prefix_shared | 3.00 | – |" in page.hybrid_table([training_file(alone)])
+    assert "bench.all --hybrids" in page.hybrid_table([])

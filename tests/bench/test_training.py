@@ -14,6 +14,7 @@ from bench.lib.table import write_into
 from bench.training import command as training
 from bench.training import plot as training_plot
 from bench.training import rounds
+from bench.training.data import lengths_of
 from bench.training.table import table
 from bench.training.worker import cpo_row, head_of
 from tests.support.tiny_models import TOKENIZER, tiny_model
@@ -126,6 +127,18 @@ def test_a_contender_that_cannot_run_is_listed_with_the_reason(folder, capsys):
     (row,) = json.loads(out.read_text())["rows"]
     assert "no_such_attention" in row["reason"]
     assert "no_such_attention" in capsys.readouterr().out
+
+
+def test_random_weights_take_real_pairs_with_ids_of_their_vocabulary(folder):
+    where = ("--model", str(folder / "model"), "--pairs", str(folder / "pairs.jsonl"))
+    size = ("--batch", "4", "--steps", "2", "--warmup", "0", "--max-length", "64")
+    real, folded = (
+        training.find_rows(training.parse([*where, *size, *shape]))
+        for shape in ((), ("--shape", "tiny"))
+    )
+    assert lengths_of(folded) == lengths_of(real)
+    assert max(max(ids) for row in real for ids in row.values()) >= 64
+    assert max(max(ids) for row in folded for ids in row.values()) < 64
 
 
 def test_the_peer_is_given_the_same_tokens():
