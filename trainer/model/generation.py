@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad, threshold
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -20,6 +22,8 @@ from transformers import (
 
 from ..data import chat
 from ..data.turns import end_of_turn_id
+from ..errors import UserError
+from .cache import part_of
 from .loading import context_of
 
 
@@ -49,34 +53,45 @@ class Completion:
         return self.end is not None
 
 
+PIECE = 32
+"""Tokens that `complete` writes between looks at which answers have ended."""
+
+
 class _Sampler(LogitsProcessor):
-    """Leaves of each row's scores one token, drawn by the row's own seed.
+    """Leaves of each row's scores one token, by the next of the row's own random numbers.
 
     A token outside of the likeliest that hold ``top_p`` is drawn again, which takes no sorting.
     """
 
-    def __init__(self, decoding: Decoding, seeds: Sequence[int]) -> None:
+    def __init__(self, decoding: Decoding, draws: Sequence[random.Random]) -> None:
         self.temperature, self.top_p = decoding.temperature, decoding.top_p
         self.cut = TopKLogitsWarper(decoding.top_k) if decoding.top_k else None
-        self.draws = [random.Random(seed) for seed in seeds]
+        self.draws = draws
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+        """Written over ``scores``, which `generate` has copied for it."""
         kept: Any = scores if self.cut is None else self.cut(input_ids, scores)  # pyright: ignore
-        probabilities = (kept / self.temperature).softmax(-1)
-        sums = probabilities.cumsum(-1)
-        drawn = torch.full((len(scores), 1), -1, device=scores.device)
+        shares = kept.sub_(kept.amax(-1, keepdim=True)).div_(self.temperature).exp_()
+        sums = shares.cumsum(-1)
+        totals = sums[:, -1:]
+        if not totals.isfinite().all():
+            raise UserError("model: take a checkpoint that works; its scores are not all numbers")
+        points, tokens = torch.zeros_like(totals), totals.long()
         rows = list(range(len(scores)))
         while rows:
-            points = sums.new_tensor([[self.draws[row].random()] for row in rows])
-            tokens = torch.searchsorted(sums[rows], points * sums[rows, -1:], right=True)
+            points[rows] = sums.new_tensor([[self.draws[row].random()] for row in rows])
+            tokens = torch.searchsorted(sums, points * totals, right=True)
             tokens = tokens.clamp(max=scores.shape[-1] - 1)
-            likely = probabilities[rows]
-            own = likely.gather(1, tokens)
-            above = torch.where(likely > own, likely, 0).sum(-1, keepdim=True)
-            right = ((own > 0) & ((above < self.top_p) | (self.top_p == 1))).flatten()
-            drawn[rows] = torch.where(right[:, None], tokens, -1)
-            rows = [row for row, done in zip(rows, right.tolist(), strict=True) if not done]
-        return torch.full_like(scores, -math.inf).scatter(1, drawn, 0.0)
+            own = shares.gather(1, tokens)
+            pairs = torch.cat([own, totals], 1).tolist()
+            rows = [row for row in rows if not self._likely(shares[row], *pairs[row])]
+        return scores.fill_(-math.inf).scatter_(1, tokens, 0.0)
+
+    def _likely(self, shares: torch.Tensor, share: float, total: float) -> bool:
+        """Whether a token is among the likeliest that hold ``top_p`` of the total."""
+        if share > (1 - self.top_p) * total:  # what all others hold is less
+            return True
+        return share > 0 and bool(threshold(shares, share, 0.0).sum() < self.top_p * total)
 
 
 def stop_ids(
@@ -100,34 +115,48 @@ def complete(
 ) -> list[Completion]:
     """Continue each prompt by `generate` with its own seed, the shorter ones padded on the left.
 
-    Answers end within the model's context; a batch that fills it gets empty ones. The model's own
-    generation config counts for nothing, and stays as it was, like its mode and the random numbers.
+    It writes in pieces, after which the answers that have ended leave the batch. Answers end within
+    the model's context; a batch that fills it gets empty ones. The model's own generation config
+    counts for nothing, and stays as it was, like its mode and the random numbers.
     """
-    width = max(map(len, prompts))
-    context = context_of(model.config)
-    most = decoding.max_new_tokens if context is None else context - width
-    if most < 1:
-        return [Completion([], None) for _ in prompts]
+    width, context = max(map(len, prompts)), context_of(model.config)
+    end = min(width + decoding.max_new_tokens, context or sys.maxsize)
     ids = torch.full((len(prompts), width), decoding.pad_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    device = model.device
+    ids, mask = ids.to(model.device), mask.to(model.device)
     config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=min(most, decoding.max_new_tokens),
         eos_token_id=decoding.stops or None,
         pad_token_id=decoding.pad_id,
+        return_dict_in_generate=True,
     )
-    sampling = [_Sampler(decoding, seeds)] if decoding.temperature else []
+    answers = [Completion([], None) for _ in prompts]
+    draws = [random.Random(seed) for seed in seeds]
+    rows, size, kept = list(range(len(prompts))), PIECE, {}
     with _generating(model, config), torch.no_grad():
-        written = model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            logits_processor=LogitsProcessorList(sampling),
-        )
-    return [_cut(row, decoding.stops) for row in written[:, width:].tolist()]
+        while ids.shape[1] < end:
+            sampler = _Sampler(decoding, [draws[row] for row in rows])
+            written = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=min(size, end - ids.shape[1]),
+                logits_processor=LogitsProcessorList([sampler] if decoding.temperature else []),
+                **kept,
+            )
+            for row, tokens in zip(rows, written.sequences[:, width:].tolist(), strict=True):
+                answers[row] = _cut(tokens, decoding.stops)
+            left = [place for place, row in enumerate(rows) if not answers[row].stopped]
+            if not left:
+                break
+            cache = part_of(written.past_key_values, left, len(rows))
+            rows = [rows[place] for place in left]
+            ids = written.sequences[left]
+            mask = pad(mask[left], (0, ids.shape[1] - mask.shape[1]), value=1)
+            size, kept = (end, {}) if cache is None else (PIECE, {"past_key_values": cache})
+    return answers
 
 
 @contextmanager

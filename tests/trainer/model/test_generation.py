@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationConfig
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.model import cache, generation
 from widemargin.trainer.model.generation import Completion, Decoding, complete, stop_ids
 
 from tests.support import tiny_models
+from tests.support.packed_rows import RECURRENT, family_model
 from tests.support.tiny_models import tiny_model
 
 TOKENIZER: Any = tiny_models.TOKENIZER
@@ -90,3 +93,44 @@ def test_answers_end_within_the_context():
     assert [len(answer.token_ids) for answer in answers] == [2, 2, 2]
     full = complete(model, [[5] * 8, [5]], Decoding([], PAD, 6), seeds=[0, 0])
     assert full == [Completion([], None)] * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "qwen3_moe", *RECURRENT])
+def test_answers_in_pieces_are_those_in_one(family, monkeypatch):
+    """Also where layers have windows or states, or several keys that no piece can go on from."""
+    model: Any = family_model(family).eval()
+    unending = complete(model, PROMPTS, Decoding([], PAD, 20, 1.5), [1, 2, 3])
+    stops = [answer.token_ids[5 * i + 2] for i, answer in enumerate(unending[:2])]
+    decoding = Decoding(stops, PAD, 20, 1.5)
+    monkeypatch.setattr(generation, "PIECE", 20)
+    once = complete(model, PROMPTS, decoding, [1, 2, 3])
+    assert len({len(answer.token_ids) for answer in once}) > 1
+    monkeypatch.setattr(generation, "PIECE", 3)
+    monkeypatch.setattr(cache, "ROOM", 4)
+    assert complete(model, PROMPTS, decoding, [1, 2, 3]) == once
+
+
+def test_answers_that_have_ended_are_computed_no_further(monkeypatch):
+    model: Any = tiny_model().eval()
+    unending = complete(model, PROMPTS, Decoding([], PAD, 40), [0] * 3)
+    stop = unending[1].token_ids[2]
+    decoding = Decoding([stop], PAD, 40)
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    monkeypatch.setattr(generation, "PIECE", 4)
+    answers = complete(model, PROMPTS, decoding, [0] * 3)
+    assert shapes[:4] == [(3, 6), *[(3, 1)] * 3]
+    lengths = [len(answer.token_ids) + answer.stopped for answer in answers]
+    pieces = [-(-length // 4) * 4 for length in lengths]
+    assert sum(rows * tokens for rows, tokens in shapes) == 3 * 6 + sum(pieces) - 3
+
+
+def test_scores_that_are_no_numbers_are_said():
+    model: Any = tiny_model().eval()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(UserError, match="model: take a checkpoint that works"):
+        complete(model, PROMPTS, Decoding([], PAD, 6, 1.0), [1, 2, 3])
