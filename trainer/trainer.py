@@ -98,8 +98,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         """
         reference, answers = None, Answers.of(inputs)
         if self.reference is not None:
-            reference = self.reference.sums(model, inputs)
-            answers = self.reference.answers(model, inputs)
+            reference, answers = self.reference.compared(model, inputs)
         balanced = self.balance.inputs(inputs, model.training)
         scored: Any = model(**model_inputs(inputs), **balanced)
         out = self._pair_losses(scored, reference, inputs, answers, model.training)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.objectives import build_objective
-from widemargin.trainer.packing.collator import PairCollator, model_inputs
+from widemargin.trainer.packing import PairCollator, model_inputs
 
 from bench.lib.exact import relative_error
 from bench.lib.profile import profiled_run

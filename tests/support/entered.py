@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from widemargin.kernels.linear_logprob import linear_logprob
 from widemargin.trainer.data import tokenize_pairs
 from widemargin.trainer.objectives import build_objective
-from widemargin.trainer.packing.collator import model_inputs
+from widemargin.trainer.packing import model_inputs
 from widemargin.trainer.settings.files import load_config
 from widemargin.trainer.train import train
 

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from widemargin.trainer import PreferenceConfig
 from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.packing import PairCollator, model_inputs
 from widemargin.trainer.packing.choose import Packing
-from widemargin.trainer.packing.collator import PairCollator, model_inputs
 from widemargin.trainer.plan.batches import micro_batch
 from widemargin.trainer.plan.simulation import Recipe, simulate
 

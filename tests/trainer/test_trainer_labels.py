@@ -12,8 +12,10 @@ from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.cli import main
 from widemargin.trainer.data import tokenize_pairs
 from widemargin.trainer.data.table import PairRows
+from widemargin.trainer.data.table.mismatched import neighbours
 from widemargin.trainer.errors import UserError
 
+from tests.support.reference_runs import sums_by_hand
 from tests.support.tiny_models import (
     TOKENIZER,
     parameters_of,
@@ -22,6 +24,8 @@ from tests.support.tiny_models import (
     tiny_pairs,
 )
 from tests.support.two_ranks import trained_alike
+
+NO_GRADIENTS = ("mismatched_", "frozen_")
 
 
 def labelled(count: int = 12, **columns: Any) -> Dataset:
@@ -34,7 +38,9 @@ def labelled(count: int = 12, **columns: Any) -> Dataset:
     return Dataset.from_list([row | columns for row in rows])
 
 
-def trainer_of(folder, data: Any = None, **settings: Any) -> PreferenceTrainer:
+def trainer_of(
+    folder, data: Any = None, ref_model: Any = None, **settings: Any
+) -> PreferenceTrainer:
     settings = {
         "objective": "kto", "beta": 0.5, "per_device_train_batch_size": 6,
         "objective_args": {"kl_estimate": "mismatched"},
@@ -42,6 +48,7 @@ def trainer_of(folder, data: Any = None, **settings: Any) -> PreferenceTrainer:
     return PreferenceTrainer(
         tiny_model(),
         tiny_config(folder, **settings),
+        ref_model=ref_model,
         train_dataset=labelled() if data is None else data,
         eval_dataset=labelled(5),
         processing_class=TOKENIZER,
@@ -110,6 +117,54 @@ def test_the_mismatched_answers_are_those_of_the_batch(tmp_path):
     assert all(
         other[i] == by_id[(i - 1) % 12] for i in by_id if prompts[i] != prompts[(i - 1) % 12]
     )
+
+
+def several() -> Dataset:
+    """Three answers to each of three prompts."""
+    prompts = ["User: yes no Assistant:", "User: Paris Assistant:", "User: water Assistant:"]
+    rows = [row | {"prompt": prompts[i // 3]} for i, row in enumerate(labelled(9).to_list())]
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("packing", ["padded", "packed", "auto"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_both_models_score_every_answer_of_a_batch_by_itself(tmp_path, packing, grouped):
+    """Own answers and their neighbours', each with full logits."""
+    trainer: Any = trainer_of(
+        tmp_path, several(), packing=packing, group_by_prompt=grouped, max_steps=1,
+        per_device_train_batch_size=9, ref_model=tiny_model(seed=3),
+    )  # fmt: skip
+    (batch,) = trainer.get_train_dataloader()
+    rows, order = trainer.train_dataset, batch["pair_ids"].tolist()
+    found = neighbours(order, rows.prompts)
+    with torch.no_grad():
+        reference, answers = trainer.reference.compared(trainer.model, batch)
+        models = [tiny_model(), tiny_model(seed=3)]
+        own = [sums_by_hand(models[1], rows[i])[0] for i in order]
+        other = [rows[i] | {"chosen_ids": rows[found[i]]["chosen_ids"]} for i in order]
+        policy, frozen = ([sums_by_hand(model, row)[0] for row in other] for model in models)
+    torch.testing.assert_close(
+        reference[batch["edges"][:, 0]], torch.stack(own), rtol=1e-4, atol=1e-4
+    )
+    gained = torch.stack(policy) - torch.stack(frozen)
+    torch.testing.assert_close(answers.mismatched, gained, rtol=1e-4, atol=1e-4)
+    assert gained.abs().min() > 0
+
+
+def test_every_prompt_runs_once_without_gradients(tmp_path):
+    """In front of its own answers and its neighbours', each once, in the frozen model."""
+    trainer: Any = trainer_of(
+        tmp_path, several(), group_by_prompt=True, per_device_train_batch_size=9
+    )
+    (batch,) = trainer.get_train_dataloader()
+    rows = [trainer.train_dataset[i] for i in batch["pair_ids"].tolist()]
+    prompts = sum({row["tree_id"]: len(row["prompt_ids"]) for row in rows}.values())
+    own = sum({row["leaf_ids"][0]: len(row["chosen_ids"]) for row in rows}.values())
+    tokens = {name: int((batch[name + "segment_ids"] >= 0).sum()) for name in ("", *NO_GRADIENTS)}
+    assert trainer.pipeline.layout == "prefix_shared"
+    assert len(batch["mismatched_cu_seqlens"]) - 1 == 3
+    assert tokens[""] == prompts + own
+    assert tokens["frozen_"] == tokens["mismatched_"] + own
 
 
 @pytest.mark.parametrize("objective", ["kto", "apo-zero-unpaired"])

@@ -11,10 +11,11 @@ import torch
 from ..data.formats.answers import DESIRABLE, SCORES
 from ..data.images.processor import IMAGES
 from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
-from ..data.table.mismatched import IDS, exchanged
+from ..data.table.mismatched import IDS, exchanged, with_exchanged
 from ..data.table.trees import runs
 from ..settings.names import Layout
-from .images import IMAGE_INPUTS, add_images
+from .images import add_images
+from .inputs import FROZEN, MISMATCHED, MODEL_INPUTS
 from .layout import (
     BLOCK,
     Forest,
@@ -25,34 +26,9 @@ from .layout import (
     token_ids,
     varlen_lengths,
 )
-from .varlen import VARLEN_ARGUMENTS
 
 if TYPE_CHECKING:
     from ..data.images.processor import ImageProcessor
-
-MODEL_INPUTS = (
-    *("input_ids", "attention_mask", "position_ids", "segment_ids", "branch_ids"),
-    *VARLEN_ARGUMENTS,
-    *("select", "targets"),
-    *IMAGE_INPUTS,
-)
-
-PAIR_INPUTS = ("edges", "weights", "margins", "prompt_cu_seqlens", "prompts")
-"""What an objective takes of a batch beside sequences, where the batch has it."""
-
-MISMATCHED = "mismatched_"
-"""Before the names of what a batch has of answers after other prompts than their own."""
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a patched model's forward, out of a collated batch."""
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
-
-
-def mismatched_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What `model_inputs` and an objective need of mismatched answers; empty where none are."""
-    names = (name for name in batch if name.startswith(MISMATCHED))
-    return {name.removeprefix(MISMATCHED): batch[name] for name in names}
 
 
 class PairCollator:
@@ -81,8 +57,11 @@ class PairCollator:
     ``tree_ids``,          [S]         int64 and fp32, where the rows carry ``score_chosen`` and
     ``scores``                         ``score_rejected``: the tree of each, and the leaf's score
     ``labels``             [S]         bool, and ``tree_ids``, where the rows carry ``desirable``
-    ``mismatched_...``                 inputs of the model and ``cu_seqlens`` of every pair's prompt
-                                       with its neighbour's answer, where the rows carry one
+    ``mismatched_...``                 inputs of the model and ``cu_seqlens`` of every prompt with
+                                       the neighbours' answers, each once, where the rows carry
+                                       them; ``pairs`` [P] int64, the sequence there of each pair
+    ``frozen_...``                     the same of every prompt with its own answers too, and
+                                       ``sequences`` [S] int64, where the S sequences are there
     ``decoder_tokens``     [3]         int64: tokens computed, of those not padding, tokens that
                                        the padded layout would compute of the pairs
     ``num_tokens``         [1]         int64, tokens of the pairs' sequences, fillers left out:
@@ -182,9 +161,7 @@ class PairCollator:
             batch["tree_ids"] = forest.tree
             batch["labels"] = np.array(forest.of_leaves(rows, (DESIRABLE, DESIRABLE))) > 0
         if IDS in rows[0]:
-            other = self(exchanged(rows))
-            names = (name for name in (*MODEL_INPUTS, "cu_seqlens") if name in other)
-            batch |= {MISMATCHED + name: other[name] for name in names}
+            self._add_mismatched(batch, forest, rows)
         if all(name in rows[0] for name in REFERENCE_COLUMNS):
             logps = forest.of_leaves(rows, REFERENCE_COLUMNS)
             batch["reference_logps"] = np.array(logps, np.float32)
@@ -192,6 +169,19 @@ class PairCollator:
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             for name, value in batch.items()
         }
+
+    def _add_mismatched(
+        self, batch: dict[str, Any], forest: Forest, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        for prefix, part in ((MISMATCHED, exchanged(rows)), (FROZEN, with_exchanged(rows))):
+            made = self(part)
+            names = (name for name in (*MODEL_INPUTS, "cu_seqlens") if name in made)
+            batch |= {prefix + name: made[name] for name in names}
+            edges = made["edges"].numpy()
+            batch[prefix + "pairs"] = edges[-len(rows) :, 0]
+        sequences = np.empty(len(forest.counts), np.int64)
+        sequences[forest.edges] = edges[: len(rows)]
+        batch[FROZEN + "sequences"] = sequences
 
     def _padded(self, forest: Forest) -> dict[str, Any]:
         width = int(forest.totals.max())

@@ -15,7 +15,7 @@ from ..data.table import TOKEN_COLUMNS
 from ..errors import UserError
 from ..settings.checks import is_split
 from .choose import FAMILIES, Packing, longest_sequence, packings
-from .collator import model_inputs
+from .inputs import model_inputs
 from .recurrent import has_no_attention, is_recurrent, keep_sequences_apart
 from .rope import fix_rope
 from .varlen import takes_varlen

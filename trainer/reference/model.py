@@ -29,7 +29,7 @@ from ..model.adapters import bare_model, starts_as_its_base
 from ..model.digest import model_digest
 from ..model.loading import load_model
 from ..objectives.lists import Answers
-from ..packing import mismatched_inputs, model_inputs
+from ..packing import FROZEN, MISMATCHED, inputs_after, model_inputs
 from ..settings.checks import is_split
 from .cache import precomputed
 from .source import (
@@ -211,17 +211,23 @@ class Reference:
         with self._scoring(model, disable_adapter=self.model is None):
             return _summed_logps(self.objective, model, batch)
 
-    def answers(self, policy: nn.Module, batch: Mapping[str, Any]) -> Answers | None:
-        """What a batch says of its answers, and both models of its mismatched ones, if it has any.
+    def compared(
+        self, policy: nn.Module, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, Answers | None]:
+        """The `sums` of a batch, and what it says of its answers.
 
-        Those take two forwards without gradients, in the batch's own layout.
+        Mismatched answers stand behind their prompts beside the batch's own ones, in one forward of
+        the frozen model, and alone in one without gradients of the policy.
         """
-        answers, other = Answers.of(batch), mismatched_inputs(batch)
-        if answers is None or not other:
-            return answers
+        answers, frozen = Answers.of(batch), inputs_after(FROZEN, batch)
+        if answers is None or not frozen:
+            return self.sums(policy, batch), answers
+        mismatched = inputs_after(MISMATCHED, batch)
         with self._scoring(policy, disable_adapter=False):
-            ratios = _summed_logps(self.objective, policy, other) - self.sums(policy, other)
-        return replace(answers, mismatched=ratios)
+            gained = _summed_logps(self.objective, policy, mismatched)[mismatched["pairs"]]
+        sums = self.sums(policy, frozen)
+        answers = replace(answers, mismatched=gained - sums[frozen["pairs"]])
+        return batch.get("reference_logps", sums[frozen["sequences"]]), answers
 
     @contextmanager
     def _scoring(self, model: nn.Module, *, disable_adapter: bool) -> Iterator[None]:

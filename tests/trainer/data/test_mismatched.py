@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from widemargin.trainer.data.table.mismatched import exchanged, neighbours
+from widemargin.trainer.data.table.mismatched import (
+    exchanged,
+    neighbours,
+    with_exchanged,
+)
 from widemargin.trainer.errors import UserError
 
 
@@ -25,11 +31,29 @@ def test_no_neighbour_answers_the_same_prompt():
         neighbours([0, 1], np.zeros(4, int))
 
 
+def row(tree: int, answer: int, neighbours_leaf: int) -> dict[str, Any]:
+    return {
+        "prompt_ids": [tree], "chosen_ids": [answer], "rejected_ids": [answer], "tree_id": tree,
+        "leaf_ids": [answer] * 2, "mismatched_ids": [3, 4], "mismatched_leaf": neighbours_leaf,
+    }  # fmt: skip
+
+
 def test_exchanged_rows_hold_the_neighbours_answer():
-    rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2], "mismatched_ids": [3, 4]}]
-    (row,) = exchanged(rows)
-    assert row["prompt_ids"] == [1]
-    assert row["chosen_ids"] == row["rejected_ids"] == [3, 4]
-    assert "chosen_unscored" not in row
-    (row,) = exchanged([rows[0] | {"mismatched_unscored": [0]}])
-    assert row["chosen_unscored"] == row["rejected_unscored"] == [0]
+    (made,) = exchanged([row(1, 2, 7)])
+    assert made["prompt_ids"] == [1]
+    assert made["chosen_ids"] == made["rejected_ids"] == [3, 4]
+    assert "chosen_unscored" not in made
+    (made,) = exchanged([row(1, 2, 7) | {"mismatched_unscored": [0]}])
+    assert made["chosen_unscored"] == made["rejected_unscored"] == [0]
+
+
+def test_rows_of_one_prompt_share_it_and_the_neighbour_they_have_in_common():
+    rows = [row(0, 0, 9), row(0, 1, 9), row(0, 2, 8), row(5, 3, 9)]
+    made = exchanged(rows)
+    assert [each["tree_id"] for each in made] == [0, 0, 0, 5]
+    leaves = [each["leaf_ids"][0] for each in made]
+    assert leaves[0] == leaves[1]
+    assert len(set(leaves)) == 3
+    both = with_exchanged(rows)
+    assert [each["leaf_ids"][0] for each in both] == [0, 1, 2, 3, *leaves]
+    assert all(each.keys() == both[0].keys() for each in both)

@@ -18,8 +18,8 @@ from ...errors import UserError
 from ..images.processor import IMAGES
 from .columns import TOKEN_COLUMNS, UNSCORED_COLUMNS
 
-IDS, UNSCORED = "mismatched_ids", "mismatched_unscored"
-"""What a row has of its neighbour's answer."""
+IDS, UNSCORED, LEAF = "mismatched_ids", "mismatched_unscored", "mismatched_leaf"
+"""What a row has of its neighbour's answer: its tokens, and the number of that leaf."""
 
 
 def neighbours(together: Sequence[int], prompts: np.ndarray) -> dict[int, int]:
@@ -44,16 +44,26 @@ def neighbours(together: Sequence[int], prompts: np.ndarray) -> dict[int, int]:
 
 
 def exchanged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the neighbour's answer in place of their own, each a tree by itself."""
+    """Rows with the neighbour's answer in place of their own, in the trees of their prompts.
+
+    Rows of one prompt that have one neighbour share a leaf. Leaves have numbers below 0, which no
+    row's own answer has.
+    """
+    leaves: dict[tuple[int, int], int] = {}
     prompt, *sides = TOKEN_COLUMNS
     return [
         {
             prompt: row[prompt],
             **dict.fromkeys(sides, row[IDS]),
-            **{name: row[name] for name in (IMAGES,) if name in row},
+            **{name: row[name] for name in (IMAGES, "tree_id") if name in row},
             **({} if UNSCORED not in row else dict.fromkeys(UNSCORED_COLUMNS, row[UNSCORED])),
-            "tree_id": place,
-            "leaf_ids": [place, place],
+            "leaf_ids": [leaves.setdefault((row["tree_id"], row[LEAF]), ~len(leaves))] * 2,
         }
-        for place, row in enumerate(rows)
+        for row in rows
     ]
+
+
+def with_exchanged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their own answers, and then `exchanged`: every prompt has both behind it."""
+    others = exchanged(rows)
+    return [{name: row[name] for name in others[0]} for row in rows] + others

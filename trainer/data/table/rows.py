@@ -24,7 +24,7 @@ from .columns import (
     TOKEN_COLUMNS,
     UNSCORED_COLUMNS,
 )
-from .mismatched import IDS, UNSCORED
+from .mismatched import IDS, LEAF, UNSCORED
 from .trees import PairLengths, Trees, name_trees
 
 
@@ -222,9 +222,9 @@ class PairRows(Dataset):
         table: pa.Table = self.dataset[rows]
         rooms = np.maximum(self.longest_exchanged - prompts, 1)
         ids = _values(table.column(TOKEN_COLUMNS[1]))
-        columns: dict[str, list[Any]] = {
-            IDS: [tokens[:room] for tokens, room in zip(ids, rooms, strict=True)]
-        }
+        assert self.trees is not None  # single answers have them
+        columns: dict[str, list[Any]] = {LEAF: self.trees.leaves[rows, 0].tolist()}
+        columns[IDS] = [tokens[:room] for tokens, room in zip(ids, rooms, strict=True)]
         if UNSCORED_COLUMNS[0] in table.column_names:
             left = _values(table.column(UNSCORED_COLUMNS[0]))
             columns[UNSCORED] = [each[each < room] for each, room in zip(left, rooms, strict=True)]
