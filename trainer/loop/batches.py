@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from ..batching.pipeline import PairBatches, sheltered
+from ..batching.pipeline import PairBatches
 from ..batching.streams import check_same_shard
+from ..batching.workers import sheltered
 from ..errors import UserError
 
 if TYPE_CHECKING:

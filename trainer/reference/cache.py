@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..batching.pipeline import sheltered
+from ..batching.workers import sheltered
 from ..data.table import REFERENCE_COLUMNS as COLUMNS
 from ..data.table import PairRows
 from ..data.table.columns import tokens_digest
