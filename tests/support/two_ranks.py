@@ -18,22 +18,22 @@ from tests.support.tiny_models import TOKENIZER, tiny_model
 
 
 def launch(
-    folder: Path, *command: str, fresh: bool = False, **environment: str
+    folder: Path, *command: str, ranks: int = 2, fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script or ``-m MODULE`` with its arguments on two ranks that work in ``folder``.
+    """Run a script or ``-m MODULE`` with its arguments on some ranks that work in ``folder``.
 
     torchrun takes a free port by itself, so any number of launches may run side by side. It and
     the ranks are forks of a preloaded process, or ``fresh`` ones. The ranks import from where this
     process does.
     """
     interpreter = sys.executable if fresh else python()
-    launcher = [interpreter, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [interpreter, "-m", "torch.distributed.run", "--standalone"]
     settings = {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     return subprocess.run(
-        [*launcher, *command],
+        [*launcher, f"--nproc_per_node={ranks}", *command],
         cwd=folder,
         env={**os.environ, **settings, **environment},
         capture_output=True,

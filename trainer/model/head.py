@@ -24,6 +24,8 @@ from transformers.utils.generic import ModelOutput
 from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, HeadStats, Tail, linear_logprob
 from ..errors import UserError
 from ..packing.masks import packed_arguments
+from ..parallel.groups import Place
+from ..parallel.rows import SharedRow
 from .experts import balance_loss
 from .images import with_image_features
 from .tensor_parallel import check_sharded, is_sharded, sharded_scores
@@ -56,6 +58,8 @@ class Scoring:
     """Of the last call with gradients; backward fills it."""
     figures: bool = False
     """Whether forward also computes the figures of `ScoredTokens`."""
+    place: Place | None = None
+    """Among the ranks that share each row."""
 
 
 def patch_head(
@@ -65,6 +69,7 @@ def patch_head(
     tail_eps: float = TRAINING_TAIL_EPS,
     backend: Backend = "auto",
     figures: bool = False,
+    place: Place | None = None,
 ) -> Scoring:
     """Teach ``model`` to return log-probs of given tokens; see the module's docstring.
 
@@ -73,14 +78,18 @@ def patch_head(
     `ScoredTokens`. Rows that pack several sequences, or pairs that share their prompt, come with
     ``position_ids``, ``segment_ids`` and ``branch_ids`` [batch, length] and no attention mask; see
     `PairCollator`, which makes all of these. With ``router_weights`` [batch · length] it also
-    returns a mixture's ``aux_loss``, see `model.experts`. Patching twice replaces the settings.
+    returns a mixture's ``aux_loss``, see `model.experts`. With a ``place`` among ranks that share
+    each row it takes ``own_targets`` too, and every rank returns the scores of all targets.
+    Patching twice replaces the settings.
 
     Raises:
         UserError: an encoder-decoder model, an adapter on the head, or no head at all.
     """
     _check_model(model)
     logits = logit_settings(model.config)
-    scoring = Scoring(**logits, tail=tail, tail_eps=tail_eps, backend=backend, figures=figures)
+    scoring = Scoring(
+        **logits, tail=tail, tail_eps=tail_eps, backend=backend, figures=figures, place=place
+    )
     head: Any = model.get_output_embeddings()
     patched: Any
     for patched, forward in ((head, _head_forward), (model, _model_forward)):
@@ -112,6 +121,7 @@ def _model_forward(
     segment_ids: Tensor | None = None,
     branch_ids: Tensor | None = None,
     router_weights: Tensor | None = None,
+    own_targets: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     if segment_ids is not None or kwargs.get("cu_seq_lens_q") is not None:
@@ -127,18 +137,37 @@ def _model_forward(
             "mask.flatten().nonzero()[:, 0]"
         )
     kwargs["use_cache"] = False
+    row, count = None, len(targets)
+    if own_targets is not None:
+        row = SharedRow(self.scoring.place, kwargs["input_ids"].shape[1])
+        kwargs |= {name: row.own(kwargs[name]) for name in ("input_ids", "position_ids")}
+        kwargs["shared_row"] = row
+        select, targets = row.own_places(select[own_targets]), targets[own_targets]
+        router_weights = None if router_weights is None else row.own(router_weights)
     if router_weights is not None:
         kwargs["output_router_logits"] = True
     inner = inner_model(self)
     outputs = inner(*args, **with_image_features(inner, kwargs))
     picked = outputs[0].flatten(0, -2).index_select(0, select)
-    token_logps, mean_logits, figures = self.get_output_embeddings()(picked, targets=targets)
+    scores = self.get_output_embeddings()(picked, targets=targets)
+    if row is not None:
+        scores = _joined(scores, row, own_targets, count)
+    token_logps, mean_logits, figures = scores
     aux_loss = None
     router_logits = getattr(outputs, "router_logits", None)  # a family's dense models have none
     if router_weights is not None and router_logits:
         top_k = self.config.get_text_config().num_experts_per_tok
         aux_loss = balance_loss(router_logits, router_weights, top_k)
     return ScoredTokens(token_logps, mean_logits, figures, aux_loss)
+
+
+def _joined(scores: Any, row: SharedRow, own_targets: Any, count: int) -> tuple[Any, Any, Any]:
+    """The head's three results for all ``count`` targets of a shared row, on each of its ranks."""
+    token_logps, mean_logits, figures = scores
+    kinds = [token_logps, mean_logits, *(() if figures is None else figures)]
+    everyone = row.joined(torch.stack([each.to(token_logps) for each in kinds]), own_targets, count)
+    rest = everyone[1:].detach().to(mean_logits)
+    return everyone[0], rest[0], None if figures is None else rest[1:]
 
 
 # Its operators are opaque to torch.compile anyway, and backward writes into what forward returned

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..parallel.groups import Place
 from ..settings.names import Layout
 from .collator import PairCollator
 from .layout import BLOCK, Rows, dense_cost, row_length
@@ -51,6 +52,7 @@ class Packing:
     reason: str
     area_cost: float = 0.0
     shortest_row: int = BLOCK
+    place: Place | None = None  # among the ranks that share each row
 
     def collator(self, pad_token_id: int) -> PairCollator:
         return PairCollator(
@@ -59,10 +61,12 @@ class Packing:
             rows=self.rows,
             area_cost=self.area_cost,
             shortest_row=self.shortest_row,
+            place=self.place,
         )
 
     def __str__(self) -> str:
-        return f"packing: {self.layout} ({self.reason})"
+        shared = "" if self.place is None else f", each row over {self.place.size} ranks"
+        return f"packing: {self.layout} ({self.reason}){shared}"
 
 
 def packings(

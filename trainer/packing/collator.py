@@ -13,6 +13,7 @@ from ..data.images.processor import IMAGES
 from ..data.table import REFERENCE_COLUMNS, UNSCORED_COLUMNS
 from ..data.table.mismatched import IDS, exchanged, with_exchanged
 from ..data.table.trees import runs
+from ..parallel.groups import Place
 from ..settings.names import Layout
 from .images import add_images
 from .inputs import FROZEN, MISMATCHED, MODEL_INPUTS
@@ -103,6 +104,7 @@ class PairCollator:
     ``max_length_q``, ``k``            the longest of each, numbers on the host
     ``kv_index``            [K]        int64, "prefix_shared" only: the tokens whose keys each
                                        sequence sees: its prompt's and its leaf's
+    ``own_targets``         [..]       int64, with a ``place`` only: the ``targets`` of this rank
     ======================  =========  ==========================================================
     """
 
@@ -114,23 +116,20 @@ class PairCollator:
         rows: Rows = "dense",
         area_cost: float = 1e-3,
         shortest_row: int = BLOCK,
+        place: Place | None = None,
     ):
         self.pad_token_id = pad_token_id
         self.layout: Layout = layout
         self.rows: Rows = rows
         self.area_cost = area_cost
         self.shortest_row = shortest_row
+        self.place = place
         self.scores_prompts = False
         self.images: ImageProcessor | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         forest = Forest.of(rows)
-        layouts = {
-            "padded": self._padded,
-            "packed": self._packed,
-            "prefix_shared": self._prefix_shared,
-        }
-        batch = layouts[self.layout](forest)
+        batch = getattr(self, f"_{self.layout}")(forest)
         if IMAGES in rows[0]:
             add_images(self.images, batch, forest, rows, self.layout == "prefix_shared")
         batch["targets"] = np.concatenate([np.asarray(c, np.int64) for c in forest.completions])
@@ -140,6 +139,8 @@ class PairCollator:
         prompt_begins = batch.pop("prompt_begins")
         if self.scores_prompts:
             _score_prompts(batch, forest, prompt_begins)
+        if self.place is not None:
+            batch["own_targets"] = self.place.own_targets(batch["select"])
         batch["edges"] = forest.edges
         batch["pair_ids"] = np.array(
             [row.get("pair_id", i) for i, row in enumerate(rows)], np.int64

@@ -11,7 +11,7 @@ from .varlen import VARLEN_ARGUMENTS
 MODEL_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "segment_ids", "branch_ids"),
     *VARLEN_ARGUMENTS,
-    *("select", "targets"),
+    *("select", "targets", "own_targets"),
     *IMAGE_INPUTS,
 )
 

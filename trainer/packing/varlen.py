@@ -4,7 +4,8 @@ Sequence s has queries ``cu_seq_lens_q[s] : cu_seq_lens_q[s + 1]`` of the row. W
 their prompt, the queries of all but the first stand alone, and their keys and values are gathered
 behind the prompt's (``kv_index``): the row then has the keys ``[prompt + leaf | prompt + leaf]``,
 and so on, of every tree. Fewer queries than keys mean the last ones, so that causality, sliding
-windows and softcaps fall out right in one call of any varlen kernel.
+windows and softcaps fall out right in one call of any varlen kernel. Of a row that several ranks
+share (``shared_row``, see `parallel.rows`) each rank computes some heads.
 
 The function stands in the place of transformers' own under the *same* name and hands over to it
 wherever no lengths are given: generation, other models and padded batches see no difference, and
@@ -67,13 +68,17 @@ def _with_varlen(original: Callable[..., Any], is_flash: bool) -> Callable[..., 
                     "attention; collate with rows='dense'"
                 )
             return original(module, query, key, value, attention_mask, *args, **kwargs)
-        index = kwargs.pop("kv_index", None)
+        row, index = kwargs.pop("shared_row", None), kwargs.pop("kv_index", None)
+        if row is not None:
+            query, key, value = (row.some_heads(x) for x in (query, key, value))
         if index is not None:
             key, value = key.index_select(2, index), value.index_select(2, index)
         kwargs["sliding_window"] = _window(module, kwargs.get("sliding_window"))
         if is_flash:
-            return original(module, query, key, value, None, *args, **kwargs)
-        return _sdpa_varlen(query, key, value, *args, **kwargs), None
+            out = original(module, query, key, value, None, *args, **kwargs)[0]
+        else:
+            out = _sdpa_varlen(query, key, value, *args, **kwargs)
+        return out if row is None else row.own_tokens(out), None
 
     attention.without_varlen = original  # pyright: ignore[reportFunctionMemberAccess]
     return attention

@@ -281,7 +281,9 @@ def _scored(
         gradients = torch.autograd.grad(logps.sum(), parameters, allow_unused=True)
     pairs = zip(gradients, parameters, strict=True)
     used = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
-    return logps.detach(), torch.cat(used)
+    vector = torch.cat(used)
+    shared = "own_targets" in inputs
+    return logps.detach(), model.scoring.place.averaged(vector) if shared else vector
 
 
 def _first_layer(model: Any) -> list[Tensor]:
