@@ -29,9 +29,12 @@ from .monitor.console import ConsoleLines, ConsoleProgress
 from .monitor.run_record import RunRecord, changed_settings
 from .objectives import Objective
 from .packing.choose import choose_packing
+from .packing.split import check_split, over_ranks
+from .parallel.groups import Place
 from .report.write import summary_lines, write_report
 from .settings.checks import check_evaluation, check_output, uses_deepspeed
 from .settings.config import PreferenceConfig
+from .settings.launch import has_launcher
 from .settings.published.scripts import is_mistral, published_steps
 from .settings.unused import unused_notes
 from .text import colours
@@ -52,6 +55,8 @@ def train(config: PreferenceConfig, script: str | None = None) -> None:
 
 def _train(config: PreferenceConfig, objective: Objective, script: str | None) -> None:
     start = start_of_run(config, config.resume_from_checkpoint)
+    if config.sequence_parallel_size > 1:  # before anything is loaded
+        check_split(config, load_model_config(config), config.world_size)
     tokenizer = load_tokenizer(config)
     settle_date(config, tokenizer, fresh=start.folder is None)
     model = load_model(config)
@@ -222,6 +227,7 @@ def _plan_lines(
     config: PreferenceConfig, objective: Objective, pairs: Dataset, model_config: Any
 ) -> list[str]:
     """The packing that these settings should get, and the plan of the first epoch."""
+    check_split(config, model_config, config.world_size if has_launcher() else None)
     lengths = PairRows.of(pairs, config).lengths
     packing = choose_packing(
         config.packing,
@@ -232,8 +238,10 @@ def _plan_lines(
         lengths=lengths,
         pairs_per_batch=config.per_device_train_batch_size,
     )
+    packing = over_ranks(packing, Place.of(config))
     planner = planner_for(config, lengths, packing.layout, objective)
-    return [str(packing), *summarise(fit_micro_batches(config, objective, planner)).lines()]
+    fitted = fit_micro_batches(config, objective, planner)
+    return [str(packing), *summarise(fitted, config.sequence_parallel_size).lines()]
 
 
 def check_training_data(data: PairData) -> None:

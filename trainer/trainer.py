@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
@@ -36,6 +35,7 @@ from .monitor.samples import SampleWriter
 from .objectives.lists import Answers
 from .objectives.terms import by_edges
 from .packing import PAIR_INPUTS, model_inputs
+from .packing.split import check_split
 from .reference.model import Reference
 from .settings.checks import check_evaluation
 from .settings.config import PreferenceConfig
@@ -104,7 +104,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         out = self._pair_losses(scored, reference, inputs, answers, model.training)
         loss = out.loss
         if num_items_in_batch is not None:
-            loss = out.losses.sum() * self.args.world_size / num_items_in_batch
+            loss = out.losses.sum() * self.args.data_parallel_size / num_items_in_batch
         if balanced:
             self.balance.check(scored.aux_loss)
         if scored.aux_loss is not None:
@@ -118,14 +118,13 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         self, scored: Any, reference: Any, inputs: Any, answers: Any, training: bool
     ) -> ObjectiveOutput:
         """The objective of the micro-batch, with the other ranks' pairs where it couples them."""
-        distributed = self.args.world_size > 1 and self.objective.couples_pairs
         self.objective.max_pairs_per_rank = self._max_pairs_per_rank(training)
         return self.objective.train(training)(
             scored.token_logps,
             inputs["cu_seqlens"],
             reference,
             pair_ids=inputs["pair_ids"],
-            group=dist.group.WORLD if distributed else None,
+            group=self._coupled_ranks(),
             log_sum_squares=None if scored.figures is None else scored.figures[0],
             answers=answers,
             **{name: inputs[name] for name in PAIR_INPUTS if name in inputs},
@@ -165,7 +164,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         with self.observer.evaluating():
             output: Any = super().evaluation_loop(*args, **kwargs)
-        output.metrics.update(self.reward_metrics.figures(prefix, self.args.world_size))
+        output.metrics.update(self.reward_metrics.figures(prefix, self.args))
         output.metrics.update(self.observer.evaluation_figures(prefix, self.state.global_step))
         return output
 
@@ -258,6 +257,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             tokenizer = load_tokenizer(args)
         tokenizer = with_padding(own_tokenizer(tokenizer), "processing_class")
         settle_date(args, tokenizer)
+        check_split(args, lm.config, args.world_size)
         return lm, tokenizer
 
     def _start(self, lm: Any, small: Any) -> None:

@@ -59,6 +59,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "model": TIED, "objective": "dpo", "packing": "packed", "beta": 0.5,
         "precompute_ref_log_probs": True, **TREES,
     },
+    "dpo-shared-rows": {
+        "model": TIED, "objective": "dpo", "packing": "prefix_shared", "beta": 0.5,
+        "ref_model_name_or_path": "reference", "gradient_checkpointing": True,
+        "sequence_parallel_size": 2,
+    },
     "checkpointing": {
         "model": UNTIED, "objective": "lmpo", "packing": "padded", "gradient_checkpointing": True,
     },
@@ -142,12 +147,14 @@ def trainer_of(
     """The trainer of a run on this process's share of the ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {"max_steps": STEPS, "gradient_accumulation_steps": 2, **settings}
+    settings["sequence_parallel_size"] = min(ranks, settings.get("sequence_parallel_size", 1))
+    groups = ranks // settings["sequence_parallel_size"]
     if ranks > 1:
         settings |= {"ddp_backend": "gloo", "ddp_timeout": 120}
     if "ref_model_name_or_path" in settings:
         settings["ref_model_name_or_path"] = str(inputs / settings["ref_model_name_or_path"])
     model = settings.pop("model")
-    config = tiny_config(output, per_device_train_batch_size=4 // ranks, **settings)
+    config = tiny_config(output, per_device_train_batch_size=4 // groups, **settings)
     trainer = kind(str(inputs / model), config, tiny_pairs(PAIRS[model]))
     trainer.remove_callback(PrinterCallback)
     return trainer

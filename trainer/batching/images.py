@@ -8,6 +8,7 @@ from ..data.images.columns import checked_media
 from ..data.images.processor import IMAGE_KEY, ImageProcessor, image_processor
 from ..errors import UserError
 from ..packing.choose import Packing, packing_of_images
+from ..packing.split import refuse_split
 from ..settings.checks import is_split
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def run_processor(
     tokenizer: Any, settings: PreferenceConfig, objective: Objective
 ) -> ImageProcessor:
     """The processor of a run's images; ``UserError`` where the settings take none."""
+    refuse_split(settings, "rows with images")
     if objective.scores_prompts:
         raise UserError(
             "nll: take one of answers alone, or leave out rows with images; this one scores "

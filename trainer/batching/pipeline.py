@@ -16,6 +16,7 @@ from ..data.report import SplitReport
 from ..data.table import FILLER_ID, PairRows, check_kind, is_tokenized
 from ..data.table.mismatched import neighbours
 from ..errors import UserError
+from ..packing.split import refuse_split, split_packing
 from ..packing.verify import packing_for
 from .images import refuse_raw_images, run_packing, run_processor
 from .planner import Plan, Planner
@@ -162,10 +163,13 @@ class PairPipeline:
         if collator is None:
             lengths = None if rows is None else rows.lengths
             padded = run_packing(self.images, model, rows, self.settings)
-            self.packing = padded or packing_for(model, self.settings, lengths, stand_in)
+            packing = padded or packing_for(model, self.settings, lengths, stand_in)
+            self.packing = split_packing(packing, model, self.settings, stand_in)
             collator = self.packing.collator(pad_token(self.tokenizer, self.vocab_size))
             collator.images = self.images
             collator.scores_prompts = self.objective.scores_prompts
+        else:
+            refuse_split(self.settings, "data_collator")
         self.layout = getattr(collator, "layout", "padded")
         if rows is not None:
             fit_micro_batches(self.settings, self.objective, self._planner(rows))
@@ -190,7 +194,7 @@ class PairPipeline:
         return self._batches(planner, rows)
 
     def _batches(self, planner: Planner, rows: PairRows) -> PairBatches:
-        return PairBatches(planner, self.settings.process_index, self._prompts(rows))
+        return PairBatches(planner, self.settings.data_parallel_rank, self._prompts(rows))
 
     def _prompts(self, rows: PairRows) -> np.ndarray | None:
         return rows.prompts if self.objective.exchanges_answers else None
@@ -202,7 +206,7 @@ class PairPipeline:
 
     def summary(self, rows: PairRows) -> PlanSummary:
         """What the plan of the first epoch comes to."""
-        return summarise(self._planner(rows))
+        return summarise(self._planner(rows), self.settings.sequence_parallel_size)
 
     def _planner(self, rows: PairRows) -> Planner:
         return planner_for(self.settings, rows.lengths, self.layout, self.objective)

@@ -35,10 +35,10 @@ def planner_for(
         lengths: of the data set's pairs.
         layout: of the rows.
         objective: whose coupling of pairs, or of the answers to a prompt, decides what is dealt.
-        ranks: in place of the ranks of this launch.
+        ranks: in place of those of this launch, ``data_parallel_size``.
         training: False for evaluation, which keeps the data set's order.
     """
-    every_rank = max(1, settings.world_size) if ranks is None else ranks
+    every_rank = settings.data_parallel_size if ranks is None else ranks
     units = TreeLengths(lengths) if objective.ranks_lists else lengths
     if not training:
         pairs = settings.eval_batch_size * every_rank
@@ -73,7 +73,8 @@ def fit_micro_batches(
     epochs = math.ceil(settings.num_train_epochs)
     if settings.max_steps > 0:
         epochs = math.ceil(settings.max_steps / planner.steps_per_epoch)
-    fitted = with_limit(planner, limit, epochs)
+    # Ranks that share a row have a part of it each.
+    fitted = with_limit(planner, limit * settings.sequence_parallel_size, epochs)
     before, after = planner.micro_batches, fitted.micro_batches
     if after > before:
         raise_accumulation(settings, after)
@@ -160,6 +161,7 @@ class PlanSummary:
     cut_trees: int  # how often a prompt runs again, as its tree was cut
     pair_tokens: int  # of the same micro-batches, with nothing shared between pairs
     noun: str = "pair"  # what a step is so many of: "pair", "prompt" or "answer"
+    sharing: int = 1  # ranks that share rows, and are one of ``ranks`` together
 
     def lines(self) -> list[str]:
         """Two lines of text, or three where pairs share prompts."""
@@ -172,14 +174,16 @@ class PlanSummary:
         if self.layout != "padded":
             share = self.tokens / self.padded_tokens
             first += f" ({self.layout}), {share:.2f} of the {self.padded_tokens:,} padded"
-        second = ""
+        second, one, several = "", "rank", "ranks"
+        if self.sharing > 1:
+            one, several = (f"{name} of {self.sharing} ranks" for name in ("group", "groups"))
         if self.ranks > 1:
             second = (
-                f"busiest of {self.ranks} ranks {self.step_balance:.3f} of the mean per step, "
+                f"busiest of {self.ranks} {several} {self.step_balance:.3f} of the mean per step, "
                 f"{self.micro_batch_balance:.3f} per micro-batch; "
             )
         second += (
-            f"largest micro-batch of a rank {self.largest_tokens:,} tokens, at most "
+            f"largest micro-batch of a {one} {self.largest_tokens:,} tokens, at most "
             f"{self.largest_pairs} pairs"
         )
         return [first, f"  {second}", *self._of_trees()]
@@ -200,8 +204,8 @@ class PlanSummary:
         return asdict(self)
 
 
-def summarise(planner: Planner) -> PlanSummary:
-    """The summary of the planner's first epoch."""
+def summarise(planner: Planner, sharing: int = 1) -> PlanSummary:
+    """The summary of the planner's first epoch; each of its ranks are ``sharing`` real ones."""
     plan = planner.plan(0)
     tokens = plan.tokens(planner.layout)
     apart = replace(plan, lengths=plan.lengths.apart)
@@ -224,6 +228,7 @@ def summarise(planner: Planner) -> PlanSummary:
         cut_trees=parts - trees,
         pair_tokens=int(apart.tokens(planner.layout).sum()),
         noun=planner.lengths.noun,
+        sharing=sharing,
     )
 
 

@@ -49,7 +49,7 @@ NOTED = """
     torch_compile torch_compile_backend torch_compile_mode use_cpu
     activation_checkpointing activation_checkpointing_kwargs
     gradient_checkpointing gradient_checkpointing_kwargs
-    accelerator_config parallelism_config fsdp fsdp_config
+    accelerator_config parallelism_config fsdp fsdp_config sequence_parallel_size
 """
 """Settings that may differ, and whose change is said: how long, how precisely, what is best."""
 
@@ -126,6 +126,7 @@ def run_facts(
         "adapter": _adapter(model),
         "frozen": frozen,
         "ranks": args.world_size,
+        "data_parallel_size": args.data_parallel_size,
         "engine": _engine(trainer),
         "packing": layout,
         "weights_only": args.save_only_model,
@@ -271,7 +272,7 @@ def _ranks(saved: Facts, now: Facts) -> tuple[list[str], list[str]]:
 
 def _batch_advice(saved: Facts, now: Facts) -> str:
     """Settings that give these ranks the checkpoint's steps, where there are any."""
-    steps, ranks = saved.get("micro_batches") or 1, now["ranks"]
+    steps, ranks = saved.get("micro_batches") or 1, now["data_parallel_size"]
     size, rest = divmod(saved.get("pairs_per_step") or 0, steps * ranks)
     if rest or not size:
         return f": {ranks} ranks cannot share {steps} micro-batches of its steps equally"

@@ -13,16 +13,19 @@ from ..batching.pipeline import PairBatches
 from ..batching.streams import check_same_shard
 from ..batching.workers import sheltered
 from ..errors import UserError
+from ..parallel.groups import data_group
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
     from ..objectives import Objective
     from ..reference.model import Reference
+    from ..settings.config import PreferenceConfig
 
 
 class BatchedTrainer(Trainer):
     """Deals pairs over steps, micro-batches and ranks as its pipeline plans them."""
 
+    args: PreferenceConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     pipeline: PairPipeline
     objective: Objective
     reference: Reference | None
@@ -74,19 +77,29 @@ class BatchedTrainer(Trainer):
         """Pairs per step, also where ``max_tokens_per_micro_batch`` raised the accumulation."""
         return args.pairs_per_step
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """This rank's, of the rows that it shares with others."""
+        return int(super().floating_point_ops(inputs)) // self.args.sequence_parallel_size
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Pairs (or prompts, where they have a loss) of this step over all ranks, on the device."""
         items = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batch_samples:
             items += self.objective.count(batch).to(device)
         if self.args.world_size > 1:
-            dist.all_reduce(items)
+            dist.all_reduce(items, group=data_group(self.args))
         return items
+
+    def _coupled_ranks(self) -> Any:
+        """The ranks whose pairs the objective couples; None where it has this rank's alone."""
+        if self.args.data_parallel_size == 1 or not self.objective.couples_pairs:
+            return None
+        return data_group(self.args) or dist.group.WORLD
 
     def _max_pairs_per_rank(self, training: bool) -> int | None:
         """A bound that all ranks know without asking each other; None where there is no plan."""
         if not training:  # one rank may get all of a micro-batch
-            return self.args.eval_batch_size * self.args.world_size
+            return self.args.eval_batch_size * self.args.data_parallel_size
         return None if self._train_batches is None else self._train_batches.max_pairs_per_rank
 
 

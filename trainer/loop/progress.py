@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..batching.streams import go_on_in_stream, place_in_stream
 from ..checkpoint.files import MANIFEST, read_manifest
+from ..parallel.groups import data_group
 
 
 class Progress:
@@ -43,15 +44,15 @@ class Progress:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint's manifest keeps; a collective with several ranks."""
-        observer, ranks = self.trainer.observer, self.trainer.args.world_size
+        observer, args = self.trainer.observer, self.trainer.args
         sums = self.trainer._tr_loss.detach().double().reshape(1)
         sums = torch.cat([sums, sums.new_tensor([observer.training.pending("num_tokens")])])
-        if ranks > 1:
-            dist.all_reduce(sums)
+        if args.world_size > 1:
+            dist.all_reduce(sums, group=data_group(args))
         pending, tokens = sums.tolist()
         return {
             "loss_sum": self.trainer._total_loss_scalar,
-            "pending_loss": pending / ranks,
+            "pending_loss": pending / args.data_parallel_size,
             "last_logged": self.trainer._globalstep_last_logged,
             "seconds": self.seconds,
             "num_tokens": observer.num_tokens + tokens,

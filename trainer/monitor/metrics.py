@@ -117,15 +117,20 @@ class PreferenceMetrics:
         """Go back to a `state`."""
         self._sums = dict(state)
 
-    def report(self, prefix: str = "") -> tuple[dict[str, float], dict[str, float]]:
-        """Means over all ranks under ``prefix`` and totals of pairs and tokens, since the last."""
+    def report(
+        self, prefix: str = "", group: Any = None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Means over all ranks under ``prefix`` and totals of pairs and tokens, since the last.
+
+        ``group`` are the ranks that have other pairs, None for all.
+        """
         sums, self._sums = self._sums, {}
         if not sums:
             return {}, {}
         names = sorted(sums)
         totals = torch.stack([sums[name] for name in names])
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals)
+            dist.all_reduce(totals, group=group)
         total = dict(zip(names, totals.tolist(), strict=True))
         counts = {name: total.pop(name, 0.0) for name in COUNTS}
         answers = {side: total.pop(f"count/{side}", 0.0) for side in SIDES}

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import EvalPrediction, TrainerCallback
 
 from ..objectives import ObjectiveOutput
+from ..parallel.groups import data_group
 from .margins import BINS, EDGES, KINDS, MARGINS_FILE, SAMPLES_FILE, line_of
 from .metrics import PreferenceMetrics, Throughput, peak_memory_mib
 
@@ -61,12 +62,12 @@ class MarginRecorder(TrainerCallback):
         counts = ((place[..., None] == bins) & counted[..., None]).sum(1)
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def write(self, folder: str, step: int, *, main: bool) -> None:
-        """Add up all ranks' counts and append them to the run's file, on the first rank."""
+    def write(self, folder: str, step: int, *, main: bool, group: Any = None) -> None:
+        """Add up the counts of ``group`` and append them to the run's file, on the first rank."""
         if self._counts is None:
             return
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._counts)
+            dist.all_reduce(self._counts, group=group)
         if main:
             counts: dict[str, list[int]] = dict(zip(KINDS, self._counts.tolist(), strict=True))
             append(Path(folder) / MARGINS_FILE, line_of(step, counts))
@@ -158,7 +159,7 @@ class Observer(TrainerCallback):
 
     def training_figures(self) -> dict[str, float]:
         """Means over all ranks since the last call, rates and memory; call it on all ranks."""
-        means, counts = self.training.report()
+        means, counts = self.training.report(group=data_group(self.settings))
         means.pop("loss", None)
         rates = self.throughput.report(counts)
         self.num_tokens += counts.get("num_tokens", 0.0)
@@ -179,10 +180,10 @@ class Observer(TrainerCallback):
 
         The file has the margins of one evaluation a step: the one without a name.
         """
-        means, _ = self.evaluation.report(f"{prefix}_")
+        main, group = self.settings.process_index == 0, data_group(self.settings)
+        means, _ = self.evaluation.report(f"{prefix}_", group)
         if prefix == "eval":
-            main = self.settings.process_index == 0
-            self.margins.write(str(self.settings.output_dir), step, main=main)
+            self.margins.write(str(self.settings.output_dir), step, main=main, group=group)
         return means
 
 
@@ -218,16 +219,16 @@ class RewardMetrics:
             )
             self._parts.append(torch.stack([column.detach() for column in columns], dim=1))
 
-    def figures(self, prefix: str, ranks: int) -> dict[str, Any]:
+    def figures(self, prefix: str, settings: PreferenceConfig) -> dict[str, Any]:
         """What ``compute_metrics`` says of the pairs since the last call; a collective."""
         if not self._is_wanted:
             return {}
         parts, self._parts = self._parts, []
         found = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 3))
         gathered: list[Any] = [found]
-        if ranks > 1:
-            gathered = [None] * ranks
-            dist.all_gather_object(gathered, found)
+        if settings.data_parallel_size > 1:
+            gathered = [None] * settings.data_parallel_size
+            dist.all_gather_object(gathered, found, group=data_group(settings))
         rows = np.concatenate(gathered)
         rows = rows[rows[:, 0] >= 0]
         rows = rows[np.argsort(rows[:, 0], kind="stable")]

@@ -5,7 +5,7 @@ three layouts, and `inputs` names its parts: `model_inputs` picks the arguments 
 forward. `layout` computes the places of the tokens, and `images` adds what prompts show. Inside the
 forward `masks` builds attention masks, or `varlen` hands the lengths to attention that takes them,
 as `recurrent` does for recurrent layers. `choose` lists the layouts for a model, the fastest first,
-and `verify` compares them with padded batches.
+and `verify` compares them with padded batches. `split` tells which rows several ranks can share.
 """
 
 from .collator import PairCollator

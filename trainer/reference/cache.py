@@ -37,6 +37,8 @@ from ..settings.checks import is_split
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from ..settings.config import PreferenceConfig
+
 # Raise it when the same model and tokens come to give other log-probs, or the file's form changes.
 _VERSION = 1
 
@@ -80,8 +82,11 @@ def precomputed(
 
 def _computed(rows: PairRows, score: Callable[[Any], Tensor], trainer: Trainer) -> Values:
     """Every rank's share of each batch, gathered batch by batch: no rank waits for long."""
-    args = trainer.args
-    shares = list(_shares(rows, args.eval_batch_size, args.world_size))
+    args: PreferenceConfig = trainer.args  # pyright: ignore[reportAssignmentType]
+    shares = [
+        share.repeat(args.sequence_parallel_size, axis=0)
+        for share in _shares(rows, args.eval_batch_size, args.data_parallel_size)
+    ]
     loader: Any = sheltered(
         DataLoader(
             rows,

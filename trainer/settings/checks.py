@@ -21,6 +21,7 @@ from .names import METRICS
 WHOLE_NUMBERS = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "sequence_parallel_size": 1,
     "per_device_eval_batch_size": 1,
     "dataloader_num_workers": 0,
     "seed": 0,
@@ -139,8 +140,8 @@ def check_environment(args: TrainingArguments) -> None:
     launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
     if launched or getattr(args, "parallelism_config", None) is not None:
         raise UserError(
-            "parallelism_config: leave it out, here and in accelerate's configuration; tensor, "
-            "context and sequence parallelism do not work with preference pairs yet"
+            "parallelism_config: leave it out, here and in accelerate's configuration; for long "
+            "pairs set sequence_parallel_size, which knows packed rows"
         )
     available = get_available_reporting_integrations()
     for name in args.report_to or ():

@@ -17,6 +17,7 @@ from ..objectives import (
     canonical_name,
     hyperparameters_of,
 )
+from ..parallel.groups import Place
 from .checks import (
     check_attention,
     check_checkpointing,
@@ -77,6 +78,10 @@ class PreferenceConfig(
     #: dense masks and flex_attention comes on top. Where the configured micro-batches exceed it,
     #: ``gradient_accumulation_steps`` is raised; steps keep their pairs.
     max_tokens_per_micro_batch: int | None = None
+    #: Ranks that compute each micro-batch together, for pairs too long for one: each has a part of
+    #: its tokens, and in attention a part of the heads. They count as one rank wherever a setting
+    #: speaks of pairs.
+    sequence_parallel_size: int = 1
     #: Also log ``entropy`` and ``mean_token_accuracy``, by a few more sums in the head.
     token_metrics: bool = False
     #: Write a trace of a few training steps, trace.json.gz, to ``output_dir``.
@@ -242,13 +247,24 @@ class PreferenceConfig(
             "tail": self.head_tail,
             "tail_eps": self.head_tail_eps,
             "backend": self.head_backend,
+            "place": Place.of(self),
         }
 
     @property
     def pairs_per_step(self) -> int:
         """Pairs of one optimizer step, over all ranks and accumulation steps."""
         per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        return self.__dict__.get("_kept_pairs_per_step", per_rank * max(1, self.world_size))
+        return self.__dict__.get("_kept_pairs_per_step", per_rank * self.data_parallel_size)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks, or groups of ranks that share rows, with pairs of their own."""
+        return max(1, self.world_size // self.sequence_parallel_size)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This rank's, or its group's, place among them."""
+        return self.process_index // self.sequence_parallel_size
 
     def keep_pairs_per_step(self) -> None:
         """Let ``pairs_per_step`` stay as it is when the accumulation steps change."""

@@ -12,7 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from widemargin.trainer.batching.planner import Planner
-from widemargin.trainer.batching.run_plan import raise_accumulation, summarise, with_limit
+from widemargin.trainer.batching.run_plan import (
+    fit_micro_batches,
+    raise_accumulation,
+    summarise,
+    with_limit,
+)
 from widemargin.trainer.errors import UserError
 
 from tests.support.tiny_models import parameters_of, tiny_config, tiny_model, tiny_trainer
@@ -90,6 +95,16 @@ def test_training_with_a_limit_is_the_same_training(tmp_path, caplog, packing, c
     assert (parameters_of(free.model) - parameters_of(tiny_model())).abs().max() > 1e-2
 
 
+def test_ranks_that_share_a_row_share_its_limit(tmp_path):
+    settings: Any = tiny_config(tmp_path, max_tokens_per_micro_batch=40, sequence_parallel_size=2)
+    planner = Planner(lengths_of((2, 30, 10), (2, 50, 26)), 2, 1, seed=None, layout="packed")
+    fitted = fit_micro_batches(settings, settings.build_objective(), planner)
+    assert fitted.micro_batches == 2  # of 44 and of 80 tokens
+    settings.sequence_parallel_size = 1
+    with pytest.raises(UserError, match="takes 80 tokens by itself"):
+        fit_micro_batches(settings, settings.build_objective(), planner)
+
+
 def test_objectives_that_couple_pairs_hear_of_smaller_micro_batches(tmp_path, caplog):
     common = {"objective": "lmpo", "packing": "packed"}
     longest = longest_pair(tiny_trainer(tmp_path, **common), "packed")
@@ -126,3 +141,6 @@ def test_the_summary_by_hand():
     assert "4 pairs a step, 1 step an epoch; 28 tokens a step, 28 an epoch" in text
     assert "0.47 of the 60 padded" in text
     assert "busiest of 2 ranks 1.000" in text
+    text = "\n".join(summarise(planner, sharing=4).lines())
+    assert "busiest of 2 groups of 4 ranks 1.000" in text
+    assert "largest micro-batch of a group of 4 ranks 14 tokens" in text

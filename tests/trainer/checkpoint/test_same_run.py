@@ -18,6 +18,7 @@ from tests.support.tiny_models import tiny_model, tiny_pairs
 FACTS: dict[str, Any] = {
     "objective": {"name": "simpo"}, "model": {}, "couples_pairs": False, "pairs_per_step": 32,
     "micro_batches": 4, "pairs": 9, "tokens": "x", "engine": "none or DDP", "ranks": 2,
+    "data_parallel_size": 2,
 }  # fmt: skip
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "pairs": 8}
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
