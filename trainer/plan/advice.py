@@ -75,6 +75,14 @@ def _changes(now: Scenario, capacity: float) -> Iterator[tuple[str, str, str, Sc
     if now.ranks > 1 and engine.name != "zero3":
         zero3 = shipped_engine("zero3", now.size.hidden_size)
         yield "zero3", "--engine zero3", "more communication", now.changed(engine=zero3)
+    sharing = 2 * settings.sequence_parallel_size
+    if now.ranks % sharing == 0:
+        times = 2 * settings.gradient_accumulation_steps
+        change = f"sequence_parallel_size: {sharing}, gradient_accumulation_steps: {times}"
+        new = now.changed(sequence_parallel_size=sharing, gradient_accumulation_steps=times)
+        coupled = f", {now.objective.name} sees fewer pairs at a time"
+        costs = "exchanges in every layer" + coupled * now.objective.couples_pairs
+        yield f"{sharing} ranks a row", f"{change} (the step's pairs stay)", costs, new
     if not now.engine.optimizer_on_cpu:
         new = now.changed(optim=EIGHT_BIT)
         change = f"optim: {EIGHT_BIT}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..packing.layout import place_dense, row_length
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Shapes that `PairCollator` would give for some pairs.
+    """Shapes that `PairCollator` would give for some pairs, or one of several ranks of them.
 
     ``queries`` and ``keys`` are each sequence's lengths for varlen attention, () elsewhere.
     """
@@ -26,10 +26,16 @@ class MicroBatch:
     scored: int  # tokens through the head
     queries: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
+    sharing: int = 1  # ranks that share the row
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    def of_a_rank(self, sharing: int) -> MicroBatch:
+        """The part of a rank, where so many share the row; attention still has its lengths."""
+        length, scored = (-(-each // sharing) for each in (self.length, self.scored))
+        return replace(self, length=length, scored=scored, sharing=sharing)
 
 
 def micro_batch(lengths: PairLengths, packing: Packing) -> MicroBatch:
@@ -61,4 +67,5 @@ def largest(plan: Plan, packing: Packing) -> MicroBatch:
     tokens = plan.tokens(packing.layout)
     place, rank = np.unravel_index(int(tokens.argmax()), tokens.shape)
     pairs = plan.share(int(place), int(rank))
-    return micro_batch(plan.lengths.take(np.array(pairs)), packing)
+    batch = micro_batch(plan.lengths.take(np.array(pairs)), packing)
+    return batch if packing.place is None else batch.of_a_rank(packing.place.size)

@@ -11,6 +11,8 @@ from ..batching.planner import Plan, Planner
 from ..batching.run_plan import planner_for, with_limit
 from ..objectives import Objective
 from ..packing.choose import Packing, choose_packing
+from ..packing.split import check_split, over_ranks
+from ..parallel.groups import Place
 from ..settings.config import PreferenceConfig
 from .batches import MicroBatch, largest
 from .engines import Engine, Precision, precision
@@ -52,7 +54,12 @@ class Scenario:
     def pairs_per_step(self) -> int:
         settings = self.settings
         per_rank = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-        return per_rank * self.ranks
+        return per_rank * self.groups
+
+    @property
+    def groups(self) -> int:
+        """Ranks, or groups of ranks that share rows, with pairs of their own."""
+        return self.ranks // self.settings.sequence_parallel_size
 
     @property
     def runs_reference(self) -> bool:
@@ -69,8 +76,9 @@ class Scenario:
 
     @cached_property
     def packing(self) -> Packing:
-        kinds = self.precision
-        return choose_packing(
+        kinds, size = self.precision, self.settings.sequence_parallel_size
+        check_split(self.settings, self.config, self.ranks)
+        packing = choose_packing(
             self.settings.packing,
             self.config,
             attention=self.attention,
@@ -80,6 +88,7 @@ class Scenario:
             pairs_per_batch=self.settings.per_device_train_batch_size,
             checked=not (self.engine.is_deepspeed or self.engine.name == "fsdp2"),
         )
+        return over_ranks(packing, None if size == 1 else Place(0, size))
 
     @cached_property
     def planner(self) -> Planner:
@@ -89,10 +98,12 @@ class Scenario:
             self.lengths.pairs,
             self.packing.layout,
             self.objective,
-            ranks=self.ranks,
+            ranks=self.groups,
         )
         limit = settings.max_tokens_per_micro_batch
-        return planner if limit is None else with_limit(planner, limit, epochs=1)
+        if limit is None:
+            return planner
+        return with_limit(planner, limit * settings.sequence_parallel_size, epochs=1)
 
     @cached_property
     def plan(self) -> Plan:

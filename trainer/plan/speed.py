@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,24 +92,26 @@ class Scaled:
 def speed_of(now: Scenario, chip: Chip) -> Speed:
     """The mean step of this run's first epoch."""
     plan, settings, layout = now.plan, now.settings, now.packing.layout
-    steps = len(plan.steps) - 1
+    steps, sharing = len(plan.steps) - 1, settings.sequence_parallel_size
     flops = _flops(plan, layout, Work.of(now))
     per_step = np.add.reduceat(flops, plan.steps[:-1], axis=0)
     # Ranks wait for each other in every micro-batch where weights are gathered, else once a step.
     gathers = now.engine.name != "ddp"
     slowest = flops.max(axis=1).sum() if gathers else per_step.max(axis=1).sum()
     micro_batches = now.planner.micro_batches
-    sent = traffic(now.size, now.engine, plan.ranks, now.precision.compute_bytes, micro_batches)
+    tokens = float(plan.tokens(layout).sum()) / steps
+    sent = traffic(now.size, now.engine, now.ranks, now.precision.compute_bytes, micro_batches)
+    sent += exchanged(now, tokens / now.ranks)
     return Speed(
-        ranks=plan.ranks,
+        ranks=now.ranks,
         pairs_per_step=now.pairs_per_step,
         micro_batches=micro_batches,
         steps_per_epoch=steps,
-        tokens=float(plan.tokens(layout).sum()) / steps,
+        tokens=tokens,
         flops=float(flops.sum()) / steps,
-        compute_s=float(slowest) / steps / chip.flops_per_s(),
+        compute_s=float(slowest) / sharing / steps / chip.flops_per_s(),
         bytes=sent,
-        communication_s=sent / chip.bytes_per_s(plan.ranks),
+        communication_s=sent / chip.bytes_per_s(now.ranks),
         epochs=settings.num_train_epochs,
         steps=settings.max_steps if settings.max_steps > 0 else None,
     )
@@ -117,7 +120,8 @@ def speed_of(now: Scenario, chip: Chip) -> Speed:
 def scaling(now: Scenario, chip: Chip) -> list[Scaled]:
     """The same run on more GPUs: steps of as many pairs in all, or of as many on each rank."""
     rows = []
-    for ranks in sorted({*GPU_COUNTS, now.ranks}):
+    counts = {*GPU_COUNTS, now.ranks}
+    for ranks in sorted(n for n in counts if n % now.settings.sequence_parallel_size == 0):
         more = now.changed(ranks=ranks)
         same_step = _with_pairs_per_step(more, now.pairs_per_step)
         same_speed = None if same_step is None else speed_of(same_step, chip)
@@ -127,10 +131,10 @@ def scaling(now: Scenario, chip: Chip) -> list[Scaled]:
 
 def _with_pairs_per_step(now: Scenario, pairs: int) -> Scenario | None:
     """The scenario with about so many pairs a step; None where ranks would go without one."""
-    if now.ranks > pairs:
+    if now.groups > pairs:
         return None
-    per_rank = min(now.settings.per_device_train_batch_size, pairs // now.ranks)
-    accumulation = max(1, round(pairs / (now.ranks * per_rank)))
+    per_rank = min(now.settings.per_device_train_batch_size, pairs // now.groups)
+    accumulation = max(1, round(pairs / (now.groups * per_rank)))
     return now.changed(
         per_device_train_batch_size=per_rank, gradient_accumulation_steps=accumulation
     )
@@ -169,6 +173,17 @@ def traffic(
     if engine.name == "zero2":
         return share * (micro_batches * trained + trained)
     return share * SYMMETRIC * size.trainable * 4
+
+
+def exchanged(now: Scenario, tokens: float) -> float:
+    """Bytes that a rank sends around attention, where ``tokens`` of it are of shared rows."""
+    sharing, again = now.settings.sequence_parallel_size, now.checkpointing + now.runs_reference
+    heads = now.config.num_attention_heads
+    keys = math.lcm(getattr(now.config, "num_key_value_heads", None) or heads, sharing)
+    width = now.size.attention_width * (2 + 2 * keys / heads)  # queries, output, keys, values
+    passes = 2 + again
+    sent = passes * now.size.layers * width * now.precision.compute_bytes * tokens
+    return sent * (sharing - 1) / sharing
 
 
 def measured(speed: Speed, pairs_per_s: float) -> Speed:

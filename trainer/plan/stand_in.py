@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ...kernels.linear_logprob.routing import BLOCK, num_blocks
 from ..packing.varlen import _by_sequence, _cast
+from ..parallel.groups import Place
+from ..parallel.rows import SharedRow
 from .batches import MicroBatch
 
 NAME = "widemargin_plan"
@@ -81,24 +83,26 @@ class _FusedAttention(torch.autograd.Function):
 def _kernel(batch: MicroBatch) -> Any:
     """A GPU's kernel over rows [1, heads, T, D], keys gathered where prompts are shared."""
 
+    row = _shared_row(batch)
+
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        query, key, value = _half(query, key, value)
+        query, key, value = _half(*(_some_heads(row, x) for x in (query, key, value)))
         if batch.layout == "prefix_shared" and batch.kind == "varlen":
             index = torch.zeros(sum(batch.keys), dtype=torch.int64)
             key, value = key.index_select(2, index), value.index_select(2, index)
         elif batch.layout == "padded":  # padding is taken out, and put back into the output
             query, key, value = query.clone(), key.clone(), value.clone()
         out: Any = _FusedAttention.apply(query, key, value)
-        return out.transpose(1, 2).contiguous(), None
+        return _own_tokens(row, out.transpose(1, 2).contiguous()), None
 
     return attention
 
 
 def _by_lengths(batch: MicroBatch) -> Any:
     """A CPU's way: one sequence after the other."""
-    bounds = _bounds(batch.queries), _bounds(batch.keys)
+    bounds, row = (_bounds(batch.queries), _bounds(batch.keys)), _shared_row(batch)
 
     def attention(
         module: Any,
@@ -110,14 +114,35 @@ def _by_lengths(batch: MicroBatch) -> Any:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        query, key, value = (_some_heads(row, x) for x in (query, key, value))
         if batch.layout == "prefix_shared":
             index = torch.zeros(sum(batch.keys), dtype=torch.int64)
             key, value = key.index_select(2, index), value.index_select(2, index)
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in _cast(query, key, value))
         window = kwargs.get("sliding_window")
-        return _by_sequence(q, k, v, bounds, scaling, window)[None], None
+        return _own_tokens(row, _by_sequence(q, k, v, bounds, scaling, window)[None]), None
 
     return attention
+
+
+class _Unsent(SharedRow):
+    """A shared row whose exchanges give tensors of the right size."""
+
+    def exchanged(self, parts: Tensor) -> Tensor:
+        return parts.clone(memory_format=torch.contiguous_format)
+
+
+def _shared_row(batch: MicroBatch) -> SharedRow | None:
+    alone = batch.sharing == 1
+    return None if alone else _Unsent(Place(0, batch.sharing), sum(batch.queries))
+
+
+def _some_heads(row: SharedRow | None, values: Tensor) -> Tensor:
+    return values if row is None else row.some_heads(values)
+
+
+def _own_tokens(row: SharedRow | None, values: Tensor) -> Tensor:
+    return values if row is None else row.own_tokens(values)
 
 
 def _bounds(lengths: tuple[int, ...]) -> list[int]:

@@ -41,7 +41,9 @@ def _head(estimate: Estimate) -> list[str]:
     now, size = estimate.now, estimate.now.size
     settings, batch = now.settings, now.batch
     learn = f", {size.trainable:,} of them learn" if size.frozen else ""
-    per_rank = f"{settings.per_device_train_batch_size} a rank"
+    sharing = settings.sequence_parallel_size
+    each = "a rank" if sharing == 1 else f"for every {sharing} ranks"
+    per_rank = f"{settings.per_device_train_batch_size} {each}"
     ranks = f"{now.ranks} GPU" + "s" * (now.ranks > 1)
     if now.device == "cpu":
         ranks = f"{now.ranks} process" + "es" * (now.ranks > 1) + " on a CPU"
@@ -55,7 +57,7 @@ def _head(estimate: Estimate) -> list[str]:
         f"{learn} ({estimate.model_source})",
         f"  engine   {now.engine.name} ({now.engine.source or 'as asked'})",
         f"  data     {now.lengths.source}",
-        f"  packing  {now.packing.layout} ({now.packing.reason})",
+        f"  {str(now.packing).replace(': ', '  ', 1)}",
         f"  step     {now.pairs_per_step:,} pairs: {per_rank}, {times}, {ranks}; {tokens:,.0f} "
         f"tokens, {tokens / now.ranks:,.0f} a rank",
         f"  largest  micro-batch of a rank: {rows}{batch.tokens:,} tokens, {scored}",

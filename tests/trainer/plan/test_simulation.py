@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig
 from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.packing.choose import Packing
 from widemargin.trainer.plan import simulation
 from widemargin.trainer.plan.batches import micro_batch
 from widemargin.trainer.plan.simulation import Recipe, simulate
@@ -62,6 +63,21 @@ def test_checkpointing_and_a_shared_prompt_hold_less():
     whole = recipe(config, checkpointing=False)
     assert simulate(recipe(config), shared).kept < simulate(whole, shared).kept / 4
     assert simulate(whole, shared).kept < simulate(whole, padded).kept
+
+
+@pytest.mark.parametrize("layout", ["packed", "prefix_shared"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_ranks_that_share_a_row_hold_a_part_of_it(device, layout):
+    config = AutoConfig.for_model(**TINY)
+    lengths = PairLengths(np.array([500]), np.array([44]), np.array([60]))
+    row = micro_batch(lengths, Packing(layout, "varlen", ""))
+    of_two = row.of_a_rank(2)
+    assert (of_two.tokens, of_two.scored) == (row.tokens // 2, 52)
+    attention = "sdpa" if device == "cpu" else "flash_attention_2"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    where = {"device": device, "attention": attention, "dtype": dtype, "checkpointing": False}
+    alone, shared = (simulate(recipe(config, **where), batch) for batch in (row, of_two))
+    assert alone.kept / 2 < shared.kept < 0.65 * alone.kept  # attention's lengths stay, and masks
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
