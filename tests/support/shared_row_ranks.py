@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PrinterCallback
+from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.model.experts import token_weights
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.objectives import build_objective
@@ -24,7 +26,7 @@ from widemargin.trainer.packing import PairCollator, model_inputs
 from widemargin.trainer.parallel.groups import Place
 
 from tests.support.packed_rows import EXPERTS, FAMILIES, token_pairs
-from tests.support.tiny_models import tiny_model, tiny_trainer
+from tests.support.tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": FAMILIES["llama"],
@@ -45,7 +47,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 RUNS: dict[str, dict[str, Any]] = {
     "lmpo": {
         "objective": "lmpo", "packing": "prefix_shared", "token_metrics": True,
-        "eval_strategy": "steps", "eval_steps": 3, "eval_pairs": 5,
+        "eval_strategy": "steps", "eval_steps": 3,
         "save_strategy": "steps", "save_steps": 2,
     },
     "dpo": {
@@ -57,8 +59,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "learning_rate": 0.5, "group_by_prompt": True, "max_prompt_length": 4,
         "truncation_mode": "keep_start",
     },
+    "kto-labels": {"objective": "kto", "objective_args": {"kl_estimate": "mismatched"}},
 }  # fmt: skip
-"""With evaluation, checkpoints and metrics of tokens; a kept reference; an adapter, and trees."""
+"""With evaluation, checkpoints and metrics of tokens; a kept reference; an adapter, and trees;
+single answers, also after other prompts."""
 
 
 def loss_and_gradient(
@@ -100,8 +104,10 @@ def model_of(name: str, checkpointing: bool) -> Any:
 
 
 def batches(place: Place | None) -> dict[str, dict[str, Any]]:
-    """A batch of every layout for every objective; rows whose tokens the ranks do not divide."""
-    found = {}
+    """A batch of every layout for every objective, and one whose targets a single rank has."""
+    collator = PairCollator(0, layout="prefix_shared", rows="varlen", place=place)
+    short = {"prompt_ids": [5, 6, 7], "chosen_ids": [8], "rejected_ids": [9]}
+    found = {"short simpo": collator([short])}
     for layout in LAYOUTS:
         for name, given in OBJECTIVES.items():
             collator = PairCollator(0, layout=layout, rows="varlen", place=place)
@@ -124,32 +130,42 @@ def models(rank: int) -> dict[str, Any]:
             apart = ((gradient - one).norm() / one.norm()).item()
             errors[f"{name} {key}"] = [(loss - one_loss).abs().item(), apart]
     tokens = {key: batch["input_ids"].numel() for key, batch in batches(None).items()}
-    return {"errors": errors, "tokens": tokens}
+    targets = len(batches(place)["short simpo"]["own_targets"])
+    return {"errors": errors, "tokens": tokens, "targets": targets}
 
 
-def run(name: str, folder: Path, ranks: int) -> None:
+def run(name: str, folder: Path, ranks: int, resume: str | None = None) -> None:
     """Train; the first rank leaves the weights and the log in ``folder``."""
     model: Any = tiny_model()
     model.config._attn_implementation = "sdpa"
     sharing = {"sequence_parallel_size": 2, "ddp_backend": "gloo"} if ranks > 1 else {}
-    trainer = tiny_trainer(
-        folder,
+    given = {"per_device_train_batch_size": 8 // max(2, ranks), "max_steps": 5}
+    rows = tiny_pairs(9)  # the epoch's last step has one, so that a group has a filler
+    trainer = PreferenceTrainer(
         model,
-        pairs=9,  # the epoch's last step has one, so that a group has a filler
-        gradient_accumulation_steps=1,
-        per_device_train_batch_size=8 // max(2, ranks),
-        max_steps=5,
-        **RUNS[name],
-        **sharing,
+        tiny_config(folder, **given, **RUNS[name], **sharing),
+        labelled(rows) if name == "kto-labels" else rows,
+        tiny_pairs(5, seed=1) if "eval_strategy" in RUNS[name] else None,
+        processing_class=TOKENIZER,
+        compute_metrics=lambda found: {"rows": float(len(found.label_ids))},
     )
-    trainer.reward_metrics.compute_metrics = lambda found: {"rows": float(len(found.label_ids))}
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.args.process_index == 0:
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         weights = {key: value.detach().clone() for key, value in trained.named_parameters()}
+        folder.mkdir(exist_ok=True)
         save_file(weights, folder / "weights")
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def labelled(pairs: Dataset) -> Dataset:
+    """Single answers, every other one desirable."""
+    sides = ("chosen", "rejected")
+    answers = [(row["prompt"], row[sides[i % 2]], i % 2 == 0) for i, row in enumerate(pairs)]
+    return Dataset.from_list(
+        [dict(zip(("prompt", "completion", "label"), each, strict=True)) for each in answers]
+    )
 
 
 def main(what: str, folder: Path) -> None:

@@ -82,3 +82,10 @@ def test_a_checkpoint_counts_tokens_once(folder):
     assert four["progress"]["num_tokens"] == one["progress"]["num_tokens"]
     assert four["pairs_per_step"] == one["pairs_per_step"] == 4
     assert (four["ranks"], four["data_parallel_size"]) == (4, 2)
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_four(folder, caplog):
+    run("lmpo", folder / "4-lmpo", 1, resume=str(folder / "4-lmpo" / "checkpoint-2"))
+    one, resumed = (load_file(folder / f"{ranks}-lmpo" / "weights") for ranks in (1, 4))
+    assert max((one[key] - resumed[key]).abs().max().item() for key in one) < 2e-6
+    assert "sequence_parallel_size was 2, is 1" in caplog.text
