@@ -18,6 +18,7 @@ from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.packing import PairCollator, model_inputs
 from widemargin.trainer.packing.choose import Packing
+from widemargin.trainer.parallel.groups import Place
 from widemargin.trainer.plan.batches import micro_batch
 from widemargin.trainer.plan.simulation import Recipe, simulate
 
@@ -51,9 +52,14 @@ def small_config() -> Any:
 
 
 def estimated_bytes(
-    config: Any, settings: PreferenceConfig, layout: str, checkpointing: bool, bf16: bool
+    config: Any,
+    settings: PreferenceConfig,
+    layout: str,
+    checkpointing: bool,
+    bf16: bool,
+    sharing: int = 1,
 ) -> int:
-    """The estimated peak, without gradients and weights."""
+    """The estimated peak, without gradients and weights, of one of the ranks that share a row."""
     recipe = Recipe(
         config=config,
         settings=settings,
@@ -63,10 +69,13 @@ def estimated_bytes(
         device="cpu",
         checkpointing=checkpointing,
     )
-    return simulate(recipe, micro_batch(PairLengths(*LENGTHS.T), PACKINGS[layout])).peak
+    batch = micro_batch(PairLengths(*LENGTHS.T), PACKINGS[layout])
+    return simulate(recipe, batch if sharing == 1 else batch.of_a_rank(sharing)).peak
 
 
-def measured_bytes(config: Any, layout: str, checkpointing: bool, bf16: bool) -> int:
+def measured_bytes(
+    config: Any, layout: str, checkpointing: bool, bf16: bool, place: Place | None = None
+) -> int:
     """The most that torch's allocator had out during a second forward and backward.
 
     Weights and the first one's gradients are there before; every gradient goes as soon as it has
@@ -76,7 +85,7 @@ def measured_bytes(config: Any, layout: str, checkpointing: bool, bf16: bool) ->
     model: Any = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="sdpa"
     )
-    patch_head(model)
+    patch_head(model, place=place)
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
@@ -88,7 +97,7 @@ def measured_bytes(config: Any, layout: str, checkpointing: bool, bf16: bool) ->
         {name: generator.integers(3, 32000, n) for name, n in zip(parts, three, strict=True)}
         for three in LENGTHS
     ]
-    batch = PairCollator(2, layout=packing.layout, rows=packing.rows)(rows)
+    batch = PairCollator(2, layout=packing.layout, rows=packing.rows, place=place)(rows)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():

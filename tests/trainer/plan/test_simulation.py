@@ -11,6 +11,8 @@ from transformers import AutoConfig
 from widemargin.trainer.data.table import PairLengths
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.packing.choose import Packing
+from widemargin.trainer.parallel.groups import Place
+from widemargin.trainer.parallel.rows import SharedRow
 from widemargin.trainer.plan import simulation
 from widemargin.trainer.plan.batches import micro_batch
 from widemargin.trainer.plan.simulation import Recipe, simulate
@@ -41,6 +43,25 @@ def test_activations_are_those_measured(layout, checkpointing):
     estimated = estimated_bytes(config, settings(), layout, checkpointing, bf16=False)
     measured = measured_bytes(config, layout, checkpointing, bf16=False)
     assert estimated == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+def test_activations_of_a_shared_row_are_those_measured(monkeypatch, checkpointing):
+    """Nothing is sent: gloo's threads free tensors where the profiler does not see it."""
+
+    def unsent(row: SharedRow, parts: torch.Tensor) -> torch.Tensor:
+        return parts.clone(memory_format=torch.contiguous_format)
+
+    def alone(row: SharedRow, scores: torch.Tensor, own: torch.Tensor, count: int) -> torch.Tensor:
+        return scores.new_zeros(len(scores), count).index_copy(1, own, scores)
+
+    monkeypatch.setattr(SharedRow, "exchanged", unsent)
+    monkeypatch.setattr(SharedRow, "joined", alone)
+    config, case = small_config(), ("prefix_shared", checkpointing)
+    estimated = estimated_bytes(config, settings(), *case, bf16=False, sharing=2)
+    measured = measured_bytes(config, *case, bf16=False, place=Place(0, 2))
+    assert estimated == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
