@@ -94,9 +94,10 @@ def test_what_a_fork_cannot_take_over_makes_a_fresh_process(options, variables):
 
 def test_variables_that_are_read_later_are_taken_over(tmp_path):
     code = "import sys; print('torch' in sys.modules)\nfrom datasets import config\n"
-    code += "print(config.HF_DATASETS_CACHE)"
-    done = run("-c", code, variables={"HF_DATASETS_CACHE": str(tmp_path)})
-    assert done.stdout == f"True\n{tmp_path}\n", done.stderr
+    code += "import tempfile; print(config.HF_DATASETS_CACHE, tempfile.gettempdir())"
+    given = {"HF_DATASETS_CACHE": "elsewhere", "TMPDIR": str(tmp_path)}
+    done = run("-c", code, variables=given)
+    assert done.stdout == f"True\nelsewhere {tmp_path}\n", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_a_fork_dies_with_its_executable():
             assert dies(fork)
 
 
-def test_forks_die_with_the_tests():
+def test_forks_die_with_the_tests(tmp_path):
     code = (
         "import subprocess, sys\n"
         "from tests.support import preloaded\n"
@@ -151,9 +152,9 @@ def test_forks_die_with_the_tests():
         f"subprocess.Popen([preloaded.python(), '-c', {WAITING!r}])\n"
         "sys.stdin.read()\n"
     )
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    given = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
-        [python(), "-c", code], env=os.environ | path, stdin=subprocess.PIPE,
+        [python(), "-c", code], env=os.environ | given, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True,
     ) as tests:  # fmt: skip
         assert tests.stdout is not None

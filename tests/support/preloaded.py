@@ -76,8 +76,8 @@ def python() -> str:
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is for the tests
         )  # fmt: skip
+    atexit.register(server.kill)
     atexit.register(folder.cleanup)
-    atexit.register(server.communicate)  # closes its input, and waits
     return str(client)
 
 
@@ -148,6 +148,7 @@ def become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
+    tempfile.tempdir = None  # of TMPDIR
     if "datasets.config" in sys.modules:
         importlib.reload(sys.modules["datasets.config"])  # reads HF_DATASETS_CACHE
     while arguments[0] in ("-B", "-u"):
