@@ -48,6 +48,8 @@ def train(config: PreferenceConfig, script: str | None = None) -> None:
     and evaluates at the end if ``do_eval`` says so.
     """
     objective = config.build_objective()
+    if config.sequence_parallel_size > 1:  # before anything is loaded
+        check_split(config, load_model_config(config), config.world_size)
     check_output(config)
     with output_claimed(config):
         _train(config, objective, script)
@@ -55,8 +57,6 @@ def train(config: PreferenceConfig, script: str | None = None) -> None:
 
 def _train(config: PreferenceConfig, objective: Objective, script: str | None) -> None:
     start = start_of_run(config, config.resume_from_checkpoint)
-    if config.sequence_parallel_size > 1:  # before anything is loaded
-        check_split(config, load_model_config(config), config.world_size)
     tokenizer = load_tokenizer(config)
     settle_date(config, tokenizer, fresh=start.folder is None)
     model = load_model(config)

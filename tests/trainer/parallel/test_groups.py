@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from tests.support.shared_row_ranks import RUNS, run
 from tests.support.tiny_models import parameters_of, tiny_model
 from tests.support.two_ranks import launch
 
-ROOT = Path(__file__).resolve().parents[3]
 OF_A_LAUNCH = ("_per_s", "per_second", "runtime", "memory", "flos", "head/", "vs_padded")
 """Parts of the names of figures that differ between launches."""
 
@@ -29,10 +26,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name in RUNS:
         run(name, folder / f"1-{name}", 1)
-    path = os.pathsep.join(map(str, [ROOT, *sys.path]))
     command = ["-m", "tests.support.shared_row_ranks", "runs", str(folder)]
-    caches = {"HF_DATASETS_CACHE": str(folder / "cache")}
-    done = launch(folder, *command, ranks=4, PYTHONPATH=path, **caches)
+    done = launch(folder, *command, ranks=4, HF_DATASETS_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +12,6 @@ from widemargin.trainer.parallel.rows import SharedRow
 
 from tests.support.shared_row_ranks import LAYOUTS, MODELS, OBJECTIVES
 from tests.support.two_ranks import launch
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -45,9 +40,8 @@ def test_ranks_have_every_target_once():
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes found, see `shared_row_ranks`."""
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join(map(str, [ROOT, *sys.path]))
     command = ["-m", "tests.support.shared_row_ranks", "models", str(folder)]
-    done = launch(folder, *command, PYTHONPATH=path)
+    done = launch(folder, *command)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
