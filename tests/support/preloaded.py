@@ -55,7 +55,11 @@ READ_LATER = (
 
 AT_START = dict(os.environ)
 CLIENT = Path(__file__).with_name("preloaded_client.py")
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}  # fmt: skip
+"""For the server, and so for the forks of a caller who says nothing of them."""
 LOOK_AFTER_S = 0.02
 PR_SET_PDEATHSIG = 1
 
@@ -124,6 +128,7 @@ def can_run(arguments: list[str], variables: dict[str, str]) -> bool:
     names = {n for n in AT_START | variables if n.startswith(READ_AT_IMPORT)}
     return (first in ("-c", "-m") or first[0] != "-") and all(
         name.startswith(READ_LATER)
+        or (name in ONE_THREAD and name not in variables)
         or variables.get(name) in (AT_START.get(name), os.environ.get(name))
         for name in names
     )
@@ -158,9 +163,10 @@ def become(
             sys.stdout.reconfigure(line_buffering=True)
     option = arguments.pop(0) if arguments[0] in ("-c", "-m") else ""
     place = {"-c": "", "-m": folder}.get(option, os.path.dirname(os.path.abspath(arguments[0])))
-    old, new = (given.get("PYTHONPATH", "").split(os.pathsep) for given in (AT_START, variables))
-    kept = [path for path in sys.path[1:] if path not in old]
-    sys.path[:] = [place, *dict.fromkeys([*filter(None, new), *kept])]
+    old, new = (given.get("PYTHONPATH") for given in (AT_START, variables))
+    kept = [path for path in sys.path[1:] if path not in (old or "").split(os.pathsep)]
+    added = [path or folder for path in new.split(os.pathsep)] if new else []  # "": this folder
+    sys.path[:] = [place, *dict.fromkeys([*added, *kept])]
     program = arguments[0]
     sys.argv[:] = [option, *arguments[1:]] if option == "-c" else arguments
     if option == "-m":
