@@ -1,8 +1,8 @@
-"""Carry out the studies: `python -m bench.studies [tail] [length] [flips]`.
+"""Carry out the studies: `python -m bench.studies [tail] [length] [flips] [trees] [real]`.
 
 Each run is a process, whose record is a line in the study's file when it ends: what is there is not
 done again, so a study that was stopped goes on with the run it was at. Tables and pictures are made
-of what there is, at the end or by `--report`. All studies take about two hours on two idle cores.
+of what there is, at the end or by `--report`. All studies take about four hours on two idle cores.
 """
 
 import argparse
@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bench.lib import real_model
 from bench.lib.record import RESULTS, ROOT, Commit, find_commit, refused
 from bench.lib.workers import WorkerError, answer_of
-from bench.studies.preparing import MAX_LENGTH, prepare_model, prepare_pairs
+from bench.studies.preparing import prepare_model, prepare_pairs
 from bench.studies.questions import STUDIES, Run
 from bench.studies.records import append, is_done, read
 from bench.studies.report import write_report
@@ -29,7 +30,8 @@ DATA = ROOT.parent / "shared" / "data"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
     parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)} (default: all)")
-    parser.add_argument("--model", type=Path, default=DATA / "small_lm", help="a model's folder")
+    model_help = "a model's folder (default: the small one, and SmolLM2's for `real`)"
+    parser.add_argument("--model", type=Path, help=model_help)
     parser.add_argument("--train", type=Path, default=DATA / "judged_pairs_train.jsonl.gz")
     parser.add_argument("--test", type=Path, default=DATA / "judged_pairs_test.jsonl.gz")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
@@ -44,10 +46,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := set(options.studies) - set(STUDIES):
         parser.error(f"unknown studies: {', '.join(sorted(unknown))}; known: {', '.join(STUDIES)}")
-    for path in (options.model, options.train, options.test):
-        if not path.exists() and not options.report:
-            parser.error(f"{path} is not there; name others with --model, --train and --test")
+    models = {model_of(study, options) for study in options.studies or STUDIES}
+    for path in () if options.report else (*sorted(models), options.train, options.test):
+        if not path.exists():
+            hint = "make real-model makes it" if path == real_model.FOLDER else "it is not there"
+            parser.error(f"{path}: {hint}; or name others with --model, --train and --test")
     return options
+
+
+def model_of(study: str, options: argparse.Namespace) -> Path:
+    return options.model or (real_model.FOLDER if study == "real" else DATA / "small_lm")
 
 
 def planned(options: argparse.Namespace) -> Iterator[Run]:
@@ -64,12 +72,28 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
                 yield dataclasses.replace(run, steps=steps, settings=run.settings | given)
 
 
+def prepare(run: Run, options: argparse.Namespace) -> dict[str, str]:
+    """The files that a run reads, each made once; by name."""
+    source = model_of(run.study, options)
+    limits = {"train": run.train_length, "test": run.test_length}
+    paths = {"model_dir": prepare_model(source, run.sharpen, WORK)}
+    for key, limit in limits.items():
+        target = WORK / f"{key}-{run.study}.jsonl"
+        if target not in _MADE:
+            prepare_pairs(getattr(options, key), source, limit, target)
+            _MADE.add(target)
+        paths[key] = target
+    return {key: str(path) for key, path in paths.items()}
+
+
+_MADE: set[Path] = set()
+"""Files of pairs that this process wrote."""
+
+
 def carry_out(run: Run, options: argparse.Namespace, shared: dict[str, Any]) -> str | None:
     """Run in a process, and keep its record; what went wrong, if anything did."""
     spec = WORK / f"{run.study}-{run.name}.json".replace(" ", "-")
-    model = prepare_model(options.model, run.sharpen, WORK)
-    content = shared | {"run": dataclasses.asdict(run), "model_dir": str(model)}
-    spec.write_text(json.dumps(content))
+    spec.write_text(json.dumps(shared | prepare(run, options) | {"run": dataclasses.asdict(run)}))
     begin = time.monotonic()
     try:
         record = answer_of("bench.studies.worker", str(spec))
@@ -103,14 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def carry_out_all(runs: list[Run], options: argparse.Namespace, commit: Commit) -> list[str]:
     """Several at a time; the messages of those that failed."""
-    sources = {"train": options.train, "test": options.test}
-    shared: dict[str, Any] = {
-        key: str(prepare_pairs(path, options.model, MAX_LENGTH[key], WORK / f"{key}.jsonl"))
-        for key, path in sources.items()
-    }
-    shared |= {"threads": options.threads, "commit": dataclasses.asdict(commit)}
-    for factor in {run.sharpen for run in runs}:  # here, not by two runs at once
-        prepare_model(options.model, factor, WORK)
+    shared = {"threads": options.threads, "commit": dataclasses.asdict(commit)}
+    for run in runs:  # here, not by two runs at once
+        prepare(run, options)
     with ThreadPoolExecutor(options.jobs) as pool:
         problems = pool.map(lambda run: carry_out(run, options, shared), runs)
     return [problem for problem in problems if problem]

@@ -111,4 +111,49 @@ def flips(records: list[Record], path: Path) -> None:
     save(figure, path)
 
 
-PICTURES = {"tail": tail, "length": length, "flips": flips}
+def trees(records: list[Record], path: Path) -> None:
+    """Loss of each step, and held-out accuracy at the end, by the order of pairs."""
+    figure, axes = new_figure(1, 2, 3.6)
+    for (arm, runs), colour in zip(by_arm(records).items(), (OTHER, DARK), strict=False):
+        for i, run in enumerate(runs):
+            losses = smoothed(run["curves"]["loss"])
+            label = None if i else arm
+            axes[0][0].plot(
+                range(1, len(losses) + 1), losses, linewidth=1, color=colour, label=label
+            )
+            points = [m for m in run["measurements"] if m["step"]]
+            accuracies = [m["accuracy"] for m in points]
+            steps = [m["step"] for m in points]
+            axes[0][1].plot(steps, accuracies, marker=".", color=colour, label=label)
+    axes[0][0].set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHED} steps")
+    axes[0][1].set(xlabel="step", ylabel="test accuracy")
+    for panel in axes[0]:
+        panel.legend()
+    save(figure, path)
+
+
+def real(records: list[Record], path: Path) -> None:
+    """Held-out accuracy and the length of sampled answers at the end of every run."""
+    figure, axes = new_figure(1, 2, 4.4, sharey=True)
+    arms = by_arm(records)
+    start = next((run["measurements"][0] for run in records if run["seed"] == 0), None)
+    measures = {
+        "test accuracy": lambda m: m["accuracy"],
+        "mean tokens of sampled answers": lambda m: m["answers"]["mean_tokens"],
+    }
+    for panel, (name, value) in zip(axes[0], measures.items(), strict=True):
+        for place, runs in enumerate(arms.values()):
+            each = [value(last(run)) for run in runs]
+            mean, error = mean_and_error(each)
+            panel.errorbar(mean, place, xerr=error or 0, marker="o", color=DARK, capsize=3)
+            panel.scatter(each, [place] * len(each), color=DARK, s=8, alpha=0.6)
+        if start:
+            panel.axvline(value(start), color=GREY, linewidth=1)
+        panel.set(xlabel=name)
+        panel.set_title("line: before training")
+    axes[0][0].set_yticks(range(len(arms)), list(arms))
+    axes[0][0].invert_yaxis()
+    save(figure, path)
+
+
+PICTURES = {"tail": tail, "length": length, "flips": flips, "trees": trees, "real": real}

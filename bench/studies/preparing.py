@@ -11,13 +11,13 @@ import torch
 
 from bench.training.data import read_pairs
 
-MAX_LENGTH = {"train": 384, "test": 512}
-"""Tokens of a pair's longer side. Longer pairs are left out rather than cut: where an answer ends
-is part of what a study of lengths is about."""
-
 
 def prepare_pairs(source: Path, tokenizer_dir: Path, limit: int, target: Path) -> Path:
-    """Write to ``target`` the pairs of ``source`` (JSONL, perhaps gzipped) that fit whole."""
+    """Write to ``target`` the pairs of ``source`` (JSONL, perhaps gzipped) that fit whole.
+
+    Longer pairs are left out rather than cut: where an answer ends is part of what a study of
+    lengths is about.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)

@@ -26,6 +26,9 @@ class Run:
     settings: dict[str, Any]
     answers: int = 0  # sampled per test instruction at each measurement
     sharpen: float = 1.0  # factor on the logits of the model that training starts from
+    train_length: int = 384  # tokens of a pair's longer side
+    test_length: int = 512
+    max_new_tokens: int = 384
 
     @property
     def name(self) -> str:
@@ -83,4 +86,44 @@ def flips(seed: int) -> list[Run]:
     ]
 
 
-STUDIES = {"tail": tail, "length": length, "flips": flips}
+def trees(seed: int) -> list[Run]:
+    """Do pairs that are grouped by their prompt teach less than shuffled ones, step for step?"""
+    size = {"steps": 100, "pairs_per_step": 12, "measure_every": 50}
+    arms = {"shuffled pairs": SIMPO, "trees": SIMPO | {"group_by_prompt": True}}
+    return [Run("trees", arm, seed, **size, settings=settings) for arm, settings in arms.items()]
+
+
+REAL_SETTINGS = {"use_peft": True, "learning_rate": 2e-4, "group_by_prompt": True}
+"""LoRA on an instruct model of 135M parameters."""
+
+
+def real(seed: int) -> list[Run]:
+    """On a model that can talk: the four objectives, wrong labels, the head's tail, trees.
+
+    Each objective at its published values; SimPO at γ-SimPO's too, where the two are compared.
+    """
+    lmpo = {"objective": "lmpo", "objective_args": {"margin_weight": 0.2}}
+    arms: dict[str, dict[str, Any]] = {
+        "simpo": SIMPO,
+        "lmpo": SIMPO | lmpo,
+        "dpo": {"objective": "dpo", "beta": 0.1},
+        "gamma-simpo": GAMMA_SIMPO | {"objective": "gamma-simpo"},
+        "simpo, exact tail": SIMPO | {"head_tail": "exact"},
+        "simpo, shuffled pairs": SIMPO | {"group_by_prompt": False},
+    } | {
+        f"{objective}, β 10, {flip:.0%} flipped": GAMMA_SIMPO
+        | {"objective": objective, "flip": flip}
+        for flip in (0.0, 0.2, 0.4)
+        for objective in ("simpo", "gamma-simpo")
+        if flip or objective == "simpo"  # the other is above
+    }
+    size = {"steps": 24, "pairs_per_step": 12, "measure_every": 24, "answers": 1}
+    lengths = {"train_length": 256, "test_length": 256, "max_new_tokens": 128}
+    return [
+        Run("real", arm, seed, **size, settings=REAL_SETTINGS | settings, **lengths)
+        for arm, settings in arms.items()
+    ]
+
+
+STUDIES = {"tail": tail, "length": length, "flips": flips, "trees": trees, "real": real}
+"""By name; "real" has a model of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import threading
@@ -13,6 +14,11 @@ from bench.studies.questions import STUDIES, Run
 
 Record = dict[str, Any]
 _LOCK = threading.Lock()
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(Run)
+    if field.default is not dataclasses.MISSING
+}
 
 
 def read(out: Path, study: str) -> list[Record]:
@@ -39,9 +45,11 @@ def append(out: Path, record: Record) -> None:
 
 
 def is_done(run: Run, records: Iterable[Record]) -> bool:
-    """Whether one of ``records`` is this very run, its settings included."""
+    """Whether one of ``records`` is this very run; older ones lack what has a default."""
     fields = json.loads(json.dumps(vars(run)))
-    return any(fields == {key: record.get(key) for key in fields} for record in records)
+    return any(
+        fields == {key: (_DEFAULTS | record).get(key) for key in fields} for record in records
+    )
 
 
 def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:

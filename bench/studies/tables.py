@@ -147,6 +147,91 @@ def flips(records: list[Record]) -> str:
     return markdown(head, rows)
 
 
+def trees(records: list[Record]) -> str:
+    arms = by_arm(records)
+    rows = []
+    for arm, runs in arms.items():
+        for step in measured_steps(runs):
+            measured = [at_step(run, step) for run in runs if has_step(run, step)]
+            rows.append([arm, step, *(shown([m[key] for m in measured]) for key in _HELD_OUT)])
+    pairs = [(last(a), last(b)) for a, b in paired(*arms.values())] if len(arms) == 2 else []
+    if pairs:
+        both = [shown([b[key] - a[key] for a, b in pairs], sign=True) for key in _HELD_OUT]
+        rows.append(["trees − shuffled pairs, same seed", "end", *both])
+    head = ("order", "step", "test accuracy", "test loss", "test margin, nats a token")
+    return markdown(head, rows)
+
+
+_HELD_OUT = ("accuracy", "loss", "margin")
+
+
+def real(records: list[Record]) -> str:
+    """Each arm at its end, and less the one that it answers to, seed by seed."""
+    arms = by_arm(records)
+    start = next((run["measurements"][0] for run in records if run["seed"] == 0), None)
+    rows = [_real_row("before training", [start])] if start else []
+    rows += [_real_row(arm, [last(run) for run in runs]) for arm, runs in arms.items()]
+    head = (
+        "run", "seeds", "test accuracy", "test margin, nats a token", "chosen, nats a token",
+        "mean answer, tokens", "answers cut", "4-grams repeated",
+    )  # fmt: skip
+    against = []
+    for arm, other in REAL_AGAINST.items():
+        if pairs := paired(arms.get(arm, []), arms.get(other, [])):
+            ends = [(last(a), last(b)) for a, b in pairs]
+            tokens = [a["answers"]["mean_tokens"] - b["answers"]["mean_tokens"] for a, b in ends]
+            against.append(
+                [
+                    f"{arm} − {other}",
+                    len(pairs),
+                    shown([a["accuracy"] - b["accuracy"] for a, b in ends], sign=True),
+                    shown([_chosen(a) - _chosen(b) for a, b in ends], sign=True),
+                    shown(tokens, 1, sign=True),
+                ]
+            )
+    signs = sum(bool(run["signs_of_collapse"]) for run in records)
+    return "\n\n".join(
+        [
+            markdown(head, rows),
+            markdown((
+                "at the end, same seed", "seeds", "test accuracy", "chosen, nats a token",
+                "mean answer, tokens",
+            ), against),
+            f"Runs that warned of a collapse: {signs} of {len(records)}.",
+        ]
+    )  # fmt: skip
+
+
+REAL_AGAINST = {
+    "lmpo": "simpo",
+    "dpo": "simpo",
+    "gamma-simpo": "simpo, β 10, 0% flipped",
+    "gamma-simpo, β 10, 20% flipped": "simpo, β 10, 20% flipped",
+    "gamma-simpo, β 10, 40% flipped": "simpo, β 10, 40% flipped",
+    "simpo, exact tail": "simpo",
+    "simpo, shuffled pairs": "simpo",
+}
+"""What each arm of `real` is compared with."""
+
+
+def _real_row(arm: str, measured: list[Record]) -> list[object]:
+    answers = [m["answers"] for m in measured]
+    return [
+        arm,
+        len(measured),
+        shown([m["accuracy"] for m in measured]),
+        shown([m["margin"] for m in measured]),
+        shown([_chosen(m) for m in measured], 2),
+        shown([a["mean_tokens"] for a in answers], 0),
+        shown([a["cut"] / a["answers"] for a in answers], 2),
+        shown([a["repetition"] for a in answers], 2),
+    ]
+
+
+def _chosen(measurement: Record) -> float:
+    return measurement["mean_logps"]["chosen"]
+
+
 def measured_steps(runs: list[Record]) -> list[int]:
     return sorted({m["step"] for run in runs for m in run["measurements"]})
 
@@ -167,4 +252,4 @@ def provenance(records: list[Record]) -> str:
     )
 
 
-TABLES = {"tail": tail, "length": length, "flips": flips}
+TABLES = {"tail": tail, "length": length, "flips": flips, "trees": trees, "real": real}

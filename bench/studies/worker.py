@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from widemargin.trainer.model.adapters import bare_model
+from widemargin.trainer.monitor.collapse import Watch, repetition
 
 from bench.lib.record import Commit, versions
-from bench.studies.preparing import MAX_LENGTH, fingerprint
+from bench.studies.preparing import fingerprint
 from bench.studies.questions import LEARNING_RATE, Run
 
 CURVES = {
@@ -27,7 +30,6 @@ CURVES = {
     "active_fraction": "head/active_fraction",
 }
 """What is kept of every step, by the name it is logged under."""
-MAX_NEW_TOKENS = 384
 ANSWERS_SEED = 20
 
 
@@ -37,8 +39,12 @@ class Measurements(TrainerCallback):
     def __init__(self, trainer: Any, run: Run, test: Any) -> None:
         self.trainer, self.run, self.test = trainer, run, test
         self.taken: list[dict[str, Any]] = []
+        self.reference: Any = None
+        """Log-probs before training, where the objective's rewards are against them."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.objective.needs_reference:
+            self.reference = self.logps(bare_model(self.trainer.model))
         if self.run.seed == 0:  # no other starts anywhere else
             self.measure(0)
 
@@ -48,29 +54,41 @@ class Measurements(TrainerCallback):
             self.measure(step)
 
     def measure(self, step: int) -> None:
-        from widemargin.trainer.model.adapters import bare_model
-
-        model: Any = bare_model(
-            self.trainer.model
-        )  # with the adapter's layers inside, if it has one
-        training = model.training
-        model.eval()
+        model: Any = bare_model(self.trainer.model)
         facts = {"step": step, **self.accuracies(model)}
         if self.run.answers:
-            facts["answers"] = self.answers(model)
-        model.train(training)
+            training = model.training
+            facts["answers"] = self.answers(model.eval())
+            model.train(training)
         self.taken.append(facts)
 
-    def accuracies(self, model: Any) -> dict[str, Any]:
-        from widemargin.trainer.evaluation.pair_metrics import measure
+    def logps(self, model: Any) -> Any:
+        """Of the test pairs."""
         from widemargin.trainer.evaluation.pairs import score_pairs
-        from widemargin.trainer.evaluation.settings import BETAS, PairSettings
+        from widemargin.trainer.evaluation.settings import PairSettings
 
         settings = PairSettings(device="cpu", dtype="float32", packing=self.trainer.args.packing)
-        logps = score_pairs(model, self.test, settings, self.trainer.processing_class.pad_token_id)
-        everything = measure(logps, self.test.lengths, None, BETAS)
-        reward = everything["rewards"]["mean_logps"]
-        return {
+        training = model.training
+        model.eval()
+        scored = score_pairs(model, self.test, settings, self.trainer.processing_class.pad_token_id)
+        model.train(training)
+        return scored
+
+    def accuracies(self, model: Any) -> dict[str, Any]:
+        """By the objective's own reward: against the reference where it has one."""
+        from widemargin.trainer.evaluation.pair_metrics import measure, pair_margins
+        from widemargin.trainer.evaluation.settings import BETAS
+
+        measured = self.logps(model), self.test.lengths, self.reference
+        everything = measure(*measured, BETAS)
+        kind = "mean_logps" if self.reference is None else "against_reference"
+        reward = everything["rewards"][kind]
+        facts = {}
+        if self.run.settings["objective"] == "simpo":
+            margins = pair_margins(*measured)[kind] - self.run.settings["gamma_beta_ratio"]
+            losses = np.logaddexp(0.0, -self.run.settings["beta"] * margins)
+            facts["loss"] = float(losses.mean())
+        return facts | {
             "accuracy": reward["accuracy"],
             "margin": reward["margin"]["mean"],
             "by_length": reward["by_length"],
@@ -86,11 +104,13 @@ class Measurements(TrainerCallback):
         prompts = sorted({tuple(row["prompt_ids"].tolist()) for row in rows}) * self.run.answers
         tokenizer = self.trainer.processing_class
         stops = stop_ids(tokenizer, model.generation_config)
-        decoding = Decoding(stops, tokenizer.pad_token_id, MAX_NEW_TOKENS, temperature=1.0)
+        decoding = Decoding(stops, tokenizer.pad_token_id, self.run.max_new_tokens, temperature=1.0)
         seeds = [ANSWERS_SEED + i for i in range(len(prompts))]
         written = complete(model, [list(prompt) for prompt in prompts], decoding, seeds)
         lengths = [len(answer.token_ids) for answer in written]
+        repeated = [repetition(answer.token_ids) for answer in written]
         return {
+            "repetition": statistics.fmean(repeated),
             "mean_tokens": statistics.fmean(lengths),
             "median_tokens": statistics.median(lengths),
             "standard_error": statistics.stdev(lengths) / len(lengths) ** 0.5,
@@ -113,7 +133,7 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
             model_name_or_path=str(model_dir),
             dataset=str(train),
             eval_dataset=str(test),
-            max_length=max(MAX_LENGTH.values()),
+            max_length=max(run.train_length, run.test_length),
             output_dir=folder,
             max_steps=run.steps,
             per_device_train_batch_size=run.pairs_per_step,
@@ -140,6 +160,8 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
         begin = time.monotonic()
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        watch = Watch()
+        signs = [str(sign) for entry in trainer.state.log_history for sign in watch.add(entry)]
     return {
         "seconds": round(time.monotonic() - begin),
         "train_pairs": len(data.train or ()),
@@ -149,6 +171,7 @@ def carry_out(run: Run, model_dir: Path, train: Path, test: Path) -> dict[str, A
             for name, key in CURVES.items()
         },
         "measurements": measurements.taken,
+        "signs_of_collapse": signs,
     }
 
 

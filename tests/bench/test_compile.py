@@ -8,7 +8,7 @@ import pytest
 from widemargin.kernels.linear_logprob import tiles as table
 from widemargin.kernels.linear_logprob.tiles import Tile, Tiles
 
-from bench.compile import tune
+from bench.compile import tune, versions
 from bench.compile.candidates import FIELDS, candidates
 from tests.kernels.test_triton_compile import python_without_interpreter
 
@@ -59,3 +59,28 @@ def test_compile_only_writes_what_fits(tmp_path) -> None:
     assert [r["field"] for r in rows] == ["recompute"] * 2
     assert rows[0]["fits"] is True
     assert {"tile", "arch", "product"} <= set(rows[0])
+
+
+def test_a_summary_names_what_is_wrong() -> None:
+    fine = {"kernel": "k", "arch": "sm_80", "spill_bytes": 0, "shared_bytes": 1024}
+    rows = [
+        fine,
+        {**fine, "kernel": "spills", "spill_bytes": 8},
+        {**fine, "kernel": "large", "shared_bytes": 200 * 1024},
+        {**fine, "kernel": "large", "arch": "sm_90", "shared_bytes": 200 * 1024},
+        {"kernel": "fails", "arch": "sm_90", "error": "CompilationError: no\nmore"},
+    ]
+    assert versions.summary({"triton": "3.6.0", "rows": rows}) == {
+        "triton": "3.6.0",
+        "compiled": 4,
+        "failed": {"fails sm_90": "CompilationError: no"},
+        "spilling": ["spills sm_80"],
+        "too_large": ["large sm_80"],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", versions.VERSIONS)
+def test_every_kernel_compiles_with_other_versions(version: str, tmp_path) -> None:
+    """Needs the package index, and a few minutes."""
+    assert versions.main([version, "--out", str(tmp_path / "versions.json")]) == 0

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.lib import real_model
 from bench.lib.record import ROOT
 from bench.lib.table import CLOSE
-from bench.studies.command import parse, planned
+from bench.studies.command import model_of, parse, planned
 from bench.studies.preparing import prepare_model, prepare_pairs
 from bench.studies.questions import STUDIES, Run
 from bench.studies.records import append, by_arm, is_done, mean_and_error, paired, read
@@ -37,7 +38,7 @@ def test_a_run_of_every_kind(tmp_path, adapter):
         start = prepare_model(model, run.sharpen, tmp_path)
         found = carry_out(run, start, pairs, pairs)
         assert [m["step"] for m in found["measurements"]] == [0, 1, 2]
-        assert ("answers" in found["measurements"][0]) == (study == "length")
+        assert ("answers" in found["measurements"][0]) == (study in ("length", "real"))
         assert len(found["curves"]["loss"]) == 2
         assert found["train_pairs"] == 9
         assert None not in found["curves"]["active_fraction"], "the run's own head, measured or not"
@@ -81,11 +82,13 @@ def test_sharpened_logits(tmp_path):
 
 def record(run: Run, **changes: object) -> dict:
     """What a run might have left."""
-    answers = {"mean_tokens": 200.0 + run.seed, "answers": 4, "cut": 1}
+    answers = {"mean_tokens": 200.0 + run.seed, "answers": 4, "cut": 1, "repetition": 0.1}
     group = {"pairs": 3, "accuracy": 0.5, "margin": 0.1}
     measurement = {
         "accuracy": 0.5 + 0.01 * run.seed,
         "margin": 0.25,
+        "loss": 1.0 - 0.1 * run.seed,
+        "mean_logps": {"chosen": -1.5, "rejected": -1.75},
         "by_length": dict.fromkeys(("chosen_longer", "rejected_longer", "same_length"), group),
         "correlation_with_length": 0.1,
         "answers": answers,
@@ -98,9 +101,36 @@ def record(run: Run, **changes: object) -> dict:
         "seconds": 60,
         "train_pairs": 10,
         "test_pairs": 5,
+        "signs_of_collapse": ["step 3: entropy rose"] * run.seed,
         "curves": {"loss": [2.0] * run.steps, "active_fraction": [None] + [0.5] * (run.steps - 1)},
         "measurements": [{"step": step, **measurement} for step in steps],
     } | changes
+
+
+def test_a_default_that_came_later_leaves_older_records_done():
+    run = STUDIES["flips"](0)[1]
+    older = {key: value for key, value in record(run).items() if key != "test_length"}
+    assert is_done(run, [older])
+    assert not is_done(dataclasses.replace(run, test_length=99), [older])
+
+
+def test_dpo_is_measured_against_its_reference(tmp_path):
+    model = Path(save_model(tmp_path / "model"))
+    pairs = Path(save_pairs(tmp_path / "all.jsonl"))
+    run = dataclasses.replace(
+        small(next(run for run in STUDIES["real"](0) if run.arm == "dpo")), answers=0
+    )
+    start, *_, end = carry_out(run, model, pairs, pairs)["measurements"]
+    assert start["margin"] == 0
+    assert end["margin"] != 0
+
+
+def test_models_of_the_studies(tmp_path):
+    small_one, real_one = (
+        model_of(study, parse(["flips", "--report"])) for study in ("flips", "real")
+    )
+    assert real_one == real_model.FOLDER != small_one
+    assert model_of("real", parse(["--report", f"--model={tmp_path}"])) == tmp_path
 
 
 @pytest.fixture
