@@ -19,6 +19,8 @@ from bench.lib.record import ROOT
 
 VERSIONS = ("3.6.0", "3.9.0")
 """The oldest that pyproject.toml admits, which torch 2.10 and 2.11 bring, and the newest."""
+SPILL_LIMIT_BYTES = 128
+"""Of a thread. With the pinned version none may spill; the others' compilers differ a little."""
 OUT = RESULTS.parent / "triton_versions.json"
 
 
@@ -49,21 +51,23 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     """How many kernels were compiled, and the names of those that are not as they should be."""
     rows = found["rows"]
     fine = [row for row in rows if "error" not in row]
-
-    def names(chosen: list[dict[str, Any]]) -> list[str]:
-        return [f"{row['kernel']} {row['arch']}" for row in chosen]
-
     return {
         "triton": found["triton"],
         "compiled": len(fine),
-        "failed": {
-            f"{row['kernel']} {row['arch']}": row["error"].splitlines()[0]
-            for row in rows
-            if "error" in row
-        },
-        "spilling": names([row for row in fine if row["spill_bytes"]]),
-        "too_large": names([row for row in fine if row["shared_bytes"] > _limit(row)]),
+        "failed": {_name(row): row["error"].splitlines()[0] for row in rows if "error" in row},
+        "spilled_bytes": {_name(row): row["spill_bytes"] for row in fine if row["spill_bytes"]},
+        "too_large": [_name(row) for row in fine if row["shared_bytes"] > _limit(row)],
     }
+
+
+def is_fine(summary: dict[str, Any]) -> bool:
+    """Whether each kernel runs, and keeps all but a few values in registers."""
+    spilled = max(summary["spilled_bytes"].values(), default=0)
+    return not summary["failed"] and not summary["too_large"] and spilled <= SPILL_LIMIT_BYTES
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['kernel']} {row['arch']}"
 
 
 def _limit(row: dict[str, Any]) -> int:
@@ -78,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     summaries = [summary(compiled_with(version)) for version in options.versions]
     options.out.write_text(json.dumps({"versions": summaries}, indent=1) + "\n")
     print(json.dumps(summaries, indent=1))
-    return int(any(s["failed"] or s["spilling"] or s["too_large"] for s in summaries))
+    return int(not all(map(is_fine, summaries)))
 
 
 if __name__ == "__main__":

@@ -70,13 +70,18 @@ def test_a_summary_names_what_is_wrong() -> None:
         {**fine, "kernel": "large", "arch": "sm_90", "shared_bytes": 200 * 1024},
         {"kernel": "fails", "arch": "sm_90", "error": "CompilationError: no\nmore"},
     ]
-    assert versions.summary({"triton": "3.6.0", "rows": rows}) == {
+    summary = versions.summary({"triton": "3.6.0", "rows": rows})
+    assert summary == {
         "triton": "3.6.0",
         "compiled": 4,
         "failed": {"fails sm_90": "CompilationError: no"},
-        "spilling": ["spills sm_80"],
+        "spilled_bytes": {"spills sm_80": 8},
         "too_large": ["large sm_80"],
     }
+    good = {"failed": {}, "spilled_bytes": {"a": 8}, "too_large": []}
+    assert versions.is_fine(good)
+    bad = ({"failed": {"a": "no"}}, {"too_large": ["a"]}, {"spilled_bytes": {"a": 512}})
+    assert not any(versions.is_fine(good | each) for each in bad)
 
 
 @pytest.mark.slow
