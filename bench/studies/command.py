@@ -35,6 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, default=DATA / "judged_pairs_train.jsonl.gz")
     parser.add_argument("--test", type=Path, default=DATA / "judged_pairs_test.jsonl.gz")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, such as simpo")
     parser.add_argument("--steps", type=int, help="of every run, to try it out")
     set_help = "for every run, such as use_peft=true; repeat it, and name another --out"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
@@ -47,6 +48,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if unknown := set(options.studies) - set(STUDIES):
         parser.error(f"unknown studies: {', '.join(sorted(unknown))}; known: {', '.join(STUDIES)}")
     models = {model_of(study, options) for study in options.studies or STUDIES}
+    known = [run.arm for study in options.studies or STUDIES for run in STUDIES[study](0)]
+    if unknown := set(options.arms or ()) - set(known):
+        parser.error(f"unknown arms: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     for path in () if options.report else (*sorted(models), options.train, options.test):
         if not path.exists():
             hint = "make real-model makes it" if path == real_model.FOLDER else "it is not there"
@@ -68,6 +72,8 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
     for study in options.studies or STUDIES:
         for seed in range(options.seeds):
             for run in STUDIES[study](seed):
+                if options.arms and run.arm not in options.arms:
+                    continue
                 steps = options.steps or run.steps
                 yield dataclasses.replace(run, steps=steps, settings=run.settings | given)
 

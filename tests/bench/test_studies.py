@@ -125,6 +125,14 @@ def test_dpo_is_measured_against_its_reference(tmp_path):
     assert end["margin"] != 0
 
 
+def test_some_arms_of_a_study(capsys):
+    runs = planned(parse(["real", "--report", "--arms", "simpo", "dpo"]))
+    assert [run.arm for run in runs] == ["simpo", "dpo"] * 3
+    with pytest.raises(SystemExit):
+        parse(["real", "--report", "--arms", "nothing"])
+    assert "unknown arms: nothing; known: simpo, lmpo" in capsys.readouterr().err
+
+
 def test_models_of_the_studies(tmp_path):
     small_one, real_one = (
         model_of(study, parse(["flips", "--report"])) for study in ("flips", "real")
