@@ -93,7 +93,7 @@ def trees(seed: int) -> list[Run]:
     return [Run("trees", arm, seed, **size, settings=settings) for arm, settings in arms.items()]
 
 
-REAL_SETTINGS = {"use_peft": True, "learning_rate": 3e-4, "group_by_prompt": True}
+REAL_SETTINGS = {"use_peft": True, "learning_rate": 1e-3, "group_by_prompt": True}
 """LoRA on an instruct model of 135M parameters."""
 
 
@@ -117,7 +117,7 @@ def real(seed: int) -> list[Run]:
         for objective in ("simpo", "gamma-simpo")
         if flip or objective == "simpo"  # the other is above
     }
-    size = {"steps": 16, "pairs_per_step": 12, "measure_every": 16, "answers": 1}
+    size = {"steps": 16, "pairs_per_step": 12, "measure_every": 16, "answers": 2}
     lengths = {"train_length": 256, "test_length": 256, "max_new_tokens": 128}
     return [
         Run("real", arm, seed, **size, settings=REAL_SETTINGS | settings, **lengths)
