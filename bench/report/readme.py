@@ -125,10 +125,9 @@ def _lines(case: list[Row]) -> list[list[str]]:
 
 
 def _step(row: Row) -> str:
-    pairs = f"{row['pairs_per_step']} pairs" + ", all of each prompt" * row["case"].endswith(
-        BY_PROMPT
-    )
-    return f"{OBJECTIVES[row['objective']]}{variant(row)}, {pairs}"
+    together = ", all of each prompt" if row["case"].endswith(BY_PROMPT) else ""
+    step = f"{OBJECTIVES[row['objective']]}{variant(row)}"
+    return f"{step}, {row['pairs_per_step']} pairs{together}"
 
 
 def _line(step: str, row: Row, base: Row) -> list[str]:

@@ -79,21 +79,13 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def prepare(run: Run, options: argparse.Namespace) -> dict[str, str]:
-    """The files that a run reads, each made once; by name."""
+    """The files that a run reads, by name; each is made once."""
     source = model_of(run.study, options)
-    limits = {"train": run.train_length, "test": run.test_length}
     paths = {"model_dir": prepare_model(source, run.sharpen, WORK)}
-    for key, limit in limits.items():
+    for key, limit in {"train": run.train_length, "test": run.test_length}.items():
         target = WORK / f"{key}-{run.study}.jsonl"
-        if target not in _MADE:
-            prepare_pairs(getattr(options, key), source, limit, target)
-            _MADE.add(target)
-        paths[key] = target
+        paths[key] = prepare_pairs(getattr(options, key), source, limit, target)
     return {key: str(path) for key, path in paths.items()}
-
-
-_MADE: set[Path] = set()
-"""Files of pairs that this process wrote."""
 
 
 def carry_out(run: Run, options: argparse.Namespace, shared: dict[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from bench.training.data import read_pairs
 
 
+@cache
 def prepare_pairs(source: Path, tokenizer_dir: Path, limit: int, target: Path) -> Path:
     """Write to ``target`` the pairs of ``source`` (JSONL, perhaps gzipped) that fit whole.
 
