@@ -129,7 +129,12 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         forest = Forest.of(rows)
-        batch = getattr(self, f"_{self.layout}")(forest)
+        layouts = {
+            "padded": self._padded,
+            "packed": self._packed,
+            "prefix_shared": self._prefix_shared,
+        }
+        batch = layouts[self.layout](forest)
         if IMAGES in rows[0]:
             add_images(self.images, batch, forest, rows, self.layout == "prefix_shared")
         batch["targets"] = np.concatenate([np.asarray(c, np.int64) for c in forest.completions])
@@ -181,7 +186,7 @@ class PairCollator:
             edges = made["edges"].numpy()
             batch[prefix + "pairs"] = edges[-len(rows) :, 0]
         sequences = np.empty(len(forest.counts), np.int64)
-        sequences[forest.edges] = edges[: len(rows)]
+        sequences[forest.edges] = edges[: len(rows)]  # of the last, which has the own answers first
         batch[FROZEN + "sequences"] = sequences
 
     def _padded(self, forest: Forest) -> dict[str, Any]:
