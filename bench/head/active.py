@@ -1,6 +1,6 @@
 """How much of the head's backward is left, on real hidden states: work against gradient error.
 
-`python -m bench.head.active --model DIR --pairs FILE` runs a model over preference pairs, takes the
+`python -m bench.head.active --model DIR --pairs FILE` runs models over preference pairs, takes the
 hidden states that predict completion tokens and the gradient that SimPO gives their log-probs, and
 counts for each `tail_eps` what routing computes, as single pairs (torch) and as cells (Triton),
 with the error of the gradients beside it. `--sharpen` multiplies the logits, to reach the entropy
@@ -26,17 +26,16 @@ from bench.lib.exact import Exact, exact, relative_error
 from bench.lib.peaked import PeakedCase, fp32_logps, mean_entropy, peaked_case
 from bench.lib.record import Row, add_output_options, destination, environment, writer
 
-EXPONENTS = range(-14, -7)
+EXPONENTS = range(-17, -7)
+"""From the trainer's `tail_eps` past the op's."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.head.active", description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, required=True, help="a causal language model's folder"
-    )
-    parser.add_argument(
-        "--pairs", type=Path, required=True, help="preference pairs, as for training"
-    )
+    models_help = "folders of causal language models"
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help=models_help)
+    pairs_help = "preference pairs, as for training"
+    parser.add_argument("--pairs", type=Path, required=True, help=pairs_help)
     parser.add_argument("--rows", type=int, default=8, help="pairs to use (default 8)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens (default 512)")
     parser.add_argument("--sharpen", type=float, nargs="+", default=[1.0, 2.0, 3.0])
@@ -142,11 +141,12 @@ def line(row: Row) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     out, commit = destination(options, "active.json")
-    states = real_states(options.model, options.pairs, options.rows, options.max_length)
     rows = []
-    for factor in options.sharpen:
-        name = options.model.name + (f", logits x {factor:g}" if factor != 1 else "")
-        rows += measured(name, sharpened(states, factor))
+    for folder in options.model:
+        states = real_states(folder, options.pairs, options.rows, options.max_length)
+        for factor in options.sharpen:
+            name = folder.name + (f", logits x {factor:g}" if factor != 1 else "")
+            rows += measured(name, sharpened(states, factor))
     if options.peaked:
         rows += measured("standard peaked case", peaked_case(1024, 512, 131072))
     shared = {"op": "active", **environment("cpu", commit)}

@@ -1,10 +1,11 @@
 """Pictures of the head's benchmark: time, memory, and gradient error against the work done."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
-from widemargin.kernels.linear_logprob import TAIL_EPS
+from widemargin.kernels.linear_logprob import TAIL_EPS, TRAINING_TAIL_EPS
 
 from bench.head.providers import BASELINE
 from bench.lib.plots import bars, colour, label, new_figure, save
@@ -100,16 +101,22 @@ def draw_active(rows: list[Row], path: Path) -> None:
                 color=f"C{index}",
                 label=f"{case} ({curve[0]['entropy']:.1f} nats), {form}",
             )
-            default = next(row for row in curve if row["tail_eps"] == TAIL_EPS)
-            axes.plot(default["backward_passes"], default["errors"]["dhidden"], "k*", markersize=11)
+            for eps, marker in ((TAIL_EPS, "k*"), (TRAINING_TAIL_EPS, "kD")):
+                default = next(row for row in curve if row["tail_eps"] == eps)
+                place = default["backward_passes"], default["errors"]["dhidden"]
+                axes.plot(*place, marker, markersize=11 if eps == TAIL_EPS else 5)
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="backward: passes of [N, H] x [H, V] (full logits: 2, chunked heads: 3)",
         ylabel="relative error of dH against fp64",
     )
+    least, most = (
+        round(math.log2(choose(row["tail_eps"] for row in rows))) for choose in (min, max)
+    )
     axes.set_title(
-        "Work against gradient error, tail_eps from 2^-14 to 2^-8 (stars: the default)",
+        f"Work against gradient error, tail_eps from 2^{least} to 2^{most}\n"
+        "(stars: the op's default, diamonds: the trainer's)",
         loc="left",
     )
     axes.grid(alpha=0.3)

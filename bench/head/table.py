@@ -1,6 +1,8 @@
-"""The head's rows as tables: every provider of a case; work against error at the default bound."""
+"""The head's rows as tables: every provider of a case; work against error at the default bounds."""
 
-from widemargin.kernels.linear_logprob import TAIL_EPS
+import math
+
+from widemargin.kernels.linear_logprob import TAIL_EPS, TRAINING_TAIL_EPS
 
 from bench.lib.record import Row
 from bench.lib.table import markdown
@@ -79,19 +81,17 @@ FORMS = {"pairs": "pairs (torch)", "cells": "cells (Triton)"}
 
 
 def active_table(rows: list[Row]) -> str:
-    """Work and error at the default bound, on real hidden states and on the standard case."""
-    lines = [
-        [
-            row["case"], FORMS[row["form"]], f"{row['entropy']:.1f}",
-            f"{row['active_fraction']:.2f}", f"{row['backward_passes']:.2f}",
-            f"{row['averaged_mass_mean']:.1e}", f"{row['errors']['dhidden']:.0e}",
-            f"{row['errors']['dweight']:.0e}",
-        ]
-        for row in rows
-        if row["tail_eps"] == TAIL_EPS
-    ]  # fmt: skip
-    columns = (
-        "hidden states", "routed", "entropy, nats", "active fraction", "backward, passes",
-        "averaged mass", "error of dH", "error of dW",
-    )  # fmt: skip
+    """Work and error at the op's default and at the trainer's, by hidden states and routing."""
+    defaults = {f"2^{math.log2(eps):.0f}": eps for eps in (TAIL_EPS, TRAINING_TAIL_EPS)}
+    by_case = {(row["case"], row["form"], row["tail_eps"]): row for row in rows}
+    lines = []
+    for case, form in dict.fromkeys((row["case"], row["form"]) for row in rows):
+        at = [by_case[case, form, eps] for eps in defaults.values()]
+        lines.append([case, FORMS[form], f"{at[0]['entropy']:.1f}"])
+        for row in at:
+            errors = (f"{row['errors'][name]:.0e}" for name in ("dhidden", "dweight"))
+            lines[-1] += [f"{row['active_fraction']:.3f}", *errors]
+    columns = ["hidden states", "routed", "entropy, nats"]
+    for eps in defaults:
+        columns += [f"active at {eps}", "error of dH", "error of dW"]
     return markdown(columns, lines, text=2)
