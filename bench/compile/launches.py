@@ -36,14 +36,21 @@ class _Utils:
 
 
 class StubDriver:
-    """As much of Triton's driver as launching asks for. compiled: names, in order."""
+    """As much of Triton's driver as launching asks for.
+
+    compiled: names, in order. unfused: of those whose multiply-adds are two instructions.
+    """
 
     def __init__(self, arch: int) -> None:
         self.arch, self.launched = arch, 0
         self.compiled: list[str] = []
+        self.unfused: list[str] = []
         self.utils = _Utils(arch, self.compiled)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        if not metadata.enable_fp_fusion:
+            self.unfused.append(metadata.name)
+
         def launch(*_: Any) -> None:
             self.launched += 1
 
@@ -98,7 +105,8 @@ def measure(arch: int) -> dict[str, Any]:
         before = len(driver.compiled)
         one_call(arch, tokens)
         later[tokens] = driver.compiled[before:]
-    return {"arch": arch, "first": first, "later": later, "launched": driver.launched}
+    counts = {"launched": driver.launched, "unfused": driver.unfused}
+    return {"arch": arch, "first": first, "later": later, **counts}
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from .triton_cells import (
     _weight_kernel,
 )
 from .triton_routing import choose, profile_means
-from .triton_tile import inner_contiguous, programs, triton_dtype
+from .triton_tile import FUSED, inner_contiguous, programs, triton_dtype
 from .types import EntropyGrad, Gradients, GradRequest, HeadCall, Saved
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -183,7 +183,7 @@ class Launches:
             call.logit_scale, 1.0 if call.softcap is None else call.softcap,
             DEPTH=tile.depth, HAS_BIAS=call.bias is not None,
             HAS_SOFTCAP=call.softcap is not None, ENTROPY=self.entropy is not None,
-            **self._constants(), num_warps=tile.warps, num_stages=tile.stages,
+            **self._constants(), **FUSED, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def write_weight(self, piece: int, d_weight: Tensor) -> None:
@@ -198,7 +198,7 @@ class Launches:
             tokens.hidden.stride(0), len(tokens.hidden), width, vocabulary,
             self.token_tiles, piece, columns,
             COLUMNS=tile.columns, DEPTH=tile.depth, STEP=STEP, TAIL=self.tail is not None,
-            **self._constants(), num_warps=tile.warps, num_stages=tile.stages,
+            **self._constants(), **FUSED, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def write_bias(self, piece: int, d_bias: Tensor) -> None:
@@ -208,7 +208,7 @@ class Launches:
         _bias_kernel[self._grid(len(cells.by_count))](
             self.work, *self.entries[:3], self.profile, tail_bias, d_bias,
             cells.slices, cells.slice_blocks, cells.block_bounds, len(self.weight), piece,
-            TILE=TILE, BLOCK=BLOCK, TAIL=self.tail is not None, num_warps=8,
+            TILE=TILE, BLOCK=BLOCK, TAIL=self.tail is not None, **FUSED, num_warps=8,
         )  # fmt: skip
 
     def add_hidden(self, piece: int, d_hidden: Tensor) -> None:
@@ -222,7 +222,7 @@ class Launches:
             self.weight.stride(0), tokens, width, len(self.weight),
             self.token_tiles, piece, self.slices, columns,
             COLUMNS=tile.columns, DEPTH=tile.depth, **self._constants(),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **FUSED, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def finish_hidden(self, d_hidden: Tensor, order: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class Launches:
                 d_hidden, *self.entries[3:], order, self.weight, rows,
                 self.weight.stride(0), rows.stride(0), width, len(self.weight),
                 COLUMNS=FINISH_COLUMNS, STEP=FINISH_STEP,
-                ROUND=triton_dtype(self.call.compute_dtype), num_warps=4,
+                ROUND=triton_dtype(self.call.compute_dtype), **FUSED, num_warps=4,
             )  # fmt: skip
         return out if rows is out else out.copy_(rows)
 

@@ -22,6 +22,7 @@ from .extras import BlockSums
 from .routing import BLOCK, num_blocks
 from .tiles import Tile, tiles_for
 from .triton_tile import (
+    FUSED,
     inner_contiguous,
     logits_tile,
     store_block_sums,
@@ -213,5 +214,6 @@ def launch(
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
         HAS_BIAS=call.bias is not None, HAS_SOFTCAP=call.softcap is not None, **statistics.flags(),
         **dict(zip(("ENTROPY", "SQUARES", "MEANS", "TOP1"), asked or Asked(), strict=True)),
-        ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
+        ROUND=triton_dtype(call.compute_dtype),
+        **FUSED, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .cells import ENOUGH, LEVELS, TILE, Entries, Routing, capacity_of, cell_stats, starts, top_cut
 from .routing import BLOCK, TOP_CUT, num_blocks, target_grads, thresholds
-from .triton_tile import triton_dtype
+from .triton_tile import FUSED, triton_dtype
 from .types import HeadCall, Saved
 
 GROUP = 16
@@ -236,7 +236,7 @@ def choose(
     counts = new(groups, tokens, dtype=torch.int32)
     levels = new(LEVELS, groups, tokens, dtype=torch.int32)
     per_token = (saved.partial_lse, saved.tops, saved.lse, saved.logps, saved.targets, threshold)
-    constants = {"TILE": TILE, "BLOCK": BLOCK, "GROUP": GROUP, "num_warps": 4}
+    constants = {"TILE": TILE, "BLOCK": BLOCK, "GROUP": GROUP, "num_warps": 4, **FUSED}
     if tokens:
         _count_kernel[(tiles, groups)](
             *per_token, counts, levels, tokens, blocks,
@@ -281,7 +281,8 @@ def _list_entries(
             target_grads(call, grad, saved.logps, saved.targets.clamp_min(0)), order, marks,
             cells, places, lists[0], grads[0], lists[1], grads[1],
             1.0 if call.softcap is None else call.softcap, tokens, blocks, tiles,
-            TILE=TILE, BLOCK=BLOCK, GROUP=GROUP, HAS_SOFTCAP=call.softcap is not None, num_warps=4,
+            TILE=TILE, BLOCK=BLOCK, GROUP=GROUP, HAS_SOFTCAP=call.softcap is not None,
+            **FUSED, num_warps=4,
         )  # fmt: skip
     block_bounds = cells[:: max(tiles, 1)].contiguous()
     token_bounds = places[::groups].contiguous()
@@ -295,6 +296,6 @@ def profile_means(call: HeadCall, weight: Tensor, profile: Tensor) -> Tensor:
     columns = 128
     _profile_kernel[(triton.cdiv(width, columns), num_blocks(vocabulary))](
         weight, profile, means, weight.stride(0), width, vocabulary,
-        BLOCK=BLOCK, COLUMNS=columns, ROUND=triton_dtype(call.compute_dtype), num_warps=4,
+        BLOCK=BLOCK, COLUMNS=columns, ROUND=triton_dtype(call.compute_dtype), **FUSED, num_warps=4,
     )  # fmt: skip
     return means

@@ -26,6 +26,9 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 PROGRAMS_PER_UNIT = 4
 """Programs per multiprocessor where programs deal the work among themselves."""
+FUSED = {"enable_fp_fusion": True}
+"""Of every launch: a multiplication and the addition after it are one instruction. Triton's default
+up to 3.9; later versions want to be asked."""
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from widemargin.kernels.linear_logprob.tiles import Tile
 from widemargin.kernels.linear_logprob.torch_forward import operand, product
 from widemargin.kernels.linear_logprob.triton_forward import Statistics, profile_step
 from widemargin.kernels.linear_logprob.triton_tile import (
+    FUSED,
     add_bias,
     store_statistics,
     triton_dtype,
@@ -73,5 +74,5 @@ def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) 
             profile_step(rows), call.logit_scale, 1.0 if call.softcap is None else call.softcap,
             ROWS=tile.rows, COLUMNS=BLOCK, WIDTH=BLOCK, HAS_BIAS=call.bias is not None,
             HAS_SOFTCAP=call.softcap is not None, **statistics.flags(),
-            ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=1,
+            ROUND=triton_dtype(call.compute_dtype), **FUSED, num_warps=tile.warps, num_stages=1,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from widemargin.kernels.linear_logprob.routing import BLOCK, num_blocks
 from widemargin.kernels.linear_logprob.tiles import Tile
 from widemargin.kernels.linear_logprob.triton_forward import Statistics, profile_step
 from widemargin.kernels.linear_logprob.triton_tile import (
+    FUSED,
     add_bias,
     store_statistics,
     triton_dtype,
@@ -97,7 +98,8 @@ def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) 
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
         TOGETHER=tile.together, HAS_BIAS=call.bias is not None,
         HAS_SOFTCAP=call.softcap is not None, **statistics.flags(),
-        ROUND=triton_dtype(call.compute_dtype), num_warps=tile.warps, num_stages=tile.stages,
+        ROUND=triton_dtype(call.compute_dtype),
+        **FUSED, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
