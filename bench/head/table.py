@@ -1,4 +1,4 @@
-"""The head's rows as tables: every provider of a case; work against error at the default bounds."""
+"""The head's rows as tables: providers of a case; work against error; what AdamW makes of it."""
 
 import math
 
@@ -95,3 +95,27 @@ def active_table(rows: list[Row]) -> str:
     for eps in defaults:
         columns += [f"active at {eps}", "error of dH", "error of dW"]
     return markdown(columns, lines, text=2)
+
+
+def adamw_table(rows: list[Row]) -> str:
+    """What a bound costs and how far it leads from the exact gradient's weights, by `tail_eps`."""
+    lines = []
+    for row in rows:
+        eps, distance, errors = row["tail_eps"], row.get("distance"), row.get("errors")
+        way = f"2^{math.log2(eps):.0f}" if eps else "exact"
+        if not row["tops"]:
+            way += ", without tops"
+        if row["autocast"]:
+            way += ", bf16 autocast"
+        times = f"{row['times_full_logits']:.2f}" if "times_full_logits" in row else "–"
+        gaps = [f"{errors[name]:.0e}" for name in ("dhidden", "dweight")] if errors else ["–"] * 2
+        far = ["–"] * 4
+        if distance:
+            far = [f"{distance[name]:.1%}" for name in ("all", "head", "others")]
+            far.append(f"{row['margin_gap']:.2%}")
+        lines.append([way, times, *gaps, *far])
+    columns = (
+        "`tail_eps`", "head, × full logits", "error of dH", "error of dW",
+        "all weights", "the head's", "others", "margins of other pairs",
+    )  # fmt: skip
+    return markdown(columns, lines)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from widemargin.kernels.linear_logprob import TAIL_EPS
 
 from bench.head import table as head
 from bench.lib.real_model import FOLDER
@@ -22,7 +19,7 @@ from bench.training import table as training
 from bench.training.contenders import HYBRIDS
 
 KINDS = {"linear_logprob": "head", "training": "training", "scaling": "scaling"}
-KINDS |= {"planning": "planning", "active": "active"}
+KINDS |= {"planning": "planning", "active": "active", "adamw": "adamw"}
 NEEDS_GPU = {
     "head": "times and memory of the Triton head against its peers",
     "training": "whole training steps",
@@ -122,6 +119,7 @@ def page(files: list[File], link: str) -> str:
         ("scaling", "Scaling", _scaling),
         ("planning", "Before the first step", _planning),
         ("active", "Work against gradient error", _active),
+        ("adamw", "The averaged tail under AdamW", _adamw),
         ("tune", "Tiles", _tune),
         ("resources", "Compiled kernels", _resources),
     )
@@ -207,12 +205,22 @@ def _planning(file: File) -> str:
 def _active(file: File) -> str:
     commit = (file.content.get("commit") or file.rows[0].get("commit") or "no commit")[:9]
     return (
-        f"At the op's default `tail_eps`, 2^{math.log2(TAIL_EPS):.0f}; {commit}. *pairs* are "
-        "single (token, block) pairs, *cells* sorted tiles of 128 tokens; *x* says by how much a "
-        "model's logits were sharpened. `python -m bench.head.active --model DIR --pairs FILE` "
-        "does this for "
-        "your own model."
-        f"\n\n{head.active_table(file.rows)}"
+        f"At the op's and the trainer's default `tail_eps`; {commit}. *pairs* are single (token, "
+        "block) pairs, *cells* sorted tiles of 128 tokens; *x* says by how much a model's logits "
+        "were sharpened. `python -m bench.head.active --model DIR --pairs FILE` does this for "
+        f"your own model.\n\n{head.active_table(file.rows)}"
+    )
+
+
+def _adamw(file: File) -> str:
+    row = {"device": "cpu", **file.rows[0]}
+    return (
+        f"{row['case']}, {row['steps']} AdamW steps of SimPO on {row['pairs_per_step']} pairs "
+        f"({row['tokens_per_step']} tokens) each, fp32; {machine(row)} Weights and margins: how "
+        "far they end from those of the exact tail, as a share of the way that it goes. Times: "
+        "forward and backward of the head alone, on "
+        f"{max(row.get('timed_tokens', 0) for row in file.rows):,} tokens.\n\n"
+        f"{head.adamw_table(file.rows)}"
     )
 
 
@@ -256,6 +264,11 @@ def hybrid_table(files: Iterable[File]) -> str:
 def active_table(files: Iterable[File]) -> str:
     """The table of how-the-head-works.md."""
     return head.active_table([row for f in files if f.kind == "active" for row in f.rows])
+
+
+def adamw_table(files: Iterable[File]) -> str:
+    """The table of how-the-head-works.md."""
+    return "\n\n".join(_adamw(file) for file in files if file.kind == "adamw")
 
 
 def resources_table(rows: list[Row]) -> str:

@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     if published:
         for path, table, name in (
             (HEAD_PAGE, page.active_table(files), "active"),
+            (HEAD_PAGE, page.adamw_table(files), "adamw"),
             (KERNEL_PAGE, page.head_table(files), "head"),
             (HOW_PAGE, front.share_table(), "shares"),
             (PERFORMANCE_PAGE, page.hybrid_table(files), "hybrids"),

@@ -44,6 +44,7 @@ def test_the_page_s_pictures_and_files_are_there() -> None:
         ("docs/kernel.md", "head", page.head_table),
         ("docs/how-it-works.md", "shares", lambda _: readme.share_table()),
         ("docs/how-the-head-works.md", "active", page.active_table),
+        ("docs/how-the-head-works.md", "adamw", page.adamw_table),
         ("docs/performance.md", "hybrids", page.hybrid_table),
     ],
 )
