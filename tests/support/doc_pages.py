@@ -120,6 +120,7 @@ def settings() -> frozenset[str]:
     )
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     names |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}  # by any transformers
+    names |= {"every_n_layers", "offload"}  # of the latter
     names |= {field.name for field in dataclasses.fields(AcceleratorConfig)}
     return frozenset(names.union(*(hyperparameters_of(name) for name in OBJECTIVES)))
 

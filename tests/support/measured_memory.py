@@ -20,7 +20,7 @@ from widemargin.trainer.packing import PairCollator, model_inputs
 from widemargin.trainer.packing.choose import Packing
 from widemargin.trainer.parallel.groups import Place
 from widemargin.trainer.plan.batches import micro_batch
-from widemargin.trainer.plan.simulation import Recipe, simulate
+from widemargin.trainer.plan.simulation import Checkpointing, Recipe, simulate
 
 from bench.lib.profile import allocations, recorded_events
 
@@ -55,11 +55,15 @@ def estimated_bytes(
     config: Any,
     settings: PreferenceConfig,
     layout: str,
-    checkpointing: bool,
+    every: int | None,
     bf16: bool,
     sharing: int = 1,
 ) -> int:
-    """The estimated peak, without gradients and weights, of one of the ranks that share a row."""
+    """The estimated peak, without gradients and weights, of one of the ranks that share a row.
+
+    Args:
+        every: one layer of so many is computed again; none.
+    """
     recipe = Recipe(
         config=config,
         settings=settings,
@@ -67,14 +71,14 @@ def estimated_bytes(
         autocast=torch.bfloat16 if bf16 else None,
         attention="sdpa",
         device="cpu",
-        checkpointing=checkpointing,
+        checkpointing=None if every is None else Checkpointing(every, offload=False),
     )
     batch = micro_batch(PairLengths(*LENGTHS.T), PACKINGS[layout])
     return simulate(recipe, batch if sharing == 1 else batch.of_a_rank(sharing)).peak
 
 
 def measured_bytes(
-    config: Any, layout: str, checkpointing: bool, bf16: bool, place: Place | None = None
+    config: Any, layout: str, every: int | None, bf16: bool, place: Place | None = None
 ) -> int:
     """The most that torch's allocator had out during a second forward and backward.
 
@@ -86,10 +90,10 @@ def measured_bytes(
         config, dtype=torch.float32, attn_implementation="sdpa"
     )
     patch_head(model, place=place)
-    if checkpointing:
+    if every is not None:
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False}, **({} if every == 1 else {"every_n_layers": every}))
     packing = PACKINGS[layout]
     generator = np.random.default_rng(0)
     parts = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -121,12 +125,12 @@ def main() -> None:
     config = small_config()
     print("| rows | checkpointing | computes in | estimated MiB | measured MiB | error |")
     print("| --- | --- | --- | ---: | ---: | ---: |")
-    for layout, checkpointing, bf16 in itertools.product(PACKINGS, (False, True), (False, True)):
-        case = layout, checkpointing, bf16
+    for layout, every, bf16 in itertools.product(PACKINGS, (None, 1), (False, True)):
+        case = layout, every, bf16
         estimated = estimated_bytes(config, settings, *case)
         measured = measured_bytes(config, *case)
         print(
-            f"| {layout} | {'yes' if checkpointing else 'no'} | {'bf16' if bf16 else 'fp32'} | "
+            f"| {layout} | {'yes' if every else 'no'} | {'bf16' if bf16 else 'fp32'} | "
             f"{estimated / 2**20:.1f} | {measured / 2**20:.1f} | {estimated / measured - 1:+.1%} |",
             flush=True,
         )

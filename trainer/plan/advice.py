@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
+from ..settings.checks import checkpointing_options
 from .engines import shipped_engine
 from .scenario import Scenario
+from .simulation import Checkpointing
 
 MOST_RANKS = 1024
 EIGHT_BIT = "adamw_bnb_8bit"
@@ -52,6 +54,10 @@ def _changes(now: Scenario, capacity: float) -> Iterator[tuple[str, str, str, Sc
     if not now.checkpointing:
         new = now.with_checkpointing()
         yield "checkpointing", "gradient_checkpointing: true", "about a third more time", new
+    elif Checkpointing.of(settings).every > 1:
+        change = "every_n_layers: 1 in gradient_checkpointing_kwargs"
+        new = now.with_checkpointing(every_n_layers=1)
+        yield "every layer", change, "up to a third more time", new
     if now.packing.layout == "padded":
         for layout in ("prefix_shared", "packed"):
             change = f"packing: {layout}"
@@ -83,6 +89,10 @@ def _changes(now: Scenario, capacity: float) -> Iterator[tuple[str, str, str, Sc
         coupled = f", {now.objective.name} sees fewer pairs at a time"
         costs = "exchanges in every layer" + coupled * now.objective.couples_pairs
         yield f"{sharing} ranks a row", f"{change} (the step's pairs stay)", costs, new
+    if now.checkpointing and now.device == "cuda" and "offload" in checkpointing_options():
+        change = "offload: true in gradient_checkpointing_kwargs"
+        new = now.with_checkpointing(offload=True)
+        yield "activations", change, "copies in every layer, and host memory", new
     if not now.engine.optimizer_on_cpu:
         new = now.changed(optim=EIGHT_BIT)
         change = f"optim: {EIGHT_BIT}"

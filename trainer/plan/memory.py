@@ -10,7 +10,7 @@ from ..settings.config import PreferenceConfig
 from .batches import MicroBatch
 from .engines import Engine, Precision
 from .shapes import ModelSize
-from .simulation import Held
+from .simulation import Checkpointing, Held
 from .stand_in import full_logits, head_bound
 
 GIB = 2**30
@@ -104,7 +104,12 @@ class RankMemory:
 
 
 def rank_memory(
-    rank: Rank, held: Held, batch: MicroBatch, *, checkpointing: bool, needs_reference: bool
+    rank: Rank,
+    held: Held,
+    batch: MicroBatch,
+    *,
+    checkpointing: Checkpointing | None,
+    needs_reference: bool,
 ) -> RankMemory:
     """The memory of a rank that computes ``batch`` where others wait for it.
 
@@ -134,13 +139,17 @@ def rank_memory(
 
 
 def _micro_batch(
-    rank: Rank, held: Held, batch: MicroBatch, checkpointing: bool
+    rank: Rank, held: Held, batch: MicroBatch, checkpointing: Checkpointing | None
 ) -> dict[str, list[Part]]:
     """The phases of a micro-batch, each with what it holds on top of what lasts."""
     gathered = _gathered(rank)
     hidden, vocab = rank.size.hidden_size, rank.size.vocab_size
-    layers = "inputs of the layers" if checkpointing else "of all layers"
-    kept = Part(f"activations kept, {layers}", held.kept, f"{batch.tokens:,} tokens")
+    kept = Part("activations kept, of all layers", held.kept, f"{batch.tokens:,} tokens")
+    if checkpointing is not None:
+        every, there = checkpointing.every, "; inputs of layers in the host's memory"
+        layers = "inputs of the layers" if every == 1 else f"all but one layer in {every}"
+        note = kept.note + there * checkpointing.offload
+        kept = Part(f"activations kept, {layers}", held.kept, note)
     copies = "copies of the weights that autocast keeps" * rank.precision.copies_weights
     forward = Part("what forward frees again", held.forward - held.kept, copies)
     layer = Part("one layer's backward, gradient of a weight", held.decoder - held.kept)

@@ -19,7 +19,7 @@ from .engines import Engine, Precision, precision
 from .lengths import Lengths
 from .memory import Rank, RankMemory, rank_memory
 from .shapes import ModelSize, model_size
-from .simulation import Held, Recipe, simulate
+from .simulation import Checkpointing, Held, Recipe, simulate
 
 
 @dataclass
@@ -49,6 +49,12 @@ class Scenario:
     def checkpointing(self) -> bool:
         names = ("activation_checkpointing", "gradient_checkpointing")
         return any(getattr(self.settings, name, False) for name in names)
+
+    @property
+    def computed_again(self) -> float:
+        """The share of the layers that backward computes again."""
+        layers = self.config.num_hidden_layers
+        return self.checkpointing * Checkpointing.of(self.settings).share(layers)
 
     @property
     def pairs_per_step(self) -> int:
@@ -118,7 +124,8 @@ class Scenario:
         """Bytes that the largest micro-batch holds, with or without checkpointing."""
         settings, kinds = self.settings, self.precision
         adapter = (settings.use_peft, settings.lora_r, settings.load_in_4bit, settings.load_in_8bit)
-        key = (checkpointing, kinds, self.attention, adapter, self.batch)
+        how = Checkpointing.of(settings) if checkpointing else None
+        key = (how, kinds, self.attention, adapter, self.batch)
         if key not in self.simulated:
             recipe = Recipe(
                 config=self.config,
@@ -127,7 +134,7 @@ class Scenario:
                 autocast=kinds.autocast,
                 attention=self.attention,
                 device=self.device,
-                checkpointing=checkpointing,
+                checkpointing=how,
             )
             self.simulated[key] = simulate(recipe, self.batch)
         return self.simulated[key]
@@ -146,7 +153,7 @@ class Scenario:
             rank,
             self.held(self.checkpointing),
             self.batch,
-            checkpointing=self.checkpointing,
+            checkpointing=Checkpointing.of(self.settings) if self.checkpointing else None,
             needs_reference=self.objective.needs_reference,
         )
 
@@ -159,9 +166,11 @@ class Scenario:
             setattr(new, name, value)
         return replace(self, settings=new, engine=engine or self.engine, ranks=ranks or self.ranks)
 
-    def with_checkpointing(self) -> Scenario:
+    def with_checkpointing(self, **options: Any) -> Scenario:
+        """With these keys of ``gradient_checkpointing_kwargs`` on top of those that are set."""
         name = "activation_checkpointing"
         if not hasattr(self.settings, name):
             name = "gradient_checkpointing"
-        settings: dict[str, Any] = {name: True}
+        kwargs = getattr(self.settings, f"{name}_kwargs") or {}
+        settings: dict[str, Any] = {name: True, f"{name}_kwargs": {**kwargs, **options}}
         return self.changed(**settings)

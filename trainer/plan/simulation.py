@@ -3,15 +3,16 @@
 A few layers of the model are built under `FakeTensorMode`: shapes, dtypes and views are real, no
 number is computed and no memory is taken. Every tensor that an operation returns counts from then
 until nothing refers to it any more, as in torch's allocator; weights and their gradients are left
-out. What grows with the layers grows linearly, so a run with two layers and one with four give the
-rest. Operations inside attention's and the head's kernels are not seen: `stand_in` counts them.
+out. What grows with the layers grows linearly, so two runs with a few layers give the rest.
+Operations inside attention's and the head's kernels are not seen: `stand_in` counts them.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,34 @@ from .batches import MicroBatch
 from .shapes import adapted, build, with_layers
 from .stand_in import attention_for, head_backward, head_forward, masks_for
 
-SHORT, LONG = 2, 4
-"""Layers of the two runs; even, for families that alternate two kinds."""
+PERIOD = 2
+"""Layers after which a model repeats itself: some families alternate two kinds."""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """How transformers checkpoints, where it does.
+
+    Args:
+        every: one layer of so many is computed again, the others keep their activations.
+        offload: the inputs of those that are computed again lie in the host's memory.
+    """
+
+    every: int
+    offload: bool
+
+    @classmethod
+    def of(cls, settings: PreferenceConfig) -> Checkpointing:
+        """By ``gradient_checkpointing_kwargs``, whatever the installed transformers calls it."""
+        given: dict[str, Any] = {}
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            kwargs = getattr(settings, name, None)
+            given |= kwargs if isinstance(kwargs, dict) else {}
+        return cls(given.get("every_n_layers", 1), given.get("offload", False))
+
+    def share(self, layers: int) -> float:
+        """Of the layers, that are computed again."""
+        return math.ceil(layers / self.every) / layers
 
 
 @dataclass(frozen=True)
@@ -49,7 +76,7 @@ class Recipe:
     autocast: torch.dtype | None
     attention: str
     device: str
-    checkpointing: bool
+    checkpointing: Checkpointing | None
 
     @property
     def compute_bytes(self) -> int:
@@ -82,13 +109,15 @@ def simulate(recipe: Recipe, batch: MicroBatch) -> Held:
         UserError: the model cannot be run on tensors without data.
     """
     layers = recipe.config.num_hidden_layers
-    if layers <= LONG:
+    period = math.lcm(PERIOD, recipe.checkpointing.every) if recipe.checkpointing else PERIOD
+    fewer = period + layers % period  # as many after the last whole period as the model has
+    if layers <= fewer + period:
         return _run(recipe, batch, layers)
-    short, long = _run(recipe, batch, SHORT), _run(recipe, batch, LONG)
+    short, long = _run(recipe, batch, fewer), _run(recipe, batch, fewer + period)
 
     def grown(name: str) -> int:
         first, second = getattr(short, name), getattr(long, name)
-        return first + (second - first) * (layers - SHORT) // (LONG - SHORT)
+        return first + (second - first) * (layers - fewer) // period
 
     return Held(*(grown(name) for name in ("kept", "forward", "head", "decoder")))
 
@@ -109,10 +138,8 @@ def _run(recipe: Recipe, batch: MicroBatch, layers: int) -> Held:
 
 def _forward_and_backward(recipe: Recipe, batch: MicroBatch, config: Any) -> Held:
     bare, model = _model(recipe, batch, config)
-    if recipe.checkpointing:
-        enable = getattr(bare, "activation_checkpointing_enable", None)
-        enable = enable or bare.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": False})
+    if recipe.checkpointing is not None:
+        _checkpoint(bare, recipe.checkpointing)
     model.train()
     watch = _Watch("triton" if recipe.device == "cuda" else "torch", recipe.compute_bytes)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -173,6 +200,35 @@ def _model(recipe: Recipe, batch: MicroBatch, config: Any) -> tuple[Any, Any]:
                     made[id(tensor)] = new
                 tensors[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
     return bare, model
+
+
+def _checkpoint(model: Any, options: Checkpointing) -> None:
+    """As transformers does it; what lies in the host's memory is no tensor until it is back."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    every = {} if options.every == 1 else {"every_n_layers": options.every}
+    enable({"use_reentrant": False, "preserve_rng_state": False}, **every)
+    if options.offload:
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = _offloading(
+                    module._gradient_checkpointing_func
+                )
+
+
+def _offloading(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def leave(x: Tensor) -> tuple[Any, ...]:
+        return x.shape, x.dtype, x.device
+
+    def bring_back(left: tuple[Any, ...]) -> Tensor:
+        shape, dtype, device = left
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def offloading(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(leave, bring_back):
+            return checkpoint(*args, **kwargs)
+
+    return offloading
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -38,7 +38,7 @@ class Work:
     def of(cls, now: Scenario) -> Work:
         """Of training: 6 per weight and token, 2 more to compute again, 2 for a reference."""
         size, reference = now.size, float(now.runs_reference)
-        again = float(now.checkpointing) + reference
+        again = now.computed_again + reference
         return cls(
             per_token=size.decoder_flops + 2 * again * size.decoder_weights,
             per_area=4.0 * size.attention_width * size.layers * (FLASH_PASSES + again),
@@ -177,7 +177,7 @@ def traffic(
 
 def exchanged(now: Scenario, tokens: float) -> float:
     """Bytes that a rank sends around attention, where ``tokens`` of it are of shared rows."""
-    sharing, again = now.settings.sequence_parallel_size, now.checkpointing + now.runs_reference
+    sharing, again = now.settings.sequence_parallel_size, now.computed_again + now.runs_reference
     heads = now.config.num_attention_heads
     keys = math.lcm(getattr(now.config, "num_key_value_heads", None) or heads, sharing)
     width = now.size.attention_width * (2 + 2 * keys / heads)  # queries, output, keys, values

@@ -76,21 +76,27 @@ def check_training(args: TrainingArguments) -> None:
     _check_best(args)
 
 
+def checkpointing_options() -> list[str]:
+    """Keys that the installed transformers takes itself, from 5.20 on, and torch does not see."""
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
+    own = () if enable is None else inspect.signature(enable).parameters
+    return [name for name in ("every_n_layers", "offload") if name in own]
+
+
 def check_checkpointing(kwargs: object) -> None:
     """Raise ``UserError`` for what torch's checkpoint() would hand on to the layers, unread."""
     parameters = inspect.signature(checkpoint).parameters.values()
     known = ["preserve_rng_state", *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
-    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
-    if enable is not None:  # from transformers 5.20 on, it takes arguments of its own
-        own = inspect.signature(enable).parameters
-        known += [name for name in ("every_n_layers", "offload") if name in own]
-    unknown = [name for name in kwargs if name not in known] if isinstance(kwargs, dict) else []
+    known += checkpointing_options()
+    given = kwargs if isinstance(kwargs, dict) else {}
+    unknown = [name for name in given if name not in known]
     if unknown:
         raise UserError(
             f"gradient_checkpointing_kwargs: {unknown[0]!r} is not known; expected some of "
             f"{', '.join(known)}"
         )
-    if isinstance(kwargs, dict) and kwargs.get("offload") and not torch.accelerator.is_available():
+    expect_whole("gradient_checkpointing_kwargs: every_n_layers", given.get("every_n_layers", 1), 1)
+    if given.get("offload") and not torch.accelerator.is_available():
         raise UserError(
             "gradient_checkpointing_kwargs: leave offload out here; it holds a GPU's activations "
             "in the host's memory, and there is no GPU"

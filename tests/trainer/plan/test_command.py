@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from widemargin.trainer.cli import main
 from widemargin.trainer.model.adapters import lora_config, with_adapter
+from widemargin.trainer.settings.checks import checkpointing_options
 
 from tests.support.estimates import LMPO, PARAMETERS, TINY, settings
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -73,6 +74,33 @@ def test_an_adapter_learns_in_fp32(tmp_path, quantized):
     parts = {part["name"]: part["bytes"] for part in estimate["memory"]["lasting"]}
     assert parts["gradients"] == sum(weight.nbytes for weight in learns)
     assert parts["optimizer states"] == 2 * parts["gradients"]
+
+
+@pytest.mark.costly
+@pytest.mark.skipif("offload" not in checkpointing_options(), reason="older transformers")
+def test_which_layers_are_computed_again_and_from_where(tmp_path):
+    small = tmp_path / "config.json"
+    small.write_text(json.dumps(TINY | {"num_hidden_layers": 12}))
+
+    def activations(kwargs: str) -> tuple[str, str, float, float]:
+        estimate = plan(
+            *(LMPO, "--model-config", str(small), "--gpus", "2", "--pairs=400"),
+            f"--gradient_checkpointing_kwargs={kwargs}",
+            folder=tmp_path,
+        )
+        kept = estimate["memory"]["phases"]["the head"][0]
+        return kept["name"], kept["note"], kept["bytes"], estimate["speed"]["flops"]
+
+    each, second = activations("{use_reentrant: false}"), activations("{every_n_layers: 2}")
+    assert each[0] == "activations kept, inputs of the layers"
+    assert second[0] == "activations kept, all but one layer in 2"
+    assert second[2] > 2 * each[2]
+    assert second[3] < each[3]
+    name, note, size, flops = activations("{offload: true}")
+    assert (name, flops) == (each[0], each[3])
+    assert "host's memory" in note
+    assert "host's memory" not in each[1]
+    assert size < each[2]
 
 
 @pytest.mark.costly

@@ -15,7 +15,8 @@ from widemargin.trainer.parallel.groups import Place
 from widemargin.trainer.parallel.rows import SharedRow
 from widemargin.trainer.plan import simulation
 from widemargin.trainer.plan.batches import micro_batch
-from widemargin.trainer.plan.simulation import Recipe, simulate
+from widemargin.trainer.plan.simulation import Checkpointing, Recipe, simulate
+from widemargin.trainer.settings.checks import checkpointing_options
 
 from tests.support.estimates import TINY, settings
 from tests.support.measured_memory import PACKINGS, estimated_bytes, measured_bytes, small_config
@@ -24,30 +25,35 @@ BATCH = micro_batch(
     PairLengths(np.array([5, 9]), np.array([20, 7]), np.array([3, 30])), PACKINGS["prefix_shared"]
 )
 
+EACH = Checkpointing(every=1, offload=False)
+NAMES = {None: "whole", 1: "checkpointed", 2: "every second", 3: "every third"}
+
 
 def recipe(config: Any, **changes: Any) -> Recipe:
     given = settings(**changes.pop("settings", {}))
     standard = {"dtype": torch.bfloat16, "autocast": None, "attention": "flash_attention_2"}
     return Recipe(
-        **{"config": config, "settings": given, "device": "cuda", "checkpointing": True}
+        **{"config": config, "settings": given, "device": "cuda", "checkpointing": EACH}
         | standard
         | changes
     )
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
+@pytest.mark.parametrize("every", [None, 1, 2], ids=NAMES.get)
 @pytest.mark.parametrize("layout", list(PACKINGS))
-def test_activations_are_those_measured(layout, checkpointing):
+def test_activations_are_those_measured(layout, every):
+    if every == 2 and "every_n_layers" not in checkpointing_options():
+        pytest.skip("transformers before it took every_n_layers")
     config = small_config()
-    estimated = estimated_bytes(config, settings(), layout, checkpointing, bf16=False)
-    measured = measured_bytes(config, layout, checkpointing, bf16=False)
+    estimated = estimated_bytes(config, settings(), layout, every, bf16=False)
+    measured = measured_bytes(config, layout, every, bf16=False)
     assert estimated == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
-def test_activations_of_a_shared_row_are_those_measured(monkeypatch, checkpointing):
+@pytest.mark.parametrize("every", [None, 1], ids=NAMES.get)
+def test_activations_of_a_shared_row_are_those_measured(monkeypatch, every):
     """Nothing is sent: gloo's threads free tensors where the profiler does not see it."""
 
     def unsent(row: SharedRow, parts: torch.Tensor) -> torch.Tensor:
@@ -58,10 +64,33 @@ def test_activations_of_a_shared_row_are_those_measured(monkeypatch, checkpointi
 
     monkeypatch.setattr(SharedRow, "exchanged", unsent)
     monkeypatch.setattr(SharedRow, "joined", alone)
-    config, case = small_config(), ("prefix_shared", checkpointing)
+    config, case = small_config(), ("prefix_shared", every)
     estimated = estimated_bytes(config, settings(), *case, bf16=False, sharing=2)
     measured = measured_bytes(config, *case, bf16=False, place=Place(0, 2))
     assert estimated == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.skipif("offload" not in checkpointing_options(), reason="older transformers")
+@pytest.mark.parametrize("every", [1, 2, 3], ids=NAMES.get)
+@pytest.mark.parametrize("offload", [False, True], ids=["kept", "offloaded"])
+def test_few_layers_stand_for_all_where_some_are_computed_again(every, offload):
+    config = AutoConfig.for_model(**TINY | {"num_hidden_layers": 14})
+    given = recipe(config, checkpointing=Checkpointing(every, offload))
+    all_layers = simulation._run(given, BATCH, 14)
+    assert simulate(given, BATCH) == all_layers
+    fewer = simulation._run(recipe(config, checkpointing=Checkpointing(1, offload)), BATCH, 14)
+    assert (fewer.kept < all_layers.kept) == (every > 1)
+
+
+@pytest.mark.skipif("offload" not in checkpointing_options(), reason="older transformers")
+def test_offloaded_inputs_are_in_the_hosts_memory():
+    config = AutoConfig.for_model(**TINY)
+    kept, offloaded = (
+        simulate(recipe(config, checkpointing=Checkpointing(1, offload)), BATCH)
+        for offload in (False, True)
+    )
+    inputs = config.num_hidden_layers * BATCH.tokens * config.hidden_size * 2
+    assert inputs <= kept.kept - offloaded.kept < 1.5 * inputs
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
@@ -81,7 +110,7 @@ def test_checkpointing_and_a_shared_prompt_hold_less():
     shared, padded = (micro_batch(lengths, PACKINGS[name]) for name in ("prefix_shared", "padded"))
     assert shared.tokens == 600
     assert padded.tokens == 1120
-    whole = recipe(config, checkpointing=False)
+    whole = recipe(config, checkpointing=None)
     assert simulate(recipe(config), shared).kept < simulate(whole, shared).kept / 4
     assert simulate(whole, shared).kept < simulate(whole, padded).kept
 
@@ -96,7 +125,7 @@ def test_ranks_that_share_a_row_hold_a_part_of_it(device, layout):
     assert (of_two.tokens, of_two.scored) == (row.tokens // 2, 52)
     attention = "sdpa" if device == "cpu" else "flash_attention_2"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    where = {"device": device, "attention": attention, "dtype": dtype, "checkpointing": False}
+    where = {"device": device, "attention": attention, "dtype": dtype, "checkpointing": None}
     alone, shared = (simulate(recipe(config, **where), batch) for batch in (row, of_two))
     assert alone.kept / 2 < shared.kept < 0.65 * alone.kept  # attention's lengths stay, and masks
 
@@ -105,9 +134,9 @@ def test_ranks_that_share_a_row_hold_a_part_of_it(device, layout):
 def test_dense_masks_cost_their_area(attention):
     config = AutoConfig.for_model(**TINY)
     lengths = PairLengths(np.array([500]), np.array([40]), np.array([60]))
-    fused = simulate(recipe(config, checkpointing=False), micro_batch(lengths, PACKINGS["padded"]))
+    fused = simulate(recipe(config, checkpointing=None), micro_batch(lengths, PACKINGS["padded"]))
     dense = simulate(
-        recipe(config, checkpointing=False, attention=attention),
+        recipe(config, checkpointing=None, attention=attention),
         micro_batch(lengths, PACKINGS["padded"]),
     )
     assert dense.kept > fused.kept + 2 * 560 * 560  # at least a byte for each entry of both masks

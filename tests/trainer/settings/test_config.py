@@ -17,6 +17,7 @@ from transformers.utils import import_utils
 from widemargin.trainer import train
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.settings import launch
+from widemargin.trainer.settings.checks import checkpointing_options
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config, load_config
 from widemargin.trainer.train import weight_notes
@@ -116,6 +117,9 @@ def test_checkpointing_takes_no_unknown_arguments():
     with pytest.raises(UserError, match="gradient_checkpointing_kwargs: 'reentrant' is not known"):
         PreferenceConfig(**given, gradient_checkpointing_kwargs={"reentrant": False})
     PreferenceConfig(**given, gradient_checkpointing_kwargs={"use_reentrant": True})
+    if "every_n_layers" in checkpointing_options():
+        with pytest.raises(UserError, match="every_n_layers: expected a whole number from 1 on"):
+            PreferenceConfig(**given, gradient_checkpointing_kwargs={"every_n_layers": 0})
 
 
 def test_flash_attention_has_no_full_precision(monkeypatch):
