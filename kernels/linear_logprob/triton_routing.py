@@ -26,6 +26,8 @@ from .types import HeadCall, Saved
 
 GROUP = 16
 """Vocabulary blocks per program of the routing kernels."""
+CONSTANTS = {"TILE": TILE, "BLOCK": BLOCK, "GROUP": GROUP, "num_warps": 4, **FUSED}
+"""Of their launches."""
 
 
 @triton.jit
@@ -236,11 +238,10 @@ def choose(
     counts = new(groups, tokens, dtype=torch.int32)
     levels = new(LEVELS, groups, tokens, dtype=torch.int32)
     per_token = (saved.partial_lse, saved.tops, saved.lse, saved.logps, saved.targets, threshold)
-    constants = {"TILE": TILE, "BLOCK": BLOCK, "GROUP": GROUP, "num_warps": 4, **FUSED}
     if tokens:
         _count_kernel[(tiles, groups)](
             *per_token, counts, levels, tokens, blocks,
-            TOP_CUT=TOP_CUT, LEVELS=LEVELS, **constants,
+            TOP_CUT=TOP_CUT, LEVELS=LEVELS, **CONSTANTS,
         )  # fmt: skip
     order = torch.argsort(counts.sum(0), descending=True, stable=True)
     flags, averaged = new(blocks, tiles, dtype=torch.int8), new(groups, tokens)
@@ -254,7 +255,7 @@ def choose(
         _flag_kernel[(tiles, groups)](
             *per_token, scaled, order, top_cut(levels), flags, rest, averaged,
             marks, per_cell, per_place, rest.stride(0), tokens, blocks, tiles,
-            ENOUGH=ENOUGH, WEIGHTED=weighted, **constants,
+            ENOUGH=ENOUGH, WEIGHTED=weighted, **CONSTANTS,
         )  # fmt: skip
     entries = _list_entries(call, saved, scaled, order, marks, per_cell, per_place)
     stats = cell_stats(flags.view(torch.bool), averaged.sum(0), scored[order])
@@ -281,12 +282,10 @@ def _list_entries(
             target_grads(call, grad, saved.logps, saved.targets.clamp_min(0)), order, marks,
             cells, places, lists[0], grads[0], lists[1], grads[1],
             1.0 if call.softcap is None else call.softcap, tokens, blocks, tiles,
-            TILE=TILE, BLOCK=BLOCK, GROUP=GROUP, HAS_SOFTCAP=call.softcap is not None,
-            **FUSED, num_warps=4,
+            HAS_SOFTCAP=call.softcap is not None, **CONSTANTS,
         )  # fmt: skip
-    block_bounds = cells[:: max(tiles, 1)].contiguous()
-    token_bounds = places[::groups].contiguous()
-    return Entries(lists[0], grads[0], block_bounds, lists[1], grads[1], token_bounds)
+    by_block, by_token = cells[:: max(tiles, 1)].contiguous(), places[::groups].contiguous()
+    return Entries(lists[0], grads[0], by_block, lists[1], grads[1], by_token)
 
 
 def profile_means(call: HeadCall, weight: Tensor, profile: Tensor) -> Tensor:

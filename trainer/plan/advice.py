@@ -48,9 +48,19 @@ def advice(now: Scenario, capacity: float) -> list[Step]:
     return steps
 
 
-def _changes(now: Scenario, capacity: float) -> Iterator[tuple[str, str, str, Scenario]]:
-    """(kind, change, what it costs, the run with it), in the order to try them."""
-    settings, engine = now.settings, now.engine
+Change = tuple[str, str, str, Scenario]
+"""Its kind, the change, what it costs, the run with it."""
+
+
+def _changes(now: Scenario, capacity: float) -> Iterator[Change]:
+    """In the order to try them."""
+    yield from _cheap(now)
+    yield from _of_the_step(now)
+    yield from _of_the_engine(now, capacity)
+
+
+def _cheap(now: Scenario) -> Iterator[Change]:
+    settings = now.settings
     if not now.checkpointing:
         new = now.with_checkpointing()
         yield "checkpointing", "gradient_checkpointing: true", "about a third more time", new
@@ -68,6 +78,11 @@ def _changes(now: Scenario, capacity: float) -> Iterator[tuple[str, str, str, Sc
     if str(getattr(settings.optim, "value", settings.optim)) == "adamw_torch":
         new = now.changed(optim="adamw_torch_fused")
         yield "fused", "optim: adamw_torch_fused", "nothing", new
+
+
+def _of_the_step(now: Scenario) -> Iterator[Change]:
+    """Fewer pairs or tokens on a rank at a time."""
+    settings, engine = now.settings, now.engine
     if settings.per_device_train_batch_size > 1:
         times = settings.per_device_train_batch_size
         accumulation = settings.gradient_accumulation_steps * times
@@ -89,6 +104,11 @@ def _changes(now: Scenario, capacity: float) -> Iterator[tuple[str, str, str, Sc
         coupled = f", {now.objective.name} sees fewer pairs at a time"
         costs = "exchanges in every layer" + coupled * now.objective.couples_pairs
         yield f"{sharing} ranks a row", f"{change} (the step's pairs stay)", costs, new
+
+
+def _of_the_engine(now: Scenario, capacity: float) -> Iterator[Change]:
+    """Memory elsewhere: the host's, more GPUs'; at last fewer weights learn."""
+    settings, engine = now.settings, now.engine
     if now.checkpointing and now.device == "cuda" and "offload" in checkpointing_options():
         change = "offload: true in gradient_checkpointing_kwargs"
         new = now.with_checkpointing(offload=True)

@@ -36,7 +36,7 @@ def claim_elsewhere(folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_one_run_at_a_time(tmp_path):
+def test_one_run_at_a_time(tmp_path, preloaded):
     with claimed(tmp_path):
         name_run(tmp_path, "a" * 40)
         name_run(tmp_path, "b")
@@ -49,7 +49,7 @@ def test_one_run_at_a_time(tmp_path):
     assert claim_elsewhere(tmp_path) == "claimed"
 
 
-def test_a_run_that_stops_leaves_its_id(tmp_path):
+def test_a_run_that_stops_leaves_its_id(tmp_path, preloaded):
     def stops() -> None:
         with claimed(tmp_path):
             name_run(tmp_path, "one")
