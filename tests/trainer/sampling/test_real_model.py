@@ -71,7 +71,7 @@ def test_training_on_scored_samples_raises_the_score_of_fresh_ones(tmp_path, mon
         "use_peft": True,
         "lora_r": 16,
         "lora_target_modules": "all-linear",
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-3 if folder == SMALL else 3e-4,
         "num_train_epochs": 4,
         "per_device_train_batch_size": 4,
         "output_dir": "run",
