@@ -77,6 +77,7 @@ def _real(name: str, limit_s: float, *arguments: str) -> Part:
 
 
 _PAIRS = ("--batch", "2", "--steps", "5", "--warmup", "1")
+_FOUR = ("--batch", "4", "--steps", "3", "--warmup", "1")
 _PROMPTS = (
     *("--trees", "--batch", "12", "--accumulation", "2", "--max-length", "512"),
     *("--steps", "2", "--warmup", "1"),
@@ -89,6 +90,7 @@ _SHARED = ("--contenders", "widemargin-prefix_shared")
 REAL_PARTS = (
     _real("simpo", 900, *_PAIRS),
     _real("dpo", 900, *_PAIRS, "--objective", "dpo", *_SHARED, "trl-dpo", "trl-dpo-our-head"),
+    _real("simpo-four", 900, *_FOUR, *_SHARED, "trl-cpo"),
     _real("trees", 1200, *_PROMPTS, *_SHARED, "widemargin-trees", "trl-cpo"),
     _real("lora", 600, *_PAIRS, "--lora", *_SHARED, "trl-cpo"),
     _real("checkpointing", 700, *_PAIRS, "--checkpointing", *_SHARED, "trl-cpo"),

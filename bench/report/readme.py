@@ -43,11 +43,12 @@ def compared(files: Iterable[File]) -> list[list[Row]]:
     return sorted(real or cases, key=lambda case: _order(case[0]))
 
 
-def _order(row: Row) -> tuple[bool, str, int, bool, str]:
-    """A GPU's first, then by model and objective; trees and variants after what they vary."""
+def _order(row: Row) -> tuple[bool, str, int, bool, str, int]:
+    """A GPU's first, then by model and objective; trees, variants, sizes after what they vary."""
     objective = list(OBJECTIVES).index(row["objective"])
     by_prompt, model = row["case"].endswith(BY_PROMPT), row["case"].removesuffix(BY_PROMPT)
-    return row["device"] == "cpu", model, objective, by_prompt, variant(row)
+    what = variant(row), row["pairs_per_step"]
+    return row["device"] == "cpu", model, objective, by_prompt, *what
 
 
 def _base(case: list[Row]) -> Row | None:
