@@ -5,7 +5,8 @@ constant rate) from the same weights on the same pairs: with the exact tail, wit
 each `tail_eps`, with and without tops, and with the exact tail under bf16 autocast. `distance` is
 how far the weights end from exact's, as a share of the update that exact makes: AdamW divides by a
 gradient's own size, so a rare token's row counts by its direction. `margin_gap` is the same of the
-margins of pairs not trained on. Times are of the head alone, on more pairs. No GPU.
+margins of pairs not trained on. Times are of the head alone, on more pairs, with the logits as they
+are and doubled. No GPU.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from widemargin.kernels.linear_logprob import linear_logprob, routing
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.objectives import build_objective
 
-from bench.head.active import load_batches, real_states
+from bench.head.active import load_batches, real_states, sharpened
 from bench.head.providers import PROVIDERS
 from bench.lib.exact import exact, relative_error
 from bench.lib.peaked import PeakedCase
@@ -34,6 +35,8 @@ from bench.lib.timing import timed
 EXPONENTS = (-12, -14, -16, -17)
 STEPS, LEARNING_RATE, MAX_GRAD_NORM = 5, 1e-5, 1.0
 """As the trainer clips: AdamW's epsilon silences the rows whose clipped gradients are tiny."""
+SHARPEN = 2.0
+"""Of the logits that are timed a second time, with the entropy of a stronger model."""
 Batch = dict[str, Any]
 
 
@@ -188,6 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         for way, row in head_rows(case, [EXACT, *means], options.repeats).items():
             before = rows.get(way, shared | dataclasses.asdict(way))
             rows[way] = before | row | {"timed_tokens": len(case.targets)}
+        sharp = sharpened(case, SHARPEN)
+        for way, row in head_rows(sharp, [EXACT, *means], options.repeats).items():
+            rows[way]["sharpened"] = {"factor": SHARPEN, "entropy": sharp.entropy, **row}
         write(kept + list(rows.values()))
     return 0
 

@@ -107,15 +107,19 @@ def adamw_table(rows: list[Row]) -> str:
             way += ", without tops"
         if row["autocast"]:
             way += ", bf16 autocast"
-        times = f"{row['times_full_logits']:.2f}" if "times_full_logits" in row else "–"
+        times = [_times(row), _times(row.get("sharpened", {}))]
         gaps = [f"{errors[name]:.0e}" for name in ("dhidden", "dweight")] if errors else ["–"] * 2
         far = ["–"] * 4
         if distance:
             far = [f"{distance[name]:.1%}" for name in ("all", "head", "others")]
             far.append(f"{row['margin_gap']:.2%}")
-        lines.append([way, times, *gaps, *far])
+        lines.append([way, *times, *gaps, *far])
     columns = (
-        "`tail_eps`", "head, × full logits", "error of dH", "error of dW",
+        "`tail_eps`", "head, × full logits", "with logits x 2", "error of dH", "error of dW",
         "all weights", "the head's", "others", "margins of other pairs",
     )  # fmt: skip
     return markdown(columns, lines)
+
+
+def _times(row: Row) -> str:
+    return f"{row['times_full_logits']:.2f}" if "times_full_logits" in row else "–"
