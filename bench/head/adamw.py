@@ -112,7 +112,7 @@ def distances(
 def head_rows(case: PeakedCase, ways: list[Way], repeats: int) -> dict[Way, Row]:
     """The head's time, best of ``repeats``, as a share of full logits', and its errors."""
     expected = exact(case)
-    leaves = [x.requires_grad_() for x in (case.hidden, case.weight)]
+    leaves = [x.detach().requires_grad_() for x in (case.hidden, case.weight)]
 
     def once(head: Any) -> tuple[float, tuple[Tensor, ...]]:
         def both() -> tuple[Tensor, ...]:
