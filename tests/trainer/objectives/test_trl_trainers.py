@@ -18,9 +18,9 @@ from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.data.pairs import tokenize_pairs
 
 from tests.support.tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_pairs
-from tests.trainer.objectives.test_against_trl import CPO, DPO
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="pip install trl==1.16.0")
+losses = pytest.importorskip("tests.trainer.objectives.test_against_trl")
 cpo = pytest.importorskip("trl.experimental.cpo")
 orpo = pytest.importorskip("trl.experimental.orpo")
 
@@ -99,7 +99,7 @@ def compare(
     assert (mine[1] - other[1]).norm() < 1e-3 * update
 
 
-@pytest.mark.parametrize(("given", "name", "own"), DPO, ids=lambda v: str(v)[:60])
+@pytest.mark.parametrize(("given", "name", "own"), losses.DPO, ids=lambda v: str(v)[:60])
 def test_dpo_trainer(tmp_path, given, name, own):
     config = trl.DPOConfig(output_dir=str(tmp_path / "trl"), beta=0.3, **given, **SETTINGS)
     other = theirs(trl.DPOTrainer, config, lambda row: row, ref_model=copy.deepcopy(tiny_model()))
@@ -118,7 +118,7 @@ def cpo_row(row: dict[str, list[int]]) -> dict[str, list[int]]:
     return columns | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
-@pytest.mark.parametrize(("given", "name", "own"), CPO, ids=lambda v: str(v)[:60])
+@pytest.mark.parametrize(("given", "name", "own"), losses.CPO, ids=lambda v: str(v)[:60])
 def test_cpo_trainer(tmp_path, given, name, own):
     given = {"cpo_alpha": 1.3, "alpha": 0.0, "simpo_gamma": 0.35, "beta": 0.7} | given
     config = cpo.CPOConfig(output_dir=str(tmp_path / "trl"), **given, **SETTINGS)
