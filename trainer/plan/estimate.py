@@ -29,8 +29,8 @@ ELSEWHERE = (
     *("load_in_4bit", "load_in_8bit", "use_cpu", "deepspeed", "fsdp", "fsdp_config"),
 )
 """Settings that are checked against the machine they are read on; put back unchecked."""
-CHECKPOINTING = "gradient_checkpointing_kwargs"
-"""So is its ``offload``."""
+CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+"""So is ``offload`` in either name's values."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,16 @@ def read_settings(path: str, overrides: Sequence[str] = ()) -> PreferenceConfig:
     attention = elsewhere.get("attn_implementation")
     if not isinstance(attention, str | None):
         raise UserError(f"attn_implementation: expected a name, got {attention!r}")
-    kwargs = settings.get(CHECKPOINTING)
-    offload = kwargs.pop("offload", False) if isinstance(kwargs, dict) else False
+    offload = False
+    for name in CHECKPOINTING:
+        if isinstance(settings.get(name), dict):
+            offload = settings[name].pop("offload", offload)
+            expect_bool(f"{name}: offload", offload)
     config: Any = build_config(settings | {"use_cpu": True, "report_to": "none"})
     config.use_cpu = False
     for name, value in elsewhere.items():
         setattr(config, name, value)
-    for name in (CHECKPOINTING, "activation_checkpointing_kwargs"):
+    for name in CHECKPOINTING:
         if offload and isinstance(getattr(config, name, None), dict):
             getattr(config, name)["offload"] = offload
     return config

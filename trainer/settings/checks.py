@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..errors import UserError, expect_whole, is_number
+from ..errors import UserError, expect_bool, expect_whole, is_number
 from .launch import check_left_over
 from .model import ModelSettings
 from .names import METRICS
@@ -83,23 +83,25 @@ def checkpointing_options() -> list[str]:
     return [name for name in ("every_n_layers", "offload") if name in own]
 
 
-def check_checkpointing(kwargs: object) -> None:
-    """Raise ``UserError`` for what torch's checkpoint() would hand on to the layers, unread."""
+def check_checkpointing(kwargs: object, name: str = "gradient_checkpointing_kwargs") -> None:
+    """Raise ``UserError`` for what torch's checkpoint() would hand on to the layers, unread.
+
+    Args:
+        name: of the setting; new releases of transformers know it by two.
+    """
     parameters = inspect.signature(checkpoint).parameters.values()
     known = ["preserve_rng_state", *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
     known += checkpointing_options()
     given = kwargs if isinstance(kwargs, dict) else {}
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise UserError(
-            f"gradient_checkpointing_kwargs: {unknown[0]!r} is not known; expected some of "
-            f"{', '.join(known)}"
-        )
-    expect_whole("gradient_checkpointing_kwargs: every_n_layers", given.get("every_n_layers", 1), 1)
+        raise UserError(f"{name}: {unknown[0]!r} is not known; expected some of {', '.join(known)}")
+    expect_whole(f"{name}: every_n_layers", given.get("every_n_layers", 1), 1)
+    expect_bool(f"{name}: offload", given.get("offload", False))
     if given.get("offload") and not torch.accelerator.is_available():
         raise UserError(
-            "gradient_checkpointing_kwargs: leave offload out here; it holds a GPU's activations "
-            "in the host's memory, and there is no GPU"
+            f"{name}: leave offload out here; it holds a GPU's activations in the host's memory, "
+            "and there is no GPU"
         )
 
 

@@ -130,9 +130,11 @@ class PreferenceConfig(
 
     def _name_checkpointing_as_installed(self) -> None:
         """Old and new transformers differ in the name; non-reentrant where nothing is said."""
+        name = "activation_checkpointing"
+        if getattr(self, name, False):
+            check_checkpointing(getattr(self, f"{name}_kwargs"), f"{name}_kwargs")
         if not self.gradient_checkpointing:
             return
-        name = "activation_checkpointing"
         if not hasattr(self, name):
             name = "gradient_checkpointing"
         kwargs = self.gradient_checkpointing_kwargs or {}

@@ -119,7 +119,8 @@ def test_the_auxiliary_loss_is_the_padded_models_own(family, layout):
     aux = aux_of(model, rows, layout=layout)
     (gradient,) = torch.autograd.grad(aux, model.get_input_embeddings().weight)
     torch.testing.assert_close(aux, own, atol=0, rtol=2e-6)
-    # Some releases of transformers detach a family's: both are 0 there.
+    # Releases of transformers before 5.23 detach this family's: both are 0 there.
+    assert own_gradient.any() or family == "ernie4_5_moe"
     assert (gradient - own_gradient).norm() <= 1e-5 * own_gradient.norm()
 
 

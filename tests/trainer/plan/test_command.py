@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from widemargin.trainer.cli import main
+from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.adapters import lora_config, with_adapter
+from widemargin.trainer.plan.estimate import read_settings
 from widemargin.trainer.settings.checks import checkpointing_options
 
 from tests.support.estimates import LMPO, PARAMETERS, TINY, settings
@@ -96,6 +98,8 @@ def test_which_layers_are_computed_again_and_from_where(tmp_path):
     assert second[0] == "activations kept, all but one layer in 2"
     assert second[2] > 2 * each[2]
     assert second[3] < each[3]
+    with pytest.raises(UserError, match="offload: expected true or false, got 'no'"):
+        read_settings(LMPO, ["--gradient_checkpointing_kwargs={offload: 'no'}"])
     name, note, size, flops = activations("{offload: true}")
     assert (name, flops) == (each[0], each[3])
     assert "host's memory" in note

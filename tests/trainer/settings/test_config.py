@@ -120,6 +120,13 @@ def test_checkpointing_takes_no_unknown_arguments():
     if "every_n_layers" in checkpointing_options():
         with pytest.raises(UserError, match="every_n_layers: expected a whole number from 1 on"):
             PreferenceConfig(**given, gradient_checkpointing_kwargs={"every_n_layers": 0})
+        with pytest.raises(UserError, match="offload: expected true or false, got 'no'"):
+            PreferenceConfig(**given, gradient_checkpointing_kwargs={"offload": "no"})
+    if hasattr(PreferenceConfig, "activation_checkpointing_kwargs"):
+        named = {"activation_checkpointing": True, "use_cpu": True, "report_to": "none"}
+        for kwargs in ({"every_n_layers": 0}, {"reentrant": False}):
+            with pytest.raises(UserError, match="activation_checkpointing_kwargs: "):
+                PreferenceConfig(**named, activation_checkpointing_kwargs=kwargs)
 
 
 def test_flash_attention_has_no_full_precision(monkeypatch):
