@@ -137,7 +137,13 @@ class PreferenceConfig(
             return
         if not hasattr(self, name):
             name = "gradient_checkpointing"
-        kwargs = self.gradient_checkpointing_kwargs or {}
+        kwargs, other = self.gradient_checkpointing_kwargs, getattr(self, f"{name}_kwargs", None)
+        if kwargs and other and kwargs != other:
+            raise UserError(
+                f"gradient_checkpointing_kwargs: write all of it there, or all in {name}_kwargs; "
+                f"the two are {kwargs!r} and {other!r}"
+            )
+        kwargs = kwargs or other or {}
         check_checkpointing(kwargs)
         if isinstance(kwargs, dict):
             kwargs = {"use_reentrant": False} | kwargs

@@ -127,6 +127,11 @@ def test_checkpointing_takes_no_unknown_arguments():
         for kwargs in ({"every_n_layers": 0}, {"reentrant": False}):
             with pytest.raises(UserError, match="activation_checkpointing_kwargs: "):
                 PreferenceConfig(**named, activation_checkpointing_kwargs=kwargs)
+        new = {"activation_checkpointing_kwargs": {"every_n_layers": 2}}
+        with pytest.raises(UserError, match="write all of it there, or all in activation_"):
+            PreferenceConfig(**given, **new, gradient_checkpointing_kwargs={"use_reentrant": True})
+        kept = PreferenceConfig(**given, **new).activation_checkpointing_kwargs
+        assert kept == {"use_reentrant": False, "every_n_layers": 2}
 
 
 def test_flash_attention_has_no_full_precision(monkeypatch):
