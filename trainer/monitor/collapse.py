@@ -63,6 +63,12 @@ KINDS = {
         "sampled answers grew from {before:.0f} to {now:.0f} tokens",
         window=1,
     ),
+    "shortness": Kind(
+        SAMPLED_TOKENS,
+        lambda before, now: now < before / 8,
+        "sampled answers shrank from {before:.0f} to {now:.0f} tokens",
+        window=1,
+    ),
     "repetition": Kind(
         SAMPLED_REPETITION,
         lambda before, now: now > before + 0.3,

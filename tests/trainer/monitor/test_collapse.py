@@ -53,6 +53,12 @@ def test_held_out_falls_count_from_the_first_evaluation() -> None:
     assert signs(log("eval_logps/chosen_mean", [-1.0, -1.5, -2.2], 0, 5)) == {"held-out chosen": 10}
 
 
+def test_answers_that_end_at_once_are_a_sign() -> None:
+    """As SimPO's with 40% of wrong labels did in the study of a real model; a half is none."""
+    assert signs(log("samples/tokens", [80.0, 40.0, 12.0, 4.0], 0, 5)) == {"shortness": 15}
+    assert signs(log("samples/tokens", [20.0, 10.0, 5.0, 4.0], 0, 5)) == {}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_says_its_figures_and_shows_once(kind: str) -> None:
     key, is_bad, _, window = KINDS[kind]
