@@ -2,7 +2,8 @@
 
 `python -m bench.compile.resources [NAME ...] [--out FILE]` compiles the kernels of `KERNELS`
 for each of their architectures, writes bench/results/resources.json and prints it as a table. With
-names only those are compiled, and nothing is written unless `--out` says where.
+names only those are compiled, and nothing is written unless `--out` says where. Results name the
+sources that they are of, so that tests compile only what has changed since.
 """
 
 from __future__ import annotations
@@ -12,15 +13,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+from widemargin.trainer.files import digest
+
 from bench.compile.kernels import KERNELS, Kernel
 from bench.compile.triton_compile import compile_resources
 from bench.lib.table import markdown
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "resources.json"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "resources.json"
+SOURCES = (
+    "kernels/**/triton*.py",
+    *(f"kernels/linear_logprob/{name}.py" for name in ("cells", "routing", "tiles")),
+    *(f"bench/compile/{name}.py" for name in ("kernels", "triton_compile")),
+    "bench/head/forwards/*.py",
+)
+
+
+def sources() -> str:
+    """A digest of the files that make a kernel's binary, apart from triton."""
+    files = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    return digest(path.read_bytes() for path in files)
 
 
 def measure(kernels: list[Kernel]) -> dict[str, Any]:
-    """The triton version and one row per kernel and architecture; a failure is a row with it."""
+    """Triton's version, `sources`, and one row per kernel and architecture; a failure is a row."""
     import triton
 
     rows = []
@@ -32,7 +48,7 @@ def measure(kernels: list[Kernel]) -> dict[str, Any]:
             except Exception as error:  # of the compiler; the other kernels still count
                 row["error"] = f"{type(error).__name__}: {error}"
             rows.append(row)
-    return {"triton": triton.__version__, "rows": rows}
+    return {"triton": triton.__version__, "sources": sources(), "rows": rows}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

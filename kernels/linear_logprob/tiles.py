@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 HALF = {
     80: Tiles(
         forward=Tile(128, 256, 32, 8, 3),
-        recompute=Tile(128, 128, 64, 4, 3),
+        recompute=Tile(128, 128, 32, 4, 3),
         d_weight=Tile(128, 128, 64, 4, 3),
         d_hidden=Tile(128, 128, 64, 8, 3),
     ),
@@ -48,7 +48,7 @@ HALF = {
         forward=Tile(128, 256, 64, 8, 3),
         recompute=Tile(128, 128, 64, 8, 3),
         d_weight=Tile(128, 256, 64, 8, 3),
-        d_hidden=Tile(128, 128, 64, 4, 3),
+        d_hidden=Tile(128, 128, 32, 4, 4),
     ),
 }
 """bf16 and fp16, by compute capability; a newer chip takes the newest entry.
@@ -61,7 +61,7 @@ FULL = Tiles(
     forward=Tile(128, 128, 32, 8, 2),
     recompute=Tile(128, 128, 32, 8, 2),
     d_weight=Tile(128, 128, 32, 8, 2),
-    d_hidden=Tile(128, 128, 32, 8, 2),
+    d_hidden=Tile(128, 64, 32, 8, 2),
 )
 """fp32 (IEEE products, no tensor cores), on every chip."""
 

@@ -284,7 +284,7 @@ def finish_hidden(
 def tile_of_long_epilogue(tile: Tile) -> Tile:
     """The recompute's tile with a softcap or the entropy's gradient, which would spill at fewer
     warps."""
-    return tile._replace(warps=8)
+    return tile._replace(depth=64, warps=8)
 
 
 def _cells_that_fit(hidden: Tensor, blocks: int, token_tiles: int) -> int:
