@@ -9,7 +9,7 @@ from typing import NamedTuple
 from widemargin.kernels.linear_logprob import tiles as table
 from widemargin.kernels.linear_logprob.tiles import Tile
 
-from bench.compile.resources import head_source
+from bench.compile.kernels import head_source
 from bench.compile.triton_compile import SHARED_LIMIT_BYTES, compile_resources
 
 FIELDS = ("forward", "recompute", "d_weight", "d_hidden")
@@ -85,7 +85,19 @@ def candidates(dtype: str, arch: int) -> list[Candidate]:
         for columns, depth, warps in ((256, 64, 8), (128, 64, 8), (128, 64, 4), (256, 32, 8))
         for n in stages
     ]
+    if arch >= 90:
+        found = [each for c in found for each in _by_both(c)]
     return list(dict.fromkeys(found))
+
+
+def _by_both(candidate: Candidate) -> list[Candidate]:
+    """A kernel of backward by pointers and by descriptors."""
+    if candidate.field == "forward":
+        return [candidate]
+    return [
+        candidate._replace(tile=candidate.tile._replace(descriptors=d))
+        for d in sorted((False, True), key=lambda d: d != candidate.tile.descriptors)
+    ]
 
 
 def verdict(job: tuple[Candidate, int]) -> str | None:

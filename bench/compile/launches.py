@@ -72,9 +72,14 @@ class StubDriver:
 
 
 def one_call(arch: int, tokens: int) -> None:
-    """Forward, with and without the entropy, and backward in bf16, as the operators launch them."""
+    """Forward, with and without the entropy, and backward in bf16, as the operators launch them.
+
+    On sm_90 backward by descriptors too.
+    """
     from widemargin.kernels.linear_logprob import tiles, triton_backward, triton_forward
     from widemargin.kernels.linear_logprob.types import Asked, GradRequest, HeadCall
+
+    from bench.head.forwards.tma import with_descriptors
 
     hidden = torch.zeros(tokens, WIDTH, dtype=torch.bfloat16)
     weight = torch.zeros(VOCABULARY, WIDTH, dtype=torch.bfloat16)
@@ -91,6 +96,9 @@ def one_call(arch: int, tokens: int) -> None:
         triton_forward.forward(call, targets, **kept, asked=Asked(entropy=True))
         saved = triton_forward.forward(call, targets, **kept)
         triton_backward.backward(call, saved, request)
+        if arch >= 90:
+            described = with_descriptors(tiles.HALF[arch])
+            triton_backward.backward(call, saved, request, described)
 
 
 def measure(arch: int) -> dict[str, Any]:

@@ -84,10 +84,13 @@ def _full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 def _tma(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
     # Imported late, with triton: it is there on Linux only.
+    from widemargin.kernels.linear_logprob.tiles import tiles_for
+
     from bench.head.forwards import tma
     from bench.head.forwards.head import scored_by
 
-    return scored_by(tma.launch, tma.TILE, hidden, weight, targets)
+    tiles = tma.with_descriptors(tiles_for(hidden.dtype, hidden.device))
+    return scored_by(tma.launch, tma.TILE, hidden, weight, targets, tiles)
 
 
 def _cublas(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Any]:

@@ -15,6 +15,8 @@ class Tile(NamedTuple):
     """One kernel's launch: rows x columns of the output tile, depth of a step, warps, stages.
 
     ``together``, of the forward only: token tiles that take a vocabulary group in turn.
+    ``descriptors``, of backward only: tensor descriptors in place of pointers, where the operands
+    allow them (sm_90 and newer; no GPU has chosen between the two yet).
     """
 
     rows: int
@@ -23,6 +25,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     together: int = 16
+    descriptors: bool = False
 
 
 class Tiles(NamedTuple):
@@ -37,24 +40,28 @@ class Tiles(NamedTuple):
 HALF = {
     80: Tiles(
         forward=Tile(128, 256, 32, 8, 3),
-        recompute=Tile(128, 128, 64, 8, 3),
-        d_weight=Tile(128, 256, 64, 8, 3),
+        recompute=Tile(128, 128, 32, 4, 3),
+        d_weight=Tile(128, 128, 64, 4, 3),
         d_hidden=Tile(128, 128, 64, 8, 3),
     ),
     90: Tiles(
         forward=Tile(128, 256, 64, 8, 3),
-        recompute=Tile(128, 128, 64, 8, 4),
+        recompute=Tile(128, 128, 64, 8, 3),
         d_weight=Tile(128, 256, 64, 8, 3),
-        d_hidden=Tile(128, 128, 64, 8, 3),
+        d_hidden=Tile(128, 128, 32, 4, 4),
     ),
 }
-"""bf16 and fp16, by compute capability; a newer chip takes the newest entry."""
+"""bf16 and fp16, by compute capability; a newer chip takes the newest entry.
+
+Where a kernel of 128 x 128 does not spill with 4 warps, or needs 128 registers with 8, two of its
+blocks fit a multiprocessor, and one computes while the other loads.
+"""
 
 FULL = Tiles(
     forward=Tile(128, 128, 32, 8, 2),
     recompute=Tile(128, 128, 32, 8, 2),
     d_weight=Tile(128, 128, 32, 8, 2),
-    d_hidden=Tile(128, 128, 32, 8, 2),
+    d_hidden=Tile(128, 64, 32, 8, 2),
 )
 """fp32 (IEEE products, no tensor cores), on every chip."""
 

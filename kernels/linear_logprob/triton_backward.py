@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cells import TILE, Cells, Entries, Routing, every_cell, list_cells
 from .routing import BLOCK
-from .tiles import Tiles, tiles_for
+from .tiles import Tile, Tiles, tiles_for
 from .triton_cells import (
     _bias_kernel,
     _finish_kernel,
@@ -26,11 +26,11 @@ from .triton_cells import (
     _weight_kernel,
 )
 from .triton_routing import choose, profile_means
-from .triton_tile import FUSED, inner_contiguous, programs, triton_dtype
+from .triton_tile import FUSED, descriptors, inner_contiguous, programs, triton_dtype
 from .types import EntropyGrad, Gradients, GradRequest, HeadCall, Saved
 
 WORKSPACE_BYTES = 256 * 2**20
-"""Most memory for the cells' G, the sorted tokens' hidden states and the tail's rows together."""
+"""Most memory for the cells' G and the tail's rows together."""
 
 STEP = 32
 """Entries that `_weight_kernel` takes at a time, as one step of a product."""
@@ -38,14 +38,21 @@ FINISH_COLUMNS, FINISH_STEP = 1024, 8
 """A program's part of a row of dH, and the entries that it takes at a time."""
 
 
-def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradients, Tensor]:
-    """As `torch_backward.backward`, over cells in place of single pairs."""
+def backward(
+    call: HeadCall, saved: Saved, request: GradRequest, tiles: Tiles | None = None
+) -> tuple[Gradients, Tensor]:
+    """As `torch_backward.backward`, over cells in place of single pairs.
+
+    Args:
+        tiles: in place of the chip's; benchmarks compare them.
+    """
     vocabulary, width = call.weight.shape
     outside = (saved.targets < 0) | (saved.targets >= vocabulary)
     saved = saved._replace(targets=saved.targets.masked_fill(outside, -1))
     routing = _route(call, saved, request)
     entropy = request.entropy and request.entropy.scaled(call.logit_scale).at(routing.order)
     launches = Launches.of(call, saved, routing, request.grad * call.logit_scale, entropy)
+    launches.tiles = tiles or launches.tiles
     new = call.weight.new_empty
     d_hidden = _tail_of_hidden(call, saved, launches, routing) if request.hidden else None
     d_weight = new(vocabulary, width) if request.weight else None
@@ -60,8 +67,10 @@ def backward(call: HeadCall, saved: Saved, request: GradRequest) -> tuple[Gradie
             launches.add_hidden(piece, d_hidden)
     if not len(call.hidden):
         d_weight, d_bias = (None if x is None else x.zero_() for x in (d_weight, d_bias))
+    weight, entries = launches.weight, launches.entries
+    del launches  # the sorted tokens make room for the result, of the same size
     if d_hidden is not None:
-        d_hidden = launches.finish_hidden(d_hidden, routing.order)
+        d_hidden = finish_hidden(call, weight, entries, d_hidden, routing.order)
     bias = call.bias
     d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
     return Gradients(d_hidden, d_weight, d_bias), routing.stats
@@ -174,10 +183,15 @@ class Launches:
     def recompute(self, piece: int) -> None:
         """Write G of the slice's cells to ``work``."""
         call, tokens, cells, tile = self.call, self.tokens, self.cells, self.tiles.recompute
+        if call.softcap is not None or self.entropy is not None:
+            tile = tile_of_long_epilogue(tile)
         _recompute_kernel[self._grid(len(self.work))](
             tokens.hidden, self.weight, self.weight if call.bias is None else call.bias,
             tokens.targets, tokens.lse, tokens.grad, *(self.entropy or (tokens.grad, tokens.grad)),
             cells.cells, cells.slices, self.work,
+            *self._described(
+                tile, (tokens.hidden, TILE, tile.depth), (self.weight, BLOCK, tile.depth)
+            ),
             tokens.hidden.stride(0), self.weight.stride(0), *tokens.hidden.shape,
             len(self.weight), self.token_tiles, piece,
             call.logit_scale, 1.0 if call.softcap is None else call.softcap,
@@ -195,6 +209,9 @@ class Launches:
         _weight_kernel[self._grid(columns * len(cells.by_count))](
             tokens.hidden, self.work, *self.entries[:3], self.profile, tail_grad, d_weight,
             cells.cells, cells.slices, cells.slice_blocks, cells.by_count, cells.block_bounds,
+            *self._described(
+                tile, (tokens.hidden, tile.depth, tile.columns), (self.work, tile.depth, BLOCK)
+            ),
             tokens.hidden.stride(0), len(tokens.hidden), width, vocabulary,
             self.token_tiles, piece, columns,
             COLUMNS=tile.columns, DEPTH=tile.depth, STEP=STEP, TAIL=self.tail is not None,
@@ -219,25 +236,21 @@ class Launches:
         _hidden_kernel[self._grid(columns * self.token_tiles)](
             self.weight, self.work, d_hidden,
             cells.by_tile, cells.tile_blocks, cells.slices, cells.tile_bounds,
+            *self._described(
+                tile, (self.weight, tile.depth, tile.columns), (self.work, TILE, tile.depth)
+            ),
             self.weight.stride(0), tokens, width, len(self.weight),
             self.token_tiles, piece, self.slices, columns,
             COLUMNS=tile.columns, DEPTH=tile.depth, **self._constants(),
             **FUSED, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def finish_hidden(self, d_hidden: Tensor, order: Tensor) -> Tensor:
-        """dH [N, H] in the input's dtype and the tokens' order, with the entries' terms."""
-        out = torch.empty_like(self.call.hidden)
-        rows = out if out.stride(1) == 1 else out.contiguous()
-        tokens, width = out.shape
-        if tokens:
-            _finish_kernel[(tokens, triton.cdiv(width, FINISH_COLUMNS))](
-                d_hidden, *self.entries[3:], order, self.weight, rows,
-                self.weight.stride(0), rows.stride(0), width, len(self.weight),
-                COLUMNS=FINISH_COLUMNS, STEP=FINISH_STEP,
-                ROUND=triton_dtype(self.call.compute_dtype), **FUSED, num_warps=4,
-            )  # fmt: skip
-        return out if rows is out else out.copy_(rows)
+    def _described(self, tile: Tile, *operands: tuple[Tensor, int, int]) -> tuple[Any, ...]:
+        """Descriptors of (operand, rows of a block, its columns), or None in place of each."""
+        if not tile.descriptors:
+            return (None,) * len(operands)
+        flat = [(x.view(-1, x.shape[-1]), list(block)) for x, *block in operands]
+        return descriptors(self.call.compute_dtype, *flat)
 
     def _grid(self, units: int) -> tuple[int]:
         return (min(units, programs(self.work.device)),)
@@ -246,10 +259,40 @@ class Launches:
         return {"TILE": TILE, "BLOCK": BLOCK, "ROUND": triton_dtype(self.call.compute_dtype)}
 
 
+def finish_hidden(
+    call: HeadCall, weight: Tensor, entries: Entries, d_hidden: Tensor, order: Tensor
+) -> Tensor:
+    """dH [N, H] in the input's dtype and the tokens' order, with the entries' terms.
+
+    Args:
+        weight: [V, H], its rows contiguous.
+        d_hidden: [N, H] fp32 of the sorted tokens.
+    """
+    out = torch.empty_like(call.hidden)
+    rows = out if out.stride(1) == 1 else out.contiguous()
+    tokens, width = out.shape
+    if tokens:
+        _finish_kernel[(tokens, triton.cdiv(width, FINISH_COLUMNS))](
+            d_hidden, *entries[3:], order, weight, rows,
+            weight.stride(0), rows.stride(0), width, len(weight),
+            COLUMNS=FINISH_COLUMNS, STEP=FINISH_STEP, ROUND=triton_dtype(call.compute_dtype),
+            **FUSED, num_warps=4,
+        )  # fmt: skip
+    return out if rows is out else out.copy_(rows)
+
+
+def tile_of_long_epilogue(tile: Tile) -> Tile:
+    """The recompute's tile with a softcap or the entropy's gradient, which would spill at fewer
+    warps."""
+    return tile._replace(depth=64, warps=8)
+
+
 def _cells_that_fit(hidden: Tensor, blocks: int, token_tiles: int) -> int:
-    """Cells per slice: the tail's rows [B, H] and the sorted tokens share the workspace."""
+    """Cells per slice: the tail's rows [B, H] share the workspace.
+
+    The sorted tokens do not: what backward returns takes their room afterwards.
+    """
     cell_bytes = TILE * BLOCK * hidden.element_size()
-    others = hidden.nbytes + 8 * blocks * hidden.shape[1]
-    capacity = (WORKSPACE_BYTES - others) // cell_bytes
-    capacity = max(capacity, WORKSPACE_BYTES // 4 // cell_bytes, token_tiles + 1)
+    room = max(WORKSPACE_BYTES - 8 * blocks * hidden.shape[1], WORKSPACE_BYTES // 4)
+    capacity = max(room // cell_bytes, token_tiles + 1)
     return min(capacity, (blocks + 1) * token_tiles + 1)

@@ -7,6 +7,9 @@ as extra terms; ``dH_tile += G @ weight``; db, the sums of G's columns. At the e
 Sizes of slices are known on the device alone, so a fixed number of programs deals the units of work
 among itself in turn: heavy ones first, and a slice without work costs next to nothing.
 
+The products take their operands by pointers, or by tensor descriptors (``_desc``) where a launch
+has these: sorted tokens need no gather, so the chip can copy tiles by itself (sm_90 and newer).
+
 Shapes: N tokens (sorted, see `cells.py`), H hidden, V vocabulary, B blocks, T tiles of 128 tokens.
 """
 
@@ -19,13 +22,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tile import logits_tile, softcap_parts
+from .triton_tile import add_bias, described_product, logits_tile, softcap_parts
 
 
 @triton.jit(do_not_specialize=["N", "T", "piece"])
 def _recompute_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr, lse_ptr, grad_ptr, entropy_ptr, entropy_grad_ptr,
-    cells_ptr, slices_ptr, work_ptr,
+    cells_ptr, slices_ptr, work_ptr, hidden_desc, weight_desc,
     stride_hn, stride_wv, N, H, V, T, piece, logit_scale, softcap,
     TILE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROUND: tl.constexpr,
@@ -44,10 +47,17 @@ def _recompute_kernel(
         offs_v = (cell // T) * BLOCK + tl.arange(0, BLOCK)
         mask_n = offs_n < N
         mask_v = offs_v < V
-        z = logits_tile(
-            hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, mask_n, mask_v, stride_hn, stride_wv,
-            H, TILE, BLOCK, DEPTH, HAS_BIAS, ROUND,
-        )  # fmt: skip
+        if hidden_desc is None:
+            z = logits_tile(
+                hidden_ptr, weight_ptr, bias_ptr, offs_n, offs_v, mask_n, mask_v,
+                stride_hn, stride_wv, H, TILE, BLOCK, DEPTH, HAS_BIAS, ROUND,
+            )  # fmt: skip
+        else:
+            z = described_product(
+                hidden_desc, weight_desc, (cell % T) * TILE, (cell // T) * BLOCK, H,
+                TILE, BLOCK, DEPTH,
+            )  # fmt: skip
+            z = add_bias(z, bias_ptr, offs_v, mask_v, HAS_BIAS, ROUND)
         z *= logit_scale
         if HAS_SOFTCAP:
             z, slope = softcap_parts(z, softcap)
@@ -76,7 +86,7 @@ def _weight_kernel(
     hidden_ptr, work_ptr, places_ptr, place_grads_ptr, entry_bounds_ptr,
     profile_ptr, tail_grad_ptr, d_weight_ptr,
     cells_ptr, slices_ptr, slice_blocks_ptr, by_count_ptr, block_bounds_ptr,
-    stride_hn, N, H, V, T, piece, columns,
+    hidden_desc, work_desc, stride_hn, N, H, V, T, piece, columns,
     TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STEP: tl.constexpr, TAIL: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +103,8 @@ def _weight_kernel(
     PARTS: tl.constexpr = TILE // DEPTH
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         block = tl.load(by_count_ptr + first_block + unit // columns).to(tl.int32)
-        offs_h = (unit % columns) * COLUMNS + tl.arange(0, COLUMNS)
+        start = (unit % columns) * COLUMNS
+        offs_h = start + tl.arange(0, COLUMNS)
         mask_h = offs_h < H
         offs_v = block * BLOCK + row
         mask_v = offs_v < V
@@ -104,12 +115,19 @@ def _weight_kernel(
         # A cell's tile is read one step ahead, since waiting for it would cost a pipeline stage.
         tile = tl.load(cells_ptr + begin).to(tl.int32) % T
         for i in range(begin * PARTS, end * PARTS):
-            token = (i % PARTS) * DEPTH + step
-            work = work_ptr + (i // PARTS - first).to(tl.int64) * (TILE * BLOCK)
-            g = tl.load(work + token[None, :] * BLOCK + row[:, None])
-            offs_n = tile * TILE + token
-            hidden_ptrs = hidden_ptr + offs_n.to(tl.int64)[:, None] * stride_hn + offs_h[None, :]
-            hidden = tl.load(hidden_ptrs, mask=(offs_n < N)[:, None] & mask_h[None, :], other=0.0)
+            part = (i % PARTS) * DEPTH
+            if work_desc is None:
+                work = work_ptr + (i // PARTS - first).to(tl.int64) * (TILE * BLOCK)
+                g = tl.load(work + (part + step)[None, :] * BLOCK + row[:, None])
+                offs_n = tile * TILE + part + step
+                hidden_ptrs = (
+                    hidden_ptr + offs_n.to(tl.int64)[:, None] * stride_hn + offs_h[None, :]
+                )
+                mask = (offs_n < N)[:, None] & mask_h[None, :]
+                hidden = tl.load(hidden_ptrs, mask=mask, other=0.0)
+            else:
+                g = work_desc.load([(i // PARTS - first) * TILE + part, 0]).T
+                hidden = hidden_desc.load([tile * TILE + part, start])
             tile = tl.load(cells_ptr + (i + 1) // PARTS).to(tl.int32) % T
             acc = tl.dot(g, hidden.to(ROUND), acc, input_precision="ieee")
 
@@ -171,7 +189,7 @@ def _bias_kernel(
 @triton.jit(do_not_specialize=["N", "T", "piece", "pieces", "columns"])
 def _hidden_kernel(
     weight_ptr, work_ptr, d_hidden_ptr,
-    by_tile_ptr, tile_blocks_ptr, slices_ptr, tile_bounds_ptr,
+    by_tile_ptr, tile_blocks_ptr, slices_ptr, tile_bounds_ptr, weight_desc, work_desc,
     stride_wv, N, H, V, T, piece, pieces, columns,
     TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ROUND: tl.constexpr,
@@ -189,7 +207,8 @@ def _hidden_kernel(
         begin = tl.load(tile_bounds_ptr + tile * (pieces + 1) + piece).to(tl.int32)
         end = tl.load(tile_bounds_ptr + tile * (pieces + 1) + piece + 1).to(tl.int32)
         if begin < end:
-            offs_h = (unit % columns) * COLUMNS + tl.arange(0, COLUMNS)
+            start = (unit % columns) * COLUMNS
+            offs_h = start + tl.arange(0, COLUMNS)
             mask_h = offs_h < H
             offs_n = tile * TILE + row
             out = d_hidden_ptr + offs_n.to(tl.int64)[:, None] * H + offs_h[None, :]
@@ -198,16 +217,20 @@ def _hidden_kernel(
             cell = tl.load(by_tile_ptr + begin)
             block = tl.load(tile_blocks_ptr + begin).to(tl.int32)
             for i in range(begin * PARTS, end * PARTS):
-                column = (i % PARTS) * DEPTH + step
-                work = work_ptr + (cell - first) * (TILE * BLOCK)
-                g = tl.load(work + row[:, None] * BLOCK + column[None, :])
-                offs_v = block * BLOCK + column
-                weight_ptrs = (
-                    weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
-                )
-                weight = tl.load(
-                    weight_ptrs, mask=(offs_v < V)[:, None] & mask_h[None, :], other=0.0
-                )
+                part = (i % PARTS) * DEPTH
+                if work_desc is None:
+                    work = work_ptr + (cell - first) * (TILE * BLOCK)
+                    g = tl.load(work + row[:, None] * BLOCK + (part + step)[None, :])
+                    offs_v = block * BLOCK + part + step
+                    weight_ptrs = (
+                        weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
+                    )
+                    weight = tl.load(
+                        weight_ptrs, mask=(offs_v < V)[:, None] & mask_h[None, :], other=0.0
+                    )
+                else:
+                    g = work_desc.load([(cell - first).to(tl.int32) * TILE, part])
+                    weight = weight_desc.load([block * BLOCK + part, start])
                 # One step ahead, as in the kernel above.
                 cell = tl.load(by_tile_ptr + (i + 1) // PARTS)
                 block = tl.load(tile_blocks_ptr + (i + 1) // PARTS).to(tl.int32)

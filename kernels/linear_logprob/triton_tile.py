@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..triton_mode import INTERPRETED
 
@@ -61,6 +62,23 @@ def logits_tile(
         hidden_ptrs += DEPTH
         weight_ptrs += DEPTH
     return add_bias(acc, bias_ptr, offs_v, mask_v, HAS_BIAS, ROUND)
+
+
+@triton.jit
+def described_product(
+    hidden_desc, weight_desc, token, row, H,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `logits_tile`, by tensor descriptors, of tokens and rows from ``token`` and ``row`` on.
+
+    Without the bias; past the end of either operand there are zeros.
+    """
+    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for k in range(0, H, DEPTH):
+        a = hidden_desc.load([token, k])
+        b = weight_desc.load([row, k])
+        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -205,6 +223,26 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
         dtype
     ]
+
+
+def descriptors(
+    dtype: torch.dtype, *operands: tuple[Tensor, list[int]]
+) -> tuple[TensorDescriptor | None, ...]:
+    """Tensor descriptors of (matrix, block shape) each; none at all where one cannot be made.
+
+    They want rows of 16 bytes or a multiple, and load without rounding to another dtype. They are
+    made on the host: those made on the device need an allocator that worker threads do not have.
+    """
+    possible = all(
+        x.dtype == dtype
+        and x.stride(1) == 1
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+        for x, _ in operands
+    )
+    if not possible:
+        return (None,) * len(operands)
+    return tuple(TensorDescriptor.from_tensor(x, block) for x, block in operands)
 
 
 def inner_contiguous(x: Tensor) -> Tensor:

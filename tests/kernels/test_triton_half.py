@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from widemargin.kernels import reference
+from widemargin.kernels.linear_logprob import triton_backward
 from widemargin.kernels.linear_logprob.function import linear_logprob
+from widemargin.kernels.linear_logprob.tiles import FULL, Tiles, tiles_for
+from widemargin.kernels.linear_logprob.types import GradRequest
 
 from tests.support.head_cases import VARIANTS, gradients, make, relative, split
-from tests.support.triton_inputs import DEVICE
+from tests.support.triton_inputs import DEVICE, saved_forward
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ def test_exact_within_twice_torchs_error(variant, dtype):
 def test_the_averaged_tail_agrees_with_fp32(variant, dtype):
     """Routing and tail in half precision make what they make of the same numbers in fp32."""
     bias, options = split(variant)
-    *inputs, grad = half_inputs(130, 32, 1100, dtype, bias=bias, sharp=1.5)
+    *inputs, grad = half_inputs(130, 32, 700, dtype, bias=bias, sharp=1.5)
     settings = {"backend": "triton", "tail_eps": 2**-6, **options}
     logps, grads = gradients(linear_logprob, *inputs, grad, **settings)
     wide = [x if x is None or x.dtype == torch.int64 else x.detach().float() for x in inputs]
@@ -67,6 +70,22 @@ def test_the_averaged_tail_agrees_with_fp32(variant, dtype):
     torch.testing.assert_close(logps, expected, rtol=0, atol=2e-5)
     for got, right in zip(grads, true, strict=True):
         assert relative(got, right) < {torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_backward_by_descriptors(dtype):
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors are used from sm_90 on")
+    hidden, weight, targets, bias, grad = half_inputs(130, 32, 1100, dtype, bias=True, sharp=1.5)
+    call, saved = saved_forward(hidden.detach(), weight.detach(), targets, bias)
+    request = GradRequest(grad.float(), targets >= 0, 2**-6, True, True, True)
+    tiles = FULL if DEVICE == "cpu" else tiles_for(dtype, hidden.device)
+    described = Tiles(tiles.forward, *(tile._replace(descriptors=True) for tile in tiles[1:]))
+    expected, _ = triton_backward.backward(call, saved, request, tiles)
+    found, _ = triton_backward.backward(call, saved, request, described)
+    for got, right in zip(found, expected, strict=True):
+        assert relative(got, right) < {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
 
 
 @pytest.mark.costly

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from widemargin.kernels import reference
 from widemargin.kernels.linear_logprob import cells, triton_backward
 from widemargin.kernels.linear_logprob.function import linear_logprob
+from widemargin.kernels.linear_logprob.tiles import FULL, Tiles
+from widemargin.kernels.linear_logprob.types import GradRequest
 
 from bench.lib.exact import exact
 from bench.lib.peaked import fp32_logits, peaked_case
 from tests.support.head_cases import VARIANTS, gradients, make, relative, split
-from tests.support.triton_inputs import DEVICE, inputs_of
+from tests.support.triton_inputs import DEVICE, inputs_of, saved_forward
 
 SHAPES = [
     pytest.param(1, 16, 300, id="one token"),
@@ -44,6 +48,29 @@ def test_exact_within_twice_torchs_error(n, h, v, variant):
     _, torch_grads = gradients(reference.linear_logprob, *inputs, grad, **options)
     for got, expected_grad, peer in zip(grads, expected_grads, torch_grads, strict=True):
         assert relative(got, expected_grad) <= 2 * relative(peer, expected_grad) + 2e-6
+
+
+DESCRIBED = Tiles(FULL.forward, *(tile._replace(descriptors=True) for tile in FULL[1:]))
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(("n", "h", "v"), SHAPES)
+@pytest.mark.parametrize("tail_eps", [0.0, 2**-6])
+def test_backward_by_descriptors(n, h, v, tail_eps, monkeypatch):
+    """As by pointers, which step in where a row of the operands is not of whole 16 bytes."""
+    options = {"logit_scale": 0.5, "softcap": 5.0}
+    hidden, weight, targets, bias, grad = inputs_of(n, h, v, bias=True, sharp=1.5)
+    call, saved = saved_forward(hidden.detach(), weight.detach(), targets, bias, **options)
+    request = GradRequest(grad.float(), targets >= 0, tail_eps, True, True, True)
+    expected, _ = triton_backward.backward(call, saved, request)
+    made = []
+    real = triton_backward.descriptors
+    monkeypatch.setattr(
+        triton_backward, "descriptors", lambda *args: made.append(real(*args)) or made[-1]
+    )
+    found, _ = triton_backward.backward(call, saved, request, DESCRIBED)
+    assert {None not in pair for pair in made} == {h % 4 == 0}
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 MANY_TOPS = [
@@ -79,9 +106,15 @@ def listed(entries: cells.Entries, order: torch.Tensor, blocks: int) -> list[tor
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("variant", [*VARIANTS, *MANY_TOPS])
 @pytest.mark.parametrize(
-    ("tail", "entries"), [("mean", 128), ("drop", 128), ("mean", 2), ("mean", 0)]
+    ("tail", "entries", "variant"),
+    [
+        pytest.param(tail, entries, *variant.values, id=f"{tail}-{entries}-{variant.id}")
+        for tail, entries in (("mean", 128), ("drop", 128), ("mean", 2), ("mean", 0))
+        for variant in (*VARIANTS, *MANY_TOPS)
+        # With all tops listed each variant; where some are not, those that touch what is listed.
+        if (tail, entries) == ("mean", 128) or variant.id in ("all", "weak softcap", "turned")
+    ],
 )
 def test_tails_by_definition(tail, entries, variant, monkeypatch):
     """Cells and entries as routing says; all other mass spread by the profile, or dropped.
@@ -145,6 +178,36 @@ def test_a_workspace_of_a_few_cells_changes_nothing(monkeypatch):
     _, cut = gradients(linear_logprob, *inputs, grad, **settings)
     for a, b in zip(cut, uncut, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_many_tokens_take_few_launches():
+    """Of 32,768 tokens at the size of Llama-3-8B, three launches a slice."""
+    tokens, blocks = 32768, 1002
+    hidden = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta")
+    capacity = triton_backward._cells_that_fit(hidden, blocks, tokens // 128)
+    assert cells.slice_count(blocks, tokens // 128, capacity) < 40
+    assert capacity * 128 * 128 * 2 + 8 * blocks * 4096 <= triton_backward.WORKSPACE_BYTES
+
+
+def test_the_sorted_tokens_make_room_for_the_result(monkeypatch):
+    sort_tokens, finish_hidden = triton_backward.sort_tokens, triton_backward.finish_hidden
+    made, left = [], []
+
+    def sort(*args):
+        tokens = sort_tokens(*args)
+        made.append(weakref.ref(tokens.hidden))
+        return tokens
+
+    def finish(*args):
+        left.extend(ref() for ref in made)
+        return finish_hidden(*args)
+
+    monkeypatch.setattr(triton_backward, "sort_tokens", sort)
+    monkeypatch.setattr(triton_backward, "finish_hidden", finish)
+    *inputs, grad = inputs_of(20, 16, 300)
+    gradients(linear_logprob, *inputs, grad, backend="triton")
+    assert len(made) == 1
+    assert left == [None]
 
 
 @pytest.mark.costly

@@ -168,12 +168,15 @@ def head_forward(tokens: int, hidden: int, vocab: int, compute_bytes: int, backe
 
 
 def head_backward(tokens: int, hidden: int, vocab: int, compute_bytes: int, backend: str) -> int:
-    """Bytes inside the head's backward: masses [B, N], dH in fp32, and the workspace."""
+    """Bytes inside the head's backward: masses [B, N], dH in fp32, and the workspace.
+
+    The Triton head's sorted hidden states are gone before the result takes as much.
+    """
     masses, blocks = tokens * num_blocks(vocab) * FP32, num_blocks(vocab)
     d_hidden = tokens * hidden * FP32
     if backend == "triton":
         cells = (blocks + 1) * -(-tokens // BLOCK) + 1
-        work = tokens * hidden * compute_bytes + cells * BLOCK * BLOCK * compute_bytes
+        work = cells * BLOCK * BLOCK * compute_bytes + 2 * blocks * hidden * FP32
         return masses + d_hidden + min(work, WORKSPACE)
     rows = min(tokens, CHUNK[0])
     buffers = CHUNK[0] * (CHUNK[1] + 2 * hidden) + rows + 2 * blocks * hidden

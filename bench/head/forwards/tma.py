@@ -1,7 +1,6 @@
 """The forward's product by tensor descriptors (TMA) and a persistent grid, for sm_90 and newer.
 
-Descriptors are made on the host: those made on the device need an allocator that worker threads do
-not have. On sm_80 it compiles to code that does not pipeline.
+On sm_80 it compiles to code that does not pipeline.
 """
 
 # Triton adds launch options to calls and gives constants as constexpr, which type checkers miss.
@@ -13,14 +12,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 from widemargin.kernels.linear_logprob import triton_forward
 from widemargin.kernels.linear_logprob.routing import BLOCK, num_blocks
-from widemargin.kernels.linear_logprob.tiles import Tile
+from widemargin.kernels.linear_logprob.tiles import Tile, Tiles
 from widemargin.kernels.linear_logprob.triton_forward import Statistics, profile_step
 from widemargin.kernels.linear_logprob.triton_tile import (
     FUSED,
     add_bias,
+    described_product,
+    descriptors,
     store_statistics,
     triton_dtype,
 )
@@ -56,13 +56,11 @@ def _forward_tma_kernel(
     """[ROWS, COLUMNS] tiles, dealt in turn; outputs as in `store_statistics`."""
     for unit in range(tl.program_id(0), tiles * groups, tl.num_programs(0)):
         tile, group = tile_of(unit, tiles, groups, TOGETHER)
-        acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-        for k in range(0, H, DEPTH):
-            a = hidden_desc.load([tile * ROWS, k])
-            b = weight_desc.load([group * COLUMNS, k])
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        z = described_product(
+            hidden_desc, weight_desc, tile * ROWS, group * COLUMNS, H, ROWS, COLUMNS, DEPTH
+        )
         offs_v = group * COLUMNS + tl.arange(0, COLUMNS)
-        z = add_bias(acc, bias_ptr, offs_v, offs_v < V, HAS_BIAS, ROUND)
+        z = add_bias(z, bias_ptr, offs_v, offs_v < V, HAS_BIAS, ROUND)
         store_statistics(
             z, tile, group, every, targets_ptr,
             partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
@@ -70,29 +68,27 @@ def _forward_tma_kernel(
         )  # fmt: skip
 
 
-def takes(call: HeadCall) -> bool:
-    """Whether descriptors can be made: no rounding on the way, rows of whole 16 bytes."""
-    return all(
-        x.dtype == call.compute_dtype
-        and x.stride(1) == 1
-        and x.stride(0) * x.element_size() % 16 == 0
-        and x.data_ptr() % 16 == 0
-        for x in (call.hidden, call.weight)
-    )
+def with_descriptors(tiles: Tiles) -> Tiles:
+    """The same tiles, with backward by descriptors too."""
+    described = [tile._replace(descriptors=True) for tile in tiles[1:]]
+    return Tiles(tiles.forward, *described)
 
 
 def launch(call: HeadCall, targets: Tensor, statistics: Statistics, tile: Tile) -> None:
     """As `triton_forward.launch`, which steps in where descriptors cannot be made."""
-    if not takes(call):
+    hidden, weight = call.hidden, call.weight
+    described = descriptors(
+        call.compute_dtype,
+        (hidden, [tile.rows, tile.depth]),
+        (weight, [tile.columns, tile.depth]),
+    )
+    if None in described:
         triton_forward.launch(call, targets, statistics, tile)
         return
-    hidden, weight = call.hidden, call.weight
     (rows, width), vocabulary = hidden.shape, len(weight)
     tiles, groups = triton.cdiv(rows, tile.rows), triton.cdiv(vocabulary, tile.columns)
     _forward_tma_kernel[(min(tiles * groups, _units(hidden.device)),)](
-        TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
-        TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
-        weight if call.bias is None else call.bias, targets, *statistics,
+        *described, weight if call.bias is None else call.bias, targets, *statistics,
         rows, width, vocabulary, num_blocks(vocabulary), tiles, groups,
         profile_step(rows), call.logit_scale, 1.0 if call.softcap is None else call.softcap,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WIDTH=BLOCK,
