@@ -136,6 +136,31 @@ def test_a_prompt_under_an_unknown_name_is_an_error_that_names_it(column):
     assert made([whole])[0] == [(TURN, f"{GOOD}<|end|>", f"{BAD}<|end|>")]
 
 
+def test_a_prompt_of_messages_under_any_name_is_an_error_that_names_it():
+    row = {"trajectory": [{"from": "human", "value": Q}], "source": "x", **SIDES}
+    with pytest.raises(UserError, match="prompt: trajectory"):
+        made([row | {"chosen": "Step 1: yes", "rejected": "Step 1: no"}])
+    row |= {"trajectory": json.dumps([user(Q)])}
+    assert made([row], columns={"prompt": "trajectory"})[0] == [
+        (TURN, f"{GOOD}<|end|>", f"{BAD}<|end|>")
+    ]
+
+
+def test_a_question_beside_whole_conversations_is_theirs_already():
+    sides = {
+        name: [{"role": "system", "content": "Be."}, user(f"{Q} "), bot(a)]
+        for name, a in SIDES.items()
+    }
+    texts, _ = made([{"instruction": Q, **sides}])
+    assert texts == made([sides])[0]
+
+
+def test_the_answer_at_the_end_of_a_conversation_is_no_part_of_the_prompt():
+    for talk in ([user(Q), bot(GOOD)], [user(Q)]):
+        texts, _ = made([{"conversations": talk, **SIDES}])
+        assert texts == [(TURN, f"{GOOD}<|end|>", f"{BAD}<|end|>")]
+
+
 def test_media_are_refused_and_empty_columns_of_them_are_not():
     row = {"prompt": [user(Q)], "chosen": [bot(GOOD)], "rejected": [bot(BAD)]}
     with pytest.raises(UserError, match="put the images themselves into its column images"):

@@ -34,11 +34,13 @@ def asked(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Ca
     """A question in ``column``, and two answers: a conversation."""
 
     def standard(row: Row) -> Row:
-        question = row[column]
+        question, sides = row[column], {"chosen": row[chosen], "rejected": row[rejected]}
+        if all(opens(as_messages(side)) for side in sides.values()):
+            return sides  # which hold the question
         extra = text(row, "input") if column == "instruction" else ""
         if isinstance(question, str) and extra:
             question = f"{question}\n{extra}"
-        return conversation(question, row[chosen], row[rejected])
+        return conversation(question, **sides)
 
     return standard
 
@@ -69,7 +71,10 @@ def talk(column: str) -> Callable[[Row], Row]:
         sides = {"chosen": row["chosen"], "rejected": row["rejected"]}
         if any(opens(as_messages(side)) for side in sides.values()):
             return sides
-        if isinstance(talk, list) and talk[-1:] == as_messages(row["chosen"]):
+        answer = as_messages(row["chosen"])
+        if isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
+        if isinstance(talk, list) and talk[-1:] == answer:
             talk = talk[:-1]
         return {"prompt": talk, **sides}
 
