@@ -137,8 +137,7 @@ class TurnScorer:
         keep = [True] * (start + len(side))
         self._leave_reasoning_out(keep, prompt, text, ids, self.text_prefix)
         flags = {NO_TURNS} if self.score in ("last_turn", "all_assistant") else set()
-        ended = self.eos_id is None or side[-1] in closing
-        return self._side(ids[:start] + side, keep, start, ended, flags)
+        return self._side(ids[:start] + side, keep, start, side[-1] in closing, flags)
 
     def conversation(
         self,
