@@ -29,6 +29,7 @@ from .formats.answers import DESIRABLE, NUMBER_COLUMNS
 from .formats.converters import label_of
 from .formats.messages import (
     MISSING,
+    REASONING,
     as_messages,
     content_text,
     in_forms,
@@ -197,6 +198,7 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any, alike: bool) -> 
         if prompt and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         else:  # in whole conversations two answers in a row are two messages
+            prompt = prompt[:-1] if _is_blank_answer(prompt[-1:]) else prompt
             begins = bool(prompt) and prompt[-1]["role"] == "assistant"
     identical = chosen == rejected and not alike
     _check_sides(_says_something(chosen), _says_something(rejected), identical)
@@ -242,6 +244,16 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 def _says_something(messages: Messages) -> bool:
     return any(content_text(message).strip() or message.get("tool_calls") for message in messages)
+
+
+def _is_blank_answer(messages: Messages) -> bool:
+    """Whether they end in an answer that is yet to be written, which only holds its place."""
+    return (
+        not _says_something(messages)
+        and bool(messages)
+        and messages[-1]["role"] == "assistant"
+        and not any(messages[-1].get(name) for name in REASONING)
+    )
 
 
 def _check_sides(chosen: Any, rejected: Any, identical: bool) -> None:

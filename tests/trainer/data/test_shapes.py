@@ -40,6 +40,10 @@ KNOWN = {
         "rejected": {"from": "gpt", "value": BAD},
     },
     "swift": {"messages": [user(Q), bot(GOOD)], "rejected_response": BAD},
+    "swift, conversations": {
+        "messages": [user(Q), bot(GOOD)], "rejected_messages": [user(Q), bot(BAD)],
+    },
+    "when2call": {"messages": [user(Q)], "chosen_response": bot(GOOD), "rejected_response": BAD},
     "argilla": {"instruction": Q, "chosen_response": GOOD, "rejected_response": BAD},
     "ultrafeedback": {
         "instruction": Q,
@@ -204,6 +208,9 @@ def test_tools_and_kwargs_of_the_run_reach_the_template_and_the_key():
         pairs, _ = tokenize_pairs(raw, tokenizer, settings)
         shown.append(str(tokenizer.decode(pairs[0]["prompt_ids"])))
     assert shown == [f'{{"name": "look"}}{Q}one', f'{{"name": "look"}}{Q}two']
+    for tools in ([{"name": "look"}], ['{"name": "look"}'], '[{"name": "look"}]'):
+        pairs, _ = tokenize_pairs(raw.add_column("tools", [tools]), tokenizer)
+        assert tokenizer.decode(pairs[0]["prompt_ids"]) == f'{{"name": "look"}}{Q}'
 
 
 def test_nulls_go_at_every_depth_but_not_from_lists():

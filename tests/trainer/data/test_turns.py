@@ -204,6 +204,13 @@ def test_a_begun_answer_goes_on() -> None:
     assert everything == "The capital is Paris<|im_end|>"
 
 
+@pytest.mark.parametrize("name", STYLES)
+def test_an_answer_yet_to_be_written_is_none(name: str) -> None:
+    row = {"prompt": [user("wet?")], "chosen": [bot("yes")], "rejected": [bot("no")]}
+    tokenizer = style(name)
+    assert scored(tokenizer, row | {"prompt": [user("wet?"), bot(" ")]}) == scored(tokenizer, row)
+
+
 def test_token_ids_say_what_is_not_scored_themselves() -> None:
     row = {"prompt_ids": [1], "chosen_ids": [4, 5, 6], "rejected_ids": [7], "chosen_unscored": [1],
            "rejected_unscored": []}  # fmt: skip

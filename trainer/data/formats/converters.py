@@ -63,15 +63,15 @@ def conversation(prompt: Any, chosen: Any, rejected: Any) -> Row:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def talk(column: str) -> Callable[[Row], Row]:
+def talk(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Row], Row]:
     """Messages before the answer in ``column``, unless the sides are conversations already."""
 
     def standard(row: Row) -> Row:
         talk = as_messages(row[column])
-        sides = {"chosen": row["chosen"], "rejected": row["rejected"]}
+        sides = {"chosen": row[chosen], "rejected": row[rejected]}
         if any(opens(as_messages(side)) for side in sides.values()):
             return sides
-        answer = as_messages(row["chosen"])
+        answer = as_messages(row[chosen])
         if isinstance(answer, str):
             answer = [{"role": "assistant", "content": answer}]
         if isinstance(talk, list) and talk[-1:] == answer:
@@ -84,6 +84,10 @@ def talk(column: str) -> Callable[[Row], Row]:
 def opens(side: Any) -> bool:
     first = side[0] if isinstance(side, list) and side else None
     return isinstance(first, dict) and first.get("role") in ("user", "system", "human")
+
+
+def whole(row: Row) -> Row:
+    return {"chosen": row["messages"], "rejected": row["rejected_messages"]}
 
 
 def swift(row: Row) -> Row:
