@@ -94,17 +94,17 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
                 "has no dropout"
             ) from error
         raise UserError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
+    if tied and model.get_input_embeddings() is not embedding:
+        raise UserError(
+            "peft_config: it trains the embedding, whose weight is also lm_head's here "
+            "(tie_word_embeddings), and would part them; leave the embedding out of "
+            "target_modules, modules_to_save and trainable_token_indices"
+        )
     adapted_head = model.get_output_embeddings()
     if adapted_head is not head or isinstance(adapted_head, BaseTunerLayer):
         raise UserError(
             "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
             "take; leave lm_head out of target_modules and modules_to_save"
-        )
-    if tied and model.get_input_embeddings() is not embedding:
-        raise UserError(
-            "peft_config: it trains the embedding, whose weight is also lm_head's here "
-            "(tie_word_embeddings), and would part them; leave the embedding out of "
-            "target_modules and modules_to_save"
         )
     return adapted
 
