@@ -99,7 +99,7 @@ def test_broken_json_is_named_by_line(tmp_path):
 
 @pytest.mark.parametrize("orient", ["columns", "list"])
 def test_a_file_of_columns_is_refused_with_the_remedy(tmp_path, orient):
-    table = Dataset.from_list(make_rows(2)).to_pandas()
+    table: Any = Dataset.from_list(make_rows(2)).to_pandas()
     columns = json.loads(table.to_json()) if orient == "columns" else table.to_dict("list")
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(columns))

@@ -165,16 +165,20 @@ def _shown(messages: Messages) -> int:
 def _as_stored(dataset: Any, column: str) -> Any:
     """What `cast_column` does for a column of single images, and not for one of lists."""
     dataset = copy.deepcopy(dataset)
-    dataset._info.features[column] = _undecoded(dataset.features[column])
+    dataset._info.features[column] = undecoded(dataset.features[column])
     return dataset
 
 
-def _undecoded(feature: Any) -> Any:
+def undecoded(feature: Any) -> Any:
+    """``feature`` with its images and sounds as they are stored, at every depth."""
+    if isinstance(feature, dict):
+        return {name: undecoded(each) for name, each in feature.items()}
     if isinstance(feature, list):
-        return [_undecoded(each) for each in feature]
+        return [undecoded(each) for each in feature]
     if hasattr(feature, "feature"):
-        return replace(feature, feature=_undecoded(feature.feature))
-    return replace(feature, decode=False) if hasattr(feature, "decode") else feature
+        return replace(feature, feature=undecoded(feature.feature))
+    media = hasattr(feature, "decode") and type(feature).__name__ != "Json"  # rows of mixed types
+    return replace(feature, decode=False) if media else feature
 
 
 def _is_embedded(stored: Any) -> bool:
