@@ -88,7 +88,7 @@ def as_messages(value: Any) -> Any:
             WRONG_TYPE, f"messages as text that is neither JSON nor a Python list: {parsed[:40]!r}"
         )
     single = _is_message(parsed)
-    if single and isinstance(value, str) and "role" in parsed:
+    if isinstance(value, str) and isinstance(parsed, dict) and "role" in parsed:
         single = bool({"content", "tool_calls"} & parsed.keys())  # else an answer in JSON
     parsed = [parsed] if single else parsed
     if isinstance(value, str) and not _are_messages(parsed):
