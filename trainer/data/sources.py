@@ -150,6 +150,8 @@ def checked_columns(
         return _tokens_of(name, dataset, columns, renamed or {})
     dataset = _renamed(name, _in_python(name, dataset), renamed or {})
     columns = dataset.column_names
+    if is_tokenized(dataset):
+        return _tokens_of(name, dataset, columns, {})
     shape = shape_of(tuple(columns), several)
     if shape is None:
         raise UserError(

@@ -114,6 +114,17 @@ def test_tokenized_columns_are_read_or_named():
     assert any("hold token ids" in note for note in notes)
 
 
+def test_token_ids_may_have_other_names():
+    """As in older versions of TRL."""
+    sides = ("prompt", "chosen", "rejected")
+    row = {f"{side}_input_ids": [number, 9] for number, side in enumerate(sides, 4)}
+    renamed = {f"{side}_ids": f"{side}_input_ids" for side in sides}
+    pairs, _ = tokenize_pairs(
+        Dataset.from_list([row]), tiny_tokenizer(), DataSettings(columns=renamed)
+    )
+    assert [pairs[0][name] for name in renamed] == [[4, 9], [5, 9], [6, 9]]
+
+
 def test_system_and_history_go_before_the_prompt():
     before = {"system": "In French.", "history": [["Hi", "Hello"]]}
     (triple,), _ = made([{"prompt": Q, **SIDES, **before}])
