@@ -142,6 +142,12 @@ def test_of_several_turns_only_the_assistants_are_scored(name: str) -> None:
         "rejected": [bot("5")],
     }
     assert scored(tokenizer, tooled)[1] == f"I look.{inner}31{last}"
+    called = {
+        "prompt": [*TALK[:1], bot("I look.")],
+        "chosen": [*TALK[:1], bot("I look."), TOOL, bot("31")],
+        "rejected": [*TALK[:1], bot("I look."), {**TOOL, "content": "5 degrees"}, bot("5")],
+    }
+    assert scored(tokenizer, called)[1] == f"31{last}"
     unfinished = tooled | {"chosen": [bot("I look."), TOOL]}
     assert scored(tokenizer, unfinished)[1] == f"I look.{inner}"
 
