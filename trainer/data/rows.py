@@ -200,6 +200,9 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any, alike: bool) -> 
         else:  # in whole conversations two answers in a row are two messages
             prompt = prompt[:-1] if _is_blank_answer(prompt[-1:]) else prompt
             begins = bool(prompt) and prompt[-1]["role"] == "assistant"
+    told = _told_to_both(chosen, rejected)
+    prompt, chosen, rejected = prompt + chosen[:told], chosen[told:], rejected[told:]
+    begins = begins and not told
     identical = chosen == rejected and not alike
     _check_sides(_says_something(chosen), _says_something(rejected), identical)
     if not prompt or any(side[0]["role"] in ("user", "system") for side in (chosen, rejected)):
@@ -233,6 +236,13 @@ def _continued(prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
 def _shared_messages(chosen: Messages, rejected: Messages) -> int:
     """Messages both sides begin with, leaving each side one."""
     return min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+
+
+def _told_to_both(chosen: Messages, rejected: Messages) -> int:
+    """Messages that both sides begin with before any answer, such as what a tool said."""
+    shared = _shared_messages(chosen, rejected) if chosen and rejected else 0
+    roles = [message["role"] for message in chosen[:shared]]
+    return next((i for i, role in enumerate(roles) if role != "tool"), shared)
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -86,6 +86,17 @@ def test_text_that_was_meant_as_messages_is_no_plain_text(written: str) -> None:
     assert row["status"] == OK
 
 
+def test_what_a_tool_says_before_both_answers_is_the_prompts() -> None:
+    tool = {"role": "tool", "content": "It is wet."}
+    asked = {"prompt": [*ASK, bot("I look.")], "chosen": [tool, *YES], "rejected": [tool, *NO]}
+    (one,), (other,) = (
+        tokenize(asked),
+        tokenize({**asked, "prompt": [*asked["prompt"], tool], "chosen": YES, "rejected": NO}),
+    )
+    assert one == other
+    assert (one["status"], one["flags"]) == (OK, set())
+
+
 def test_an_answer_in_json_is_no_message() -> None:
     answers = {"chosen": '{"role": "admin", "name": "Bo"}', "rejected": '{"role": "user"}'}
     (row,) = tokenize({"prompt": ASK, **answers})
