@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 
+from ..data.images.columns import undecoded
 from ..data.table import PairRows
 from ..data.table.columns import numbers_digest, tokens_digest
 from ..errors import UserError
@@ -41,12 +42,13 @@ def read_stream(stream: IterableDataset, most: int | None) -> Dataset:
     They lie in a temporary folder until the process ends, and only parts of them in memory.
     """
     folder = _temporary_folder()
+    stored = as_stored(stream if most is None else stream.take(most))
 
     def rows() -> Iterator[dict[str, Any]]:
-        yield from as_stored(stream if most is None else stream.take(most))
+        yield from stored
 
     try:
-        read: Any = Dataset.from_generator(rows, cache_dir=folder)
+        read: Any = Dataset.from_generator(rows, stored.features, cache_dir=folder)
     except Exception as error:
         raise _unreadable(error.__cause__ or error) from error
     return read
@@ -54,7 +56,10 @@ def read_stream(stream: IterableDataset, most: int | None) -> Dataset:
 
 def as_stored(stream: IterableDataset) -> IterableDataset:
     """``stream`` without its images and sounds decoded, which would open the files they name."""
-    return stream.decode(False) if stream.features else stream
+    if not stream.features:
+        return stream
+    # The first also undoes decoding in threads, but leaves rows of mixed types as JSON text.
+    return stream.decode(False).cast(Features(undecoded(stream.features)))
 
 
 class Shards:

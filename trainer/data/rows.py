@@ -29,6 +29,7 @@ from .formats.answers import DESIRABLE, NUMBER_COLUMNS
 from .formats.converters import label_of
 from .formats.messages import (
     MISSING,
+    REASONING,
     as_messages,
     content_text,
     in_forms,
@@ -197,7 +198,11 @@ def _conversation_pair(prompt: Any, chosen: Any, rejected: Any, alike: bool) -> 
         if prompt and all(side[: len(prompt)] == prompt for side in (chosen, rejected)):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         else:  # in whole conversations two answers in a row are two messages
+            prompt = prompt[:-1] if _is_blank_answer(prompt[-1:]) else prompt
             begins = bool(prompt) and prompt[-1]["role"] == "assistant"
+    told = _told_to_both(chosen, rejected)
+    prompt, chosen, rejected = prompt + chosen[:told], chosen[told:], rejected[told:]
+    begins = begins and not told
     identical = chosen == rejected and not alike
     _check_sides(_says_something(chosen), _says_something(rejected), identical)
     if not prompt or any(side[0]["role"] in ("user", "system") for side in (chosen, rejected)):
@@ -233,6 +238,13 @@ def _shared_messages(chosen: Messages, rejected: Messages) -> int:
     return min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
 
 
+def _told_to_both(chosen: Messages, rejected: Messages) -> int:
+    """Messages that both sides begin with before any answer, such as what a tool said."""
+    shared = _shared_messages(chosen, rejected) if chosen and rejected else 0
+    roles = [message["role"] for message in chosen[:shared]]
+    return next((i for i, role in enumerate(roles) if role != "tool"), shared)
+
+
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many items ``a`` and ``b`` share at their beginning."""
     if b[: len(a)] == a:
@@ -242,6 +254,16 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 def _says_something(messages: Messages) -> bool:
     return any(content_text(message).strip() or message.get("tool_calls") for message in messages)
+
+
+def _is_blank_answer(messages: Messages) -> bool:
+    """Whether they end in an answer that is yet to be written, which only holds its place."""
+    return (
+        not _says_something(messages)
+        and bool(messages)
+        and messages[-1]["role"] == "assistant"
+        and not any(messages[-1].get(name) for name in REASONING)
+    )
 
 
 def _check_sides(chosen: Any, rejected: Any, identical: bool) -> None:

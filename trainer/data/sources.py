@@ -150,6 +150,8 @@ def checked_columns(
         return _tokens_of(name, dataset, columns, renamed or {})
     dataset = _renamed(name, _in_python(name, dataset), renamed or {})
     columns = dataset.column_names
+    if is_tokenized(dataset):
+        return _tokens_of(name, dataset, columns, {})
     shape = shape_of(tuple(columns), several)
     if shape is None:
         raise UserError(
@@ -255,19 +257,32 @@ def _renamed(name: str, dataset: Any, names: Mapping[str, str]) -> Any:
 
 def _check_prompt(name: str, dataset: Any, shape: Shape, read: list[str]) -> None:
     """Raise ``UserError`` where there is no prompt but a column that seems to hold it."""
-    like = [column for column in dataset.column_names if column.casefold() in PROMPT_LIKE]
-    like = [column for column in like if column not in read]
-    if shape.needs != ("chosen", "rejected") or not like or not len(dataset):
+    if shape.needs != ("chosen", "rejected") or not len(dataset):
         return
     side = attempt(as_messages, dataset.select_columns(["chosen"])[0]["chosen"])
     answer = isinstance(side, str) and ANSWER_MARK not in side
     if isinstance(side, list) and side and isinstance(side[0], dict):
         answer = side[0].get("role") == "assistant"
-    if answer:
+    others = [column for column in dataset.column_names if column not in read]
+    like = [it for it in others if it.casefold() in PROMPT_LIKE or _asks(name, dataset, it)]
+    if answer and like:
         raise UserError(
             f"data set {name!r} has no column prompt, but {', '.join(like)}; set columns: "
             f"{{prompt: {like[0]}}}, or leave the column out if the answers hold the prompt"
         )
+
+
+def _asks(name: str, dataset: Any, column: str) -> bool:
+    """Whether a column of text or lists begins with messages, one of them a user's."""
+    try:
+        _check_text(name, column, dataset.features[column])
+    except UserError:  # nor is it opened to look
+        return False
+    value = attempt(as_messages, dataset.select_columns([column])[0][column])
+    roles = (
+        [it.get("role") for it in value if isinstance(it, dict)] if isinstance(value, list) else []
+    )
+    return "user" in roles or "human" in roles
 
 
 def _grouped(dataset: Any, notes: list[str]) -> Dataset:

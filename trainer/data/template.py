@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import datetime
 import functools
+import json
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .formats.messages import Messages, in_forms
+from .formats.messages import ARGUMENTS, Messages, in_forms
 
 if TYPE_CHECKING:
     from ..settings.data import DataSettings
@@ -20,19 +21,20 @@ _NOW = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
 _PROBES = ("PROBE", "ANOTHER")
 _PRINTED = re.compile(r"['\"]text['\"]")
 _ASK: Messages = [{"role": "user", "content": "?"}]
-_CALL: Any = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {}}}
-    ],
-}
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    call = {"type": "function", "id": "a1b2c3d4e", "function": function, **function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
 _TALKS: dict[str, tuple[Messages, Messages]] = {
     "user": ([], []),
     "system": ([], _ASK),
     "developer": ([], _ASK),
     "assistant": (_ASK, []),
-    "tool": ([*_ASK, _CALL], []),
+    "tool": ([*_ASK, _call({})], []),
 }
 """What stands before and after a message of each role."""
 _SHIPPED = Path(__file__).parent / "templates"
@@ -88,6 +90,7 @@ def content_forms(tokenizer: Any) -> dict[str, str]:
     """How the template wants each role's content: in "any" form, as "text" alone, or as "parts".
 
     A template that prints a list of parts as Python does, or writes the first alone, wants text.
+    Under `ARGUMENTS`: those of a call in "any" form, as a "mapping", or as the JSON "text" of one.
     """
     forms: dict[str, str] = {}
     for role, (before, after) in _TALKS.items():
@@ -99,7 +102,22 @@ def content_forms(tokenizer: Any) -> dict[str, str]:
         takes_parts = all(probe in listed for probe in _PROBES) and not _PRINTED.search(listed)
         takes_text = "".join(_PROBES) in text
         forms[role] = ("any" if takes_text else "parts") if takes_parts else "text"
-    return forms
+    return forms | {ARGUMENTS: _argument_form(tokenizer, in_forms(_ASK, forms))}
+
+
+def _argument_form(tokenizer: Any, ask: Messages) -> str:
+    """How the template wants the arguments of a call.
+
+    One that writes them as JSON would write text a second time, in quotes. Another adds them to
+    text, or prints a mapping as Python does.
+    """
+    mapping = dict([_PROBES])
+    text = json.dumps(mapping)
+    one, other = (_rendered(tokenizer, [*ask, _call(each)]) for each in (mapping, text))
+    takes_mapping = all(probe in one for probe in _PROBES) and f"'{_PROBES[0]}'" not in one
+    if takes_mapping == (text in other):  # either, or none of them
+        return "any"
+    return "mapping" if takes_mapping else "text"
 
 
 def _rendered(tokenizer: Any, messages: Messages) -> str:

@@ -137,8 +137,7 @@ class TurnScorer:
         keep = [True] * (start + len(side))
         self._leave_reasoning_out(keep, prompt, text, ids, self.text_prefix)
         flags = {NO_TURNS} if self.score in ("last_turn", "all_assistant") else set()
-        ended = self.eos_id is None or side[-1] in closing
-        return self._side(ids[:start] + side, keep, start, ended, flags)
+        return self._side(ids[:start] + side, keep, start, side[-1] in closing, flags)
 
     def conversation(
         self,
@@ -154,15 +153,17 @@ class TurnScorer:
 
         ``given`` is what the template is given beside the messages.
         """
-        end = _first(ids, self.ends.stops, start)
-        if not self._says(ids[start:end], special=True):
-            raise RowProblem(EMPTY_COMPLETION, "a completion renders to nothing but its end token")
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+        told = bool(answers) and answers[0] > first  # what tools said goes before the first answer
+        begin = self._begin(messages, answers[0], ids, given) if told else start
+        end = _first(ids, self.ends.stops, begin)
+        if not self._says(ids[begin:end], special=True):
+            raise RowProblem(EMPTY_COMPLETION, "a completion renders to nothing but its end token")
         if not answers:
             roles = ", ".join(dict.fromkeys(str(m["role"]) for m in messages[first:]))
             raise RowProblem(NOT_SCORED, f"its messages have the role {roles}, not assistant")
         keep = [False] * len(ids)
-        begins = [start, *(self._begin(messages, i, ids, given) for i in answers[1:]), len(ids)]
+        begins = [begin, *(self._begin(messages, i, ids, given) for i in answers[1:]), len(ids)]
         cut = start
         for i, begin, limit in zip(answers, begins, begins[1:], strict=False):
             cut = self._end(messages, i, ids, begin, limit, given)

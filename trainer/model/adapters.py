@@ -74,7 +74,8 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
             f"peft_config: {type(peft_config).__name__} adds virtual tokens, which shift where "
             "completions are predicted; use LoRA or another adapter of weights"
         )
-    if hasattr(model, "get_base_model"):
+    injected = any(isinstance(part, BaseTunerLayer) for part in model.modules())
+    if injected or hasattr(model, "get_base_model"):
         raise UserError("peft_config: the model has an adapter already; give one or the other")
     head: Any = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
@@ -94,19 +95,28 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
                 "has no dropout"
             ) from error
         raise UserError(f"peft_config: {' '.join(str(error).split())[:400]}") from error
+    if tied and model.get_input_embeddings() is not embedding:
+        raise UserError(
+            "peft_config: it trains the embedding, whose weight is also lm_head's here "
+            "(tie_word_embeddings), and would part them; leave the embedding out of "
+            "target_modules, modules_to_save and trainable_token_indices"
+        )
     adapted_head = model.get_output_embeddings()
     if adapted_head is not head or isinstance(adapted_head, BaseTunerLayer):
         raise UserError(
             "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
             "take; leave lm_head out of target_modules and modules_to_save"
         )
-    if tied and model.get_input_embeddings() is not embedding:
-        raise UserError(
-            "peft_config: it trains the embedding, whose weight is also lm_head's here "
-            "(tie_word_embeddings), and would part them; leave the embedding out of "
-            "target_modules and modules_to_save"
-        )
     return adapted
+
+
+def refuse_both(model: Any, name: str) -> None:
+    """Raise ``UserError`` where transformers put an adapter, of the same folder, into ``model``."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model {name}: keep a full model or an adapter there, without the other's files; it "
+            "has both, and transformers would take the adapter's base"
+        )
 
 
 def _leave_tower(model: Any, peft_config: Any) -> None:

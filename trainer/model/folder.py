@@ -79,6 +79,13 @@ def writing_model(folder: Path, *, keep_merged: bool = False) -> Iterator[Path]:
         logger.warning("Removed from %s, of an earlier model: %s", folder, ", ".join(stale))
 
 
+def is_model(folder: Path) -> bool:
+    """Whether ``folder`` holds a model, and no adapter with its model's config beside it."""
+    weights = [path for pattern in WEIGHTS[2:] for path in folder.glob(pattern)]
+    alone = not weights and (folder / ADAPTER[0]).is_file()
+    return (folder / WEIGHTS[0]).is_file() and not alone
+
+
 def model_files(folder: Path) -> list[Path]:
     """The files of a model in ``folder``, by their names."""
     return sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))

@@ -11,7 +11,8 @@ from ..data.template import own_tokenizer
 from ..errors import UserError, refusals
 from ..files import read_json
 from ..settings.model import ModelSettings
-from .adapters import bare_model, quantization_config
+from .adapters import bare_model, quantization_config, refuse_both
+from .folder import is_model
 from .head import Scoring, patch_head
 from .tensor_parallel import refuse_sharded
 
@@ -118,6 +119,7 @@ def load_model(
         output_loading_info=True,
         **({} if quantization is None else {"quantization_config": quantization}),
     )
+    refuse_both(model, name)
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(
@@ -188,9 +190,7 @@ def adapted_model(settings: ModelSettings, name: str) -> ModelSettings | None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return None
-    if _looks_local(name) and not folder.is_dir():
+    if is_model(folder) or (_looks_local(name) and not folder.is_dir()):
         return None
     where = str(folder) if folder.is_dir() else name
     try:

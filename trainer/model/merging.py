@@ -105,7 +105,7 @@ def merge_folder(folder: Path, out: Path | None, dtype: str, trust_remote_code: 
     base = adapted_model(settings, str(folder))
     if base is None:
         raise UserError(
-            f"{folder}: expected an adapter's folder, with adapter_config.json and no config.json; "
+            f"{folder}: expected an adapter's folder, with adapter_config.json and no full model; "
             "a full model's folder has nothing to merge"
         )
     adapted: Any = load_model(settings)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 from safetensors.torch import load_file
 from widemargin.trainer import PreferenceTrainer
-from widemargin.trainer.batching.streams import Shards, StreamedRows
+from widemargin.trainer.batching.streams import Shards, StreamedRows, read_stream
 from widemargin.trainer.errors import UserError
 
 from tests.support.tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_pairs
@@ -69,6 +70,17 @@ def test_a_shard_is_filled_with_rows_that_can_train_and_from_the_beginning_again
     again.places[2] = (1, 3)
     assert list(again.read(2)["number"]) == [3, 6, 0]
     assert list(plain_shards(shards.stream, 3).read(3)["number"]) == [2, 3, 6]
+
+
+def test_rows_of_several_types_are_read_as_they_are_in_a_data_set(tmp_path):
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}
+    kinds = ({}, {"tool_calls": [call]})
+    rows = [{"chosen": [{"role": "assistant", "content": "", **kind}]} for kind in kinds]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream: Any = load_dataset("json", data_dir=str(tmp_path), split="train", streaming=True)
+    shards = Shards(stream, 2, lambda parts, folder: parts[0])
+    assert shards.read(0).to_list() == rows
+    assert read_stream(stream, None).to_list() == rows
 
 
 def test_a_shuffled_stream_is_shuffled_anew_in_every_pass():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
@@ -12,6 +13,7 @@ from widemargin.trainer.data import guard, limits, rows
 from widemargin.trainer.data.encoder import TripleEncoder, cut_mark, encode
 from widemargin.trainer.data.formats import converters, messages
 from widemargin.trainer.data.limits import OK, Limits
+from widemargin.trainer.data.pairs import tokenize_pairs
 from widemargin.trainer.data.template import read_chat_template
 
 from tests.support.chat_tokenizers import FAMILIES, family_tokenizer
@@ -38,6 +40,14 @@ def test_plain_text_gets_one_bos_and_one_eos() -> None:
     (row,) = tokenize(plain, adds_bos=False)
     assert text(row["prompt_ids"]) == "Is water wet?"
     assert text(row["rejected_ids"]) == " no</s>"
+
+
+def test_plain_text_that_no_token_can_end_is_counted() -> None:
+    plain = {"prompt": "Is water wet?", "chosen": " yes", "rejected": " no"}
+    tokenizer: Any = tiny_tokenizer(None)
+    tokenizer.eos_token = None
+    _, report = tokenize_pairs(Dataset.from_list([plain]), tokenizer)
+    assert {limits.CHOSEN_NO_END, limits.REJECTED_NO_END} <= report.flags.keys()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

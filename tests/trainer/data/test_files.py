@@ -97,6 +97,18 @@ def test_broken_json_is_named_by_line(tmp_path):
         loaded(tmp_path / "pairs.jsonl")
 
 
+@pytest.mark.parametrize("orient", ["columns", "list"])
+def test_a_file_of_columns_is_refused_with_the_remedy(tmp_path, orient):
+    table: Any = Dataset.from_list(make_rows(2)).to_pandas()
+    columns = json.loads(table.to_json()) if orient == "columns" else table.to_dict("list")
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(columns))
+    with pytest.raises(UserError, match="orient='records'"):
+        loaded(path)
+    table.to_json(path, orient="records", lines=True)
+    assert len(loaded(path).train) == 2
+
+
 def test_a_subset_stands_after_a_colon(monkeypatch):
     asked = []
 

@@ -61,6 +61,21 @@ def test_images_come_before_a_text_that_has_no_place_for_them():
     assert prompts([single]) == prompts([plain_bytes]) == [expected]
 
 
+@pytest.mark.parametrize("form", ["text", "parts"])
+def test_marks_in_the_text_are_places_of_images(form):
+    """As in LLaMA-Factory, ms-swift and LLaVA."""
+    text = "<image>\nWhat is it, and <image>?"
+    said = text if form == "text" else [{"type": "text", "text": text}]
+    places = [{"type": "image"}, {"type": "text", "text": "\nWhat is it, and "},
+              {"type": "image"}, {"type": "text", "text": "?"}]  # fmt: skip
+    two = {"images": embedded(picture(0), picture(1))}
+    rows = [ROW | {"prompt": [user(content)], **two} for content in (said, places)]
+    one, other = (prompts([row]) for row in rows)
+    assert one == other
+    with pytest.raises(UserError, match="differ in number"):
+        made([rows[0] | {"images": embedded(picture(0))}])
+
+
 def test_a_stream_of_images_is_read_as_it_is_stored():
     stored = read_stream(Dataset.from_list(image_rows(2)).to_iterable_dataset(), None)
     assert tokenize_pairs(stored, tokenizer())[0]["images"] == made(image_rows(2))[0]["images"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from widemargin.trainer.data import rows
 from widemargin.trainer.data.limits import OK, PROMPT_TWICE
@@ -82,6 +84,25 @@ def test_text_that_was_meant_as_messages_is_no_plain_text(written: str) -> None:
     code = "{'a': 1}"
     (row,) = tokenize({"prompt": code, "chosen": "{'b': 2", "rejected": "[no"})
     assert row["status"] == OK
+
+
+def test_what_a_tool_says_before_both_answers_is_the_prompts() -> None:
+    tool = {"role": "tool", "content": "It is wet."}
+    asked = {"prompt": [*ASK, bot("I look.")], "chosen": [tool, *YES], "rejected": [tool, *NO]}
+    (one,), (other,) = (
+        tokenize(asked),
+        tokenize({**asked, "prompt": [*asked["prompt"], tool], "chosen": YES, "rejected": NO}),
+    )
+    assert one == other
+    assert (one["status"], one["flags"]) == (OK, set())
+
+
+def test_an_answer_in_json_is_no_message() -> None:
+    answers = {"chosen": '{"role": "admin", "name": "Bo"}', "rejected": '{"role": "user"}'}
+    (row,) = tokenize({"prompt": ASK, **answers})
+    assert [text(part) for part in ids(row)[1:]] == [f"{each}<|end|>" for each in answers.values()]
+    (row,) = tokenize({"prompt": ASK, "chosen": json.dumps(bot("yes")), "rejected": "no"})
+    assert text(row["chosen_ids"]) == "yes<|end|>"
 
 
 def test_answers_that_repeat_their_prompt_are_counted() -> None:

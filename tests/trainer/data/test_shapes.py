@@ -40,6 +40,10 @@ KNOWN = {
         "rejected": {"from": "gpt", "value": BAD},
     },
     "swift": {"messages": [user(Q), bot(GOOD)], "rejected_response": BAD},
+    "swift, conversations": {
+        "messages": [user(Q), bot(GOOD)], "rejected_messages": [user(Q), bot(BAD)],
+    },
+    "when2call": {"messages": [user(Q)], "chosen_response": bot(GOOD), "rejected_response": BAD},
     "argilla": {"instruction": Q, "chosen_response": GOOD, "rejected_response": BAD},
     "ultrafeedback": {
         "instruction": Q,
@@ -110,6 +114,17 @@ def test_tokenized_columns_are_read_or_named():
     assert any("hold token ids" in note for note in notes)
 
 
+def test_token_ids_may_have_other_names():
+    """As in older versions of TRL."""
+    sides = ("prompt", "chosen", "rejected")
+    row = {f"{side}_input_ids": [number, 9] for number, side in enumerate(sides, 4)}
+    renamed = {f"{side}_ids": f"{side}_input_ids" for side in sides}
+    pairs, _ = tokenize_pairs(
+        Dataset.from_list([row]), tiny_tokenizer(), DataSettings(columns=renamed)
+    )
+    assert [pairs[0][name] for name in renamed] == [[4, 9], [5, 9], [6, 9]]
+
+
 def test_system_and_history_go_before_the_prompt():
     before = {"system": "In French.", "history": [["Hi", "Hello"]]}
     (triple,), _ = made([{"prompt": Q, **SIDES, **before}])
@@ -134,6 +149,31 @@ def test_a_prompt_under_an_unknown_name_is_an_error_that_names_it(column):
         made([{column: Q, "chosen": "It is so.", "rejected": "It is not."}])
     whole = {"chosen": [user(Q), bot(GOOD)], "rejected": [user(Q), bot(BAD)], column: "source"}
     assert made([whole])[0] == [(TURN, f"{GOOD}<|end|>", f"{BAD}<|end|>")]
+
+
+def test_a_prompt_of_messages_under_any_name_is_an_error_that_names_it():
+    row = {"trajectory": [{"from": "human", "value": Q}], "source": "x", **SIDES}
+    with pytest.raises(UserError, match="prompt: trajectory"):
+        made([row | {"chosen": "Step 1: yes", "rejected": "Step 1: no"}])
+    row |= {"trajectory": json.dumps([user(Q)])}
+    assert made([row], columns={"prompt": "trajectory"})[0] == [
+        (TURN, f"{GOOD}<|end|>", f"{BAD}<|end|>")
+    ]
+
+
+def test_a_question_beside_whole_conversations_is_theirs_already():
+    sides = {
+        name: [{"role": "system", "content": "Be."}, user(f"{Q} "), bot(a)]
+        for name, a in SIDES.items()
+    }
+    texts, _ = made([{"instruction": Q, **sides}])
+    assert texts == made([sides])[0]
+
+
+def test_the_answer_at_the_end_of_a_conversation_is_no_part_of_the_prompt():
+    for talk in ([user(Q), bot(GOOD)], [user(Q)]):
+        texts, _ = made([{"conversations": talk, **SIDES}])
+        assert texts == [(TURN, f"{GOOD}<|end|>", f"{BAD}<|end|>")]
 
 
 def test_media_are_refused_and_empty_columns_of_them_are_not():
@@ -179,6 +219,9 @@ def test_tools_and_kwargs_of_the_run_reach_the_template_and_the_key():
         pairs, _ = tokenize_pairs(raw, tokenizer, settings)
         shown.append(str(tokenizer.decode(pairs[0]["prompt_ids"])))
     assert shown == [f'{{"name": "look"}}{Q}one', f'{{"name": "look"}}{Q}two']
+    for tools in ([{"name": "look"}], ['{"name": "look"}'], '[{"name": "look"}]'):
+        pairs, _ = tokenize_pairs(raw.add_column("tools", [tools]), tokenizer)
+        assert tokenizer.decode(pairs[0]["prompt_ids"]) == f'{{"name": "look"}}{Q}'
 
 
 def test_nulls_go_at_every_depth_but_not_from_lists():

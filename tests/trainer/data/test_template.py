@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 from widemargin.trainer.data import DataSettings
+from widemargin.trainer.data.formats.messages import in_forms
 from widemargin.trainer.data.pairs import tokenize_pairs
-from widemargin.trainer.data.template import bos_apart, own_tokenizer, with_template
+from widemargin.trainer.data.template import (
+    bos_apart,
+    content_forms,
+    own_tokenizer,
+    with_template,
+)
 from widemargin.trainer.errors import UserError
 
 from tests.support.pair_rows import bot, user
@@ -78,6 +85,41 @@ def test_system_text_of_a_last_user_turn_is_folded_in() -> None:
     )
     with pytest.raises(UserError, match="put it into the first user message"):
         tokenize_pairs(Dataset.from_list([row]), tokenizer)
+
+
+def calling(arguments: str) -> str:
+    """A template that writes calls, their arguments so."""
+    return (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        f"{{% set given = c.function.arguments %}}{{{{ {arguments} }}}}{{% endfor %}}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+
+
+@pytest.mark.parametrize("given", ['{"city": "Łódź", "to": null}', {"city": "Łódź", "to": None}])
+@pytest.mark.parametrize(
+    "arguments",
+    ["given | tojson", "given if given is string else given | tojson", "'' + given", "given"],
+    ids=["as JSON", "as JSON or text", "added to text", "printed"],
+)
+def test_arguments_of_calls_are_written_once_and_as_json(arguments: str, given: Any) -> None:
+    tokenizer = tiny_tokenizer(calling(arguments))
+    call = {"type": "function", "function": {"name": "fly", "arguments": given}}
+    messages = in_forms([{**bot(""), "tool_calls": [call]}], content_forms(tokenizer))
+    written = tokenizer.apply_chat_template([user("?"), *messages], tokenize=False)
+    assert json.loads(str(written).split("<|assistant|>")[1].split("<|end|>")[0]) == {
+        "city": "Łódź",
+        "to": None,
+    }
+
+
+def test_arguments_that_are_no_json_stay_and_blank_ones_are_none() -> None:
+    forms = content_forms(tiny_tokenizer(calling("given | tojson")))
+    for given, right in (('{"city": ', '{"city": '), (" ", {})):
+        [message] = in_forms(
+            [{**bot(""), "tool_calls": [{"name": "fly", "arguments": given}]}], forms
+        )
+        assert message["tool_calls"] == [{"name": "fly", "arguments": right}]
 
 
 def test_several_named_templates_are_no_shipped_one():

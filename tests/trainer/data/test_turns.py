@@ -142,6 +142,12 @@ def test_of_several_turns_only_the_assistants_are_scored(name: str) -> None:
         "rejected": [bot("5")],
     }
     assert scored(tokenizer, tooled)[1] == f"I look.{inner}31{last}"
+    called = {
+        "prompt": [*TALK[:1], bot("I look.")],
+        "chosen": [*TALK[:1], bot("I look."), TOOL, bot("31")],
+        "rejected": [*TALK[:1], bot("I look."), {**TOOL, "content": "5 degrees"}, bot("5")],
+    }
+    assert scored(tokenizer, called)[1] == f"31{last}"
     unfinished = tooled | {"chosen": [bot("I look."), TOOL]}
     assert scored(tokenizer, unfinished)[1] == f"I look.{inner}"
 
@@ -202,6 +208,13 @@ def test_a_begun_answer_goes_on() -> None:
         assert tokens["prompt_ids"] == open_end
     everything = scored(style("chatml"), row, score="all_assistant")[1]
     assert everything == "The capital is Paris<|im_end|>"
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_an_answer_yet_to_be_written_is_none(name: str) -> None:
+    row = {"prompt": [user("wet?")], "chosen": [bot("yes")], "rejected": [bot("no")]}
+    tokenizer = style(name)
+    assert scored(tokenizer, row | {"prompt": [user("wet?"), bot(" ")]}) == scored(tokenizer, row)
 
 
 def test_token_ids_say_what_is_not_scored_themselves() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation.models import read_model
 from widemargin.trainer.evaluation.settings import PairSettings
+from widemargin.trainer.model.adapters import with_adapter
+from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.model.loading import load_model, load_model_config, load_tokenizer
 
-from tests.support.tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs
+from tests.support.tiny_models import TOKENIZER, parameters_of, tiny_config, tiny_model, tiny_pairs
 
 
 @pytest.fixture
@@ -61,6 +64,28 @@ def test_the_first_loss_is_that_of_the_adapted_model(folders, tmp_path):
     args = tiny_config(tmp_path / "run", objective="dpo", max_steps=1)
     result = PreferenceTrainer(str(folders[1]), args, train_dataset=tiny_pairs()).train()
     assert result.training_loss == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_an_adapter_beside_its_models_config_is_an_adapter(folders, tmp_path):
+    """As axolotl writes it."""
+    base, adapter = folders
+    settings: Any = tiny_config(tmp_path / "run", model_name_or_path=str(adapter))
+    expected = load_model(settings)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter / name)
+    found = load_model(settings)
+    assert isinstance(found, PeftModel)
+    assert torch.equal(parameters_of(found), parameters_of(expected))
+    shutil.copy(base / "model.safetensors", adapter)
+    with pytest.raises(UserError, match="it has both"):
+        load_model(settings)
+
+
+def test_an_adapter_that_transformers_put_into_a_model_is_one(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    patch_head(model)
+    with pytest.raises(UserError, match="has an adapter already"):
+        with_adapter(model, LoraConfig(target_modules=["k_proj"], r=2))
 
 
 def test_config_tokenizer_and_evaluation_read_it_too(folders):

@@ -211,6 +211,8 @@ REFUSED = [
                  "tie_word_embeddings", id="tied embedding saved"),
     pytest.param({"target_modules": ["embed_tokens"]}, {"tie_word_embeddings": True},
                  "tie_word_embeddings", id="tied embedding"),
+    pytest.param({"trainable_token_indices": [3]}, {"tie_word_embeddings": True},
+                 "and trainable_token_indices", id="some tokens of a tied embedding"),
     pytest.param({"target_modules": ["no_such_layer"]}, {}, "no_such_layer", id="unknown"),
 ]  # fmt: skip
 

@@ -34,11 +34,13 @@ def asked(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Ca
     """A question in ``column``, and two answers: a conversation."""
 
     def standard(row: Row) -> Row:
-        question = row[column]
+        question, sides = row[column], {"chosen": row[chosen], "rejected": row[rejected]}
+        if all(opens(as_messages(side)) for side in sides.values()):
+            return sides  # which hold the question
         extra = text(row, "input") if column == "instruction" else ""
         if isinstance(question, str) and extra:
             question = f"{question}\n{extra}"
-        return conversation(question, row[chosen], row[rejected])
+        return conversation(question, **sides)
 
     return standard
 
@@ -61,15 +63,18 @@ def conversation(prompt: Any, chosen: Any, rejected: Any) -> Row:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def talk(column: str) -> Callable[[Row], Row]:
+def talk(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Row], Row]:
     """Messages before the answer in ``column``, unless the sides are conversations already."""
 
     def standard(row: Row) -> Row:
         talk = as_messages(row[column])
-        sides = {"chosen": row["chosen"], "rejected": row["rejected"]}
+        sides = {"chosen": row[chosen], "rejected": row[rejected]}
         if any(opens(as_messages(side)) for side in sides.values()):
             return sides
-        if isinstance(talk, list) and talk[-1:] == as_messages(row["chosen"]):
+        answer = as_messages(row[chosen])
+        if isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
+        if isinstance(talk, list) and talk[-1:] == answer:
             talk = talk[:-1]
         return {"prompt": talk, **sides}
 
@@ -79,6 +84,10 @@ def talk(column: str) -> Callable[[Row], Row]:
 def opens(side: Any) -> bool:
     first = side[0] if isinstance(side, list) and side else None
     return isinstance(first, dict) and first.get("role") in ("user", "system", "human")
+
+
+def whole(row: Row) -> Row:
+    return {"chosen": row["messages"], "rejected": row["rejected_messages"]}
 
 
 def swift(row: Row) -> Row:

@@ -90,6 +90,18 @@ def trouble(path: str) -> str:
     return ""
 
 
+def refuse_columns(name: str, path: str, rows: Dataset) -> None:
+    """Raise ``UserError`` where one row of JSON is all rows by column, as pandas writes them."""
+    columns = list(rows[0].values()) if len(rows) == 1 else []
+    by_number = all(isinstance(it, dict) and "0" in it for it in columns)
+    texts = all(isinstance(it, list) and it and isinstance(it[0], str) for it in columns)
+    if columns and (by_number or texts):
+        raise UserError(
+            f"data set {name!r}: write {os.path.basename(path)} row by row (pandas: to_json(path, "
+            "orient='records', lines=True)); it has its columns one after another"
+        )
+
+
 def nests_too_deeply(path: str) -> bool:
     """Whether JSON in a file is nested so deeply that a reader of pandas or pyarrow would crash."""
     level = lowest = 0

@@ -11,7 +11,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from .damage import nests_too_deeply, opened, trouble, unpacked_name, with_config
+from .damage import (
+    nests_too_deeply,
+    opened,
+    refuse_columns,
+    trouble,
+    unpacked_name,
+    with_config,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -159,7 +166,10 @@ def load_files(name: str, paths: list[str]) -> Dataset:
         _check_content(name, paths)
         options = _table_options(name, ending, paths) if _BUILDERS[ending] == "csv" else {}
         unpacked = [_without_zstd(path) for path in paths]
-        return load_dataset(_BUILDERS[ending], data_files=unpacked, split="train", **options)
+        rows = load_dataset(_BUILDERS[ending], data_files=unpacked, split="train", **options)
+        if _BUILDERS[ending] == "json":
+            refuse_columns(name, paths[0], rows)
+        return rows
     except UserError:
         raise
     except Exception as error:  # pyarrow, json and datasets each have their own

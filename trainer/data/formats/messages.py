@@ -8,6 +8,7 @@ images.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,8 @@ WRONG_TYPE = "wrong type"
 NOT_TEXT = "content that is not text"
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
+ARGUMENTS = "arguments of a call"
+"""What has a form beside the content of each role: see `in_forms`."""
 MESSAGE_FIELDS = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
 """What is read of a message, or missed where the template leaves it out."""
 SHAREGPT_ROLES = {
@@ -84,7 +87,10 @@ def as_messages(value: Any) -> Any:
         raise RowProblem(
             WRONG_TYPE, f"messages as text that is neither JSON nor a Python list: {parsed[:40]!r}"
         )
-    parsed = [parsed] if _is_message(parsed) else parsed
+    single = _is_message(parsed)
+    if isinstance(value, str) and isinstance(parsed, dict) and "role" in parsed:
+        single = bool({"content", "tool_calls"} & parsed.keys())  # else an answer in JSON
+    parsed = [parsed] if single else parsed
     if isinstance(value, str) and not _are_messages(parsed):
         return value
     if not isinstance(parsed, list):
@@ -171,9 +177,12 @@ def content_text(message: dict[str, Any]) -> str:
 
 
 def in_forms(messages: Messages, forms: Mapping[str, str]) -> Messages:
-    """``messages`` with content as ``forms`` has it for each role: `template.content_forms`."""
-    usual = forms.get("user", "any")
-    return [_in_form(message, forms.get(message["role"], usual)) for message in messages]
+    """``messages`` with content and calls as ``forms`` has them: `template.content_forms`."""
+    usual, arguments = forms.get("user", "any"), forms.get(ARGUMENTS, "any")
+    return [
+        _calls_in_form(_in_form(message, forms.get(message["role"], usual)), arguments)
+        for message in messages
+    ]
 
 
 def _in_form(message: dict[str, Any], form: str) -> dict[str, Any]:
@@ -183,3 +192,25 @@ def _in_form(message: dict[str, Any], form: str) -> dict[str, Any]:
     if form == "text" and isinstance(content, list):
         return {**message, "content": content_text(message)}
     return message
+
+
+def _calls_in_form(message: dict[str, Any], form: str) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if form == "any" or not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call_in_form(call, form) for call in calls]}
+
+
+def _call_in_form(call: Any, form: str) -> Any:
+    """A call with its arguments as a mapping or as the JSON text of one."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call_in_form(call["function"], form)}
+    given = call.get("arguments")
+    if form == "mapping" and isinstance(given, str):
+        mapping = from_json(given) if given.strip() else {}
+        return {**call, "arguments": mapping} if isinstance(mapping, dict) else call
+    if form == "text" and isinstance(given, dict):
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False)}
+    return call

@@ -26,6 +26,7 @@ from .converters import (
     swift,
     talk,
     text,
+    whole,
 )
 from .messages import MISSING, WRONG_TYPE, RowProblem, as_messages, from_json, kind, without_nulls
 
@@ -131,7 +132,16 @@ SHAPES = (
         Shape("ShareGPT", (column, "chosen", "rejected"), talk(column))
         for column in ("conversations", "conversation", "messages")
     ),
+    *(
+        Shape(
+            "responses to messages",
+            (column, "chosen_response", "rejected_response"),
+            talk(column, "chosen_response", "rejected_response"),
+        )
+        for column in ("messages", "conversations")
+    ),
     Shape("ms-swift", ("messages", "rejected_response"), swift),
+    Shape("ms-swift", ("messages", "rejected_messages"), whole),
     Shape("orca_dpo", ("question", "chosen", "rejected"), asked("question")),
     Shape("Alpaca", ("instruction", "chosen", "rejected"), asked("instruction"), ("input",)),
     Shape("orca_dpo", ("system", "input", "chosen", "rejected"), asked("input")),
@@ -251,6 +261,7 @@ def arguments_of(row: Row) -> dict[str, Any]:
     """
     given = (None if row.get(name) in ("", "null") else row.get(name) for name in ARGUMENTS)
     tools, others = (without_nulls(from_json(value)) for value in given)
+    tools = [from_json(tool) for tool in tools] if isinstance(tools, list) else tools
     if tools is not None and not (
         isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
     ):

@@ -29,6 +29,9 @@ MEDIA = (*IMAGE_COLUMNS, "video", "videos", "audio", "audios", "pixel_values")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded; other formats have readers that start programs, such as PostScript's."""
 
+MARK = "<image>"
+"""Where LLaVA's, LLaMA-Factory's and ms-swift's text shows an image."""
+
 NOT_ONE_EACH = "images and their places in the prompt differ in number"
 IMAGES_BEFORE_TURNS = "images before an answer of several turns"
 UNREADABLE = "an image that cannot be read"
@@ -97,23 +100,46 @@ def show_images(pair: Pair, row: dict[str, Any]) -> None:
 
 
 def with_images(prompt: Messages, answers: Messages, images: list[bytes]) -> Messages:
-    """``prompt`` with a part for each image: its own, or before the first user message's text."""
+    """``prompt`` with a part for each image: its own, at `MARK`s, or before the first question."""
     if _shown(answers):
         raise RowProblem(NOT_TEXT, "an answer has a part of type 'image'")
+    if images and not _shown(prompt):
+        prompt = [_at_marks(m) if m["role"] == "user" else m for m in prompt]
+        prompt = prompt if _shown(prompt) else _before_text(prompt, images)
     shown = _shown(prompt)
-    if images and not shown:
-        asked = next((i for i, m in enumerate(prompt) if m["role"] == "user"), None)
-        if asked is None:
-            raise RowProblem(NOT_ONE_EACH, "no user message to show them in")
-        content = prompt[asked]["content"]
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        shows = {**prompt[asked], "content": [dict(IMAGE_PART) for _ in images] + parts}
-        return [*prompt[:asked], shows, *prompt[asked + 1 :]]
     if shown != len(images):
         if not images:
             raise RowProblem(NOT_TEXT, "prompt has a part of type 'image', and its row no image")
-        raise RowProblem(NOT_ONE_EACH, f"{len(images)} images, {shown} parts of type 'image'")
+        raise RowProblem(
+            NOT_ONE_EACH, f"{len(images)} images, {shown} parts of type 'image' or marks {MARK}"
+        )
     return prompt
+
+
+def _at_marks(message: dict[str, Any]) -> dict[str, Any]:
+    """``message`` with a part for each `MARK` of its text."""
+    parts = _parts(message["content"])
+    if not any(MARK in part.get("text", "") for part in parts):
+        return message
+    placed: list[dict[str, Any]] = []
+    for part in parts:
+        for i, text in enumerate(part.get("text", "").split(MARK)):
+            placed += [dict(IMAGE_PART)] if i else []
+            placed += [{**part, "text": text}] if text else []
+    return {**message, "content": placed}
+
+
+def _before_text(prompt: Messages, images: list[bytes]) -> Messages:
+    """``prompt`` with the images before the text of its first user message."""
+    asked = next((i for i, m in enumerate(prompt) if m["role"] == "user"), None)
+    if asked is None:
+        raise RowProblem(NOT_ONE_EACH, "no user message to show them in")
+    content = [dict(IMAGE_PART) for _ in images] + _parts(prompt[asked]["content"])
+    return [*prompt[:asked], {**prompt[asked], "content": content}, *prompt[asked + 1 :]]
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def decoded(image: bytes) -> Image:
@@ -139,16 +165,20 @@ def _shown(messages: Messages) -> int:
 def _as_stored(dataset: Any, column: str) -> Any:
     """What `cast_column` does for a column of single images, and not for one of lists."""
     dataset = copy.deepcopy(dataset)
-    dataset._info.features[column] = _undecoded(dataset.features[column])
+    dataset._info.features[column] = undecoded(dataset.features[column])
     return dataset
 
 
-def _undecoded(feature: Any) -> Any:
+def undecoded(feature: Any) -> Any:
+    """``feature`` with its images and sounds as they are stored, at every depth."""
+    if isinstance(feature, dict):
+        return {name: undecoded(each) for name, each in feature.items()}
     if isinstance(feature, list):
-        return [_undecoded(each) for each in feature]
+        return [undecoded(each) for each in feature]
     if hasattr(feature, "feature"):
-        return replace(feature, feature=_undecoded(feature.feature))
-    return replace(feature, decode=False) if hasattr(feature, "decode") else feature
+        return replace(feature, feature=undecoded(feature.feature))
+    media = hasattr(feature, "decode") and type(feature).__name__ != "Json"  # rows of mixed types
+    return replace(feature, decode=False) if media else feature
 
 
 def _is_embedded(stored: Any) -> bool:
