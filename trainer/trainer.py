@@ -204,7 +204,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         ref_model, starting = reference_source(model, args, ref_model, self.objective)
         say_unused(args, self.objective)
         lm, tokenizer = self._load(model, args, processing_class, peft_config, quantization_config)
-        check_evaluation(args, eval_dataset)
+        check_evaluation(args, eval_dataset, measures_more=compute_metrics is not None)
         self.scoring = prepared_head(lm, args)
         self.scoring.figures |= self.objective.hyperparameters.use_weighting
         self.balance = RouterBalance(bare_model(lm), args.router_aux_loss_coef)

@@ -89,6 +89,7 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 NOT_OF_SEVERAL = [
     pytest.param({"metric_for_best_model": "loss"}, SEVERAL, "one of near_loss", id="metric"),
     pytest.param({"metric_for_best_model": "near_loss"}, tiny_pairs(4), "one of loss", id="single"),
+    pytest.param({"metric_for_best_model": "acc"}, tiny_pairs(4), "one of loss", id="unknown"),
     pytest.param({"eval_samples": 2}, SEVERAL, "eval_samples: .*several", id="samples"),
     pytest.param({}, {}, "there is no evaluation data", id="none"),
     pytest.param({}, {"near": [TOKENS]}, r"eval_dataset\['near'\]: .*got list", id="list"),

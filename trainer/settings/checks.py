@@ -73,7 +73,9 @@ def check_training(args: TrainingArguments) -> None:
             raise UserError(
                 f"{name}: expected a number up to {LARGEST:,}, got {reprlib.repr(value)}"
             )
-    _check_best(args)
+    best = args.metric_for_best_model
+    if best is None and str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+        raise UserError("metric_for_best_model: save_strategy: best needs one, such as loss")
 
 
 def checkpointing_options() -> list[str]:
@@ -211,27 +213,22 @@ def check_output(args: TrainingArguments) -> None:
         raise UserError(f"output_dir: {args.output_dir}: {folder} {problem}; name another")
 
 
-def _check_best(args: TrainingArguments) -> None:
-    """The metric that decides which checkpoint is the best one."""
-    name = args.metric_for_best_model
-    if name is None and str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
-        raise UserError("metric_for_best_model: save_strategy: best needs one, such as loss")
-    if name is not None and not name.endswith(tuple(f"_{known}" for known in METRICS)):
-        check_metric(name, METRICS)  # others may begin with an evaluation set: `check_evaluation`
-
-
-def check_metric(name: str, known: Sequence[str]) -> None:
-    if name.removeprefix("eval_") not in known:
+def check_metric(name: str | None, known: Sequence[str] = METRICS) -> None:
+    """Raise ``UserError`` for a metric that is not measured, by which no model can be the best."""
+    if name is not None and name.removeprefix("eval_") not in known:
         raise UserError(
             f"metric_for_best_model: {name!r} is not known; expected one of {', '.join(known)}"
         )
 
 
-def check_evaluation(config: TrainingArguments, evaluation: object) -> None:
+def check_evaluation(
+    config: TrainingArguments, evaluation: object, *, measures_more: bool = False
+) -> None:
     """Raise ``UserError`` where the settings ask for evaluations that the data do not allow.
 
     Args:
         evaluation: the evaluation data set, several by name, or None.
+        measures_more: whether there are metrics besides `METRICS`, of names that nobody knows yet.
     """
     several = isinstance(evaluation, dict)
     missing = evaluation is None or (several and not evaluation)
@@ -246,10 +243,10 @@ def check_evaluation(config: TrainingArguments, evaluation: object) -> None:
             "eval_samples: answers are to the prompts of one evaluation set, and eval_dataset has "
             "several; give one, or set eval_samples: 0"
         )
-    best = config.metric_for_best_model
-    if best is not None:
+    if not measures_more:
         sets = [f"{name}_" for name in evaluation] if several else [""]
-        check_metric(best, [f"{prefix}{metric}" for prefix in sets for metric in METRICS])
+        known = [f"{prefix}{metric}" for prefix in sets for metric in METRICS]
+        check_metric(config.metric_for_best_model, known)
 
 
 def is_split(args: TrainingArguments) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from .checks import check_metric
 from .coercion import LONGEST_NUMBER, as_number, coerced, takes_text
 from .config import PreferenceConfig, objective_keys
 from .model import check_adapted
@@ -198,6 +199,7 @@ def build_config(
     }
     config = PreferenceConfig(**values, objective_args=arguments)
     check_adapted(config, config.use_peft)
+    check_metric(config.metric_for_best_model)
     return config
 
 
