@@ -227,7 +227,7 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
     arguments = {name: as_number(value) for name, value in arguments.items()}
-    fields = _hints(PreferenceConfig)
+    fields, unknown = _hints(PreferenceConfig), []
     for key in list(settings):
         if key in hyperparameters and key in arguments:
             raise UserError(f"{key}: given beside objective_args and in it; keep one")
@@ -236,7 +236,9 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
             arguments |= {} if value is None else {key: value}
         elif key not in fields:
             known = [*fields, *hyperparameters, *TABLE]
-            raise unknown_key(key, settings["objective"], known)
+            unknown.append(unknown_key(key, settings["objective"], known))
+    if unknown:
+        raise UserError("; ".join(unknown))
     return arguments
 
 
