@@ -220,7 +220,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             self.reference = Reference(self.objective, lm, args, *of_run, starting=starting)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
-            lm = with_adapter(lm, peft_config)
+            lm = with_adapter(lm, peft_config, warns=args.process_index == 0)
         if rows is not None:
             check_learns(lm)
         small = trial_model(lm, args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,8 @@ from ..settings.model import AdapterSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 SAME_AT_FIRST = (True, "gaussian", "eva")
 """Ways to initialise LoRA that leave the base unchanged and let the adapter add nothing."""
@@ -59,8 +62,10 @@ def quantization_config(settings: AdapterSettings, compute_dtype: str) -> Any:
     )
 
 
-def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
+def with_adapter(model: PreTrainedModel, peft_config: Any, *, warns: bool = True) -> Any:
     """The patched model in an adapter that leaves its head alone.
+
+    ``warns`` is for one rank: of target modules that the model lacks, while it has others.
 
     Raises:
         UserError: an adapter on lm_head or on an embedding that shares its weight, one that adds
@@ -106,7 +111,23 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
             "(tie_word_embeddings), and would part them; leave the embedding out of "
             "target_modules and modules_to_save"
         )
+    missing = _missing_targets(adapted)
+    if missing and warns:
+        logger.warning(
+            "lora_target_modules: correct %s, or leave it out for every linear layer; the model "
+            "has no such module, and the others alone learn",
+            ", ".join(missing),
+        )
     return adapted
+
+
+def _missing_targets(adapted: Any) -> list[str]:
+    """Names among the adapter's targets that no module of the model has; peft says nothing."""
+    targets = getattr(adapted.active_peft_config, "target_modules", None)
+    names = getattr(adapted.base_model, "targeted_module_names", None)
+    if names is None or not isinstance(targets, list | set | tuple):
+        return []
+    return sorted(t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names))
 
 
 def _leave_tower(model: Any, peft_config: Any) -> None:

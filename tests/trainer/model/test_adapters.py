@@ -147,6 +147,21 @@ def test_no_warning_of_names_between_libraries():
     with_adapter(tiny_model(), LoraConfig(target_modules=["q_proj"]))
 
 
+@pytest.mark.parametrize(
+    ("targets", "missing"),
+    [
+        (["q_proj", "gate_up_proj", "c_attn"], "correct c_attn, gate_up_proj, or leave it out"),
+        (["q_proj", "layers.1.mlp.up_proj"], None),
+        (".*q_proj|nothing", None),
+        (None, None),
+    ],
+)
+def test_target_modules_of_another_family_are_said(tmp_path, caplog, targets, missing):
+    tiny_trainer(tmp_path, **LORA, lora_target_modules=targets)
+    assert ("lora_target_modules" in caplog.text) == (missing is not None)
+    assert missing is None or missing in caplog.text
+
+
 def test_only_the_adapter_learns_and_every_linear_layer_has_one(tmp_path):
     trainer = tiny_trainer(tmp_path, **LORA)
     learning = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
