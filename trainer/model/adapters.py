@@ -111,23 +111,27 @@ def with_adapter(model: PreTrainedModel, peft_config: Any, *, warns: bool = True
             "(tie_word_embeddings), and would part them; leave the embedding out of "
             "target_modules and modules_to_save"
         )
-    missing = _missing_targets(adapted)
-    if missing and warns:
+    for setting, missing in _missing(adapted).items() if warns else ():
         logger.warning(
-            "lora_target_modules: correct %s, or leave it out for every linear layer; the model "
-            "has no such module, and the others alone learn",
-            ", ".join(missing),
+            "%s: correct %s, or leave it out; the model has no such module, and the others alone "
+            "learn",
+            *(setting, ", ".join(missing)),
         )
     return adapted
 
 
-def _missing_targets(adapted: Any) -> list[str]:
-    """Names among the adapter's targets that no module of the model has; peft says nothing."""
-    targets = getattr(adapted.active_peft_config, "target_modules", None)
-    names = getattr(adapted.base_model, "targeted_module_names", None)
-    if names is None or not isinstance(targets, list | set | tuple):
-        return []
-    return sorted(t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names))
+def _missing(adapted: Any) -> dict[str, list[str]]:
+    """Names among the adapter's modules that the model does not have; peft says nothing of them."""
+    config, found = adapted.active_peft_config, {}
+    there = [name for name, _ in adapted.named_modules()]
+    targeted = getattr(adapted.base_model, "targeted_module_names", there)
+    # peft compares whole names of the former, and the ends of names of the latter.
+    for kind, names, dot in (("target_modules", targeted, "."), ("modules_to_save", there, "")):
+        given = getattr(config, kind, None)
+        given = given if isinstance(given, list | set | tuple) else ()
+        absent = [each for each in given if not any(f".{n}".endswith(dot + each) for n in names)]
+        found |= {f"lora_{kind}": sorted(absent)} if absent else {}
+    return found
 
 
 def _leave_tower(model: Any, peft_config: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..errors import UserError, expect_bool, expect_whole, is_number
+from ..errors import UserError, expect_bool, expect_whole, is_number, is_whole
 from .launch import check_left_over
 from .model import ModelSettings
 from .names import METRICS
@@ -47,6 +47,11 @@ WITHOUT_EFFECT = {
 
 def check_training(args: TrainingArguments) -> None:
     """Raise ``UserError`` for the first of transformers' settings that cannot work here."""
+    defaults = type(args).__dataclass_fields__
+    for name, each in defaults.items():
+        value = getattr(args, name, None)
+        if type(each.default) in (int, float) and isinstance(value, str):
+            raise UserError(f"{name}: expected a number, got {value!r}")
     for name, least in WHOLE_NUMBERS.items():
         expect_whole(name, getattr(args, name), least)
     for name in (*NOT_NEGATIVE, *BELOW_ONE):
@@ -54,7 +59,7 @@ def check_training(args: TrainingArguments) -> None:
         if not is_number(value) or not 0 <= value < (1 if name in BELOW_ONE else math.inf):
             limit = ", below 1" if name in BELOW_ONE else ""
             raise UserError(f"{name}: expected a number from 0 on{limit}, got {value!r}")
-    if args.max_steps != -1 and args.max_steps < 1:
+    if args.max_steps != -1 and not is_whole(args.max_steps, 1):
         raise UserError(
             f"max_steps: expected a number of steps from 1 on, or -1 for num_train_epochs instead, "
             f"got {args.max_steps!r}"
@@ -63,7 +68,6 @@ def check_training(args: TrainingArguments) -> None:
         raise UserError(
             f"num_train_epochs: expected a number above 0, got {args.num_train_epochs!r}"
         )
-    defaults = type(args).__dataclass_fields__
     for name, advice in WITHOUT_EFFECT.items():
         if name in defaults and getattr(args, name) != defaults[name].default:
             raise UserError(f"{name}: does nothing in preference training; {advice}")

@@ -148,17 +148,22 @@ def test_no_warning_of_names_between_libraries():
 
 
 @pytest.mark.parametrize(
-    ("targets", "missing"),
+    ("given", "missing"),
     [
-        (["q_proj", "gate_up_proj", "c_attn"], "correct c_attn, gate_up_proj, or leave it out"),
-        (["q_proj", "layers.1.mlp.up_proj"], None),
-        (".*q_proj|nothing", None),
-        (None, None),
+        (
+            {"lora_target_modules": ["q_proj", "gate_up_proj", "c_attn"]},
+            "lora_target_modules: correct c_attn, gate_up_proj, or leave it out",
+        ),
+        ({"lora_modules_to_save": ["norm", "wte"]}, "lora_modules_to_save: correct wte, or"),
+        ({"lora_target_modules": ["q_proj", "layers.1.mlp.up_proj"]}, None),
+        ({"lora_target_modules": ".*q_proj|nothing"}, None),
+        ({"lora_modules_to_save": ["layernorm", "embed_tokens"]}, None),
+        ({}, None),
     ],
 )
-def test_target_modules_of_another_family_are_said(tmp_path, caplog, targets, missing):
-    tiny_trainer(tmp_path, **LORA, lora_target_modules=targets)
-    assert ("lora_target_modules" in caplog.text) == (missing is not None)
+def test_modules_of_another_family_are_said(tmp_path, caplog, given, missing):
+    tiny_trainer(tmp_path, **LORA, **given)
+    assert ("the model has no such module" in caplog.text) == (missing is not None)
     assert missing is None or missing in caplog.text
 
 
