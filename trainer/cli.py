@@ -68,7 +68,7 @@ def _guarded(argv: Sequence[str] | None, script: str | None) -> int:
     except KeyboardInterrupt:
         hint = "--resume_from_checkpoint=true goes on from the last checkpoint, if one was saved"
         given = (argv if argv is not None else sys.argv[1:])[:1]
-        if {"evaluate", *SAMPLING}.intersection(given):
+        if {"evaluate", "sweep", *SAMPLING}.intersection(given):
             hint = "what is finished is kept; the same command goes on from there"
         print(f"\ninterrupted; {hint}", file=sys.stderr)
         return 130

@@ -204,7 +204,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
         ref_model, starting = reference_source(model, args, ref_model, self.objective)
         say_unused(args, self.objective)
         lm, tokenizer = self._load(model, args, processing_class, peft_config, quantization_config)
-        check_evaluation(args, eval_dataset)
+        check_evaluation(args, eval_dataset, measures_more=compute_metrics is not None)
         self.scoring = prepared_head(lm, args)
         self.scoring.figures |= self.objective.hyperparameters.use_weighting
         self.balance = RouterBalance(bare_model(lm), args.router_aux_loss_coef)
@@ -220,7 +220,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             self.reference = Reference(self.objective, lm, args, *of_run, starting=starting)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
-            lm = with_adapter(lm, peft_config)
+            lm = with_adapter(lm, peft_config, warns=args.process_index == 0)
         if rows is not None:
             check_learns(lm)
         small = trial_model(lm, args)

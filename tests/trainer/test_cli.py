@@ -187,6 +187,9 @@ def test_interrupted(place, monkeypatch, capsys):
     monkeypatch.setattr(PreferenceTrainer, "train", interrupt)
     assert main(["train", str(place / "config.yaml")]) == 130
     assert "resume_from_checkpoint" in capsys.readouterr().err
+    monkeypatch.setattr("widemargin.trainer.cli.run_sweep", interrupt)
+    assert main(["sweep", str(place / "config.yaml"), "--beta=1,2"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def assert_one_line_error(argv: list[str], named: str, capsys) -> None:

@@ -50,9 +50,18 @@ def test_arguments_of_another_kind(tmp_path, change, message):
         PreferenceTrainer(**{**given, "processing_class": TOKENIZER, **change})
 
 
-def test_a_learning_rate_as_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match="learning_rate: expected a number"):
-        tiny_config(tmp_path, learning_rate="1e-6")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": "1e-6"}, "learning_rate: expected a number"),
+        ({"num_train_epochs": "3"}, "num_train_epochs: expected a number, got '3'"),
+        ({"logging_steps": "0.5"}, "logging_steps: expected a number, got '0.5'"),
+        ({"max_steps": 1.5}, "max_steps: expected a number of steps from 1 on"),
+    ],
+)
+def test_numbers_as_text_are_refused(tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        tiny_config(tmp_path, **given)
 
 
 def test_predict_takes_raw_pairs(tmp_path):
@@ -89,6 +98,7 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 NOT_OF_SEVERAL = [
     pytest.param({"metric_for_best_model": "loss"}, SEVERAL, "one of near_loss", id="metric"),
     pytest.param({"metric_for_best_model": "near_loss"}, tiny_pairs(4), "one of loss", id="single"),
+    pytest.param({"metric_for_best_model": "acc"}, tiny_pairs(4), "one of loss", id="unknown"),
     pytest.param({"eval_samples": 2}, SEVERAL, "eval_samples: .*several", id="samples"),
     pytest.param({}, {}, "there is no evaluation data", id="none"),
     pytest.param({}, {"near": [TOKENS]}, r"eval_dataset\['near'\]: .*got list", id="list"),

@@ -67,6 +67,38 @@ def test_settings_are_made_where_an_objective_says_enough(tmp_path, monkeypatch)
     assert made.args.output_dir == "outputs/run"
 
 
+def test_a_model_made_for_a_trial_is_made_without_one(tmp_path):
+    asked = []
+
+    def make(trial):
+        asked.append(trial)
+        return tiny_model()
+
+    made = PreferenceTrainer(
+        model_init=make, args=tiny_config(tmp_path), processing_class=TOKENIZER
+    )
+    assert asked == [None]
+    with pytest.raises(UserError, match="a PreferenceTrainer for each trial"):
+        made.hyperparameter_search(n_trials=1)
+
+
+def test_a_metric_of_ones_own_decides_which_model_is_the_best(tmp_path):
+    values = iter([0.5, 0.9, 0.1])
+    trainer = PreferenceTrainer(
+        tiny_model(),
+        tiny_config(
+            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+            metric_for_best_model="mine", load_best_model_at_end=True,
+        ),
+        tiny_pairs(),
+        eval_dataset=tiny_pairs(3, seed=1),
+        processing_class=TOKENIZER,
+        compute_metrics=lambda _: {"mine": next(values)},
+    )  # fmt: skip
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.9, 2)
+
+
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
     bare = tiny_tokenizer()
     bare.pad_token = None

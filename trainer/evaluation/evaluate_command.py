@@ -138,7 +138,7 @@ def run_evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
         lm_eval(
             options.model,
             options.tasks,
-            build(HarnessSettings, parse_overrides(overrides)),
+            build(HarnessSettings, parse_overrides(overrides, HarnessSettings)),
             limit=options.limit,
             include_path=options.include_path,
             out=options.out,

@@ -97,6 +97,9 @@ def read_pairs(
     report = DataReport()
     training, evaluation = gather(settings, report.notes)
     parts = evaluation or training
+    if not parts and (names := ", ".join(settings.mixture())):
+        splits = ", ".join(settings.dataset_splits)
+        raise UserError(f"--split: leave it out; {names} is one table, without a split {splits}")
     if not parts:
         raise UserError("no data: set --dataset to a file, a folder or a hub name")
     for part in parts:

@@ -180,7 +180,9 @@ def answer_settings(config: str | None, section: str, overrides: list[str]) -> A
         raise UserError(f"config {config}: expected settings under {' and '.join(SECTIONS)}")
     for part in parts.values():  # a slip in the other benchmark's part is found too
         build(AnswerSettings, given | part)
-    return build(AnswerSettings, given | parts[section] | parse_overrides(overrides))
+    return build(
+        AnswerSettings, given | parts[section] | parse_overrides(overrides, AnswerSettings)
+    )
 
 
 def pair_settings(
@@ -193,7 +195,7 @@ def pair_settings(
     """
     betas = dict(BETAS)
     given = _from_training(config, betas) if config else {}
-    overriding = translate(parse_overrides(overrides), [])
+    overriding = translate(parse_overrides(overrides, PairSettings), [])
     given = merge(given, overriding)
     if dataset is not None:
         for key in ("dataset_mixer", "eval_dataset", "dataset"):

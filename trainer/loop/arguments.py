@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def settled_arguments(
     if model_init is not None:
         if model is not None:
             raise UserError("model_init: given beside model; keep one")
-        model = model_init()
+        model = _made_by(model_init)
     if not isinstance(model, str | torch.nn.Module):
         raise UserError(
             f"model: expected a causal language model or its name, got {type(model).__name__}"
@@ -72,6 +73,15 @@ def settled_arguments(
         )
     _check_quantization(model, args, quantization_config)
     return model, args
+
+
+def _made_by(model_init: Any) -> Any:
+    """A function for transformers' search takes a trial, which is None outside of one."""
+    parameters = inspect.signature(model_init).parameters.values()
+    takes_trial = any(
+        p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters
+    )
+    return model_init(None) if takes_trial else model_init()
 
 
 def _check_quantization(model: Any, args: PreferenceConfig, quantization_config: Any) -> None:

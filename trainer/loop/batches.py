@@ -42,6 +42,13 @@ class BatchedTrainer(Trainer):
         self.pipeline.rewind(self.train_dataset)
         return super().train(*args, **kwargs)
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: rows, reference and checks belong to one model and its settings."""
+        raise UserError(
+            "hyperparameter_search: make a PreferenceTrainer for each trial, or use the command "
+            "widemargin sweep; one trainer has one model and one set of settings"
+        )
+
     def get_train_dataloader(self) -> Any:
         return sheltered(super().get_train_dataloader())
 

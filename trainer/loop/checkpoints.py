@@ -21,6 +21,7 @@ from ..checkpoint.files import (
     newest_complete,
     publish,
     rotate,
+    run_of,
     write_manifest,
 )
 from ..checkpoint.resume import Start, check_same_run, on_first_rank, output_claimed, start_of_run
@@ -73,10 +74,7 @@ class CheckpointedTrainer(Trainer):
         self.add_callback(self.collapse)
 
     def train(
-        self,
-        resume_from_checkpoint: str | bool | Start | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self, resume_from_checkpoint: str | bool | Start | None = None, *args: Any, **kwargs: Any
     ):
         """As transformers', from a checkpoint that is complete and belongs to this run.
 
@@ -194,15 +192,18 @@ class CheckpointedTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
 
-    def _name_best(self, run_dir: Path, written: Path) -> None:
-        """transformers looks for the best checkpoint in the staging folder, which lacks it."""
-        best = self.state.best_global_step
+    def _name_best(self, run_dir: Path, written: Path | None = None) -> None:
+        """transformers looks for the best checkpoint in the staging folder, or where it once was.
+
+        Another run's of the same step, as in a folder that is used again, is not it.
+        """
+        best, run = self.state.best_global_step, (self._facts or {}).get("id")
         if not best or self._save_problem is not None:
             return
-        name = f"checkpoint-{best}"
-        if name == written.name or (run_dir / name).is_dir():
-            self.state.best_model_checkpoint = str(run_dir / name)
-        if self.args.should_save:
+        folder = run_dir / f"checkpoint-{best}"
+        if (written and written.name == folder.name) or (run and run_of(folder) == run):
+            self.state.best_model_checkpoint = str(folder)
+        if written and self.args.should_save:
             self._attempt(lambda: self.state.save_to_json(str(written / TRAINER_STATE_NAME)))
 
     def _note_problem(self, error: Exception) -> None:
@@ -285,6 +286,7 @@ class CheckpointedTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """With save_total_limit: 1 transformers leaves the best alone, from which none goes on."""
+        self._name_best(Path(self._get_output_dir(trial)))
         best = self.state.best_model_checkpoint
         if self.stopping:
             self.state.best_model_checkpoint = None

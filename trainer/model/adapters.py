@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,8 @@ from ..settings.model import AdapterSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 SAME_AT_FIRST = (True, "gaussian", "eva")
 """Ways to initialise LoRA that leave the base unchanged and let the adapter add nothing."""
@@ -59,8 +62,10 @@ def quantization_config(settings: AdapterSettings, compute_dtype: str) -> Any:
     )
 
 
-def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
+def with_adapter(model: PreTrainedModel, peft_config: Any, *, warns: bool = True) -> Any:
     """The patched model in an adapter that leaves its head alone.
+
+    ``warns`` is for one rank: of target modules that the model lacks, while it has others.
 
     Raises:
         UserError: an adapter on lm_head or on an embedding that shares its weight, one that adds
@@ -107,7 +112,27 @@ def with_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
             "peft_config: it puts an adapter on lm_head, which the head without logits cannot "
             "take; leave lm_head out of target_modules and modules_to_save"
         )
+    for setting, missing in _missing(adapted).items() if warns else ():
+        logger.warning(
+            "%s: correct %s, or leave it out; the model has no such module, and the others alone "
+            "learn",
+            *(setting, ", ".join(missing)),
+        )
     return adapted
+
+
+def _missing(adapted: Any) -> dict[str, list[str]]:
+    """Names among the adapter's modules that the model does not have; peft says nothing of them."""
+    config, found = adapted.active_peft_config, {}
+    there = [name for name, _ in adapted.named_modules()]
+    targeted = getattr(adapted.base_model, "targeted_module_names", there)
+    # peft compares whole names of the former, and the ends of names of the latter.
+    for kind, names, dot in (("target_modules", targeted, "."), ("modules_to_save", there, "")):
+        given = getattr(config, kind, None)
+        given = given if isinstance(given, list | set | tuple) else ()
+        absent = [each for each in given if not any(f".{n}".endswith(dot + each) for n in names)]
+        found |= {f"lora_{kind}": sorted(absent)} if absent else {}
+    return found
 
 
 def refuse_both(model: Any, name: str) -> None:

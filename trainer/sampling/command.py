@@ -102,14 +102,14 @@ def run_sampling(options: argparse.Namespace, overrides: list[str]) -> int:
         count("--n", options.n)
         if options.limit is not None:
             count("--limit", options.limit)
-        settings = build(SampleSettings, parse_overrides(overrides))
+        settings = build(SampleSettings, parse_overrides(overrides, SampleSettings))
         where = options.prompts, options.model, options.out
         generate(*where, settings, n=options.n, split=options.split, limit=options.limit)
     elif options.command == "score":
         from .score import score
         from .scorers import ScoreSettings
 
-        settings = build(ScoreSettings, parse_overrides(overrides))
+        settings = build(ScoreSettings, parse_overrides(overrides, ScoreSettings))
         limits = {"name": options.name, "max_failures": options.max_failures}
         score(options.folder, options.by, settings, **limits)
     else:

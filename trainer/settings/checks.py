@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..errors import UserError, expect_bool, expect_whole, is_number
+from ..errors import UserError, expect_bool, expect_whole, is_number, is_whole
 from .launch import check_left_over
 from .model import ModelSettings
 from .names import METRICS
@@ -47,6 +47,11 @@ WITHOUT_EFFECT = {
 
 def check_training(args: TrainingArguments) -> None:
     """Raise ``UserError`` for the first of transformers' settings that cannot work here."""
+    defaults = type(args).__dataclass_fields__
+    for name, each in defaults.items():
+        value = getattr(args, name, None)
+        if type(each.default) in (int, float) and isinstance(value, str):
+            raise UserError(f"{name}: expected a number, got {value!r}")
     for name, least in WHOLE_NUMBERS.items():
         expect_whole(name, getattr(args, name), least)
     for name in (*NOT_NEGATIVE, *BELOW_ONE):
@@ -54,7 +59,7 @@ def check_training(args: TrainingArguments) -> None:
         if not is_number(value) or not 0 <= value < (1 if name in BELOW_ONE else math.inf):
             limit = ", below 1" if name in BELOW_ONE else ""
             raise UserError(f"{name}: expected a number from 0 on{limit}, got {value!r}")
-    if args.max_steps != -1 and args.max_steps < 1:
+    if args.max_steps != -1 and not is_whole(args.max_steps, 1):
         raise UserError(
             f"max_steps: expected a number of steps from 1 on, or -1 for num_train_epochs instead, "
             f"got {args.max_steps!r}"
@@ -63,7 +68,6 @@ def check_training(args: TrainingArguments) -> None:
         raise UserError(
             f"num_train_epochs: expected a number above 0, got {args.num_train_epochs!r}"
         )
-    defaults = type(args).__dataclass_fields__
     for name, advice in WITHOUT_EFFECT.items():
         if name in defaults and getattr(args, name) != defaults[name].default:
             raise UserError(f"{name}: does nothing in preference training; {advice}")
@@ -73,7 +77,9 @@ def check_training(args: TrainingArguments) -> None:
             raise UserError(
                 f"{name}: expected a number up to {LARGEST:,}, got {reprlib.repr(value)}"
             )
-    _check_best(args)
+    best = args.metric_for_best_model
+    if best is None and str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+        raise UserError("metric_for_best_model: save_strategy: best needs one, such as loss")
 
 
 def checkpointing_options() -> list[str]:
@@ -211,27 +217,22 @@ def check_output(args: TrainingArguments) -> None:
         raise UserError(f"output_dir: {args.output_dir}: {folder} {problem}; name another")
 
 
-def _check_best(args: TrainingArguments) -> None:
-    """The metric that decides which checkpoint is the best one."""
-    name = args.metric_for_best_model
-    if name is None and str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
-        raise UserError("metric_for_best_model: save_strategy: best needs one, such as loss")
-    if name is not None and not name.endswith(tuple(f"_{known}" for known in METRICS)):
-        check_metric(name, METRICS)  # others may begin with an evaluation set: `check_evaluation`
-
-
-def check_metric(name: str, known: Sequence[str]) -> None:
-    if name.removeprefix("eval_") not in known:
+def check_metric(name: str | None, known: Sequence[str] = METRICS) -> None:
+    """Raise ``UserError`` for a metric that is not measured, by which no model can be the best."""
+    if name is not None and name.removeprefix("eval_") not in known:
         raise UserError(
             f"metric_for_best_model: {name!r} is not known; expected one of {', '.join(known)}"
         )
 
 
-def check_evaluation(config: TrainingArguments, evaluation: object) -> None:
+def check_evaluation(
+    config: TrainingArguments, evaluation: object, *, measures_more: bool = False
+) -> None:
     """Raise ``UserError`` where the settings ask for evaluations that the data do not allow.
 
     Args:
         evaluation: the evaluation data set, several by name, or None.
+        measures_more: whether there are metrics besides `METRICS`, of names that nobody knows yet.
     """
     several = isinstance(evaluation, dict)
     missing = evaluation is None or (several and not evaluation)
@@ -246,10 +247,10 @@ def check_evaluation(config: TrainingArguments, evaluation: object) -> None:
             "eval_samples: answers are to the prompts of one evaluation set, and eval_dataset has "
             "several; give one, or set eval_samples: 0"
         )
-    best = config.metric_for_best_model
-    if best is not None:
+    if not measures_more:
         sets = [f"{name}_" for name in evaluation] if several else [""]
-        check_metric(best, [f"{prefix}{metric}" for prefix in sets for metric in METRICS])
+        known = [f"{prefix}{metric}" for prefix in sets for metric in METRICS]
+        check_metric(config.metric_for_best_model, known)
 
 
 def is_split(args: TrainingArguments) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 import reprlib
@@ -20,6 +21,9 @@ LISTED = re.compile(r"[\w./-]+(\s*,\s*[\w./-]+)+")
 LONGEST_NUMBER = 40
 """Characters of a number in a settings file; those of `fp64` have 25 at most."""
 
+AS_WRITTEN = ("columns", "chat_template_kwargs")
+"""Mappings whose text stays text; in others, such as ``lr_scheduler_kwargs``, 1e-7 is a number."""
+
 TYPES = {
     int: "a whole number",
     float: "a number",
@@ -33,7 +37,7 @@ TYPES = {
 
 def coerced(key: str, value: Any, hint: Any) -> Any:
     """``value`` as the field's type: 1e-6 as a number, whole numbers for floats, one for a list."""
-    kinds = set(_kinds(hint)) | ({bool} if key == "resume_from_checkpoint" else set())
+    kinds = _kinds_of(key, hint)
     if value is None or not kinds & TYPES.keys():
         return value
     if float in kinds or int in kinds:
@@ -42,6 +46,10 @@ def coerced(key: str, value: Any, hint: Any) -> Any:
             value = float(value)  # exact; larger ones are refused by what checks the setting
         if kinds & {int} and float not in kinds and type(value) is float and value.is_integer():
             value = int(value)
+    if isinstance(value, dict) and key not in AS_WRITTEN:
+        value = _with_numbers(value)
+    if str in kinds and type(value) is datetime.date:
+        value = value.isoformat()  # as it was written
     if list in kinds and isinstance(value, str) and LISTED.fullmatch(value):
         value = [part.strip() for part in value.split(",")]
     if list in kinds and isinstance(value, str) and str not in kinds:
@@ -55,7 +63,29 @@ def coerced(key: str, value: Any, hint: Any) -> Any:
         return value
     expected = " or ".join(sorted(TYPES[kind] for kind in kinds))
     got = "something else" if is_secret(key) else reprlib.repr(value)
-    raise UserError(f"{key}: expected {expected}, got {got}")
+    raise UserError(f"{key}: expected {expected}, got {got}{_remedy(kinds, hint, value)}")
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_numbers(part) for name, part in value.items()}
+    return [*map(_with_numbers, value)] if isinstance(value, list) else as_number(value)
+
+
+def _remedy(kinds: set[Any], hint: Any, value: Any) -> str:
+    if str in kinds and not isinstance(value, list | dict):
+        return "; write it in quotes"
+    no_value = isinstance(value, str) and value.lower() == "none"
+    return "; write null" if no_value and type(None) in typing.get_args(hint) else ""
+
+
+def takes_text(key: str, hint: Any) -> bool:
+    """Whether a setting of this type takes text alone, or null."""
+    return _kinds_of(key, hint) == {str}
+
+
+def _kinds_of(key: str, hint: Any) -> set[Any]:
+    return set(_kinds(hint)) | ({bool} if key == "resume_from_checkpoint" else set())
 
 
 def is_secret(name: str) -> bool:

@@ -25,6 +25,7 @@ from .checks import (
     check_machine,
     check_training,
     unread_file,
+    uses_deepspeed,
     with_setting,
 )
 from .data import DataSettings
@@ -113,6 +114,7 @@ class PreferenceConfig(
 
     def __post_init__(self) -> None:
         self._name_checkpointing_as_installed()
+        self.report_to = self.report_to or "none"
         given = _values(self)
         self._set_what_this_trainer_needs()
         self.check()
@@ -188,6 +190,8 @@ class PreferenceConfig(
             raise UserError("head_backend: triton needs a CUDA device; leave it at auto")
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
+            if self.mixed_precision == "fp16" and not uses_deepspeed(self):
+                self.mixed_precision = "no"  # which is what accelerate makes of it on a CPU
         accelerator: Any = self.accelerator_config
         if self.dataloader_pin_memory and not copies_are_settled:  # or each waits for the device
             accelerator.non_blocking = True

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from .coercion import LONGEST_NUMBER, as_number, coerced
+from .checks import check_metric
+from .coercion import LONGEST_NUMBER, as_number, coerced, takes_text
 from .config import PreferenceConfig, objective_keys
 from .model import check_adapted
 from .published.keys import TABLE
@@ -29,6 +30,10 @@ from .published.translation import SCRIPTS, fit_objective, merge, name_objective
 from .published.unknown import unknown_key
 
 _MOST_NESTED, _MOST_VALUES = 50, 100_000
+_QUOTED_OR_NULL = re.compile(r"""\s*(null|~|'.*'|".*")?\s*""", re.DOTALL)
+
+NULLS = {"max_grad_norm": 0.0}
+"""What null means where that is not the default: transformers 4 clipped nothing."""
 
 
 def load_config(
@@ -154,9 +159,9 @@ def _check_size(root: yaml.Node) -> None:
     size(root, 0)
 
 
-def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """``--key=value`` arguments; values are read as YAML, and Jinja templates as text."""
-    settings = {}
+def parse_overrides(arguments: Iterable[str], kind: type[Any] = PreferenceConfig) -> dict[str, Any]:
+    """``--key=value`` arguments: text that a setting of ``kind`` takes as it stands, else YAML."""
+    settings, hints = {}, _hints(kind)
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")
         shown = re.match(r"-*\w*", argument)  # what follows may be a secret
@@ -164,9 +169,12 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
         if not argument.startswith("--") or not equals or not re.fullmatch(r"[\w.-]+", key):
             more = "" if name == argument else "…"
             raise UserError(f"argument {name}{more}: expected --key=value, such as --beta=2.5")
-        is_template = value.startswith(("{{", "{%"))  # which begins no YAML that a setting takes
+        key_here = key.replace("-", "_")
         try:
-            settings[key.replace("-", "_")] = value if is_template else parse_yaml(value)
+            if takes_text(key_here, hints.get(key_here)) and not _QUOTED_OR_NULL.fullmatch(value):
+                settings[key_here] = value  # a number, a date, or with #, : and newlines in it
+            else:
+                settings[key_here] = parse_yaml(value)
         except ValueError as error:
             raise UserError(f"argument --{key}: the value is not valid YAML: {error}") from None
     return settings
@@ -181,7 +189,8 @@ def build_config(
     """
     settings = _under_our_names(settings, script, [] if notes is None else notes)
     arguments = _pop_hyperparameters(settings)
-    fields = _config_fields()
+    fields = _hints(PreferenceConfig)
+    settings |= {k: null for k, null in NULLS.items() if k in settings and settings[k] is None}
     # A null stands for the default where the type has no null, as in published files.
     values = {
         key: coerced(key, value, fields[key])
@@ -190,6 +199,7 @@ def build_config(
     }
     config = PreferenceConfig(**values, objective_args=arguments)
     check_adapted(config, config.use_peft)
+    check_metric(config.metric_for_best_model)
     return config
 
 
@@ -216,8 +226,8 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
     arguments = settings.pop("objective_args", None) or {}
     if not isinstance(arguments, dict):
         raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
-    arguments = dict(arguments)
-    fields = _config_fields()
+    arguments = {name: as_number(value) for name, value in arguments.items()}
+    fields, unknown = _hints(PreferenceConfig), []
     for key in list(settings):
         if key in hyperparameters and key in arguments:
             raise UserError(f"{key}: given beside objective_args and in it; keep one")
@@ -226,12 +236,14 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
             arguments |= {} if value is None else {key: value}
         elif key not in fields:
             known = [*fields, *hyperparameters, *TABLE]
-            raise unknown_key(key, settings["objective"], known)
+            unknown.append(unknown_key(key, settings["objective"], known))
+    if unknown:
+        raise UserError("; ".join(unknown))
     return arguments
 
 
 @cache
-def _config_fields() -> dict[str, Any]:
-    """Name -> type of every setting that can be given."""
-    hints = typing.get_type_hints(PreferenceConfig)
-    return {f.name: hints[f.name] for f in dataclasses.fields(PreferenceConfig) if f.init}
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Name -> type of every setting of ``kind`` that can be given."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}

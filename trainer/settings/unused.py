@@ -30,6 +30,11 @@ USES: tuple[tuple[tuple[str, ...], Callable[[PreferenceConfig, Objective], objec
         "set load_in_4bit: true",
     ),
     (
+        ("fp16",),
+        lambda config, _: config.mixed_precision == "fp16",
+        "train on a GPU; a CPU computes in float32, or in bfloat16 by bf16: true",
+    ),
+    (
         ("ref_model_sync_steps", "ref_model_mixup_alpha"),
         lambda config, _: config.sync_ref_model,
         "set sync_ref_model: true",

@@ -267,6 +267,7 @@ def test_the_data_given_win_over_the_config(tmp_path):
         (["--max-pairs", "0"], "--max-pairs"),
         (["--max_tokens_per_batch=0"], "max_tokens_per_batch"),
         (["--dataset", "none.jsonl"], "none.jsonl"),
+        (["--split", "test"], "--split: leave it out"),
         (["--reference", "/no/such"], "/no/such"),
         (["--out", "/proc/here"], "--out"),
         (["--config", "none.yaml"], "none.yaml"),

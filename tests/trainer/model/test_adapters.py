@@ -147,6 +147,26 @@ def test_no_warning_of_names_between_libraries():
     with_adapter(tiny_model(), LoraConfig(target_modules=["q_proj"]))
 
 
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        (
+            {"lora_target_modules": ["q_proj", "gate_up_proj", "c_attn"]},
+            "lora_target_modules: correct c_attn, gate_up_proj, or leave it out",
+        ),
+        ({"lora_modules_to_save": ["norm", "wte"]}, "lora_modules_to_save: correct wte, or"),
+        ({"lora_target_modules": ["q_proj", "layers.1.mlp.up_proj"]}, None),
+        ({"lora_target_modules": ".*q_proj|nothing"}, None),
+        ({"lora_modules_to_save": ["layernorm", "embed_tokens"]}, None),
+        ({}, None),
+    ],
+)
+def test_modules_of_another_family_are_said(tmp_path, caplog, given, missing):
+    tiny_trainer(tmp_path, **LORA, **given)
+    assert ("the model has no such module" in caplog.text) == (missing is not None)
+    assert missing is None or missing in caplog.text
+
+
 def test_only_the_adapter_learns_and_every_linear_layer_has_one(tmp_path):
     trainer = tiny_trainer(tmp_path, **LORA)
     learning = {name for name, p in trainer.model.named_parameters() if p.requires_grad}

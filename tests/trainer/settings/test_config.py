@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import sys
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from widemargin.trainer import train
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.settings import launch
 from widemargin.trainer.settings.checks import checkpointing_options
+from widemargin.trainer.settings.coercion import coerced
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config, load_config
 from widemargin.trainer.train import weight_notes
@@ -41,10 +44,23 @@ from widemargin.trainer.train import weight_notes
         ({"max_length": None}, "max_length", None),
         ({"dataset_splits": ["train_prefs"]}, "dataset_splits", ["train_prefs"]),
         ({"dataset_mixer": {"a/b": 1}}, "dataset_mixer", {"a/b": 1}),
+        ({"dataset_mixer": {"a/b": "5e-1"}}, "dataset_mixer", {"a/b": 0.5}),
+        ({"lr_scheduler_kwargs": {"min_lr": "1e-7"}}, "lr_scheduler_kwargs", {"min_lr": 1e-7}),
+        ({"objective_args": {"sft_weight": "1e-1"}}, "objective_args", {"sft_weight": 0.1}),
+        ({"chat_template_kwargs": {"a": "1e3"}}, "chat_template_kwargs", {"a": "1e3"}),
+        ({"chat_date": date(2026, 1, 31)}, "chat_date", "2026-01-31"),
+        ({"max_grad_norm": None}, "max_grad_norm", 0.0),
+        ({"report_to": None}, "report_to", []),
     ],
 )  # fmt: skip
 def test_values_are_read_as_users_mean_them(given, field, value):
     assert getattr(build_config({"objective": "simpo", "use_cpu": True, **given}), field) == value
+
+
+def test_numbers_deep_in_a_mapping():
+    given = {"zero_optimization": {"reduce_bucket_size": "5e8"}, "betas": ["9e-1", "auto"]}
+    read = coerced("deepspeed", given, dict[str, Any] | str | None)
+    assert read == {"zero_optimization": {"reduce_bucket_size": 5e8}, "betas": [0.9, "auto"]}
 
 
 def test_overrides_win(tmp_path):
@@ -66,8 +82,20 @@ def test_what_yaml_cannot_make_a_value_of(tmp_path):
         with pytest.raises(UserError, match="not valid YAML"):
             load_config(path)
     path.write_text("objective: simpo\n")
-    with pytest.raises(UserError, match="run_name: the value is not valid YAML"):
-        load_config(path, ["--run_name=2024-02-30"])
+    with pytest.raises(UserError, match="beta: the value is not valid YAML"):
+        load_config(path, ["--beta=2024-02-30"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"run_name": 1234}, "run_name: expected text, got 1234; write it in quotes"),
+        ({"max_length": "None"}, "max_length: expected a whole number, got 'None'; write null"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_what_to_write(given, message):
+    with pytest.raises(UserError, match=message):
+        build_config({"objective": "simpo", "use_cpu": True, **given})
 
 
 def test_a_file_of_settings_that_is_not_there():

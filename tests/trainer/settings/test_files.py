@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.evaluation.settings import answer_settings
 from widemargin.trainer.settings.files import load_config, parse_overrides, parse_yaml
 
 SECRET = "hf_SECRETsecret1234"
@@ -64,8 +65,8 @@ def test_no_error_repeats_what_may_be_a_secret(tmp_path, text):
 @pytest.mark.parametrize(
     "argument",
     [
-        f"--hub_token=@{SECRET}", f"--hub_token:{SECRET}", f"--hub_token {SECRET}",
-        f"--hub_token=*{SECRET}", f"-hub_token={SECRET}", f'--hub_token="{SECRET}',
+        f"--my_token=@{SECRET}", f"--hub_token:{SECRET}", f"--hub_token {SECRET}",
+        f"--my_token=*{SECRET}", f"-hub_token={SECRET}", f'--my_token="{SECRET}',
     ],
 )  # fmt: skip
 def test_no_argument_is_repeated(argument):
@@ -79,6 +80,34 @@ def test_anchors_that_stay_small_are_read():
     assert parse_yaml("") is None
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{% for m in messages %}"])
-def test_a_template_on_the_command_line_is_text(template):
-    assert parse_overrides([f"--chat_template={template}"]) == {"chat_template": template}
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ messages[0]['content'] }}", "{% for m in messages %}", "<s>{% for m %}\n  x", "1234",
+        "0123", "1e5", "yes", "2026-01-31", "a #2", "a: b", "@a", "%a", "[a]", '"a" or b',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["output_dir", "chat_template", "model_revision"])
+def test_text_on_the_command_line_is_taken_as_it_stands(name, text):
+    assert parse_overrides([f"--{name}={text}"]) == {name: text}
+
+
+def test_quotes_and_null_are_read_as_yaml_also_where_text_is_expected():
+    assert parse_overrides(["--run_name='1'", '--chat_template="a\\nb"', "--hub_token=null"]) == {
+        "run_name": "1",
+        "chat_template": "a\nb",
+        "hub_token": None,
+    }
+    assert parse_overrides(["--run_name="]) == {"run_name": None}
+
+
+def test_other_settings_on_the_command_line_are_yaml():
+    given = ["--seed=1", "--report_to=[]", "--resume_from_checkpoint=true", "--eval_strategy=no"]
+    assert [*parse_overrides(given).values()] == [1, [], True, False]
+
+
+def test_a_commands_own_settings_say_what_is_text():
+    given = ["--system_prompt=Note: be #1", "--generator=2024", "--seed=3"]
+    assert answer_settings(None, "alpaca_eval", given).system_prompt == "Note: be #1"
+    assert answer_settings(None, "alpaca_eval", given).generator == "2024"
+    assert answer_settings(None, "alpaca_eval", given).seed == 3

@@ -147,6 +147,17 @@ REFUSED = [
     ({"reference_free": True}, "reference_free"),
     ({"model_init_kwargs": {"device_map": "auto"}}, "model_init_kwargs: leave device_map out"),
     ({"save_safetensors": False}, "save_safetensors: False cannot be done"),
+    (
+        {"datasets": [{"path": "a/b"}]},
+        "datasets: what it says cannot be done here; write dataset_m",
+    ),
+    ({"env": {"WANDB_API_KEY": "x"}}, "env: what it says cannot be done here; set these"),
+    ({"test_split_size": 0.1}, "give a data set to evaluate on as eval_dataset"),
+    (
+        {"stage": "dpo", "lora_rank": 8, "tau": 1},
+        "unknown setting 'stage'; did.*; unknown setting 'lora_rank'; did you mean .*; tau: "
+        "simpo has none",
+    ),
     ({"group_by_length": True}, "group_by_length: True cannot be done"),
     ({"dataset_mixture": {"datasets": [{"id": "a/b"}]}}, "write dataset_mixer .*dataset_splits"),
     ({"max_seq_length": 2048}, "max_seq_length.*supervised"),

@@ -20,6 +20,7 @@ SAID = [
     ({"precompute_ref_log_probs": True}, "take an objective with a reference"),
     ({"eval_samples_temperature": 0.5}, "set eval_samples above 0"),
     ({"head_tail": "exact", "head_tail_eps": 0.1}, "set head_tail: mean"),
+    ({"fp16": True}, "fp16: does nothing here; to use: train on a GPU"),
 ]
 USED = [
     {"use_dora": True, "lora_r": 8, "use_peft": True},
@@ -44,6 +45,12 @@ def test_what_does_nothing_is_said(given, line):
 @pytest.mark.parametrize("given", USED, ids=str)
 def test_what_is_used_is_not(given):
     assert notes(given) == []
+
+
+def test_a_cpu_computes_in_float32_whatever_fp16_says(monkeypatch):
+    assert PreferenceConfig(objective="simpo", use_cpu=True, fp16=True).mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert PreferenceConfig(objective="simpo", use_cpu=True).mixed_precision == "no"
 
 
 def test_the_table_names_settings_that_there_are():

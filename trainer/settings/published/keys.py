@@ -50,7 +50,8 @@ def _only(name: str, harmless: tuple[Any, ...], advice: str) -> Key:
 
     def translate(value: Any, _: Settings) -> Settings:
         if value not in (None, *harmless):
-            raise UserError(f"{name}: {value!r} cannot be done here; {advice}")
+            shown = "what it says" if isinstance(value, dict | list) else repr(value)
+            raise UserError(f"{name}: {shown} cannot be done here; {advice}")
         return {}
 
     values = " or ".join(("null", *map(yaml_value, harmless)))
@@ -172,12 +173,7 @@ HANDBOOK = (
     _dropped("truncation_side", "the published scripts set it to left; see truncation_mode"),
     _only("dataset_mixture", (), "write dataset_mixer (name: share) and dataset_splits instead"),
     _dropped("text_column", "for plain text, which this trainer does not train on"),
-    _only(
-        "max_seq_length",
-        (),
-        "it belongs to supervised fine-tuning, which is not done here: use TRL's SFTTrainer, and "
-        "then train its model here",
-    ),
+    _only("max_seq_length", (), "use TRL's SFTTrainer for supervised fine-tuning, and then this"),
 )
 
 SIMPO = (
@@ -253,6 +249,10 @@ TRL = (
     Key("dataset_test_split", "dataset_splits", "", _splits),
     _only("dataset_config", (), "write it after the name: owner/data:configuration"),
     _only("dataset_streaming", (False,), "data sets are read whole"),
+    _only("datasets", (), "write dataset_mixer (name: share), dataset_splits and columns instead"),
+    _only("streaming", (False,), "data sets are read whole"),
+    _only("test_split_size", (), "give a data set to evaluate on as eval_dataset"),
+    _only("env", (), "set these variables in the shell that starts the run"),
     _only("ignore_bias_buffers", (False,), "set ddp_broadcast_buffers: false instead"),
     Key("simpo_gamma", "gamma_beta_ratio", "divided by beta", _gamma("simpo_gamma")),
     Key(

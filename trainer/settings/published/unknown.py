@@ -16,12 +16,12 @@ from .loss_type import IN_DPO, MEANINGS, trl_mixture
 Kind = TypeVar("Kind")
 
 
-def unknown_key(key: str, objective: str, known: Iterable[str]) -> UserError:
-    """The error for a key of a YAML file that neither a run nor its objective has."""
+def unknown_key(key: str, objective: str, known: Iterable[str]) -> str:
+    """The error's words on a key of a YAML file that neither a run nor its objective has."""
     owners = _owners(key)
     if owners:
-        return UserError(f"{key}: {objective} has none; it belongs to {', '.join(owners)}")
-    return UserError(f"unknown setting {key!r}; did you mean {_nearest(key, known)!r}?")
+        return f"{key}: {objective} has none; it belongs to {', '.join(owners)}"
+    return f"unknown setting {key!r}; did you mean {_nearest(key, known)!r}?"
 
 
 def unknown_argument(key: str, given: Settings, known: Iterable[str]) -> str:
