@@ -29,6 +29,7 @@ from .terms import (
     Terms,
     by_edges,
     check_labels,
+    checked,
     chosen_nll,
     taken_up,
     to_device,
@@ -149,6 +150,7 @@ class Objective:
             pairs = dataclasses.replace(pairs, lists=lists_of(self.name, *given, pairs.real))
         self._state = to_device(self._state, token_logps.device)
         terms = self.spec.terms(pairs, self.hyperparameters, self._state)
+        terms = checked(self.name, terms, pairs, self._state)
         if self.training and terms.state is not None:
             self._state = terms.state
         if self.hyperparameters.use_weighting:
