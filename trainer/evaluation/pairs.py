@@ -98,7 +98,10 @@ def read_pairs(
     training, evaluation = gather(settings, report.notes)
     parts = evaluation or training
     if not parts:
-        raise UserError("no data: set --dataset to a file, a folder or a hub name")
+        raise UserError(
+            "no data: set --dataset to a file, a folder or a hub name, and --split, if given, to "
+            "one that it has"
+        )
     for part in parts:
         if is_single(part.rows):
             raise UserError(

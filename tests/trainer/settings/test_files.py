@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.settings.files import load_config, parse_overrides, parse_yaml
+from widemargin.trainer.settings.files import load_config, parse_overrides, parse_yaml, read_yaml
 
 SECRET = "hf_SECRETsecret1234"
 
@@ -82,3 +84,15 @@ def test_anchors_that_stay_small_are_read():
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{% for m in messages %}"])
 def test_a_template_on_the_command_line_is_text(template):
     assert parse_overrides([f"--chat_template={template}"]) == {"chat_template": template}
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    """As --help and the pages name them; one in the folder goes before."""
+    monkeypatch.chdir(tmp_path)
+    name = Path("configs/train/lmpo-llama3-8b-instruct.yaml")
+    assert read_yaml(name)["objective"] == "lmpo"
+    with pytest.raises(UserError, match=r"config configs/train/lmpo\.yaml: No such file"):
+        read_yaml(Path("configs/train/lmpo.yaml"))
+    name.parent.mkdir(parents=True)
+    name.write_text("objective: simpo")
+    assert read_yaml(name) == {"objective": "simpo"}
