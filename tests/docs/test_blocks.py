@@ -48,12 +48,16 @@ def surroundings(folder: Path) -> dict[str, Any]:
     model.set_attn_implementation("sdpa")
     TOKENIZER.save_pretrained(folder / "model")
     hidden = torch.randn(6, 16, requires_grad=True)
+    input_ids = torch.arange(5, 17).reshape(2, 6)
     ids = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [9, 7]}
     return {
         "model": model,
         "tokenizer": TOKENIZER,
         "pairs": tiny_pairs(8),
         "rows": [ids, ids | {"prompt_ids": [4]}],
+        "input_ids": input_ids,
+        "mask": torch.ones_like(input_ids),
+        "labels": input_ids.index_fill(1, torch.arange(3), -100),
         "hidden": hidden,
         "lm_head": torch.nn.Linear(16, 40, bias=False),
         "targets": torch.arange(6),
