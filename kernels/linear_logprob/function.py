@@ -144,11 +144,6 @@ def linear_logprob(
     check_inputs(hidden, weight, targets, bias)
     check_settings(logit_scale, softcap, temperature, tail, tail_eps)
     refuse_transforms(hidden, weight, bias)
-    if return_stats and torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "return_stats: leave it out under torch.compile, whose graphs have no result that "
-            "backward fills, or call linear_logprob in a function under torch.compiler.disable"
-        )
     dtype = compute_dtype(hidden)
     stats = _no_stats(hidden, dtype) if return_stats else None
     scales = at_temperature(temperature, logit_scale, softcap)
@@ -173,6 +168,11 @@ def at_temperature(
 
 def _no_stats(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """For `HeadStats`, which backward fills."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "return_stats: leave it out under torch.compile, whose graphs have no result that "
+            "backward fills, or call linear_logprob in a function under torch.compiler.disable"
+        )
     return hidden.new_full((4,), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
 
 
