@@ -3,7 +3,7 @@
     patch_head(model)
     Trainer(
         model,
-        TrainingArguments(..., remove_unused_columns=False, prediction_loss_only=True),
+        TrainingArguments(..., prediction_loss_only=True),
         data_collator=CompletionCollator(DataCollatorForSeq2Seq(tokenizer)),
         compute_loss_func=token_nll,
         ...

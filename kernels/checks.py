@@ -25,17 +25,19 @@ def expect(fine: bool, name: str, expected: str | Callable[[], str], got: object
     """Raise ``ValueError`` unless fine.
 
     A text with a size in it is a function: formatted, a size becomes a constant of the graph that
-    ``torch.compile`` makes, which then makes one graph for every size.
+    ``torch.compile`` makes, which then makes one graph for every size. ``got`` is formatted here
+    for the same reason; of a type the name is shown.
     """
     if not fine:
         text = expected if isinstance(expected, str) else expected()
-        raise ValueError(f"{name}: expected {text}, got {got}")
+        shown = got.__name__ if isinstance(got, type) else repr(got)
+        raise ValueError(f"{name}: expected {text}, got {shown}")
 
 
 def check_tensors(**arguments: object) -> None:
     """Raise ``ValueError`` for the first that is not a tensor."""
     for name, value in arguments.items():
-        expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__)
+        expect(isinstance(value, Tensor), name, "a tensor", type(value))
 
 
 def is_number(value: Any) -> bool:

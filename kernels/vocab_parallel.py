@@ -34,7 +34,7 @@ from .linear_logprob.function import (
     check_settings,
     compute_dtype,
     needs_backward,
-    refuse_forward_mode,
+    refuse_transforms,
 )
 from .linear_logprob.operators import (
     OnlyOnce,
@@ -104,7 +104,7 @@ def vocab_parallel_linear_logprob(
     """
     check_inputs(hidden, weight, targets, bias)
     check_settings(logit_scale, softcap, temperature, tail, tail_eps)
-    refuse_forward_mode(hidden, weight, bias)
+    refuse_transforms(hidden, weight, bias)
     shard = _shard(weight, group, vocab_start)
     dtype = compute_dtype(hidden)
     scales = at_temperature(temperature, logit_scale, softcap)
@@ -182,7 +182,7 @@ def _shard(weight: Tensor, group: dist.ProcessGroup | None, vocab_start: int | N
         dist.all_gather(counts, mine, group=group)
         vocab_start = int(torch.cat(counts)[:rank].sum())
     fits = isinstance(vocab_start, int) and vocab_start >= 0
-    expect(fits, "vocab_start", "this rank's first row, or None", repr(vocab_start))
+    expect(fits, "vocab_start", "this rank's first row, or None", vocab_start)
     return Shard(group, vocab_start, len(weight))
 
 
@@ -225,7 +225,8 @@ def _check_ranks(starts: list[int], rows: list[int], sums: list[int], targets: T
     for rank, (start, end) in enumerate(zip(starts, ends, strict=True)):
         before = f"{end} on rank {rank}, as many as the ranks before it hold, or None"
         expect(start == end, "vocab_start", before, start)
-    expect(len(set(sums)) == 1, "targets", "the same on all ranks", "others on some rank")
+    if len(set(sums)) > 1:
+        raise ValueError("targets: expected the same on all ranks, got others on some rank")
     check_targets(targets, vocabulary)
 
 

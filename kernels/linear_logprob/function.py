@@ -27,6 +27,9 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    is_gradtrackingtensor,
+)
 from torch.autograd import forward_ad
 
 from ..checks import Backend, check_tensors, choose_backend, expect, is_number
@@ -140,7 +143,7 @@ def linear_logprob(
     """
     check_inputs(hidden, weight, targets, bias)
     check_settings(logit_scale, softcap, temperature, tail, tail_eps)
-    refuse_forward_mode(hidden, weight, bias)
+    refuse_transforms(hidden, weight, bias)
     dtype = compute_dtype(hidden)
     stats = _no_stats(hidden, dtype) if return_stats else None
     scales = at_temperature(temperature, logit_scale, softcap)
@@ -165,6 +168,11 @@ def at_temperature(
 
 def _no_stats(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """For `HeadStats`, which backward fills."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "return_stats: leave it out under torch.compile, whose graphs have no result that "
+            "backward fills, or call linear_logprob in a function under torch.compiler.disable"
+        )
     return hidden.new_full((4,), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
 
 
@@ -183,13 +191,23 @@ def _autocast(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise where torch would pass over tangents and return derivatives of zero."""
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise in torch.func's transforms that differentiate: `operators` has no rule for them.
+
+    In forward mode torch would pass over tangents and return derivatives of zero.
+    """
     for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 "linear_logprob: it has no derivative in forward mode (jvp); use reverse mode, or "
                 "linear_logprob of kernels.reference"
+            )
+        if not torch.compiler.is_compiling() and is_gradtrackingtensor(tensor):
+            raise NotImplementedError(
+                "linear_logprob: use backward or torch.autograd.grad, not torch.func's grad, vjp "
+                "and jacrev, or linear_logprob of kernels.reference, which takes them"
             )
 
 
@@ -202,6 +220,12 @@ def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor |
     width = hidden.shape[1]
     fits = weight.dim() == 2 and weight.shape[1] == width
     expect(fits, "weight", lambda: f"[V, {width}]", list(weight.shape))
+    whole = (
+        "a plain tensor (under FSDP2 call inside the lm_head module's forward, as patch_head does, "
+        "or give weight.full_tensor(); under tensor parallelism vocab_parallel_linear_logprob)"
+    )
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        expect(not hasattr(tensor, "full_tensor"), name, whole, type(tensor))
     gathered = (
         "at least one vocabulary row (under ZeRO-3 or FSDP, call inside the lm_head module's "
         "forward, where it is gathered)"
@@ -233,9 +257,9 @@ def check_settings(
     scale = "a finite number (to learn one, multiply hidden by it)"
     expect(is_number(logit_scale), "logit_scale", scale, logit_scale)
     positive = softcap is None or (is_number(softcap) and softcap > 0)
-    expect(positive, "softcap", "a positive number or None", repr(softcap))
+    expect(positive, "softcap", "a positive number or None", softcap)
     hot = is_number(temperature) and temperature > 0
-    expect(hot, "temperature", "a number above 0", repr(temperature))
-    expect(tail in TAILS, "tail", f"one of {', '.join(TAILS)}", repr(tail))
+    expect(hot, "temperature", "a number above 0", temperature)
+    expect(tail in TAILS, "tail", f"one of {', '.join(TAILS)}", tail)
     fits = is_number(tail_eps) and 0 < tail_eps < 1
-    expect(fits, "tail_eps", "a probability in (0, 1)", repr(tail_eps))
+    expect(fits, "tail_eps", "a probability in (0, 1)", tail_eps)

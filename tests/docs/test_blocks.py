@@ -25,11 +25,14 @@ from tests.support.tiny_models import TOKENIZER, tiny_model, tiny_pairs
 ELSEWHERE = "elsewhere.md"
 """Its blocks need other libraries' trainers; tests/integrations runs them."""
 
+FILE = re.compile(r"# (\w+\.py)\b")
+"""How a block begins that is a file of the reader's."""
+
 PYTHON = [
     (page, i)
     for page in PAGES
-    for i, (kind, _) in enumerate(fenced(page))
-    if kind == "python" and page.name != ELSEWHERE
+    for i, (kind, text) in enumerate(fenced(page))
+    if kind == "python" and page.name != ELSEWHERE and not FILE.match(text)
 ]
 YAML = [(page, i) for page in PAGES for i, (kind, _) in enumerate(fenced(page)) if kind == "yaml"]
 SHELL = [(page, text) for page in PAGES for kind, text in fenced(page) if kind == "bash"]
@@ -45,12 +48,16 @@ def surroundings(folder: Path) -> dict[str, Any]:
     model.set_attn_implementation("sdpa")
     TOKENIZER.save_pretrained(folder / "model")
     hidden = torch.randn(6, 16, requires_grad=True)
+    input_ids = torch.arange(5, 17).reshape(2, 6)
     ids = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [9, 7]}
     return {
         "model": model,
         "tokenizer": TOKENIZER,
         "pairs": tiny_pairs(8),
         "rows": [ids, ids | {"prompt_ids": [4]}],
+        "input_ids": input_ids,
+        "mask": torch.ones_like(input_ids),
+        "labels": input_ids.index_fill(1, torch.arange(3), -100),
         "hidden": hidden,
         "lm_head": torch.nn.Linear(16, 40, bias=False),
         "targets": torch.arange(6),
@@ -75,6 +82,23 @@ def test_python_runs(page: Path, place: int, tmp_path: Path, monkeypatch: pytest
         assert torch.isfinite(leaf.grad).all()
     if "args" in space:
         assert list((tmp_path / "outputs" / "my-run").iterdir())
+
+
+@pytest.mark.costly
+def test_an_objective_of_the_readers_trains(tmp_path: Path):
+    for _, text in fenced(ROOT / "docs" / "objectives.md"):
+        if name := FILE.match(text):
+            (tmp_path / name[1]).write_text(text)
+    tiny_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    tiny_pairs(8).to_json(tmp_path / "pairs.jsonl")
+    lines = ["model_name_or_path: model", "dataset: pairs.jsonl", "objective: mine", "beta: 3"]
+    lines += ["max_steps: 2", "report_to: none", "output_dir: out"]
+    (tmp_path / "my.yaml").write_text("\n".join(lines))
+    command = [sys.executable, "run.py", "train", "my.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["summary"]["steps"] == 2
 
 
 @pytest.mark.parametrize(("page", "place"), YAML, ids=named)

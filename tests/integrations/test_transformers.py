@@ -29,7 +29,8 @@ def rows(count: int = 12) -> Dataset:
         prompt, answer = (TOKENIZER(pair[k]).input_ids for k in ("prompt", "rejected"))
         labels = [-100] * len(prompt) + ([-100] * len(answer) if i == 2 else answer)
         ids = prompt + answer
-        found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+        columns = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+        found.append(columns | {"text": pair["prompt"]})  # which the Trainer leaves out
     return Dataset.from_list(found)
 
 
@@ -44,7 +45,7 @@ def steps(folder: Path, *, patched: bool, batch: int = 1) -> list[dict[str, floa
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=2,
         max_steps=6, logging_steps=1, use_cpu=True, report_to="none", save_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False, prediction_loss_only=True, seed=1,
+        disable_tqdm=True, prediction_loss_only=True, seed=1,
         learning_rate=1e-3, per_device_eval_batch_size=4,
     )  # fmt: skip
     data = rows()
@@ -86,7 +87,9 @@ def test_two_ranks_equal_one(tmp_path):
 def test_a_batch_without_labelled_tokens():
     model = tiny_model()
     patch_head(model)
-    batch = CompletionCollator(DataCollatorForSeq2Seq(TOKENIZER))([rows()[2]])
+    batch = CompletionCollator(DataCollatorForSeq2Seq(TOKENIZER))(
+        [rows().remove_columns("text")[2]]
+    )
     assert len(batch["targets"]) == 0
     labels = batch.pop("labels")
     loss = token_nll(model(**batch), labels, torch.tensor(7))
@@ -99,7 +102,9 @@ def test_what_is_missing_is_said():
     with pytest.raises(UserError, match=r"give CompletionCollator one that makes labels"):
         CompletionCollator(lambda rows: {"input_ids": torch.zeros(1, 3)})([])
     model = tiny_model()
-    batch = CompletionCollator(DataCollatorForSeq2Seq(TOKENIZER))([rows()[0]])
+    batch = CompletionCollator(DataCollatorForSeq2Seq(TOKENIZER))(
+        [rows().remove_columns("text")[0]]
+    )
     labels = batch["labels"]
     outputs = model(input_ids=batch["input_ids"])
     with pytest.raises(UserError, match=r"call patch_head\(model\) before the Trainer"):

@@ -161,6 +161,33 @@ def test_compiles_as_one_graph(mode):
     torch.testing.assert_close(got, expected)
 
 
+def test_compiles_with_numbers_that_change():
+    """torch.compile makes symbols of them, which have no repr in a graph."""
+    hidden, weight, targets, _, _ = make(12, 8, 700)
+
+    def scored(scale):
+        numbers = {"logit_scale": scale, "softcap": 30 / scale, "temperature": scale / 2}
+        return linear_logprob(hidden, weight, targets, **numbers, tail_eps=scale / 1000)
+
+    compiled = torch.compile(scored, fullgraph=True, backend="aot_eager")
+    for scale in (1.0, 1.5, 2.5):
+        torch.testing.assert_close(compiled(scale), scored(scale))
+
+
+def test_statistics_are_left_to_eager_code_where_a_graph_may_break():
+    hidden, weight, targets, _, _ = make(12, 8, 700)
+
+    def scored(hidden):
+        return linear_logprob(hidden, weight, targets, return_stats=True)
+
+    with pytest.raises(Exception, match="return_stats: leave it out"):
+        torch.compile(scored, fullgraph=True, backend="aot_eager")(hidden)
+    torch.compiler.reset()
+    logps, stats = torch.compile(scored, backend="aot_eager")(hidden)
+    logps.sum().backward()
+    assert not stats.active_fraction.isnan()
+
+
 def test_changing_sizes_make_at_most_two_graphs():
     """One for the first size, and one for all others."""
     _, weight, _, bias, _ = make(1, 8, 700, torch.float32, bias=True)
@@ -240,6 +267,27 @@ def test_forward_mode_is_refused():
         torch.func.jvp(lambda h: linear_logprob(h, weight, targets), (hidden,), (hidden,))
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+def test_functional_derivatives_are_refused(transform):
+    hidden, weight, targets, _, _ = make(6, 8, 300)
+    with pytest.raises(NotImplementedError, match="linear_logprob: use backward"):
+        transform(lambda h: linear_logprob(h, weight, targets).sum())(hidden)
+
+
+def test_a_weight_in_pieces_is_refused():
+    class Piece(torch.Tensor):
+        """What torch.distributed's DTensor has."""
+
+        def full_tensor(self) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor)
+
+    hidden, weight, targets, _, _ = make(6, 8, 300)
+    pieces = weight.detach().as_subclass(Piece)
+    with pytest.raises(ValueError, match=r"weight: expected a plain tensor.*got Piece"):
+        linear_logprob(hidden, pieces, targets)
+    assert linear_logprob(hidden, pieces.full_tensor(), targets).shape == (6,)
+
+
 def test_shapes_on_the_meta_device():
     hidden, weight, targets, _, _ = make(6, 8, 300)
     moved = (x.detach().to("meta") for x in (hidden, weight, targets))
@@ -269,7 +317,8 @@ def test_shapes_on_the_meta_device():
         ({"logit_scale": None}, "logit_scale"),
         ({"logit_scale": float("nan")}, "logit_scale"),
         ({"logit_scale": torch.ones((), requires_grad=True)}, "logit_scale.*multiply hidden"),
-        ({"softcap": "30"}, "softcap"),
+        ({"softcap": "30"}, "softcap.*got '30'"),
+        ({"softcap": np.float32(30)}, r"softcap.*got np.float32\(30.0\)"),
     ],
 )
 def test_errors_name_the_argument(change, named):

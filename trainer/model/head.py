@@ -8,14 +8,15 @@ Called without ``targets``, the model does what it did (``generate`` included). 
 decoder runs, the hidden states at ``select`` are picked, and `linear_logprob` runs *inside the
 lm_head module's call*, so that ZeRO-3, FSDP2 and PEFT gather and release its weight as for logits.
 
-Patch the bare model, before PEFT, DDP, FSDP or ZeRO wrap it.
+Patch before DDP, FSDP or ZeRO wrap the model.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from ..errors import UserError
 from ..packing.masks import packed_arguments
 from ..parallel.groups import Place
 from ..parallel.rows import SharedRow
+from .adapters import bare_model
 from .experts import balance_loss
 from .images import with_image_features
+from .logits import logit_settings
 from .tensor_parallel import check_sharded, is_sharded, sharded_scores
 
 if TYPE_CHECKING:
@@ -80,11 +83,12 @@ def patch_head(
     `PairCollator`, which makes all of these. With ``router_weights`` [batch · length] it also
     returns a mixture's ``aux_loss``, see `model.experts`. With a ``place`` among ranks that share
     each row it takes ``own_targets`` too, and every rank returns the scores of all targets.
-    Patching twice replaces the settings.
+    Patching twice replaces the settings. Of an adapter's model the base is patched.
 
     Raises:
         UserError: an encoder-decoder model, an adapter on the head, or no head at all.
     """
+    model = bare_model(model)
     _check_model(model)
     logits = logit_settings(model.config)
     scoring = Scoring(
@@ -93,11 +97,21 @@ def patch_head(
     head: Any = model.get_output_embeddings()
     patched: Any
     for patched, forward in ((head, _head_forward), (model, _model_forward)):
+        # accelerate's hooks (device_map) stand around what they keep under another name.
+        name = "_old_forward" if hasattr(patched, "_old_forward") else "forward"
         if not hasattr(patched, "unpatched_forward"):
-            patched.unpatched_forward = patched.forward
+            patched.unpatched_forward = getattr(patched, name)
         patched.scoring = scoring
-        patched.forward = _Bound(forward, patched)
+        setattr(patched, name, _Bound(forward, patched))
+    model._replicate_for_data_parallel = _refuse_replicas
     return scoring
+
+
+def _refuse_replicas() -> NoReturn:
+    raise UserError(
+        "model: start one process for each GPU with torchrun or accelerate launch, or show one GPU "
+        "(CUDA_VISIBLE_DEVICES=0); torch.nn.DataParallel would split select apart from its rows"
+    )
 
 
 class _Bound:
@@ -107,10 +121,22 @@ class _Bound:
     """
 
     def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
-        self.__func__, self.__self__ = function, module
+        self.__func__: Callable[..., Any] = function
+        self.__self__: Any = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The arguments added, and the module's own: `generate` passes only what it finds here."""
+        arguments = {
+            p.name: p
+            for function in (self.__func__, self.__self__.unpatched_forward)
+            for p in inspect.signature(function).parameters.values()
+            if p.name != "self" and p.kind != p.VAR_POSITIONAL
+        }
+        return inspect.Signature(sorted(arguments.values(), key=lambda p: p.kind))
 
 
 def _model_forward(
@@ -136,6 +162,19 @@ def _model_forward(
             f"{select.dtype} of shape {list(select.shape)}; those of a mask are "
             "mask.flatten().nonzero()[:, 0]"
         )
+    if kwargs.get("inputs_embeds") is not None:
+        raise UserError(
+            "inputs_embeds: give input_ids, in which select counts its positions; the virtual "
+            "tokens of prompt tuning would move them, so train LoRA or prefix tuning"
+        )
+    head = self.get_output_embeddings()
+    # peft's wrapper of a parameter calls the module inside.
+    if not hasattr(head, "unpatched_forward") and not hasattr(head, "parameter_name"):
+        raise UserError(
+            "model: call patch_head once more after lm_head was replaced, as "
+            "resize_token_embeddings does, and leave it out of an adapter's target_modules; it is "
+            f"a new {type(head).__name__}"
+        )
     kwargs["use_cache"] = False
     row, count = None, len(targets)
     if own_targets is not None:
@@ -148,8 +187,8 @@ def _model_forward(
         kwargs["output_router_logits"] = True
     inner = inner_model(self)
     outputs = inner(*args, **with_image_features(inner, kwargs))
-    picked = outputs[0].flatten(0, -2).index_select(0, select)
-    scores = self.get_output_embeddings()(picked, targets=targets)
+    hidden = outputs[0].flatten(0, -2)
+    scores = head(hidden.index_select(0, select.to(hidden.device)), targets=targets)
     if row is not None:
         scores = _joined(scores, row, own_targets, count)
     token_logps, mean_logits, figures = scores
@@ -249,49 +288,3 @@ def inner_model(model: Any) -> Any:
     """The model without its head: what makes hidden states of tokens, and of images too."""
     base = model.base_model
     return getattr(model, "model", model) if base is model else base  # Llama-4 names another
-
-
-FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-"""Settings of a text model's config that its logits are multiplied by."""
-
-DIVISORS = ("logits_scaling",)
-"""Settings that logits are divided by."""
-
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Settings c of ``c * tanh(logits / c)``."""
-
-FACTORS_DESPITE_THEIR_NAME = {
-    "hyperclovax": ("logits_scaling",),
-    "hyperclovax_vision_v2": ("logits_scaling",),
-}
-"""By model type: settings that multiply logits where other families divide by them."""
-
-UNUSED = {
-    "mpt": ("logit_scale",),
-    "gemma3": ("final_logit_softcapping",),
-    "aya_vision": ("logit_scale",),
-}
-"""By model type: settings that the config has and the model never reads."""
-
-
-def logit_settings(config: Any) -> dict[str, Any]:
-    """``logit_scale`` and ``softcap`` of the logits of a model with this config.
-
-    The order is fixed: ``softcap(scale * (hidden @ weight.T + bias))``. A family that does anything
-    else is found by `trial.check_head`, and refused.
-    """
-    text, kind = config.get_text_config(), config.model_type
-    unused = UNUSED.get(kind, ())
-    inverted = FACTORS_DESPITE_THEIR_NAME.get(kind, ())
-
-    def given(names: tuple[str, ...]) -> list[tuple[str, float]]:
-        found = ((name, getattr(text, name, None)) for name in names if name not in unused)
-        return [(name, float(value)) for name, value in found if value]
-
-    scale = 1.0
-    for _, factor in given(FACTORS):
-        scale *= factor
-    for name, divisor in given(DIVISORS):
-        scale = scale * divisor if name in inverted else scale / divisor
-    caps = [cap for _, cap in given(SOFTCAPS)]
-    return {"logit_scale": scale, "softcap": caps[0] if caps else None}

@@ -29,6 +29,7 @@ from .terms import (
     Terms,
     by_edges,
     check_labels,
+    checked,
     chosen_nll,
     taken_up,
     to_device,
@@ -148,7 +149,8 @@ class Objective:
             given = (answers, token_logps, cu_seqlens, reference, edges)
             pairs = dataclasses.replace(pairs, lists=lists_of(self.name, *given, pairs.real))
         self._state = to_device(self._state, token_logps.device)
-        terms = self.spec.terms(pairs, self.hyperparameters, self._state)
+        found = self.spec.terms(pairs, self.hyperparameters, self._state)
+        terms = checked(self.name, found, pairs, self._state)
         if self.training and terms.state is not None:
             self._state = terms.state
         if self.hyperparameters.use_weighting:

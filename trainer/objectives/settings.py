@@ -110,7 +110,8 @@ def _expected(kind: type, choices: tuple[Any, ...] | None, bounds: dict[str, flo
     if choices is not None:
         return "one of " + ", ".join(map(str, choices))
     noun = {float: "a number", int: "a whole number", bool: "true or false"}[kind]
-    return " ".join([noun, " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items())])
+    limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items())
+    return f"{noun} {limits}".rstrip()
 
 
 def unknown_name(

@@ -6,7 +6,7 @@ Shapes: N tokens, P pairs of this rank; sequences are P chosen, then P rejected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,18 +55,7 @@ def taken_up(name: str, current: State, saved: State) -> State:
         UserError: it is the state of another objective, or is damaged.
     """
     mine = {f"{name}.{key}": value for key, value in current.items()}
-    if saved.keys() != mine.keys():
-        raise UserError(
-            f"state of objective {name!r}: expected {_listed(mine)}, got {_listed(saved)}; was it "
-            "saved with another objective?"
-        )
-    for key, value in mine.items():
-        other = saved[key]
-        if not isinstance(other, Tensor) or _layout(other) != _layout(value):
-            got = _layout(other) if isinstance(other, Tensor) else type(other).__name__
-            raise UserError(
-                f"state of objective {name!r}, {key}: expected {_layout(value)}, got {got}"
-            )
+    _check_state(name, mine, saved, "take one that was saved with this objective")
     return {
         key: saved[f"{name}.{key}"].cpu().clone()
         if value.dtype == torch.uint8
@@ -75,12 +64,23 @@ def taken_up(name: str, current: State, saved: State) -> State:
     }
 
 
-def _layout(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
+def _check_state(name: str, expected: State, given: State, remedy: str) -> None:
+    """Raise ``UserError`` unless its tensors have the names, shapes and dtypes of ``expected``."""
+    mine, other = ({key: _layout(value) for key, value in it.items()} for it in (expected, given))
+    if mine != other:
+        raise UserError(
+            f"state of objective {name!r}: {remedy}; expected {_listed(mine)}, got {_listed(other)}"
+        )
 
 
-def _listed(state: State) -> str:
-    return ", ".join(sorted(state)) or "nothing"
+def _layout(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _listed(layouts: dict[str, str]) -> str:
+    return ", ".join(f"{key} ({layout})" for key, layout in sorted(layouts.items())) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,35 @@ class Terms:
     state: State | None = None  # the next state; None: unchanged. Kept in training only
 
 
+def checked(name: str, terms: Any, pairs: Pairs, state: State) -> Terms:
+    """What the function of the objective ``name`` returned; its state without a graph.
+
+    Raises:
+        UserError: it is not one number a pair, or does not depend on the policy, or the state is
+            not laid out as ``state`` is.
+    """
+    if not isinstance(terms, Terms):
+        raise UserError(f"objective {name!r}: return Terms; got {type(terms).__name__}")
+    shape, policy = pairs.ids.shape, pairs.sums
+    for field in ("losses", "chosen_rewards", "rejected_rewards", "target_margins"):
+        value = getattr(terms, field)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"objective {name!r}: return {field} of shape {list(shape)}, one number a pair; "
+                f"got {got}"
+            )
+    if policy.requires_grad and torch.is_grad_enabled() and not terms.losses.requires_grad:
+        raise UserError(
+            f"objective {name!r}: compute losses from pairs.sums or pairs.means with their "
+            "gradient; they are detached"
+        )
+    if terms.state is None:
+        return terms
+    _check_state(name, state, terms.state, "return one laid out as initial_state makes it")
+    return replace(terms, state={key: value.detach() for key, value in terms.state.items()})
+
+
 @dataclass(frozen=True)
 class ObjectiveSpec:
     """One row of the table of objectives."""
@@ -151,6 +180,16 @@ class ObjectiveSpec:
     needs_reference: bool = False
     takes_margins: bool = False  # adds the data's margins to its target margins
     takes: tuple[str, ...] = ("pairs",)  # kinds of data: also "scored" lists, "labelled" answers
+
+    def __post_init__(self) -> None:
+        kind = self.hyperparameters
+        if any(isinstance(value, Field) for value in vars(kind).values()):
+            raise TypeError(f"{kind.__name__}: decorate it with @dataclass(frozen=True)")
+        for field in fields(kind):
+            if "help" not in field.metadata:
+                raise TypeError(
+                    f"{kind.__name__}.{field.name}: declare it as setting(default, help)"
+                )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .layout import (
     Forest,
     Rows,
     alternate,
+    check_arguments,
     place_dense,
     row_length,
     token_ids,
@@ -118,6 +119,7 @@ class PairCollator:
         shortest_row: int = BLOCK,
         place: Place | None = None,
     ):
+        check_arguments(pad_token_id, layout, rows)
         self.pad_token_id = pad_token_id
         self.layout: Layout = layout
         self.rows: Rows = rows

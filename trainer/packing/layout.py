@@ -6,12 +6,15 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ..data.table import TOKEN_COLUMNS
 from ..data.table.trees import Trees, runs
+from ..errors import UserError
+from ..settings.names import Layout
 
 Rows = Literal["dense", "blocks", "varlen"]
 """How many rows a packed batch has, by the attention that reads it; `PairCollator` has the details.
@@ -36,6 +39,7 @@ class Forest:
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Forest:
         """Rows without ``tree_id`` and ``leaf_ids`` are trees of their own."""
+        _check_rows(rows)
         trees = Trees.apart(len(rows))
         if "tree_id" in rows[0]:
             numbers = ([row[name] for row in rows] for name in ("tree_id", "leaf_ids"))
@@ -76,6 +80,33 @@ class Forest:
     def totals(self) -> np.ndarray:
         """[S] tokens of prompt and completion."""
         return self.prompts_again + self.counts
+
+
+def check_arguments(pad_token_id: Any, layout: str, rows: str) -> None:
+    """Raise ``UserError`` for an argument of `PairCollator` that no batch can be made with."""
+    if not isinstance(pad_token_id, Integral):
+        raise UserError(
+            "pad_token_id: give a token's id, such as tokenizer.eos_token_id where the tokenizer "
+            f"has no pad token; got {pad_token_id!r}"
+        )
+    named = (("layout", layout, get_args(Layout)), ("rows", rows, get_args(Rows)))
+    for name, value, known in named:
+        if value not in known:
+            raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        if not all(name in row for name in TOKEN_COLUMNS):
+            raise UserError(
+                "rows: tokenize them first, by widemargin.trainer.data.tokenize_pairs; expected "
+                f"{', '.join(TOKEN_COLUMNS)}, got {', '.join(row)}"
+            )
+        if not len(row[TOKEN_COLUMNS[0]]):
+            raise UserError(
+                "prompt_ids: give one token at least, such as tokenizer.bos_token_id; without one "
+                "nothing predicts an answer's first token"
+            )
 
 
 def place_dense(lengths: np.ndarray, area_cost: float) -> tuple[np.ndarray, tuple[int, int]]:

@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Iterable, Sequence
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,13 @@ def _print(title: str, lines: list[str]) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, read without running anything in it."""
+    """The mapping in a YAML file, read without running anything in it.
+
+    ``configs/train/NAME.yaml`` and the like are those of this package where the folder has none.
+    """
+    if path.parts[:1] == ("configs",) and not path.exists():
+        shipped = Path(str(files("widemargin.configs"))).joinpath(*path.parts[1:])
+        path = shipped if shipped.is_file() else path
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel, T5Config
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.model.trial import check_head
@@ -73,6 +77,46 @@ def test_generation_and_plain_calls_are_untouched():
     assert torch.equal(model.generate(tokens[:1], max_new_tokens=5, do_sample=False), written)
 
 
+def test_generation_passes_what_it_passed_before():
+    """`generate` asks the signature for positions, a mask and ``logits_to_keep``."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)
+    config.initializer_range = 0.5
+    model: Any = GPT2LMHeadModel(config).eval()
+    tokens, mask, _, _ = batch()
+    mask[:] = 1
+    mask[0, :6] = 0
+    ends: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": None}
+    masked = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask, **ends}
+    before = model.generate(tokens, **masked)
+    accepted = inspect.signature(model.forward).parameters
+    patch_head(model)
+    assert torch.equal(model.generate(tokens, **masked), before)
+    assert accepted.keys() < inspect.signature(model.forward).parameters.keys()
+    assert model._supports_logits_to_keep()
+    with pytest.raises(ValueError, match="a_typo"):
+        model.generate(tokens, a_typo=1, **masked)
+
+
+def test_devices_hooks_stay_around_the_patched_calls():
+    """``device_map``: accelerate brings weights and inputs together in such a hook."""
+    tokens, mask, select, targets = batch()
+    inputs = {"attention_mask": mask, "select": select, "targets": targets}
+    for first, second in ((patch_head, _offload_head), (_offload_head, patch_head)):
+        model = tiny_model()
+        patch_head(model)
+        expected = model(tokens, **inputs).token_logps
+        model = tiny_model()
+        for step in (first, second, patch_head):
+            step(model)
+        assert model.lm_head.weight.device.type == "meta"
+        torch.testing.assert_close(model(tokens, **inputs).token_logps, expected)
+
+
+def _offload_head(model):
+    hook = AlignDevicesHook("cpu", offload=True, weights_map=dict(model.lm_head.state_dict()))
+    add_hook_to_module(model.lm_head, hook)
+
+
 def test_patching_twice_replaces_the_settings():
     model = tiny_model()
     patch_head(model, tail="mean")
@@ -131,7 +175,6 @@ def test_accelerate_wraps_it_and_takes_the_wrapper_off(keep):
 
 
 def test_lora_in_attention_trains_and_on_the_head_is_refused():
-    from peft import LoraConfig
     from widemargin.trainer.model.adapters import with_adapter
 
     model = tiny_model()
@@ -149,6 +192,49 @@ def test_lora_in_attention_trains_and_on_the_head_is_refused():
         patch_head(fresh)
         with pytest.raises(UserError, match="lm_head"):
             with_adapter(fresh, LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | refused))
+
+
+def test_a_head_that_was_replaced_afterwards():
+    tokens, _, select, targets = batch()
+    inputs = {"input_ids": tokens, "select": select, "targets": targets}
+    model = tiny_model()
+    patch_head(model)
+    model.resize_token_embeddings(VOCABULARY + 3)
+    with pytest.raises(UserError, match=r"call patch_head once more .* a new Linear"):
+        model(**inputs)
+    patch_head(model)
+    check_head(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(UserError, match="leave it out of an adapter's target_modules"):
+        adapted(**inputs)
+
+
+def test_tokens_put_before_the_prompt_are_refused():
+    """They would move every position that select counts."""
+    tokens, _, select, targets = batch()
+    model = tiny_model()
+    patch_head(model)
+    soft = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UserError, match="inputs_embeds: give input_ids"):
+        soft(input_ids=tokens, select=select, targets=targets)
+    assert soft(input_ids=tokens).logits.shape[:2] == (3, 17)
+
+
+def test_an_adapters_model_is_patched_inside():
+    tokens, _, select, targets = batch()
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    scoring = patch_head(model)
+    assert model.get_base_model().scoring is scoring
+    check_head(model)
+    assert model(input_ids=tokens, select=select, targets=targets).token_logps.requires_grad
+
+
+def test_replicas_of_threads_are_refused():
+    """What DataParallel makes of a model for each GPU."""
+    model = tiny_model()
+    patch_head(model)
+    with pytest.raises(UserError, match="one process for each GPU"):
+        torch.nn.DataParallel(model).module._replicate_for_data_parallel()
 
 
 def test_models_it_cannot_take():

@@ -12,7 +12,8 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.model.head import DIVISORS, FACTORS, SOFTCAPS, logit_settings, patch_head
+from widemargin.trainer.model.head import patch_head
+from widemargin.trainer.model.logits import DIVISORS, FACTORS, SOFTCAPS, logit_settings
 from widemargin.trainer.model.trial import check_head
 
 from tests.support.tiny_models import tiny_model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from widemargin.trainer.errors import UserError
 from widemargin.trainer.packing import PairCollator
 
 LAYOUTS: list[tuple[Any, Any]] = [
@@ -168,3 +169,29 @@ def test_every_layout_scores_the_same_targets_after_the_same_tokens(
             own &= positions <= positions[at]
             assert sorted(positions[own].tolist()) == list(range(len(context)))
             assert tokens[own][positions[own].argsort()].tolist() == context
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pad_token_id": None}, "pad_token_id: give a token's id.*got None"),
+        ({"layout": "auto"}, "layout: expected one of padded, packed, prefix_shared, got 'auto'"),
+        ({"rows": "mask"}, "rows: expected one of dense, blocks, varlen, got 'mask'"),
+    ],
+)
+def test_arguments_that_make_no_batch(arguments, message):
+    with pytest.raises(UserError, match=message):
+        PairCollator(**({"pad_token_id": 0} | arguments))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "prefix_shared"])
+def test_rows_that_make_no_batch(layout):
+    """Without a prompt an answer's first token would be predicted by another row's last one."""
+    collate = PairCollator(0, layout=layout)
+    with pytest.raises(
+        UserError, match=r"rows: tokenize them first.* got prompt, chosen, rejected"
+    ):
+        collate([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    pair = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7]}
+    with pytest.raises(UserError, match="prompt_ids: give one token at least"):
+        collate([pair, pair | {"prompt_ids": []}])

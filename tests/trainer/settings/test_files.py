@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation.settings import answer_settings
-from widemargin.trainer.settings.files import load_config, parse_overrides, parse_yaml
+from widemargin.trainer.settings.files import load_config, parse_overrides, parse_yaml, read_yaml
 
 SECRET = "hf_SECRETsecret1234"
 
@@ -111,3 +113,15 @@ def test_a_commands_own_settings_say_what_is_text():
     assert answer_settings(None, "alpaca_eval", given).system_prompt == "Note: be #1"
     assert answer_settings(None, "alpaca_eval", given).generator == "2024"
     assert answer_settings(None, "alpaca_eval", given).seed == 3
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    """As --help and the pages name them; one in the folder goes before."""
+    monkeypatch.chdir(tmp_path)
+    name = Path("configs/train/lmpo-llama3-8b-instruct.yaml")
+    assert read_yaml(name)["objective"] == "lmpo"
+    with pytest.raises(UserError, match=r"config configs/train/lmpo\.yaml: No such file"):
+        read_yaml(Path("configs/train/lmpo.yaml"))
+    name.parent.mkdir(parents=True)
+    name.write_text("objective: simpo")
+    assert read_yaml(name) == {"objective": "simpo"}
