@@ -29,9 +29,9 @@ from .terms import (
     Terms,
     by_edges,
     check_labels,
-    checked,
     chosen_nll,
     taken_up,
+    terms_of,
     to_device,
     with_labels,
 )
@@ -149,8 +149,7 @@ class Objective:
             given = (answers, token_logps, cu_seqlens, reference, edges)
             pairs = dataclasses.replace(pairs, lists=lists_of(self.name, *given, pairs.real))
         self._state = to_device(self._state, token_logps.device)
-        found = self.spec.terms(pairs, self.hyperparameters, self._state)
-        terms = checked(self.name, found, pairs, self._state)
+        terms = terms_of(self.name, self.spec, pairs, self.hyperparameters, self._state)
         if self.training and terms.state is not None:
             self._state = terms.state
         if self.hyperparameters.use_weighting:

@@ -139,13 +139,14 @@ class Terms:
     state: State | None = None  # the next state; None: unchanged. Kept in training only
 
 
-def checked(name: str, terms: Any, pairs: Pairs, state: State) -> Terms:
-    """What the function of the objective ``name`` returned; its state without a graph.
+def terms_of(name: str, spec: ObjectiveSpec, pairs: Pairs, hp: Any, state: State) -> Terms:
+    """What the function of the objective ``name`` returns; its state without a graph.
 
     Raises:
         UserError: it is not one number a pair, or does not depend on the policy, or the state is
             not laid out as ``state`` is.
     """
+    terms = spec.terms(pairs, hp, state)
     if not isinstance(terms, Terms):
         raise UserError(f"objective {name!r}: return Terms; got {type(terms).__name__}")
     shape, policy = pairs.ids.shape, pairs.sums
