@@ -81,6 +81,27 @@ def _recompute_kernel(
         tl.store(work + inside, g.to(ROUND))
 
 
+@triton.jit
+def _with_entries(
+    acc, hidden_ptr, places_ptr, place_grads_ptr, entry_bounds_ptr, block, offs_h, mask_h,
+    stride_hn, BLOCK: tl.constexpr, STEP: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """dW ``acc`` [BLOCK, columns] of a block with its entries, STEP at a time as one product."""
+    row = tl.arange(0, BLOCK)
+    last_entry = tl.load(entry_bounds_ptr + block + 1)
+    for first_entry in range(tl.load(entry_bounds_ptr + block), last_entry, STEP):
+        entry = first_entry + tl.arange(0, STEP)
+        mask_e = entry < last_entry
+        place = tl.load(places_ptr + entry, mask=mask_e, other=0)
+        grad = tl.load(place_grads_ptr + entry, mask=mask_e, other=0.0)
+        hot = tl.where(row[:, None] == (place % BLOCK)[None, :], grad[None, :], 0.0)
+        hidden_ptrs = hidden_ptr + (place // BLOCK).to(tl.int64)[:, None] * stride_hn
+        mask = mask_e[:, None] & mask_h[None, :]
+        hidden = tl.load(hidden_ptrs + offs_h[None, :], mask=mask, other=0.0)
+        acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["N", "T", "piece", "columns"])
 def _weight_kernel(
     hidden_ptr, work_ptr, places_ptr, place_grads_ptr, entry_bounds_ptr,
@@ -131,18 +152,10 @@ def _weight_kernel(
             tile = tl.load(cells_ptr + (i + 1) // PARTS).to(tl.int32) % T
             acc = tl.dot(g, hidden.to(ROUND), acc, input_precision="ieee")
 
-        last_entry = tl.load(entry_bounds_ptr + block + 1)
-        for first_entry in range(tl.load(entry_bounds_ptr + block), last_entry, STEP):
-            entry = first_entry + tl.arange(0, STEP)
-            mask_e = entry < last_entry
-            place = tl.load(places_ptr + entry, mask=mask_e, other=0)
-            grad = tl.load(place_grads_ptr + entry, mask=mask_e, other=0.0)
-            hot = tl.where(row[:, None] == (place % BLOCK)[None, :], grad[None, :], 0.0)
-            hidden_ptrs = hidden_ptr + (place // BLOCK).to(tl.int64)[:, None] * stride_hn
-            mask = mask_e[:, None] & mask_h[None, :]
-            hidden = tl.load(hidden_ptrs + offs_h[None, :], mask=mask, other=0.0)
-            acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
-
+        acc = _with_entries(
+            acc, hidden_ptr, places_ptr, place_grads_ptr, entry_bounds_ptr, block, offs_h, mask_h,
+            stride_hn, BLOCK, STEP, ROUND,
+        )  # fmt: skip
         if TAIL:
             profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
             tail_ptrs = tail_grad_ptr + block.to(tl.int64) * H + offs_h

@@ -29,7 +29,8 @@ print(json.dumps([
 print("an error", file=sys.stderr)
 sys.exit(3)
 """
-WAITING = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+# Short sleeps: a signal just before a long one would wait for its end.
+WAITING = "import os, time\nprint(os.getpid(), flush=True)\nfor _ in range(600): time.sleep(0.1)"
 
 
 def run(*arguments: str, interpreter: str | None = None, **given: Any) -> Any:
@@ -178,7 +179,7 @@ def test_ranks_are_forks_and_one_that_fails_ends_the_other(tmp_path):
         "open(rank, 'w').write(json.dumps(told))\n"
         "while not os.path.exists('0') or not os.path.exists('1'): time.sleep(0.01)\n"
         "if rank == '1': raise ValueError('of rank 1')\n"
-        "time.sleep(60)\n"
+        "for _ in range(600): time.sleep(0.1)\n"
     )
     begin = time.monotonic()
     done = launch(tmp_path, "ranks.py")
