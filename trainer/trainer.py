@@ -283,7 +283,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        with refusals("lr_scheduler_type", ValueError, TypeError):
+        with refusals("lr_scheduler_type, lr_scheduler_kwargs", ValueError, TypeError):
             return super().create_scheduler(*args, **kwargs)
 
     def notes(self) -> list[str]:

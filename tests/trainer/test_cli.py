@@ -161,7 +161,7 @@ def test_bad_settings(place, tmp_path, capsys, changes, named, preflight):
     ("changes", "named"),
     [
         ({"optim_args": "words"}, "optim"),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs: "),
         ({"output_dir": "/proc/run"}, "/proc/run"),
     ],
 )

@@ -103,6 +103,46 @@ def test_a_resumed_run_reports_all_of_its_loss_and_time(tmp_path, logging_steps)
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("token_metrics", [False, True])
+def test_a_resumed_run_logs_the_metrics_of_all_steps_since_the_last_entry(tmp_path, token_metrics):
+    """Also where the same trainer goes on, which has more steps behind it than the checkpoint."""
+    common = {
+        "max_steps": 5, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "pairs": 10,
+        "token_metrics": token_metrics,
+    }  # fmt: skip
+    trainer = tiny_trainer(tmp_path / "whole", **common)
+    trainer.train()
+    expected = measured(trainer)
+    assert len(expected) == 2
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    again = tiny_trainer(tmp_path / "again", **common)
+    again.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert measured(again) == measured(trainer) == expected
+    manifest = json.loads((tmp_path / "whole" / "checkpoint-3" / MANIFEST).read_text())
+    assert manifest["run"]["progress"]["sums_seconds"] > 0
+
+
+def measured(trainer):
+    """The entries of training in a log, without what depends on time and memory."""
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(("_per_s", "_mib"))}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def test_token_metrics_asked_for_on_the_way_are_means_of_the_steps_that_have_them(tmp_path):
+    common = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 3, "learning_rate": 1e-9}
+    tiny_trainer(tmp_path / "without", **common).train()
+    whole = tiny_trainer(tmp_path / "with", token_metrics=True, **common)
+    whole.train()
+    again = tiny_trainer(tmp_path / "again", token_metrics=True, **common)
+    again.train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-1"))
+    (entry,), (expected,) = measured(again), measured(whole)
+    assert entry["entropy"] == pytest.approx(expected["entropy"], rel=0.1)
+
+
 def test_a_finished_run_taken_up_again_keeps_its_loss(tmp_path):
     common = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     expected = tiny_trainer(tmp_path, **common).train()

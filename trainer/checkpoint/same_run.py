@@ -176,6 +176,7 @@ def _facts_of_a_rank(args: PreferenceConfig, objective: Objective, rows: PairRow
         "couples_pairs": objective.couples_pairs,
         "pairs_per_step": args.pairs_per_step,
         "micro_batches": args.gradient_accumulation_steps,
+        "limits_tokens": args.max_tokens_per_micro_batch is not None,
         "pairs": len(rows),
         "tokens": tokens_digest(rows),
         "numbers": numbers_digest(rows),
@@ -276,4 +277,7 @@ def _batch_advice(saved: Facts, now: Facts) -> str:
     size, rest = divmod(saved.get("pairs_per_step") or 0, steps * ranks)
     if rest or not size:
         return f": {ranks} ranks cannot share {steps} micro-batches of its steps equally"
-    return f": set per_device_train_batch_size: {size}, gradient_accumulation_steps: {steps}"
+    advice = f": set per_device_train_batch_size: {size}, gradient_accumulation_steps: {steps}"
+    if now.get("limits_tokens"):  # it would raise them again
+        advice += ", and leave max_tokens_per_micro_batch out"
+    return advice

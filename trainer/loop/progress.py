@@ -1,4 +1,4 @@
-"""Losses and seconds of a run so far, kept in its checkpoints and reported by a resumed run.
+"""Losses, metrics and seconds of a run, kept in its checkpoints and reported by a resumed run.
 
 And where a stream was, which a resumed run reads on.
 """
@@ -21,7 +21,7 @@ class Progress:
     """Puts into transformers' loop the sums that it had when its checkpoint was saved.
 
     Without them the loss of a resumed run would be a mean over its own steps alone, and the first
-    loss logged would lack the steps between the last log and the checkpoint.
+    entry of its log would lack the steps between the last log and the checkpoint.
 
     Args:
         trainer: whose loop it is.
@@ -44,18 +44,16 @@ class Progress:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint's manifest keeps; a collective with several ranks."""
-        observer, args = self.trainer.observer, self.trainer.args
-        sums = self.trainer._tr_loss.detach().double().reshape(1)
-        sums = torch.cat([sums, sums.new_tensor([observer.training.pending("num_tokens")])])
+        args = self.trainer.args
+        pending = self.trainer._tr_loss.detach().to(torch.float64, copy=True)
         if args.world_size > 1:
-            dist.all_reduce(sums, group=data_group(args))
-        pending, tokens = sums.tolist()
+            dist.all_reduce(pending, group=data_group(args))
         return {
             "loss_sum": self.trainer._total_loss_scalar,
-            "pending_loss": pending / args.data_parallel_size,
+            "pending_loss": pending.item() / args.data_parallel_size,
             "last_logged": self.trainer._globalstep_last_logged,
             "seconds": self.seconds,
-            "num_tokens": observer.num_tokens + tokens,
+            **self.trainer.observer.facts(),
             **place_in_stream(self.trainer.train_dataset),
         }
 
@@ -66,7 +64,7 @@ class Progress:
             trainer._total_loss_scalar = self.before["loss_sum"]
             trainer._tr_loss = torch.full_like(trainer._tr_loss, self.before["pending_loss"])
             trainer._globalstep_last_logged = int(self.before["last_logged"])
-            trainer.observer.num_tokens = self.before.get("num_tokens", 0.0)
+            trainer.observer.restore(self.before)
         self.restored = True
 
     def began_at(self) -> float:

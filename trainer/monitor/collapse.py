@@ -106,23 +106,34 @@ class Watch:
 
     def add(self, entry: Mapping[str, Any]) -> list[Sign]:
         """The signs that this entry is the first to show."""
-        new = [sign for name in KINDS if (sign := self._look(name, entry)) is not None]
+        seen = (self._look(name, key, entry) for name in KINDS for key in _keys(name, entry))
+        new = [sign for sign in seen if sign is not None]
         self.signs |= {sign.kind: sign for sign in new}
         return new
 
-    def _look(self, name: str, entry: Mapping[str, Any]) -> Sign | None:
+    def _look(self, name: str, key: str, entry: Mapping[str, Any]) -> Sign | None:
         kind = KINDS[name]
-        step, value = entry.get("step", math.nan), entry.get(kind.key, math.nan)
+        step, value = entry.get("step", math.nan), entry[key]
         if not (is_number(value) and is_number(step)) or name in self.signs:
             return None
-        first = self._first.setdefault(name, [])
+        figure = f"{name} {key}"
+        first = self._first.setdefault(figure, [])
         if not first or step <= max(kind.window, first[0][0]):
             first.append((step, value))
-        latest = [*self._latest.get(name, []), (step, value)]
-        latest = self._latest[name] = [point for point in latest if point[0] > step - kind.window]
+        latest = [*self._latest.get(figure, []), (step, value)]
+        latest = [point for point in latest if point[0] > step - kind.window]
+        self._latest[figure] = latest
         before, now = _mean(first), _mean(latest)
         is_noise = abs(now - before) <= ERRORS * math.hypot(_error(first), _error(latest))
         return Sign(name, step, before, now) if kind.is_bad(before, now) and not is_noise else None
+
+
+def _keys(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Where the entry has the figure of a kind: of an evaluation, also under its set's name."""
+    key, _, held_out = KINDS[name].key.partition("eval_")
+    if held_out:
+        return [k for k in entry if k.startswith("eval_") and k.endswith(f"_{held_out}")]
+    return [key] if key in entry else []
 
 
 def repetition(token_ids: list[int]) -> float:

@@ -105,9 +105,15 @@ class PreferenceMetrics:
         """Add one micro-batch's ``decoder_tokens`` [3], see `PairCollator`."""
         self.add(**dict(zip(TOKENS, decoder_tokens, strict=True)))
 
-    def pending(self, name: str) -> float:
-        """This rank's sum since the last report; waits for the device."""
-        return float(self._sums.get(name, 0.0))
+    def totals(self, group: Any = None) -> dict[str, float]:
+        """The sums since the last report over ``group``, None for all ranks; a collective."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        totals = torch.stack([self._sums[name] for name in names])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals, group=group)
+        return dict(zip(names, totals.tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """What was added so far; no later `add` changes it."""
@@ -124,14 +130,10 @@ class PreferenceMetrics:
 
         ``group`` are the ranks that have other pairs, None for all.
         """
-        sums, self._sums = self._sums, {}
-        if not sums:
+        total = self.totals(group)
+        self._sums = {}
+        if not total:
             return {}, {}
-        names = sorted(sums)
-        totals = torch.stack([sums[name] for name in names])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals, group=group)
-        total = dict(zip(names, totals.tolist(), strict=True))
         counts = {name: total.pop(name, 0.0) for name in COUNTS}
         answers = {side: total.pop(f"count/{side}", 0.0) for side in SIDES}
         pairs = counts["pairs"]
@@ -184,10 +186,20 @@ class Throughput:
         if self._since is None:
             self._since = time.perf_counter()
 
+    def restart(self, seconds: float = 0.0) -> None:
+        """Start with so many seconds since the last report, whatever was measured before."""
+        self._seconds, self._since = seconds, time.perf_counter()
+
     def pause(self) -> None:
         if self._since is not None:
             self._seconds += time.perf_counter() - self._since
             self._since = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training since the last report."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._seconds + running
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -115,7 +115,29 @@ class Observer(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.margins.on_train_begin(args, state, control)
-        self.throughput.start()
+        self.restore({})
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps for the report after it; a collective."""
+        sums = self.training.totals(data_group(self.settings))
+        num_tokens = self.num_tokens + sums.pop("num_tokens", 0.0)
+        return {"num_tokens": num_tokens, "sums": sums, "sums_seconds": self.throughput.seconds}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Begin with what a checkpoint kept, and with nothing of steps before."""
+        sums = facts.get("sums", {})
+        if ("entropy" in sums) != self.settings.token_metrics:  # set otherwise since
+            sums = {}
+        mine = self.settings.data_parallel_rank == 0  # the others' are in its sums
+        device = self.settings.device
+        self.training.load(
+            {
+                name: torch.tensor(value * mine, dtype=torch.float64, device=device)
+                for name, value in sums.items()
+            }
+        )
+        self.num_tokens = facts.get("num_tokens", 0.0)
+        self.throughput.restart(facts.get("sums_seconds", 0.0) if sums else 0.0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.throughput.pause()

@@ -58,6 +58,21 @@ def test_ranks_and_packing_may_differ():
     assert "save_only_model" in forbidden[0]
 
 
+@pytest.mark.parametrize("limits", [False, True])
+def test_a_limit_that_would_raise_the_micro_batches_again_is_to_go(limits):
+    coupled = FACTS | {"couples_pairs": True}
+    now = coupled | {"micro_batches": 8, "limits_tokens": limits}
+    (problem,), _ = compare(coupled, now)
+    assert "set per_device_train_batch_size: 4, gradient_accumulation_steps: 4" in problem
+    assert problem.endswith("and leave max_tokens_per_micro_batch out") == limits
+
+
+def test_facts_say_whether_tokens_are_limited(tmp_path):
+    for limit in (None, 80):
+        trainer = dpo_trainer(tmp_path, max_tokens_per_micro_batch=limit, **SAVING)
+        assert trainer._run_facts()["limits_tokens"] == (limit is not None)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The checkpoint of a run with an adapter and a reference model."""

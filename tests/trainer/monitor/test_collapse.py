@@ -53,6 +53,14 @@ def test_held_out_falls_count_from_the_first_evaluation() -> None:
     assert signs(log("eval_logps/chosen_mean", [-1.0, -1.5, -2.2], 0, 5)) == {"held-out chosen": 10}
 
 
+def test_each_of_several_evaluation_sets_counts_from_its_own_beginning() -> None:
+    easy = log("eval_easy_logps/chosen_mean", [-1.0, -1.2, -1.4], 0, 5)
+    hard = log("eval_hard_logps/chosen_mean", [-3.0, -3.5, -4.2], 0, 5)
+    by_step = [entry for pair in zip(easy, hard, strict=True) for entry in pair]
+    assert signs(by_step) == {"held-out chosen": 10}
+    assert signs(by_step[:-1]) == {}
+
+
 def test_answers_that_end_at_once_are_a_sign() -> None:
     """As SimPO's with 40% of wrong labels did in the study of a real model; a half is none."""
     assert signs(log("samples/tokens", [80.0, 40.0, 12.0, 4.0], 0, 5)) == {"shortness": 15}
