@@ -197,9 +197,14 @@ class Records:
             os.fsync(self._file.fileno())
 
 
-def read_records(folder: Path, name: str) -> tuple[Record, dict[str, Record]]:
-    """The settings and the finished records by id, as `Records` wrote them to ``folder``."""
+def read_records(folder: Path, name: str, remedy: str) -> tuple[Record, dict[str, Record]]:
+    """The settings and the finished records by id, as `Records` wrote them to ``folder``.
+
+    ``remedy`` says what to do where there are none.
+    """
     path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        raise UserError(f"{remedy}; there is no {path}")
     with refusals(f"{path}: cannot be read", OSError, ValueError):
         settings = read_json(folder / f"{name}.settings.json")
         content = path.read_bytes()

@@ -16,7 +16,6 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import read_json
-from ..settings.names import SIDES
 from .collapse import SAMPLED_TOKENS
 from .margins import SAMPLES_FILE, Histogram, json_lines, read_margins
 
@@ -34,9 +33,6 @@ HEADLINE_METRICS = (
     ("lengths/rejected", "tokens, rejected"),
     ("loss", "loss"),
 )
-
-EARLIER_NAMES = {f"{p}logps/{s}_mean": f"{p}logps/{s}" for p in ("", "eval_") for s in SIDES}
-"""Where the logs of earlier versions, which had means alone, have a metric."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,7 @@ class Run:
         """All logged values of a metric, in order of steps; the last one counts for a step."""
         points: dict[float, float] = {}
         for entry in self.history:
-            logged = entry.get(key, entry.get(EARLIER_NAMES.get(key, key)))
-            step, value = number(entry.get("step")), number(logged)
+            step, value = number(entry.get("step")), number(entry.get(key))
             if step is not None and value is not None and math.isfinite(step):
                 points[step] = value if math.isfinite(value) else math.nan
         return sorted(points.items())

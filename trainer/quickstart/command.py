@@ -51,7 +51,9 @@ def quickstart(folder: Path, seed: int, overrides: Sequence[str], train: Train) 
     as an argument, because this room may not import the modules that run a training.
     """
     from ..report.write import write_report
+    from ..settings.files import parse_overrides
 
+    parse_overrides(overrides)  # refuses before anything is written
     train_pairs, test_pairs = make_pairs(seed)
     _no_loading_bars()
     counts = f"{len(train_pairs)} training pairs and {len(test_pairs)} held-out pairs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..monitor.collapse import SAMPLED_TOKENS, Watch
 from ..monitor.history import Run, number
@@ -175,7 +176,7 @@ def _charts(run: Run) -> list[Chart]:
     charts = [
         Chart("Reward accuracy", ACCURACY, both("rewards/accuracies"), 0.0, 1.0, 0.5),
         Chart("Reward margin", MARGIN, both("rewards/margins")),
-        Chart("Log-probabilities", _mass_note(run), sides("logps", "_mean")),
+        _log_probs(run, sides),
         Chart("Loss", "mean over pairs", both("loss")),
         Chart("Target margin", asked, [_with_std(run)]),
         Chart("Lengths of the pairs", "completion tokens per answer", sides("lengths"), low=0.0),
@@ -195,6 +196,15 @@ def _charts(run: Run) -> list[Chart]:
         Chart("Learning rate", "", training("learning_rate"), low=0.0),
     ]
     return filled(charts)
+
+
+def _log_probs(run: Run, sides: Callable[..., list[Line]]) -> Chart:
+    """Means over tokens; of trainers that log none, such as TRL's, what they call ``logps``."""
+    keys = (f"{prefix}logps/chosen_mean" for prefix in ("", "eval_"))
+    if any(map(run.finite, keys)):
+        return Chart("Log-probabilities", _mass_note(run), sides("logps", "_mean"))
+    note = "nats, mean over pairs; sums over an answer's tokens, or what the trainer compares"
+    return Chart("Log-probabilities", note, sides("logps"))
 
 
 def _mass_note(run: Run) -> str:

@@ -15,21 +15,26 @@ from ..evaluation.results import Record, read_records, table, write_json, write_
 from ..evaluation.settings import LoadSettings
 from .forms import SIDES, WRITERS
 from .generate import tokenizer_digest
-from .score import check_scored
-from .selection import BALANCE, Chosen, Made, PairRequest, balanced, select
+from .score import ANSWERED, check_scored
+from .selection import BALANCE, REMEDIES, Chosen, Made, PairRequest, balanced, select
 
 
 def pair(folder: Path, out: Path, request: PairRequest, scores: str | None = None) -> None:
     """Write the training data of ``folder`` to ``out``, and a report beside it."""
     request.check()
+    if out.is_dir():
+        raise UserError(
+            f"--out: give a file's name, such as {out / 'pairs.jsonl'}; {out} is a folder"
+        )
     if out.with_name(f"{out.stem}.settings.json").exists():
         raise UserError(f"--out: give another name; {out} holds records")
-    settled, answers = read_records(folder, "answers")
-    prompts = read_records(folder, "prompts")[1]
+    settled, answers = read_records(folder, "answers", ANSWERED)
+    prompts = read_records(folder, "prompts", ANSWERED)[1]
     if request.tokens_for is not None:
         _check_tokenizer(request.tokens_for, settled)
-    name = scores or _only_scores(folder)
-    unit, made = _scored(prompts, answers, read_records(folder, f"scores-{name}")[1], name)
+    name = _name_of_scores(folder, scores)
+    done = read_records(folder, f"scores-{name}", "--scores: run widemargin score")[1]
+    unit, made = _scored(prompts, answers, done, name)
     dropped: dict[str, str] = {}
     pairs: dict[str, list[Chosen]] = {}
     for key, several in made.items():
@@ -43,7 +48,8 @@ def pair(folder: Path, out: Path, request: PairRequest, scores: str | None = Non
         dropped |= {key: BALANCE for key in pairs if key not in left}
         pairs = left
     if not pairs:
-        raise UserError(f"{folder}: no prompt has a pair ({_counts(dropped)}); ask for less")
+        remedy = REMEDIES[Counter(dropped.values()).most_common(1)[0][0]]
+        raise UserError(f"{remedy}; no prompt of {folder} has a pair ({_counts(dropped)})")
     form = WRITERS["tokens" if request.tokens_for is not None else request.form]
     rows = [row for key, chosen in pairs.items() for row in form(prompts[key], chosen)]
     report = {"scores": name, "length_unit": unit, **_report(made, pairs, dropped, len(rows))}
@@ -75,9 +81,11 @@ def _scored(
     return "tokens" if counted else "characters", made
 
 
-def _only_scores(folder: Path) -> str:
+def _name_of_scores(folder: Path, asked: str | None) -> str:
     names = sorted(path.stem.removeprefix("scores-") for path in folder.glob("scores-*.jsonl"))
-    if len(names) != 1:
+    if asked in names:
+        return asked
+    if len(names) != 1 or asked is not None:
         raise UserError(
             f"--scores: name one of {', '.join(names)}"
             if names

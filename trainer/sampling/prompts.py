@@ -16,8 +16,8 @@ from ..data.encoder import encode, single_bos
 from ..data.formats.answers import Edges
 from ..data.formats.converters import transcript
 from ..data.formats.files import ONE_TABLE, open_source
-from ..data.formats.messages import content_text
-from ..data.formats.shapes import standard_rows
+from ..data.formats.messages import MISSING, as_messages, content_text
+from ..data.formats.shapes import shape_of, standard_rows
 from ..data.guard import PROMPT_LOST, occurs
 from ..data.images.columns import checked_media, show_images
 from ..data.rows import Pair, RowProblem, attempt, dressed, read_row
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 BEGUN = "prompt that begins an answer"
 _SIDES = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+_ASKED = ("query", "context", "history", "conversation_a")
+"""Columns with the prompt in data sets of several answers, where none of a pair's has it."""
 
 
 @dataclass
@@ -123,11 +125,29 @@ def _prompt(
 
 def _read(row: dict[str, Any]) -> Pair:
     """The row as a pair, whose answers mean nothing."""
-    if not _SIDES.keys() <= row.keys():
-        row = row | _SIDES | ({"prompt": transcript(row["prompt"])} if "prompt" in row else {})
+    row = row if _SIDES.keys() <= row.keys() else _unanswered(row)
     pair = read_row(standard_rows(row, Edges())[0])
     show_images(pair, row)  # none, so no message may have a place for one
     return pair
+
+
+def _unanswered(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with `_SIDES` for its answers; a talk ends before the answer that it ends with."""
+    shape = shape_of((*row, *_SIDES))
+    column, to = next((name for name in _ASKED if name in row), None), "prompt"
+    if shape is not None and _SIDES.keys() < {*shape.needs}:
+        column = to = shape.needs[0]
+    if column is None:
+        raise RowProblem(MISSING, f"rename the prompt's column to prompt; found {', '.join(row)}")
+    rest = {name: value for name, value in row.items() if name != column} | _SIDES
+    if column == "prompt":
+        return rest | {"prompt": transcript(row["prompt"])}
+    talk = as_messages(row[column])
+    while isinstance(talk, list) and talk and isinstance(talk[-1], dict):
+        if talk[-1].get("role") != "assistant":
+            break
+        talk = talk[:-1]
+    return rest | {to: talk}
 
 
 def _tokens(prompt: Prompt, talk: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:

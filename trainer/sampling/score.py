@@ -13,6 +13,7 @@ from ..text import printable
 from .scorers import TRUNCATED, Scored, ScoreSettings, make_scorer, usable
 
 NO_ANSWER = "no answer"
+ANSWERED = "FOLDER: give the one that widemargin generate wrote"
 
 
 def score_name(by: str) -> str:
@@ -30,8 +31,8 @@ def score(
     Raises:
         UserError: more than the share ``max_failures`` of answers got no score.
     """
-    _, prompts = read_records(folder, "prompts")
-    _, answers = read_records(folder, "answers")
+    _, prompts = read_records(folder, "prompts", ANSWERED)
+    _, answers = read_records(folder, "answers", ANSWERED)
     name = name or score_name(by)
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"--name: give letters, digits, dots and dashes, got {name!r}")

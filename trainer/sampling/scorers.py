@@ -81,9 +81,14 @@ class PythonScorer:
 
     def __init__(self, name: str, settings: ScoreSettings) -> None:
         module, _, function = name.partition(":")
+        if not module or not function or module.endswith(".py"):
+            raise UserError(
+                f"--by python:{name}: expected python:MODULE:FUNCTION, such as "
+                "python:rules:brevity for the function brevity of rules.py"
+            )
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        with refusals(f"--by python:{name}: cannot be imported", ImportError, AttributeError):
+        with refusals(f"--by python:{name}: cannot be imported", Exception):  # of any module
             imported = importlib.import_module(module)
             self.function: Callable[..., Any] = getattr(imported, function)
         source = getattr(imported, "__file__", None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.formats.answers import Edges
+from ..data.formats.converters import NO_PREFERENCE
 from ..data.rows import RowProblem
 from ..errors import UserError, expect_one_of, is_number
 from ..evaluation.results import Record
@@ -17,6 +18,17 @@ FORMS = ("pairs", "trees", "kto")
 NO_TEXT, UNFINISHED, NO_SCORE = "answers without text", "unfinished answers", "answers not scored"
 ALIKE, GAP, RATIO = "answers all the same", "scores too close", "lengths too far apart"
 BALANCE = "left out to balance lengths"
+REMEDIES = {
+    NO_TEXT: "generate again with another --model, --seed or more --n, to another --out",
+    UNFINISHED: "give --keep-unfinished, or generate with a larger --max_new_tokens",
+    NO_SCORE: "score again by another scorer, with another --name",
+    ALIKE: "generate with a higher --temperature or more --n, to another --out",
+    NO_PREFERENCE: "score by what tells the answers apart; their scores are equal",
+    GAP: "lower --min-gap",
+    RATIO: "raise --max-length-ratio",
+    BALANCE: "leave out --balance-length",
+}
+"""What to do where no prompt has a pair, by the reason of most."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.resume import CLAIM
-from ..errors import UserError
+from ..errors import UserError, refusals
 from ..files import read_json, write_text
 from ..report.write import summary_lines, write_report
 from ..settings.files import build_config, merge, parse_overrides, read_yaml
@@ -38,6 +39,7 @@ def sweep(config: Path, out: Path | None, launcher: str, arguments: Sequence[str
         UserError: settings that do not fit, or a folder of another sweep; nothing has been trained.
     """
     runs, fixed = combinations(arguments)
+    command = _command(launcher)
     shared = merge(read_yaml(config), parse_overrides(fixed))
     if "output_dir" in parse_overrides([*fixed, *runs[0].overrides]):
         raise UserError("output_dir: leave it out; --out names the folder of a sweep")
@@ -46,7 +48,6 @@ def sweep(config: Path, out: Path | None, launcher: str, arguments: Sequence[str
     if not launcher:  # which may start the runs on other machines
         _check(config, [[*fixed, *run.overrides] for run in runs])
     _claim(folder, shared, list(runs[0].values))
-    command = shlex.split(launcher) or [sys.executable, "-m", "widemargin.trainer"]
     failed: dict[str, str] = {}
     for place, run in enumerate(runs, 1):
         print(f"Run {place} of {len(runs)}: {run.name}", flush=True)
@@ -63,6 +64,17 @@ def sweep(config: Path, out: Path | None, launcher: str, arguments: Sequence[str
             if not status:  # of a launcher that does not wait, or did not hand on the settings
                 failed[run.name] += ", without a finished run in its folder"
     return _conclude(folder, runs, failed)
+
+
+def _command(launcher: str) -> list[str]:
+    """The words that start a run."""
+    with refusals(f"--launcher {launcher}: close its quotation marks", ValueError):
+        words = shlex.split(launcher)
+    if words and not shutil.which(words[0]):
+        raise UserError(
+            f"--launcher: install {words[0]}, or give its path; there is no such command"
+        )
+    return words or [sys.executable, "-m", "widemargin.trainer"]
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -83,7 +95,7 @@ def _check(config: Path, overrides: list[list[str]]) -> None:
 def _build_all(config: Path, overrides: list[list[str]]) -> None:
     settings = read_yaml(config)
     for each in overrides:
-        build_config(merge(settings, parse_overrides(each)))
+        build_config(merge(settings, parse_overrides(each))).build_objective()
 
 
 def _claim(folder: Path, shared: dict[str, Any], varied: list[str]) -> None:
@@ -91,9 +103,13 @@ def _claim(folder: Path, shared: dict[str, Any], varied: list[str]) -> None:
     record = json.loads(json.dumps({"varied": varied, "shared": shared}, default=str))
     path = folder / RECORD
     if path.is_file():
-        before = read_json(path)
-        if before != record:
-            raise UserError(f"--out: name another folder; {folder} has {_other(before, record)}")
+        try:
+            before = read_json(path)
+            other = "" if before == record else _other(before, record)
+        except (OSError, ValueError, LookupError, TypeError):
+            other = "a sweep.json of something else"
+        if other:
+            raise UserError(f"--out: name another folder; {folder} has {other}")
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, indent=2) + "\n")

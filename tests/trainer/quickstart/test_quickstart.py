@@ -72,6 +72,12 @@ def test_a_failed_training_ends_it(tmp_path: Path, command_lines: list[list[str]
     assert not (tmp_path / "run").exists()
 
 
+def test_arguments_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected --key=value"):
+        quickstart.quickstart(tmp_path / "out", 0, ["elsewhere"], lambda *_: 0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_config_names_what_the_quickstart_writes() -> None:
     folder = quickstart.DEFAULT_FOLDER
     assert CONFIG["model_name_or_path"] == (folder / "model").as_posix()

@@ -30,8 +30,8 @@ def evaluation(step: int, accuracy: float) -> dict[str, Any]:
         "eval_loss": 3.0 - accuracy,
         "eval_rewards/accuracies": accuracy,
         "eval_rewards/margins": 10 * (accuracy - 0.5),
-        "eval_logps/chosen": -7.4 + accuracy,
-        "eval_logps/rejected": -7.4 - accuracy,
+        "eval_logps/chosen_mean": -7.4 + accuracy,
+        "eval_logps/rejected_mean": -7.4 - accuracy,
         "eval_lengths/chosen": 6.25,
         "eval_lengths/rejected": 12.75,
     }
@@ -45,8 +45,8 @@ def training(step: int) -> dict[str, Any]:
         "learning_rate": 3e-3,
         "rewards/accuracies": 0.75,
         "rewards/margins": 2.0,
-        "logps/chosen": -2.0,
-        "logps/rejected": -4.0,
+        "logps/chosen_mean": -2.0,
+        "logps/rejected_mean": -4.0,
         "lengths/chosen": 6.0,
         "lengths/rejected": 13.0,
         "margin/mean": 1.0,
@@ -267,6 +267,18 @@ def test_notes_of_the_wrong_shape_are_ignored(tmp_path: Path) -> None:
     run = load_run(make_run(tmp_path, settings=[1], samples=3, data="x", started=5))
     assert (run.settings, run.samples, run.data) == ({}, [], {})
     assert write_report(tmp_path).is_file()
+
+
+def test_log_probs_that_are_no_means_are_not_called_means(tmp_path: Path) -> None:
+    """TRL logs sums over tokens under the names without an end."""
+    logs = [{"step": i, "logps/chosen": -250.0 - i, "logps/rejected": -300.0} for i in (1, 2)]
+    theirs, ours = make_run(tmp_path / "trl", logs), make_run(tmp_path / "ours")
+    page = write_report(theirs).read_text()
+    assert "Log-probabilities" in page
+    assert "nats per token" not in page
+    assert "-252" not in "".join(summary_lines(theirs))
+    both = "".join(summary_lines([theirs, ours]))
+    assert "-252" not in both
 
 
 def test_long_runs_are_thinned_by_means() -> None:

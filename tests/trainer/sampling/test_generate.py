@@ -126,6 +126,40 @@ def test_a_prompt_that_repeats_is_answered_once_and_bad_rows_are_said(model, tmp
     assert "left out: 1 rows, missing value" in printed
 
 
+TALK = [{"role": "user", "content": "water"}, {"role": "assistant", "content": "wet"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK},
+        {"conversations": [{"from": "human", "value": "water"}, {"from": "gpt", "value": "wet"}]},
+        {"messages": TALK, "rejected_response": "dry"},
+        {"query": "water", "response": "wet"},
+        {"query": "water", "responses": ["wet", "dry"], "scores": [1, 1]},
+        {"conversation_a": TALK, "conversation_b": TALK, "winner": "tie"},
+        {"context": TALK[:1], "response1": "a", "response2": "b", "overall_preference": 0},
+        {"history": "water", "human_ref_A": "a", "human_ref_B": "b", "labels": 1},
+    ],
+    ids=lambda row: "-".join(row),
+)
+def test_answers_of_a_row_count_for_nothing(row):
+    """Neither the one that a talk ends with, nor a tie of two."""
+    assert [prompt.content for prompt in read_prompts([row], None, [], None)[0]] == [TALK[:1]]
+
+
+@pytest.mark.parametrize("row", [{"problem": "1 + 1"}, {"prompt_ids": [5], "chosen_ids": [6]}])
+def test_a_row_whose_prompt_nobody_knows_is_told_how_to_name_it(row):
+    with pytest.raises(UserError, match="rename the prompt's column to prompt; found p"):
+        read_prompts([row], None, [], None)
+
+
+@pytest.mark.parametrize("talk", [["water", "wet"], TALK[1:], [], None])
+def test_a_row_of_something_else_than_messages_is_left_out(talk):
+    with pytest.raises(UserError, match="left out: 1 rows"):
+        read_prompts([{"conversations": talk}], None, [], None)
+
+
 def test_a_template_that_loses_text_is_said(model, tmp_path, capsys):
     deaf = "--chat_template={{ bos_token }}{{ messages[-1].content }}"
     turns = [{"role": "system", "content": "Be wet"}, {"role": "user", "content": "yes"}]

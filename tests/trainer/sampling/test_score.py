@@ -37,6 +37,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "rules.py").write_text(RULES)
+    (tmp_path / "broken.py").write_text("def f(:")
+    (tmp_path / "raises.py").write_text("f = nothing")
     monkeypatch.delitem(__import__("sys").modules, "rules", raising=False)
     return save_answers(tmp_path / "out", ANSWERS)
 
@@ -83,7 +85,10 @@ def test_failures_are_kept_counted_and_stop_beyond_a_share(folder, capsys):
     [
         ("python:nowhere:f", "cannot be imported"),
         ("python:rules:nothing", "cannot be imported"),
-        ("python:rules", "cannot be imported"),
+        ("python:rules", "expected python:MODULE:FUNCTION, such as"),
+        ("python:rules.py:words", "expected python:MODULE:FUNCTION, such as"),
+        ("python:broken:f", "broken:f: cannot be imported: SyntaxError"),
+        ("python:raises:f", "raises:f: cannot be imported: NameError"),
         ("rules", "--by: expected model:DIR"),
         ("judge:", "--by: expected"),
         ("python:rules:words --name=a/b", "--name: give letters"),
@@ -95,7 +100,8 @@ def test_scorers_that_are_none(folder, capsys, by, named):
 
 
 def test_there_must_be_answers(tmp_path, capsys):
-    assert_one_line_error(score(tmp_path, "python:rules:words"), "cannot be read", capsys)
+    command = score(tmp_path, "python:rules:words")
+    assert_one_line_error(command, "FOLDER: give the one that widemargin generate wrote", capsys)
 
 
 def test_a_judge_rates_each_answer_once(folder, capsys):

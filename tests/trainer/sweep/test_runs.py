@@ -132,6 +132,35 @@ def test_a_folder_of_another_sweep_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ['{"varied', '{"method": "grid"}', "[]"])
+def test_a_folder_with_another_sweep_json_is_refused(
+    tmp_path: Path, sweep: Any, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    assert sweep("--beta=2,3", f"--out={tmp_path}") == 2
+    assert "error: --out: name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("launcher", "message"), [("bash -c 'x", "close its quot"), ("nosuchtool x", "install nosuch")]
+)
+def test_a_launcher_that_cannot_start_is_refused_before_anything_is_written(
+    tmp_path: Path, sweep: Any, capsys: pytest.CaptureFixture[str], launcher: str, message: str
+) -> None:
+    assert sweep("--beta=2,3", f"--launcher={launcher}") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_hyperparameters_are_refused_before_the_first_run(
+    tmp_path: Path, sweep: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--launcher=", "--objective_args={gama: 1}", "--beta=2,3", "--use_cpu=true"]
+    assert sweep(*arguments) == 2
+    assert "'gama' is not known" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_without_summary_or_with_a_claim_has_not_finished(tmp_path: Path) -> None:
     assert not is_finished(tmp_path)
     (tmp_path / "run.json").write_text('{"summary": {}}')
