@@ -117,9 +117,8 @@ def _refuse_replicas() -> NoReturn:
 class _Bound:
     """A method of one module, which `torch.save` of the module takes, unlike ``MethodType``'s."""
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
-        self.function = function
-        self.__self__: Any = module
+    def __init__(self, function: Callable[..., Any], module: Any) -> None:
+        self.function, self.__self__ = function, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.__self__, *args, **kwargs)
@@ -225,8 +224,7 @@ def _joined(scores: Any, row: SharedRow, own_targets: Any, count: int) -> tuple[
 def _head_forward(self: Any, input: Tensor, targets: Tensor | None = None) -> Any:
     if targets is None:
         return self.unpatched_forward(input)
-    hidden = input
-    scoring: Scoring = self.scoring
+    scoring, hidden = self.scoring, input
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(self.weight.dtype)
     bias = getattr(self, "bias", None)
