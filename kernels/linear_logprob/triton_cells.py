@@ -120,28 +120,19 @@ def _weight_kernel(
                 work = work_ptr + (i // PARTS - first).to(tl.int64) * (TILE * BLOCK)
                 g = tl.load(work + (part + step)[None, :] * BLOCK + row[:, None])
                 offs_n = tile * TILE + part + step
-                hidden_ptrs = (
-                    hidden_ptr + offs_n.to(tl.int64)[:, None] * stride_hn + offs_h[None, :]
-                )
+                hidden_ptrs = hidden_ptr + offs_n.to(tl.int64)[:, None] * stride_hn
                 mask = (offs_n < N)[:, None] & mask_h[None, :]
-                hidden = tl.load(hidden_ptrs, mask=mask, other=0.0)
+                hidden = tl.load(hidden_ptrs + offs_h[None, :], mask=mask, other=0.0)
             else:
                 g = work_desc.load([(i // PARTS - first) * TILE + part, 0]).T
                 hidden = hidden_desc.load([tile * TILE + part, start])
             tile = tl.load(cells_ptr + (i + 1) // PARTS).to(tl.int32) % T
             acc = tl.dot(g, hidden.to(ROUND), acc, input_precision="ieee")
 
-        last_entry = tl.load(entry_bounds_ptr + block + 1)
-        for first_entry in range(tl.load(entry_bounds_ptr + block), last_entry, STEP):
-            entry = first_entry + tl.arange(0, STEP)
-            mask_e = entry < last_entry
-            place = tl.load(places_ptr + entry, mask=mask_e, other=0)
-            grad = tl.load(place_grads_ptr + entry, mask=mask_e, other=0.0)
-            hot = tl.where(row[:, None] == (place % BLOCK)[None, :], grad[None, :], 0.0)
-            hidden_ptrs = hidden_ptr + (place // BLOCK).to(tl.int64)[:, None] * stride_hn
-            mask = mask_e[:, None] & mask_h[None, :]
-            hidden = tl.load(hidden_ptrs + offs_h[None, :], mask=mask, other=0.0)
-            acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
+        acc = _add_entries(
+            acc, hidden_ptr, places_ptr, place_grads_ptr, entry_bounds_ptr + block,
+            row, offs_h, mask_h, stride_hn, BLOCK, STEP, ROUND,
+        )  # fmt: skip
 
         if TAIL:
             profile = tl.load(profile_ptr + offs_v, mask=mask_v, other=0.0)
@@ -150,6 +141,26 @@ def _weight_kernel(
         out = d_weight_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
         mask = mask_v[:, None] & mask_h[None, :]
         tl.store(out, acc.to(d_weight_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_entries(
+    acc, hidden_ptr, places_ptr, place_grads_ptr, bounds_ptr, row, offs_h, mask_h, stride_hn,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """dW [BLOCK, COLUMNS] with the terms of a block's entries, whose ends ``bounds_ptr`` has."""
+    last_entry = tl.load(bounds_ptr + 1)
+    for first_entry in range(tl.load(bounds_ptr), last_entry, STEP):
+        entry = first_entry + tl.arange(0, STEP)
+        mask_e = entry < last_entry
+        place = tl.load(places_ptr + entry, mask=mask_e, other=0)
+        grad = tl.load(place_grads_ptr + entry, mask=mask_e, other=0.0)
+        hot = tl.where(row[:, None] == (place % BLOCK)[None, :], grad[None, :], 0.0)
+        hidden_ptrs = hidden_ptr + (place // BLOCK).to(tl.int64)[:, None] * stride_hn
+        mask = mask_e[:, None] & mask_h[None, :]
+        hidden = tl.load(hidden_ptrs + offs_h[None, :], mask=mask, other=0.0)
+        acc = tl.dot(hot.to(ROUND), hidden.to(ROUND), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit(do_not_specialize=["piece"])
