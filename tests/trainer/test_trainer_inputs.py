@@ -56,7 +56,7 @@ def test_arguments_of_another_kind(tmp_path, change, message):
         ({"learning_rate": "1e-6"}, "learning_rate: expected a number"),
         ({"num_train_epochs": "3"}, "num_train_epochs: expected a number, got '3'"),
         ({"logging_steps": "0.5"}, "logging_steps: expected a number, got '0.5'"),
-        ({"max_steps": 1.5}, "max_steps: expected a number of steps from 1 on"),
+        ({"max_steps": 1.5}, "max_steps: expected a whole number of steps from 1 on"),
     ],
 )
 def test_numbers_as_text_are_refused(tmp_path, given, message):

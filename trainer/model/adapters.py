@@ -125,12 +125,11 @@ def _missing(adapted: Any) -> dict[str, list[str]]:
     """Names among the adapter's modules that the model does not have; peft says nothing of them."""
     config, found = adapted.active_peft_config, {}
     there = [name for name, _ in adapted.named_modules()]
-    targeted = getattr(adapted.base_model, "targeted_module_names", there)
     # peft compares whole names of the former, and the ends of names of the latter.
-    for kind, names, dot in (("target_modules", targeted, "."), ("modules_to_save", there, "")):
+    for kind, dot in (("target_modules", "."), ("modules_to_save", "")):
         given = getattr(config, kind, None)
         given = given if isinstance(given, list | set | tuple) else ()
-        absent = [each for each in given if not any(f".{n}".endswith(dot + each) for n in names)]
+        absent = [each for each in given if not any(f".{n}".endswith(dot + each) for n in there)]
         found |= {f"lora_{kind}": sorted(absent)} if absent else {}
     return found
 

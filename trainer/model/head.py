@@ -115,24 +115,33 @@ def _refuse_replicas() -> NoReturn:
 
 
 class _Bound:
-    """A method of one module, which `torch.save` of the module takes, unlike ``MethodType``'s.
+    """A method of one module, which `torch.save` of the module takes, unlike ``MethodType``'s."""
 
-    accelerate looks for ``__func__``, to wrap the function and to find it again.
-    """
-
-    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
-        self.__func__: Callable[..., Any] = function
-        self.__self__: Any = module
+    def __init__(self, function: Callable[..., Any], module: Any) -> None:
+        self.function, self.__self__ = function, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__func__(self.__self__, *args, **kwargs)
+        return self.function(self.__self__, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """What accelerate wraps in autocast, and binds to the module again."""
+        function = self.function
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return function(module, *args, **kwargs)
+
+        module = inspect.Parameter("module", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = [module, *self.__signature__.parameters.values()]
+        vars(forward)["__signature__"] = inspect.Signature(parameters)
+        return forward
 
     @property
     def __signature__(self) -> inspect.Signature:
         """The arguments added, and the module's own: `generate` passes only what it finds here."""
         arguments = {
             p.name: p
-            for function in (self.__func__, self.__self__.unpatched_forward)
+            for function in (self.function, self.__self__.unpatched_forward)
             for p in inspect.signature(function).parameters.values()
             if p.name != "self" and p.kind != p.VAR_POSITIONAL
         }
@@ -212,10 +221,10 @@ def _joined(scores: Any, row: SharedRow, own_targets: Any, count: int) -> tuple[
 # Its operators are opaque to torch.compile anyway, and backward writes into what forward returned
 # (the statistics), which a compiled graph cannot have.
 @torch.compiler.disable
-def _head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Any:
+def _head_forward(self: Any, input: Tensor, targets: Tensor | None = None) -> Any:
     if targets is None:
-        return self.unpatched_forward(hidden)
-    scoring: Scoring = self.scoring
+        return self.unpatched_forward(input)
+    scoring, hidden = self.scoring, input
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(self.weight.dtype)
     bias = getattr(self, "bias", None)

@@ -61,8 +61,8 @@ def check_training(args: TrainingArguments) -> None:
             raise UserError(f"{name}: expected a number from 0 on{limit}, got {value!r}")
     if args.max_steps != -1 and not is_whole(args.max_steps, 1):
         raise UserError(
-            f"max_steps: expected a number of steps from 1 on, or -1 for num_train_epochs instead, "
-            f"got {args.max_steps!r}"
+            "max_steps: expected a whole number of steps from 1 on, or -1 for num_train_epochs "
+            f"instead, got {args.max_steps!r}"
         )
     if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
         raise UserError(

@@ -24,6 +24,9 @@ LONGEST_NUMBER = 40
 AS_WRITTEN = ("columns", "chat_template_kwargs")
 """Mappings whose text stays text; in others, such as ``lr_scheduler_kwargs``, 1e-7 is a number."""
 
+OR_BOOL = ("resume_from_checkpoint", "fsdp")
+"""Texts that may be true or false, which transformers' types do not say."""
+
 TYPES = {
     int: "a whole number",
     float: "a number",
@@ -85,7 +88,7 @@ def takes_text(key: str, hint: Any) -> bool:
 
 
 def _kinds_of(key: str, hint: Any) -> set[Any]:
-    return set(_kinds(hint)) | ({bool} if key == "resume_from_checkpoint" else set())
+    return set(_kinds(hint)) | ({bool} if key in OR_BOOL else set())
 
 
 def is_secret(name: str) -> bool:

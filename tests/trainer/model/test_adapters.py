@@ -30,6 +30,7 @@ from widemargin.trainer.settings import model as adapter
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config
 
+from tests.support.tiny_images import image_model
 from tests.support.tiny_models import (
     TOKENIZER,
     parameters_of,
@@ -165,6 +166,15 @@ def test_modules_of_another_family_are_said(tmp_path, caplog, given, missing):
     tiny_trainer(tmp_path, **LORA, **given)
     assert ("the model has no such module" in caplog.text) == (missing is not None)
     assert missing is None or missing in caplog.text
+
+
+def test_modules_that_the_tower_alone_has_are_not_missing(caplog):
+    """peft counts them to "all-linear" too, and then leaves the tower out."""
+    model = image_model("llava")
+    patch_head(model)
+    adapted = with_adapter(model, LoraConfig(target_modules="all-linear", r=2))
+    assert "fc1" in adapted.active_peft_config.target_modules
+    assert not caplog.text
 
 
 def test_only_the_adapter_learns_and_every_linear_layer_has_one(tmp_path):

@@ -90,11 +90,27 @@ def test_generation_passes_what_it_passed_before():
     before = model.generate(tokens, **masked)
     accepted = inspect.signature(model.forward).parameters
     patch_head(model)
-    assert torch.equal(model.generate(tokens, **masked), before)
-    assert accepted.keys() < inspect.signature(model.forward).parameters.keys()
-    assert model._supports_logits_to_keep()
+    assert [*inspect.signature(model.lm_head.forward).parameters] == ["input", "targets"]
+    _check_generates(model, tokens, masked, before, accepted)
+    for keep in (True, False):
+        _check_generates(_as_accelerate_has_it(model, keep), tokens, masked, before, accepted)
     with pytest.raises(ValueError, match="a_typo"):
         model.generate(tokens, a_typo=1, **masked)
+
+
+def _check_generates(model, tokens, given, expected, accepted):
+    assert torch.equal(model.generate(tokens, **given), expected)
+    assert accepted.keys() < inspect.signature(model.forward).parameters.keys()
+    assert model._supports_logits_to_keep()
+
+
+def _as_accelerate_has_it(model: Any, keep: bool) -> Any:
+    """Prepared for bf16; with its autocast, or bare again."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    bare = accelerator.unwrap_model(accelerator.prepare_model(model), keep_fp32_wrapper=keep)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return bare
 
 
 def test_devices_hooks_stay_around_the_patched_calls():
@@ -165,10 +181,7 @@ def test_accelerate_wraps_it_and_takes_the_wrapper_off(keep):
     patch_head(model, tail="exact")
     tokens, _, select, targets = batch()
     expected = model(input_ids=tokens, select=select, targets=targets).token_logps
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    bare = accelerator.unwrap_model(accelerator.prepare_model(model), keep_fp32_wrapper=keep)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    bare = _as_accelerate_has_it(model, keep)
     found = bare(input_ids=tokens, select=select, targets=targets).token_logps
     bound = 0.1 if keep else 1e-6  # kept, it computes in bf16
     torch.testing.assert_close(found, expected, rtol=bound, atol=bound)

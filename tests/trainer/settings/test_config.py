@@ -51,6 +51,7 @@ from widemargin.trainer.train import weight_notes
         ({"chat_date": date(2026, 1, 31)}, "chat_date", "2026-01-31"),
         ({"max_grad_norm": None}, "max_grad_norm", 0.0),
         ({"report_to": None}, "report_to", []),
+        ({"fsdp": True}, "fsdp", True),
     ],
 )  # fmt: skip
 def test_values_are_read_as_users_mean_them(given, field, value):

@@ -105,7 +105,7 @@ def test_quotes_and_null_are_read_as_yaml_also_where_text_is_expected():
 
 def test_other_settings_on_the_command_line_are_yaml():
     given = ["--seed=1", "--report_to=[]", "--resume_from_checkpoint=true", "--eval_strategy=no"]
-    assert [*parse_overrides(given).values()] == [1, [], True, False]
+    assert [*parse_overrides([*given, "--fsdp=true"]).values()] == [1, [], True, False, True]
 
 
 def test_a_commands_own_settings_say_what_is_text():
