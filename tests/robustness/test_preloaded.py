@@ -188,3 +188,17 @@ def test_ranks_are_forks_and_one_that_fails_ends_the_other(tmp_path):
     assert "ValueError: of rank 1" in done.stderr
     for rank in "01":
         assert json.loads((tmp_path / rank).read_text()) == [True, rank, rank, "2", "1"]
+
+
+def test_a_process_that_the_tests_fork_ends_alone():
+    """Its exit functions are the tests', and leave the server and its folder."""
+    code = (
+        "import os, sys\n"
+        "from tests.support.preloaded import python\n"
+        "path, child = python(), os.fork()\n"
+        "if not child: sys.exit()\n"
+        "os.waitpid(child, 0)\n"
+        "print(os.path.exists(path))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr

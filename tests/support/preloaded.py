@@ -26,6 +26,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -67,12 +68,12 @@ PR_SET_PDEATHSIG = 1
 @functools.cache
 def python() -> str:
     """The path of the executable; starts the server, which ends with this process."""
-    folder = tempfile.TemporaryDirectory(prefix="preloaded-")
-    client = Path(folder.name, "python")
+    folder = tempfile.mkdtemp(prefix="preloaded-")
+    client = Path(folder, "python")
     client.write_text(f"#!{sys.executable} -IS\n{CLIENT.read_text()}")
     client.chmod(0o700)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(f"{folder.name}/socket")
+        listener.bind(f"{folder}/socket")
         listener.listen()
         server = subprocess.Popen(
             [sys.executable, "-m", "tests.support.preloaded", str(listener.fileno()), *MODULES],
@@ -80,9 +81,14 @@ def python() -> str:
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is for the tests
         )  # fmt: skip
-    atexit.register(server.kill)
-    atexit.register(folder.cleanup)
+    atexit.register(_end, os.getpid(), server, folder)
     return str(client)
+
+
+def _end(owner: int, server: subprocess.Popen[bytes], folder: str) -> None:
+    if os.getpid() == owner:  # and no process that it has forked
+        server.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def serve(listener: socket.socket) -> Any:
