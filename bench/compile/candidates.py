@@ -91,13 +91,11 @@ def candidates(dtype: str, arch: int) -> list[Candidate]:
 
 
 def _by_both(candidate: Candidate) -> list[Candidate]:
-    """A kernel of backward by pointers and by descriptors."""
+    """A kernel of backward with its tile as it is, and with the other kind of operands."""
     if candidate.field == "forward":
         return [candidate]
-    return [
-        candidate._replace(tile=candidate.tile._replace(descriptors=d))
-        for d in sorted((False, True), key=lambda d: d != candidate.tile.descriptors)
-    ]
+    other = candidate.tile._replace(descriptors=not candidate.tile.descriptors)
+    return [candidate, candidate._replace(tile=other)]
 
 
 def verdict(job: tuple[Candidate, int]) -> str | None:

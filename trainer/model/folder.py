@@ -81,9 +81,10 @@ def writing_model(folder: Path, *, keep_merged: bool = False) -> Iterator[Path]:
 
 def is_model(folder: Path) -> bool:
     """Whether ``folder`` holds a model, and no adapter with its model's config beside it."""
-    weights = [path for pattern in WEIGHTS[2:] for path in folder.glob(pattern)]
-    alone = not weights and (folder / ADAPTER[0]).is_file()
-    return (folder / WEIGHTS[0]).is_file() and not alone
+    config, _, *patterns = WEIGHTS
+    weights = [path for pattern in patterns for path in folder.glob(pattern)]
+    is_adapter = not weights and (folder / ADAPTER[0]).is_file()
+    return (folder / config).is_file() and not is_adapter
 
 
 def model_files(folder: Path) -> list[Path]:

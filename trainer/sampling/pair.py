@@ -47,6 +47,8 @@ def pair(folder: Path, out: Path, request: PairRequest, scores: str | None = Non
         left = balanced(pairs)
         dropped |= {key: BALANCE for key in pairs if key not in left}
         pairs = left
+    if not made:
+        raise UserError(f"{ANSWERED}; {folder} has no prompts")
     if not pairs:
         remedy = REMEDIES[Counter(dropped.values()).most_common(1)[0][0]]
         raise UserError(f"{remedy}; no prompt of {folder} has a pair ({_counts(dropped)})")

@@ -143,11 +143,13 @@ def _unanswered(row: dict[str, Any]) -> dict[str, Any]:
     if column == "prompt":
         return rest | {"prompt": transcript(row["prompt"])}
     talk = as_messages(row[column])
-    while isinstance(talk, list) and talk and isinstance(talk[-1], dict):
-        if talk[-1].get("role") != "assistant":
-            break
+    while isinstance(talk, list) and talk and _answers(talk[-1]):
         talk = talk[:-1]
     return rest | {to: talk}
+
+
+def _answers(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def _tokens(prompt: Prompt, talk: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:

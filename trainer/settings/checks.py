@@ -99,7 +99,7 @@ def check_checkpointing(kwargs: object, name: str = "gradient_checkpointing_kwar
     known = ["preserve_rng_state", *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
     known += checkpointing_options()
     given = kwargs if isinstance(kwargs, dict) else {}
-    unknown = [name for name in given if name not in known]
+    unknown = [key for key in given if key not in known]
     if unknown:
         raise UserError(f"{name}: {unknown[0]!r} is not known; expected some of {', '.join(known)}")
     expect_whole(f"{name}: every_n_layers", given.get("every_n_layers", 1), 1)

@@ -105,6 +105,13 @@ def test_unfinished_answers_stay_if_asked(folder):
     assert ("2", "a") in texts(rows)
 
 
+def test_a_folder_without_prompts_is_refused(folder, tmp_path, capsys):
+    for path in folder.glob("*.jsonl"):
+        path.write_text("")
+    command = ["pair", str(folder), "--out", str(tmp_path / "p.jsonl")]
+    assert_one_line_error(command, "no prompts", capsys)
+
+
 def test_balance_leaves_out_the_longest_of_the_more_frequent_kind(tmp_path):
     answers = {str(i): said("x" * (i + 1) + " y" * i, "z") for i in range(5)}
     scores: dict[str, list[float | None]] = {str(i): [2.0, 1.0] for i in range(4)}

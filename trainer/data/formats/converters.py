@@ -86,7 +86,7 @@ def opens(side: Any) -> bool:
     return isinstance(first, dict) and first.get("role") in ("user", "system", "human")
 
 
-def whole(row: Row) -> Row:
+def swift_conversations(row: Row) -> Row:
     return {"chosen": row["messages"], "rejected": row["rejected_messages"]}
 
 

@@ -24,9 +24,9 @@ from .converters import (
     same,
     single,
     swift,
+    swift_conversations,
     talk,
     text,
-    whole,
 )
 from .messages import MISSING, WRONG_TYPE, RowProblem, as_messages, from_json, kind, without_nulls
 
@@ -141,7 +141,7 @@ SHAPES = (
         for column in ("messages", "conversations")
     ),
     Shape("ms-swift", ("messages", "rejected_response"), swift),
-    Shape("ms-swift", ("messages", "rejected_messages"), whole),
+    Shape("ms-swift", ("messages", "rejected_messages"), swift_conversations),
     Shape("orca_dpo", ("question", "chosen", "rejected"), asked("question")),
     Shape("Alpaca", ("instruction", "chosen", "rejected"), asked("instruction"), ("input",)),
     Shape("orca_dpo", ("system", "input", "chosen", "rejected"), asked("input")),
