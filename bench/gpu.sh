@@ -3,8 +3,8 @@
 #
 # Needs torch, triton, pytest and hypothesis in $PYTHON (default python3), and transformers and accelerate for TRL's head
 # and for training; no network, git or install. The package is found through a folder of links. What `make wheels` put
-# into .whl/ is unpacked beside it: the peers to compare with, and datasets.
-# Steps, in order: machine checks ours head tune tests shapes; and, only when named, training-1b training-8b training-flex, which
+# into .whl/ is unpacked beside it: the peers to compare with, datasets, and a real model's hidden states.
+# Steps, in order: machine checks real ours head tune tests shapes; and, only when named, training-1b training-8b training-flex, which
 # need the lengths that `make wheels` writes, and scaling. Each has its own limit, and together they end within TOTAL_S
 # seconds (default 525); JSON is written case by case, so a step that is cut keeps its rows. OUTDIR gets at most eight
 # files. The JSON, put into bench/results/, shows on docs/results.md after `python -m bench.report`.
@@ -19,7 +19,7 @@ commit=$1
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
 shift 2
-default="machine checks ours head tune tests shapes"
+default="machine checks real ours head tune tests shapes"
 steps=" ${*:-$default} "
 known=" $default training-1b training-8b training-flex scaling "
 for name in $steps; do
@@ -92,6 +92,10 @@ peers=(torch-linear-cross-entropy trl-chunked liger-scaled-ce liger-simpo liger-
     cut-cross-entropy cut-cross-entropy-exact)
 head=("$python" -m bench.head --device cuda --commit "$commit")
 # The figures that matter most first, and without the peers: one that breaks the device's context takes all with it.
+if [ -f .whl/SmolLM2-135M-Instruct.pt ]; then
+    step real 60 "${head[@]}" --states .whl/SmolLM2-135M-Instruct.pt --repeats 5 --budget-s 8 --providers "${ours[@]}" \
+        --out "$out/head_real.json"
+fi
 step ours 100 "${head[@]}" --repeats 5 --budget-s 10 --providers "${ours[@]}" --out "$out/head_ours.json"
 step head 130 "${head[@]}" --repeats 10 --budget-s 20 --providers "${ours[@]}" "${peers[@]}" --out "$out/head.json"
 step tune 120 "$python" -m bench.compile.tune --dtype bf16 --kernel-s 18 --processes 12 --commit "$commit" --out "$out/tune.json"

@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from widemargin.kernels.linear_logprob.types import GradRequest, HeadCall
 from bench.head.cells import choose_cells
 from bench.head.plot import draw_active
 from bench.lib.exact import Exact, exact, relative_error
-from bench.lib.peaked import PeakedCase, fp32_logps, mean_entropy, peaked_case
+from bench.lib.peaked import PeakedCase, fp32_logps, peaked_case
 from bench.lib.record import Row, add_output_options, destination, environment, writer
+from bench.lib.states import save_states, sharpened
 
 EXPONENTS = range(-17, -7)
 """From the trainer's `tail_eps` past the op's."""
@@ -40,6 +42,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512, help="tokens (default 512)")
     parser.add_argument("--sharpen", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--peaked", action="store_true", help="the standard peaked case as well")
+    parser.add_argument(
+        "--write-states", type=Path, help="write the first model's states for bench.head, and stop"
+    )
     add_output_options(parser, "active.json")
     return parser.parse_args(arguments)
 
@@ -83,13 +88,6 @@ def real_states(model_dir: Path, pairs: Path, rows: int, max_length: int) -> Pea
     build_objective("simpo")(logps, batch["cu_seqlens"]).losses.sum().backward()
     assert logps.grad is not None
     return PeakedCase(hidden, weight, batch["targets"], logps.grad, 0.0, 1.0)
-
-
-def sharpened(case: PeakedCase, factor: float) -> PeakedCase:
-    """The same tokens with logits ``factor`` times as large."""
-    hidden = case.hidden * factor
-    entropy = mean_entropy(hidden, case.weight)
-    return PeakedCase(hidden, case.weight, case.targets, case.coefficients, entropy, factor)
 
 
 def routings(case: PeakedCase) -> Iterator[Row]:
@@ -140,10 +138,15 @@ def line(row: Row) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    wanted = {"pairs": options.pairs, "rows": options.rows, "max_length": options.max_length}
+    take = partial(real_states, **wanted)
+    if options.write_states:
+        save_states(take(options.model[0]), options.write_states)
+        return 0
     out, commit = destination(options, "active.json")
     rows = []
     for folder in options.model:
-        states = real_states(folder, options.pairs, options.rows, options.max_length)
+        states = take(folder)
         for factor in options.sharpen:
             name = folder.name + (f", logits x {factor:g}" if factor != 1 else "")
             rows += measured(name, sharpened(states, factor))

@@ -25,11 +25,12 @@ from widemargin.kernels.linear_logprob import linear_logprob, routing
 from widemargin.trainer.model.head import patch_head
 from widemargin.trainer.objectives import build_objective
 
-from bench.head.active import load_batches, real_states, sharpened
+from bench.head.active import load_batches, real_states
 from bench.head.providers import PROVIDERS
 from bench.lib.exact import exact, relative_error
 from bench.lib.peaked import PeakedCase
 from bench.lib.record import Row, add_output_options, destination, environment, keep_others, writer
+from bench.lib.states import sharpened
 from bench.lib.timing import timed
 
 EXPONENTS = (-12, -14, -16, -17)

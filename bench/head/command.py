@@ -7,6 +7,7 @@ of our own heads failed its gate.
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,17 @@ import torch
 from bench.head.harness import Settings, measure
 from bench.head.providers import PROVIDERS
 from bench.head.table import table
-from bench.lib.cases import CASES
+from bench.lib.cases import CASES, Case
 from bench.lib.record import add_output_options, destination, writer
+from bench.lib.states import StatesCase, states_cases
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.head", description=__doc__)
-    parser.add_argument("--case", nargs="+", choices=CASES, help="default: cpu, or llama3-8b")
+    parser.add_argument("--case", nargs="+", help="default: those of --states, cpu, or llama3-8b")
+    parser.add_argument(
+        "--states", type=Path, help="states that bench.head.active wrote, as two more cases"
+    )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, help="timed rounds (default 3, or 10 on cuda)")
@@ -31,11 +36,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     add_output_options(parser, "head_<device>.json")
     parser.add_argument("--list", action="store_true", help="list cases and providers, and stop")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.cases = CASES | (states_cases(options.states) if options.states else {})
+    unknown = [name for name in options.case or () if name not in options.cases]
+    if unknown:
+        parser.error(f"no case {', '.join(unknown)}; known: {', '.join(options.cases)}")
+    return options
 
 
-def show_choices(device: str) -> None:
-    for case in CASES.values():
+def default_cases(options: argparse.Namespace) -> list[str]:
+    if options.states:
+        return [name for name, case in options.cases.items() if isinstance(case, StatesCase)]
+    return ["llama3-8b" if options.device == "cuda" else "cpu"]
+
+
+def show_choices(device: str, cases: dict[str, Case] = CASES) -> None:
+    for case in cases.values():
         shape = f"{case.tokens} x {case.hidden_size} x {case.vocab}"
         print(f"case      {case.name:28} {shape:22} {case.dtype} {case.distribution}")
     some = CASES["tiny"]
@@ -46,7 +62,7 @@ def show_choices(device: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
-        show_choices(options.device)
+        show_choices(options.device, options.cases)
         return 0
     cuda = options.device == "cuda"
     out, commit = destination(options, f"head_{options.device}.json")
@@ -58,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     providers = [PROVIDERS[name] for name in options.providers or PROVIDERS]
     rows: list[dict[str, Any]] = []
     write = writer(out)
-    for name in options.case or ["llama3-8b" if cuda else "cpu"]:
-        rows += measure(CASES[name], providers, settings, commit)
+    for name in options.case or default_cases(options):
+        rows += measure(options.cases[name], providers, settings, commit)
         # After every case, so that a run that is cut short loses only the one it was at.
         write(rows)
     print(table(rows))

@@ -220,7 +220,7 @@ def _shared_fields(case: Case, inputs: PeakedCase, settings: Settings, commit: C
         **{
             k: v
             for k, v in dataclasses.asdict(case).items()
-            if k not in ("name", "entropy", "standard")
+            if k not in ("name", "entropy", "standard", "path", "factor")
         },
         "entropy": round(inputs.entropy, 3),
         "sharpness": round(inputs.sharpness, 3),

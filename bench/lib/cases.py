@@ -1,6 +1,7 @@
 """Named cases of the head benchmarks."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,7 +17,7 @@ class Case:
     hidden_size: int
     vocab: int
     dtype: str = "float32"
-    distribution: Distribution = "peaked"
+    distribution: Distribution | Literal["real"] = "peaked"  # real: `bench.lib.states`
     entropy: float = 1.5
     seed: int = 0
     standard: bool = True  # False: sizes or an entropy that no bound of the tails was set for
@@ -31,6 +32,7 @@ class Case:
         return 4 * self.tokens * self.vocab
 
     def build(self, device: torch.device | str) -> PeakedCase:
+        assert self.distribution != "real"
         return peaked_case(
             self.tokens,
             self.hidden_size,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.head import active, adamw
+from bench.head import active, adamw, command
 from bench.head.table import active_table, adamw_table
 from tests.support.tiny_models import tiny_model, tiny_pairs
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -36,6 +36,25 @@ def test_a_larger_bound_computes_less_and_errs_more(inputs, tmp_path):
         assert work == sorted(work, reverse=True)
     assert len(active_table(rows).splitlines()) == 2 + 4
     assert out.with_suffix(".png").is_file()
+
+
+def test_written_states_are_cases_of_the_head_s_benchmark(inputs, tmp_path):
+    states, out = tmp_path / "tiny.pt", tmp_path / "head.json"
+    assert active.main([*inputs, "--rows=2", "--write-states", str(states)]) == 0
+    measured = ["--states", str(states), "--providers", "full-logits", "widemargin-torch-exact"]
+    assert command.main([*measured, "--repeats=1", "--no-memory", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["tiny"] * 2 + ["tiny, logits x 2"] * 2
+    assert {(row["dtype"], row["distribution"], row["gate"]) for row in rows} == {
+        ("bfloat16", "real", "passed")
+    }
+    assert rows[2]["entropy"] < rows[0]["entropy"]
+
+
+def test_an_unknown_case_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--case", "cpu-flatt"])
+    assert "no case cpu-flatt; known: tiny, cpu," in capsys.readouterr().err
 
 
 def test_adamw_s_distance_shrinks_with_the_bound(inputs, tmp_path):
