@@ -19,8 +19,8 @@ from bench.lib.record import ROOT
 
 VERSIONS = ("3.6.0", "3.9.0")
 """The oldest that pyproject.toml admits, which torch 2.10 and 2.11 bring, and the newest."""
-SPILL_LIMIT_BYTES = 128
-"""Of a thread. With the pinned version none may spill; the others' compilers differ a little."""
+MAY_SPILL = "head forward tma"
+"""A contender of the benchmarks, which the package does not launch."""
 OUT = RESULTS.parent / "triton_versions.json"
 
 
@@ -61,9 +61,9 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_fine(summary: dict[str, Any]) -> bool:
-    """Whether each kernel runs, and keeps all but a few values in registers."""
-    spilled = max(summary["spilled_bytes"].values(), default=0)
-    return not summary["failed"] and not summary["too_large"] and spilled <= SPILL_LIMIT_BYTES
+    """Whether each kernel of the package runs, and keeps all values in registers."""
+    spilled = [name for name in summary["spilled_bytes"] if not name.startswith(MAY_SPILL)]
+    return not (summary["failed"] or summary["too_large"] or spilled)
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tile import add_bias, described_product, logits_tile, softcap_parts
+from .triton_tile import LOG2E, add_bias, described_product, exp2, logits_tile, softcap_parts
 
 
 @triton.jit(do_not_specialize=["N", "T", "piece"])
@@ -64,17 +64,17 @@ def _recompute_kernel(
         lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
         grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0)
         targets = tl.load(targets_ptr + offs_n, mask=mask_n, other=-1)
-        log_p = z - lse[:, None]
+        g = exp2((z - lse[:, None]) * LOG2E)
+        if HAS_SOFTCAP:
+            g *= slope
         if ENTROPY:
             entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
             entropy_grad = tl.load(entropy_grad_ptr + offs_n, mask=mask_n, other=0.0)
-            more = entropy_grad[:, None] * (log_p + entropy[:, None])
-            more = tl.where(log_p == float("-inf"), 0.0, more)
-            g = tl.exp(log_p) * -(grad[:, None] + more)
+            grad += entropy_grad * (entropy - lse)
+            z = tl.where(z == float("-inf"), 0.0, z)
+            g *= -(grad[:, None] + entropy_grad[:, None] * z)
         else:
-            g = tl.exp(log_p) * -grad[:, None]
-        if HAS_SOFTCAP:
-            g *= slope
+            g *= -grad[:, None]
         g = tl.where(mask_v[None, :] & (offs_v[None, :] != targets[:, None]), g, 0.0)
         g = tl.where(mask_n[:, None], g, 0.0)
         work = work_ptr + (i - first).to(tl.int64) * (TILE * BLOCK)

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..triton_mode import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 PROGRAMS_PER_UNIT = 4
 """Programs per multiprocessor where programs deal the work among themselves."""
@@ -33,11 +33,22 @@ up to 3.9; later versions want to be asked."""
 
 
 @triton.jit
+def exp2(x):
+    """``2 ** x`` in one instruction; results below 2**-126 are 0."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def softcap_parts(z, softcap):
     """``c * tanh(z / c)`` and its derivative, both exact to rounding where tanh saturates."""
-    small = tl.exp(-2 * tl.abs(z / softcap))
-    capped = softcap * (1 - small) / (1 + small)
-    return tl.where(z < 0, -capped, capped), 4 * small / ((1 + small) * (1 + small))
+    small = exp2(tl.abs(z) * (-2 * LOG2E / softcap))
+    half = 1.0 / (1 + small)
+    capped = softcap * (1 - small) * half
+    return tl.where(z < 0, -capped, capped), 4 * small * half * half
 
 
 @triton.jit
@@ -90,16 +101,6 @@ def add_bias(z, bias_ptr, offs_v, mask_v, HAS_BIAS: tl.constexpr, ROUND: tl.cons
 
 
 @triton.jit
-def _exp2(x):
-    """``2 ** x`` in one instruction; results below 2**-126 are 0."""
-    if _INTERPRETED:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _store_targets(
     z, group, targets_ptr, target_logits_ptr, offs_n, mask_n, V, logit_scale, COLUMNS: tl.constexpr
 ):
@@ -132,7 +133,7 @@ def store_statistics(
     mask_n = offs_n < N
     mask_v = offs_v < V
     if HAS_SOFTCAP:
-        z, slope = softcap_parts(z * logit_scale, softcap)
+        z, _ = softcap_parts(z * logit_scale, softcap)
         logit_scale = 1.0
     if group * COLUMNS + COLUMNS > V:
         z = tl.where(mask_v[None, :], z, float("-inf"))
@@ -146,14 +147,14 @@ def store_statistics(
         column = tl.arange(0, WIDTH)[None, None, :]
         column = tl.max(tl.where(blocked == top[:, :, None], column, 0), axis=2)
     top = tl.where(top == float("-inf"), 0.0, top)
-    step = logit_scale * _LOG2E
-    inside = _exp2(blocked * step - (top * step)[:, :, None])
+    step = logit_scale * LOG2E
+    inside = exp2(blocked * step - (top * step)[:, :, None])
     sums = tl.sum(inside, axis=2)
     offs_b = group * BLOCKS + tl.arange(0, BLOCKS)
     mask_b = offs_b < B
     places = offs_b.to(tl.int64)[None, :] * N + offs_n[:, None]
     mask = mask_n[:, None] & mask_b[None, :]
-    tl.store(partial_lse_ptr + places, top * logit_scale + tl.log(sums), mask=mask)
+    tl.store(partial_lse_ptr + places, (top * step + tl.log2(sums)) * (1 / LOG2E), mask=mask)
     share = 1.0 / sums
     if TOPS:
         packed = (share.to(tl.int32, bitcast=True) & -WIDTH) | column
@@ -166,7 +167,8 @@ def store_statistics(
                 inside = tl.where(usable[:, :, None], inside, 0.0)
             spread = inside * tl.where(usable, share, 0.0)[:, :, None]
             if HAS_SOFTCAP:
-                spread *= tl.reshape(slope, [ROWS, BLOCKS, WIDTH])
+                tanh = blocked / softcap
+                spread *= 1 - tanh * tanh
                 spread = tl.where(usable[:, :, None], spread, 0.0)
             columns = tl.reshape(tl.sum(spread, axis=0), [COLUMNS])
             row = tile // every
