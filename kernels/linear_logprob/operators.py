@@ -44,6 +44,7 @@ def forward_op(
 
     Without ``keep`` the last three of `Saved` are empty, and so are extras not ``asked`` for.
     """
+    bias = None if bias is None else bias.contiguous()  # as the kernels read it
     call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
     check_targets(targets, len(weight))
     ignored = targets == IGNORE_INDEX
@@ -108,6 +109,7 @@ def backward_op(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dH, dW and db; empty where ``needs`` (hidden, weight, bias) says so. Fills ``stats``."""
+    bias = None if bias is None else bias.contiguous()  # as the kernels read it
     call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
     scored = targets != IGNORE_INDEX
     saved = Saved(targets.masked_fill(~scored, 0), logps, lse, partial_lse, profile, tops)
