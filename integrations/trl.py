@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.checks import BACKENDS, Backend, choose_backend
 from ..kernels.linear_logprob import TRAINING_TAIL_EPS, Tail
 from ..kernels.linear_logprob.function import at_temperature, check_settings, compute_dtype
-from ..kernels.linear_logprob.operators import backward_op, check_entropy_grad, forward_op
+from ..kernels.linear_logprob.operators import backward_op, check_entropy_grad, forward_op, kept_of
 from ..kernels.linear_logprob.types import Extras
 from ..trainer.doctor.trl import COMPACT, GLOBAL, seam
 from ..trainer.errors import UserError
@@ -108,7 +108,7 @@ def _function(utils: Any, tail: Tail, tail_eps: float, backend: Backend) -> Any:
             ctx.needs = list(ctx.needs_input_grad[:3])
             inputs = (hidden, weight, targets, bias)
             found = forward_op(*inputs, None, *ctx.settings, any(ctx.needs), asked)
-            ctx.save_for_backward(*inputs, *found[:6])
+            ctx.save_for_backward(*inputs, *kept_of(found))
             extras = [x if wanted else None for x, wanted in zip(found[5:], asked, strict=True)]
             ctx.mark_non_differentiable(*(x for x in extras[1:] if x is not None))
             return found[0], *extras
