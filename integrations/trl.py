@@ -31,7 +31,8 @@ def use_widemargin_head(
 ) -> Iterator[None]:
     """TRL's trainers score by this head inside; before and after by what they had.
 
-    Trainers made outside use it too: TRL looks its function up at every call.
+    Trainers made outside use it too: TRL looks its function up at every call. Precomputed
+    references alone are computed where the trainer is made.
 
     Args:
         tail, tail_eps, backend: as `linear_logprob` takes them. A trainer whose loss has an entropy
