@@ -10,13 +10,14 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from widemargin.kernels.margin_loss import margin_loss
 from widemargin.trainer.data import DataSettings, tokenize_pairs
-from widemargin.trainer.head import patch_head
+from widemargin.trainer.head import check_head, patch_head
 from widemargin.trainer.packing import PairCollator, model_inputs
 
 model_name, pairs = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
 patch_head(model)
+check_head(model)
 rows, _ = tokenize_pairs(
     load_dataset("json", data_files=pairs, split="train"), tokenizer, DataSettings(max_length=512)
 )

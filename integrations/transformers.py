@@ -15,14 +15,38 @@ The loss is the Trainer's own: the mean negative log-prob of the labelled tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..trainer import head
 from ..trainer.errors import UserError
-from ..trainer.model.head import ScoredTokens, patch_head
+from ..trainer.head import ScoredTokens
+from ..trainer.model.adapters import bare_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..trainer.model.head import Scoring
 
 __all__ = ["CompletionCollator", "patch_head", "token_nll"]
+
+
+def patch_head(model: PreTrainedModel, **settings: Any) -> Scoring:
+    """`widemargin.trainer.head.patch_head` for `token_nll`, with the same settings.
+
+    Raises:
+        UserError: what that function raises, or the model's own loss has another term.
+    """
+    config: Any = getattr(bare_model(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        raise UserError(
+            "model: set output_router_logits to false in its config; token_nll does not add the "
+            "auxiliary loss that balances the experts, and the model's own loss has it"
+        )
+    return head.patch_head(model, **settings)
 
 
 class CompletionCollator:

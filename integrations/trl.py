@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.checks import BACKENDS, Backend, choose_backend
 from ..kernels.linear_logprob import TRAINING_TAIL_EPS, Tail
 from ..kernels.linear_logprob.function import at_temperature, check_settings, compute_dtype
-from ..kernels.linear_logprob.operators import backward_op, check_entropy_grad, forward_op
+from ..kernels.linear_logprob.operators import backward_op, check_entropy_grad, forward_op, kept_of
 from ..kernels.linear_logprob.types import Extras
 from ..trainer.doctor.trl import COMPACT, GLOBAL, seam
 from ..trainer.errors import UserError
@@ -31,7 +31,8 @@ def use_widemargin_head(
 ) -> Iterator[None]:
     """TRL's trainers score by this head inside; before and after by what they had.
 
-    Trainers made outside use it too: TRL looks its function up at every call.
+    Trainers made outside use it too: TRL looks its function up at every call. Precomputed
+    references alone are computed where the trainer is made.
 
     Args:
         tail, tail_eps, backend: as `linear_logprob` takes them. A trainer whose loss has an entropy
@@ -108,7 +109,7 @@ def _function(utils: Any, tail: Tail, tail_eps: float, backend: Backend) -> Any:
             ctx.needs = list(ctx.needs_input_grad[:3])
             inputs = (hidden, weight, targets, bias)
             found = forward_op(*inputs, None, *ctx.settings, any(ctx.needs), asked)
-            ctx.save_for_backward(*inputs, *found[:6])
+            ctx.save_for_backward(*inputs, *kept_of(found))
             extras = [x if wanted else None for x, wanted in zip(found[5:], asked, strict=True)]
             ctx.mark_non_differentiable(*(x for x in extras[1:] if x is not None))
             return found[0], *extras

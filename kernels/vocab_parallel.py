@@ -42,6 +42,7 @@ from .linear_logprob.operators import (
     check_entropy_grad,
     check_targets,
     forward_op,
+    kept_of,
 )
 from .linear_logprob.types import TAIL_EPS, Tail
 from .reference import IGNORE_INDEX
@@ -143,7 +144,7 @@ class _VocabParallel(torch.autograd.Function):
         logps, lse = _joined(ranks, targets)
         extras = _joined_extras(ranks, lse, targets, asked)
         entropy = lse.new_empty(0) if extras[0] is None else extras[0]
-        ctx.save_for_backward(hidden, weight, local, bias, logps, lse, *kept, entropy)
+        ctx.save_for_backward(hidden, weight, local, bias, *kept_of((logps, lse, *kept, entropy)))
         ctx.mark_non_differentiable(*(x for x in extras[1:] if x is not None))
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.group = settings, shard.group

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ def forward_op(
 
     Without ``keep`` the last three of `Saved` are empty, and so are extras not ``asked`` for.
     """
+    bias = None if bias is None else bias.contiguous()  # as the kernels read it
     call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
     check_targets(targets, len(weight))
     ignored = targets == IGNORE_INDEX
@@ -108,6 +109,7 @@ def backward_op(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dH, dW and db; empty where ``needs`` (hidden, weight, bias) says so. Fills ``stats``."""
+    bias = None if bias is None else bias.contiguous()  # as the kernels read it
     call = HeadCall(hidden, weight, bias, logit_scale, softcap, compute_dtype)
     scored = targets != IGNORE_INDEX
     saved = Saved(targets.masked_fill(~scored, 0), logps, lse, partial_lse, profile, tops)
@@ -139,12 +141,22 @@ def _(grad, hidden, weight, targets, bias, *rest):
     return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in inputs)
 
 
+def kept_of(output: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What backward reads of `forward_op`'s results: `Saved` and the entropy.
+
+    Log-probs and entropy [N] are copies, since losses overwrite parts of theirs (``logps[~mask] =
+    0``).
+    """
+    logps, *saved, entropy = output[:6]
+    return logps.clone(), *saved, entropy.clone()
+
+
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, stats, *settings, _keep, asked = inputs
-    kept, entropy, others = output[:5], output[5], output[6:]
-    ctx.mark_non_differentiable(*kept[1:], *others, *(() if asked[0] else (entropy,)))
+    differentiable = 6 if asked[0] else 5
+    ctx.mark_non_differentiable(*output[1:5], *output[differentiable:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, *kept, entropy)
+    ctx.save_for_backward(hidden, weight, targets, bias, *kept_of(output))
     ctx.stats = stats  # written by backward, so not a saved tensor
     ctx.settings = settings
 

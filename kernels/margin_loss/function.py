@@ -89,7 +89,8 @@ def sequence_logps(
         from .triton_operators import sequence_sums
 
         return sequence_sums(token_logps, cu_seqlens), lengths
-    return _torch_sums(token_logps, cu_seqlens), lengths
+    # A copy, since backward reads the sums, and losses overwrite theirs (``sums /= lengths``).
+    return _torch_sums(token_logps, cu_seqlens).clone(), lengths
 
 
 def margin_loss(

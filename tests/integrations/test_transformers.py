@@ -111,6 +111,14 @@ def test_what_is_missing_is_said():
         token_nll(outputs, labels, 3)
 
 
+def test_the_auxiliary_loss_of_experts_is_not_left_out():
+    model = tiny_model("mixtral", output_router_logits=True)
+    with pytest.raises(UserError, match="set output_router_logits to false"):
+        patch_head(model)
+    model.config.output_router_logits = False
+    patch_head(model)
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize("library", ["trl", "transformers"])
 def test_the_pages_example_runs(library, tmp_path, monkeypatch):

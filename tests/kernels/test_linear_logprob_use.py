@@ -122,6 +122,20 @@ def test_stats_survive_a_second_backward():
     assert stats.dense == 1
 
 
+def test_results_may_be_overwritten():
+    """Losses put zeros where a mask says so."""
+
+    def total(overwrite):
+        hidden, weight, targets, _, _ = make(9, 8, 300)
+        logps, entropy = linear_logprob(hidden, weight, targets, tail="exact", return_entropy=True)
+        logps, entropy = (x if overwrite else x.clone() for x in (logps, entropy))
+        logps[3:5] = 0
+        entropy.clamp_(max=4)
+        return torch.autograd.grad(logps.sum() + entropy.sum(), (hidden, weight))
+
+    torch.testing.assert_close(total(overwrite=True), total(overwrite=False), rtol=0, atol=0)
+
+
 def test_shared_with_the_embedding():
     """A tied weight gets the sum of both gradients."""
     _, weight, targets, _, _ = make(9, 8, 300)

@@ -93,6 +93,14 @@ def test_sequence_logps(name):
     assert lengths.dtype == torch.int32
 
 
+def test_sums_may_be_overwritten():
+    tokens, cu_seqlens = pack(BATCHES["mixed"])
+    sums, lengths = sequence_logps(tokens, cu_seqlens)
+    sums /= lengths
+    sums.sum().backward()
+    torch.testing.assert_close(tokens.grad, (1 / lengths.double()).repeat_interleave(lengths))
+
+
 @pytest.mark.parametrize("name", BATCHES)
 def test_sequence_logps_in_triton(name):
     tokens, cu_seqlens = pack(BATCHES[name], torch.float32)

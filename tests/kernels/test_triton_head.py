@@ -266,14 +266,15 @@ def test_poisoned_memory_and_one_bad_token(monkeypatch):
 
 
 def test_strided_inputs_and_stats():
-    hidden, weight, targets, _, grad = inputs_of(40, 24, 500, sharp=2.0)
+    hidden, weight, targets, bias, grad = inputs_of(40, 24, 500, sharp=2.0, bias=True)
     wide = torch.zeros(40, 48, device=DEVICE)
     wide[:, ::2] = hidden.detach()
     strided = wide[:, ::2].requires_grad_()
     turned = weight.detach().T.contiguous().T.requires_grad_()
-    expected = gradients(linear_logprob, hidden, weight, targets, None, grad, tail="exact")
+    apart = torch.stack((bias.detach(), bias.detach() + 9), 1)[:, 0].requires_grad_()
+    expected = gradients(linear_logprob, hidden, weight, targets, bias, grad, tail="exact")
     got = gradients(
-        linear_logprob, strided, turned, targets, None, grad, tail="exact", backend="triton"
+        linear_logprob, strided, turned, targets, apart, grad, tail="exact", backend="triton"
     )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     logps, stats = linear_logprob(hidden, weight, targets, backend="triton", return_stats=True)

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 SAME_AT_FIRST = (True, "gaussian", "eva")
 """Ways to initialise LoRA that leave the base unchanged and let the adapter add nothing."""
 
+LEAVE_OUT = (
+    "leave lm_head, and an embedding tied to it, out of the adapter's target_modules, "
+    "modules_to_save and trainable_token_indices"
+)
+
 
 def lora_config(settings: AdapterSettings) -> Any:
     """The ``peft.LoraConfig`` of these settings; None without ``use_peft``."""

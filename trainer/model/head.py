@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..packing.masks import packed_arguments
 from ..parallel.groups import Place
 from ..parallel.rows import SharedRow
-from .adapters import bare_model
+from .adapters import LEAVE_OUT, bare_model
 from .experts import balance_loss
 from .images import with_image_features
 from .logits import logit_settings
@@ -181,8 +181,7 @@ def _model_forward(
     if not hasattr(head, "unpatched_forward") and not hasattr(head, "parameter_name"):
         raise UserError(
             "model: call patch_head once more after lm_head was replaced, as "
-            "resize_token_embeddings does, and leave it out of an adapter's target_modules; it is "
-            f"a new {type(head).__name__}"
+            f"resize_token_embeddings does, and {LEAVE_OUT}; it is a new {type(head).__name__}"
         )
     kwargs["use_cache"] = False
     row, count = None, len(targets)
@@ -281,8 +280,7 @@ def _check_model(model: PreTrainedModel) -> None:
     check_sharded(head)
     if type(head) is not nn.Linear and not hasattr(head, "unpatched_forward"):
         raise UserError(
-            f"model: expected a plain linear lm_head, got {type(head).__name__}; leave lm_head out "
-            "of the adapter's target_modules and modules_to_save"
+            f"model: expected a plain linear lm_head, got {type(head).__name__}; {LEAVE_OUT}"
         )
 
 

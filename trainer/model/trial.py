@@ -98,12 +98,17 @@ def _try_images(model: Any, rows: PairRows, collate: Any) -> None:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Compare the patched head with the model's own logits on a few tokens.
+    """Compare the head that `patch_head` made with the model's own logits on a few tokens.
 
     A family that treats its logits in a way this project does not know is an error here, and not
     a silently different loss. Needs weights that are not split: not under ZeRO-3 or FSDP. The
     logits are compared as they are, and amplified: small ones do not feel a softcap.
+
+    Raises:
+        UserError: log-probs differ, or a token's logits depend on those after it.
     """
+    if not hasattr(bare_model(model), "scoring"):
+        raise UserError("model: call patch_head(model) before check_head(model)")
     config = model.config.get_text_config()
     tokens = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
     with evaluating(model):

@@ -78,6 +78,8 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
         tiny_trainer(tmp_path, model)
     encoder = tiny_model("bert")
     assert not encoder.config.is_decoder
+    with pytest.raises(UserError, match=r"call patch_head\(model\) before"):
+        check_head(encoder)
     patch_head(encoder)
     with pytest.raises(UserError, match=r"causal attention|own logits"):
         check_head(encoder)
