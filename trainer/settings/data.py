@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -38,6 +39,7 @@ class DataSettings:
     #: its beginning. Evaluation splits are used in full.
     dataset_mixer: dict[str, float] = field(default_factory=dict)
     #: Splits to read. A name containing "train" is for training, every other one for evaluation.
+    #: Where none contains it, the first trains, unless its name says test, eval, valid or dev.
     dataset_splits: list[str] = field(default_factory=lambda: list(DEFAULT_SPLITS))
     #: Columns of the data under other names: {prompt: question, chosen: good, rejected: bad}.
     columns: dict[str, str] = field(default_factory=dict)
@@ -230,9 +232,15 @@ class DataSettings:
         return self.dataset_mixer
 
 
-def is_training_split(split: str) -> bool:
-    """Whether a split trains: "train", "train_prefs", ... do; "test", "eval", ... evaluate."""
-    return "train" in split
+def divided(splits: list[str]) -> tuple[list[str], list[str]]:
+    """The splits that train and those that evaluate; see `DataSettings.dataset_splits`."""
+    training = [split for split in splits if "train" in split.casefold()]
+    if not training:
+        training = [split for split in splits[:1] if not _HELD_OUT.search(split.casefold())]
+    return training, [split for split in splits if split not in training]
+
+
+_HELD_OUT = re.compile("test|eval|valid|dev")
 
 
 def _check_count(name: str, value: object, unit: str) -> None:
