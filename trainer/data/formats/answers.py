@@ -19,8 +19,8 @@ SCORES = ("score_chosen", "score_rejected")
 NUMBERS = {
     "weight": "each pair's loss is multiplied by it",
     "margin": "margin_from: margin adds it to each pair's target margin",
-    SCORES[0]: "margin_from: scores adds their difference to each pair's target margin",
-    SCORES[1]: "margin_from: scores adds their difference to each pair's target margin",
+    SCORES[0]: "only margin_from: scores and listwise objectives use it",
+    SCORES[1]: "only margin_from: scores and listwise objectives use it",
 }
 """Columns of numbers that say something of a pair, and what becomes of them."""
 
