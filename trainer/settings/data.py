@@ -166,6 +166,11 @@ class DataSettings:
                 "dataset_splits: expected a list of split names such as [train, test], "
                 f"got {self.dataset_splits!r}"
             )
+        if len(set(self.dataset_splits)) < len(self.dataset_splits):
+            raise UserError(
+                "dataset_splits: name each split once, since one either trains or evaluates; got "
+                f"{self.dataset_splits!r}"
+            )
 
     def _check_edges(self) -> None:
         if self.edges is not None:

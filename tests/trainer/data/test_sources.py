@@ -177,6 +177,7 @@ def test_errors_about_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"flip": float("nan")}, "flip"),
         ({"mix_seed": -1}, "mix_seed"),
         ({"dataset_splits": "train"}, "dataset_splits"),
+        ({"dataset_splits": ["train", "train"]}, "dataset_splits: name each split once"),
         ({"dataset": "a", "dataset_mixer": {"b": 1.0}}, "dataset and dataset_mixer"),
         ({"dataset_mixer": {"b": 1.5}}, "dataset_mixer"),
         ({"dataset_mixer": ["b"]}, "dataset_mixer"),
