@@ -186,3 +186,15 @@ def test_a_score_may_be_missing_where_nothing_uses_it():
     assert "only margin_from: scores and listwise objectives use it" in "\n".join(report.lines())
     with pytest.raises(UserError, match="margin_from: 1 of 2 pairs of train_dataset lack"):
         tokenize_pairs(data, tiny_tokenizer(), DataSettings(margin_from="scores"))
+
+
+def test_answers_are_compared_by_scores_of_one_scale():
+    """UltraFeedback's fine-grained scores go to 5, its overall ones to 10."""
+    answers = [
+        {"response": "no", "fine-grained_score": None, "overall_score": 6.0},
+        {"response": "yes", "fine-grained_score": 4.5, "overall_score": 8.0},
+    ]
+    pairs, _ = tokenize_pairs(
+        Dataset.from_list([{"instruction": Q, "completions": answers}]), tiny_tokenizer()
+    )
+    assert [str(tiny_tokenizer().decode(ids)) for ids in pairs["chosen_ids"]] == ["yes<|end|>"]

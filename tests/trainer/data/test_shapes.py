@@ -163,6 +163,10 @@ def test_an_arenas_conversations_end_with_the_judged_turn():
     assert texts[0][1:] == (f"{GOOD}<|end|>", f"{BAD}<|end|>")
     assert texts[1] == texts[2]
     assert texts[1][1].count(GOOD) == 2
+    others = [row | {"winner": name} for name in ("model_b", "tie (bothbad)", "both_bad", "A")]
+    _, lines = made(others)
+    assert "2 no preference" in lines
+    assert "wrong type (winner is 'A', neither model_a nor model_b)" in lines
 
 
 def test_steps_of_step_dpo_before_the_answers_are_in_the_prompt():
