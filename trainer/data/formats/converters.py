@@ -126,10 +126,10 @@ def finite(value: Any, column: str) -> float:
 
 def arena(row: Row) -> Row:
     winner = row["winner"]
+    if winner is None or "tie" in str(winner) or "both" in str(winner):
+        raise RowProblem(NO_PREFERENCE, f"winner is {winner!r}")
     if winner not in ("model_a", "model_b"):
-        none = winner is None or "tie" in str(winner) or "both" in str(winner)
-        reason = NO_PREFERENCE if none else WRONG_TYPE
-        raise RowProblem(reason, f"winner is {winner!r}, neither model_a nor model_b")
+        raise RowProblem(WRONG_TYPE, f"winner is {winner!r}, neither model_a nor model_b")
     sides = ("conversation_a", "conversation_b")
     better, worse = sides if winner == "model_a" else reversed(sides)
     return {"chosen": _judged(row, better), "rejected": _judged(row, worse)}
