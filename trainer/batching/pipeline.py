@@ -11,9 +11,9 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..data import tokenize_pairs
 from ..data.chat import pad_token
-from ..data.pairs import check_scores, tokenize_parts
+from ..data.pairs import tokenize_parts
 from ..data.report import SplitReport
-from ..data.table import FILLER_ID, PairRows, check_kind, is_tokenized
+from ..data.table import FILLER_ID, PairRows, check_kind, check_scores, is_tokenized
 from ..data.table.mismatched import neighbours
 from ..errors import UserError
 from ..packing.split import refuse_split, split_packing
@@ -106,7 +106,7 @@ class PairPipeline:
         if is_tokenized(dataset):
             refuse_raw_images(name, dataset)
             if name == "train_dataset":
-                check_scores(self.settings, dataset.column_names, name)
+                check_scores(self.settings.margin_from, dataset, dataset.column_names, name)
             rows = PairRows.of(dataset, self.settings)
             rows.check(name, self.vocab_size)
             return rows

@@ -183,7 +183,7 @@ class PairTokenizer:
             raise
         if DESIRABLE in tokens.numbers:  # its sides are one answer
             tokens.flags -= {REJECTED_NO_END, REJECTED_CUT}
-        chosen, rejected = (pair.numbers.get(name, 0.0) for name in SCORES)
+        chosen, rejected = (pair.numbers.get(name, float("nan")) for name in SCORES)
         if chosen < rejected:
             tokens.flags.add(SCORES_SWAPPED)
         if self.unknown is not None and any(self.unknown in part for part in ids):

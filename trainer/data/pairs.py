@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..settings.data import DataSettings
 from .cached import cached_map
 from .chat import template_notes
-from .formats.answers import NUMBER_COLUMNS, SCORES
+from .formats.answers import NUMBER_COLUMNS
 from .formats.damage import naming_bad_text
 from .formats.files import ONE_TABLE
 from .images.processor import IMAGE_KEY, IMAGES, processor_of
@@ -25,6 +25,7 @@ from .table import (
     UNSCORED_COLUMNS,
     check_kind,
     check_reference,
+    check_scores,
     is_single,
     other_side,
     reference_of,
@@ -197,19 +198,10 @@ def assemble(
     some = any(pc.list_value_length(arrow[name]).to_numpy().any() for name in UNSCORED_COLUMNS)  # pyright: ignore
     said = [name for name in NUMBER_COLUMNS if not np.isnan(arrow[name].to_numpy()[trains]).all()]
     if training:
-        check_scores(settings, said, _names(parts))
+        check_scores(settings.margin_from, arrow.filter(trains), said, _names(parts))
     kept = [*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ()), *reference_of(table), *said]
     table = table.select_columns([*kept, *shown])
     return _arrange(table, positions[trains[positions]], settings, training, report), report
-
-
-def check_scores(settings: DataSettings, columns: Collection[str], name: str) -> None:
-    """Raise ``UserError`` where margins are to come from scores, and the columns lack them."""
-    if settings.margin_from == "scores" and not set(SCORES) <= set(columns):
-        raise UserError(
-            f"margin_from: the rows of {name} have no columns {' and '.join(SCORES)}; "
-            "give them, rows with several answers and scores, or leave margin_from out"
-        )
 
 
 def _check_kinds(parts: Sequence[Part], settings: DataSettings) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .formats.answers import DESIRABLE, NUMBER_COLUMNS
+from .formats.answers import DESIRABLE, NUMBER_COLUMNS, SCORES
 from .formats.converters import label_of
 from .formats.messages import (
     MISSING,
@@ -87,12 +87,15 @@ def attempt(function: Any, *args: Any) -> Any:
 
 
 def numbers_of(row: dict[str, Any]) -> dict[str, float]:
-    """The row's `NUMBER_COLUMNS`; ``RowProblem`` for one not finite, or a weight below 0."""
+    """The row's `NUMBER_COLUMNS`; ``RowProblem`` for one not finite, or a weight below 0.
+
+    A score may be missing: what uses scores asks for each.
+    """
     numbers = {}
     if SINGLE[1] in row and SINGLE[2] in row:
         numbers[DESIRABLE] = label_of(row[SINGLE[2]])
     for name in NUMBER_COLUMNS:
-        if name not in row:
+        if name not in row or (name in SCORES and row[name] in (None, "")):
             continue
         value = row[name]
         try:  # text too, as tables of text have it

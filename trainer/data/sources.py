@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..settings.data import DEFAULT_SPLITS, DataSettings, is_training_split
+from ..settings.data import DEFAULT_SPLITS, DataSettings, divided
 from .formats.answers import DESIRABLE, NUMBER_COLUMNS, NUMBERS, Edges
 from .formats.converters import best_and_worst
 from .formats.damage import naming_bad_text
@@ -68,8 +68,7 @@ def gather(settings: DataSettings, notes: list[str]) -> tuple[list[Part], list[P
     """The parts to train on and the parts to evaluate on; what is missing goes to ``notes``."""
     training: list[Part] = []
     evaluation: list[Part] = []
-    train_splits = [split for split in settings.dataset_splits if is_training_split(split)]
-    eval_splits = [split for split in settings.dataset_splits if not is_training_split(split)]
+    train_splits, eval_splits = divided(settings.dataset_splits)
     for name, fraction in settings.mixture().items():
         tables = open_source(name, settings.dataset_splits, notes)
         training += _parts(tables, name, train_splits, fraction, settings)

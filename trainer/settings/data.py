@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -38,6 +39,7 @@ class DataSettings:
     #: its beginning. Evaluation splits are used in full.
     dataset_mixer: dict[str, float] = field(default_factory=dict)
     #: Splits to read. A name containing "train" is for training, every other one for evaluation.
+    #: Where none contains it, the first trains, unless its name says test, val, dev or held out.
     dataset_splits: list[str] = field(default_factory=lambda: list(DEFAULT_SPLITS))
     #: Columns of the data under other names: {prompt: question, chosen: good, rejected: bad}.
     columns: dict[str, str] = field(default_factory=dict)
@@ -164,6 +166,11 @@ class DataSettings:
                 "dataset_splits: expected a list of split names such as [train, test], "
                 f"got {self.dataset_splits!r}"
             )
+        if len(set(self.dataset_splits)) < len(self.dataset_splits):
+            raise UserError(
+                "dataset_splits: name each split once, since one either trains or evaluates; got "
+                f"{self.dataset_splits!r}"
+            )
 
     def _check_edges(self) -> None:
         if self.edges is not None:
@@ -230,9 +237,15 @@ class DataSettings:
         return self.dataset_mixer
 
 
-def is_training_split(split: str) -> bool:
-    """Whether a split trains: "train", "train_prefs", ... do; "test", "eval", ... evaluate."""
-    return "train" in split
+def divided(splits: list[str]) -> tuple[list[str], list[str]]:
+    """The splits that train and those that evaluate; see `DataSettings.dataset_splits`."""
+    training = [split for split in splits if "train" in split.casefold()]
+    if not training:
+        training = [split for split in splits[:1] if not _HELD_OUT.search(split.casefold())]
+    return training, [split for split in splits if split not in training]
+
+
+_HELD_OUT = re.compile("test|val|dev|held|hold")
 
 
 def _check_count(name: str, value: object, unit: str) -> None:

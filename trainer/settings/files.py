@@ -28,7 +28,7 @@ from .published.scripts import (
     kept_defaults,
 )
 from .published.translation import SCRIPTS, fit_objective, merge, name_objective, translate
-from .published.unknown import unknown_key
+from .published.unknown import check_names, unknown_key
 
 _MOST_NESTED, _MOST_VALUES = 50, 100_000
 _QUOTED_OR_NULL = re.compile(r"""\s*(null|~|'.*'|".*")?\s*""", re.DOTALL)
@@ -194,9 +194,14 @@ def build_config(
 
     A line for each setting that had another name goes to ``notes``; ``script`` as in `load_config`.
     """
-    settings = _under_our_names(settings, script, [] if notes is None else notes)
-    arguments = _pop_hyperparameters(settings)
     fields = _hints(PreferenceConfig)
+    try:
+        settings = _under_our_names(settings, script, [] if notes is None else notes)
+    except UserError:  # in another library's file the names come first
+        if settings.get("objective") is None:
+            check_names(settings, [*fields, *TABLE])
+        raise
+    arguments = _pop_hyperparameters(settings)
     settings |= {k: null for k, null in NULLS.items() if k in settings and settings[k] is None}
     # A null stands for the default where the type has no null, as in published files.
     values = {

@@ -11,7 +11,7 @@ from widemargin.trainer.data.formats.answers import Edges
 from widemargin.trainer.data.table import PairRows
 from widemargin.trainer.errors import UserError
 
-from tests.support.pair_rows import bot, user
+from tests.support.pair_rows import bot, make_rows, user
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -174,3 +174,27 @@ def test_edges_say_where_they_have_no_effect():
     pair = {"prompt": Q, "chosen": "yes", "rejected": "no"}
     assert "edges has no effect" in made([pair], edges="adjacent")[1]
     assert "edges has no effect" not in made([OURS], edges="adjacent")[1]
+
+
+def test_a_score_may_be_missing_where_nothing_uses_it():
+    """As in a file of two data sets of which one has scores."""
+    rows = make_rows(2)
+    rows[0] |= {"score_chosen": 2.0, "score_rejected": 1.0}
+    data = Dataset.from_list(rows)
+    pairs, report = tokenize_pairs(data, tiny_tokenizer())
+    assert len(pairs) == 2
+    assert "only margin_from: scores and listwise objectives use it" in "\n".join(report.lines())
+    with pytest.raises(UserError, match="margin_from: 1 of 2 pairs of train_dataset lack"):
+        tokenize_pairs(data, tiny_tokenizer(), DataSettings(margin_from="scores"))
+
+
+def test_answers_are_compared_by_scores_of_one_scale():
+    """UltraFeedback's fine-grained scores go to 5, its overall ones to 10."""
+    answers = [
+        {"response": "no", "fine-grained_score": None, "overall_score": 6.0},
+        {"response": "yes", "fine-grained_score": 4.5, "overall_score": 8.0},
+    ]
+    pairs, _ = tokenize_pairs(
+        Dataset.from_list([{"instruction": Q, "completions": answers}]), tiny_tokenizer()
+    )
+    assert [str(tiny_tokenizer().decode(ids)) for ids in pairs["chosen_ids"]] == ["yes<|end|>"]

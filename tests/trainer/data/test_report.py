@@ -63,6 +63,8 @@ def test_swapped_scores_and_unknown_characters_are_counted() -> None:
     rows = [row | {"score_chosen": 1.0, "score_rejected": 2.0} for row in make_rows(1)]
     _, report = tokenize_pairs(Dataset.from_list(rows), tiny_tokenizer())
     assert report.flags == {SCORES_SWAPPED: 1}
+    alone = [row | {"score_chosen": -1.0} for row in make_rows(1)]
+    assert not tokenize_pairs(Dataset.from_list(alone), tiny_tokenizer())[1].flags
     backend = Tokenizer(
         models.WordLevel({"<unk>": 0, "a": 1, "yes": 2, "no": 3}, unk_token="<unk>")
     )

@@ -135,6 +135,48 @@ def test_system_and_history_go_before_the_prompt():
     assert triple[0] == TURN.replace("<s>", f"<s>{spoken}")
 
 
+def test_argillas_orca_keeps_its_system_text():
+    system = {"system": "In French.", "input": Q, **SIDES}
+    (triple, other), _ = made([system, system | {"system": ""}])
+    assert triple[0] == TURN.replace("<s>", "<s><|system|>\nIn French.<|end|>\n")
+    assert other[0] == TURN
+
+
+HISTORY = "<s><|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n"
+
+
+@pytest.mark.parametrize("kind", ["preferences", "one answer a row"])
+def test_turns_of_helpsteer2_are_messages(kind):
+    prompt = f"Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\n{Q}"
+    both = {"prompt": prompt, "response_1": BAD, "response_2": GOOD, "preference_strength": 2}
+    one = [{"prompt": prompt, "response": r, "helpfulness": h} for r, h in ((BAD, 1), (GOOD, 4))]
+    texts, _ = made([both] if kind == "preferences" else one)
+    expected = HISTORY + TURN.removeprefix("<s>")
+    assert texts == [(expected, f"{GOOD}<|end|>", f"{BAD}<|end|>")]
+
+
+def test_an_arenas_conversations_end_with_the_judged_turn():
+    """Both of MT-Bench's go on after the first turn, whichever was judged."""
+    talks = [[user("Hi"), bot(answer), user(Q), bot(answer)] for answer in (GOOD, BAD)]
+    row = {"winner": "model_a", "conversation_a": talks[0], "conversation_b": talks[1]}
+    texts, _ = made([row | {"turn": turn} for turn in (1, 2, None)])
+    assert texts[0][1:] == (f"{GOOD}<|end|>", f"{BAD}<|end|>")
+    assert texts[1] == texts[2]
+    assert texts[1][1].count(GOOD) == 2
+    others = [row | {"winner": name} for name in ("model_b", "tie (bothbad)", "both_bad", "A")]
+    _, lines = made(others)
+    assert "2 no preference" in lines
+    assert "wrong type (winner is 'A', neither model_a nor model_b)" in lines
+
+
+def test_steps_of_step_dpo_before_the_answers_are_in_the_prompt():
+    row = {"prompt": Q, "initial_reason_steps": "Step 1: no.\nStep 2:", **SIDES}
+    row |= {"chosen": f" {GOOD}", "rejected": f" {BAD}", "full_chosen": "x"}
+    (triple, other), _ = made([row, row | {"initial_reason_steps": "", "chosen": GOOD}])
+    assert triple == (TURN + "Step 1: no.\nStep 2:", f" {GOOD}<|end|>", f" {BAD}<|end|>")
+    assert other[:2] == (TURN, f"{GOOD}<|end|>")
+
+
 def test_columns_may_have_any_name_and_json_text_is_read():
     row = {"q": json.dumps([user(Q)]), "good": json.dumps([bot(GOOD)]), "bad": BAD, "prompt": "x"}
     texts, _ = made([row], columns={"prompt": "q", "chosen": "good", "rejected": "bad"})

@@ -21,6 +21,18 @@ from tests.support.tiny_tokenizers import tiny_tokenizer
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+def test_the_first_split_trains_where_no_name_says_train(tmp_path: Path) -> None:
+    """As those of MT-Bench's judgments and of Tulu 2.5's preferences."""
+    for place, split in enumerate(("human", "gpt4_pair")):
+        write(tmp_path / f"{split}.jsonl", make_rows(2, 10 * place))
+    settings = DataSettings(str(tmp_path), dataset_splits=["human", "gpt4_pair"], shuffle=False)
+    data = load_pairs(settings, tiny_tokenizer())
+    assert (names(data.train), names(data.evaluation)) == ([0, 1], [10, 11])
+    held_out = write(tmp_path / "validation.jsonl", make_rows(1))
+    settings = DataSettings(str(Path(held_out).parent), dataset_splits=["validation"])
+    assert load_pairs(settings, tiny_tokenizer()).train is None
+
+
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet"])
 def test_files(tmp_path: Path, ending: str) -> None:
     train = write(tmp_path / f"pairs{ending}", make_rows(3))
@@ -165,6 +177,7 @@ def test_errors_about_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"flip": float("nan")}, "flip"),
         ({"mix_seed": -1}, "mix_seed"),
         ({"dataset_splits": "train"}, "dataset_splits"),
+        ({"dataset_splits": ["train", "train"]}, "dataset_splits: name each split once"),
         ({"dataset": "a", "dataset_mixer": {"b": 1.0}}, "dataset and dataset_mixer"),
         ({"dataset_mixer": {"b": 1.5}}, "dataset_mixer"),
         ({"dataset_mixer": ["b"]}, "dataset_mixer"),

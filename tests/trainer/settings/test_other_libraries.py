@@ -32,6 +32,7 @@ AMBIGUOUS = [
     ({"loss_type": "simpo"}, "add gamma_beta_ratio"),
     ({"loss_type": "simpo", "beta": 0.1, "cpo_alpha": 0.0}, "simpo_gamma: .in TRL 0.5"),
     ({"loss_type": "simpo", "beta": 0.1, "simpo_gamma": 0.5}, "write cpo_alpha: 1.0, or 0.0"),
+    ({"loss_type": "orpo", "beta": 0.05}, "write alpha in place of beta"),
 ]
 
 
@@ -45,6 +46,32 @@ def test_a_loss_that_libraries_mean_differently_is_asked_about(given, message):
 def test_trls_keys_make_it_doubtful_in_a_twin_too(script):
     with pytest.raises(UserError, match="rpo_alpha is TRL's"):
         build_config(HERE | {"loss_type": "sigmoid", "rpo_alpha": 1.0}, script=script)
+
+
+FOREIGN = [
+    (
+        {
+            "stage": "dpo",
+            "pref_beta": 0.1,
+            "pref_loss": "simpo",
+            "simpo_gamma": 0.5,
+            "cutoff_len": 9,
+        },
+        ("stage.*'objective'", "pref_beta.*'beta'", "pref_loss.*'objective'", "len.*'max_length'"),
+    ),
+    (
+        {"base_model": "x", "rl": "simpo", "rl_beta": 0.1, "simpo_gamma": 0.5, "datasets": [{}]},
+        ("base_model.*'model_name_or_path'", "rl'.*'objective'", "rl_beta.*'beta'"),
+    ),
+    ({"pretrain": "x", "chosen_key": "good"}, ("'model_name_or_path'", "chosen_key.*'columns'")),
+]
+
+
+@pytest.mark.parametrize(("file", "lines"), FOREIGN, ids=["LLaMA-Factory", "axolotl", "OpenRLHF"])
+def test_files_of_other_libraries_hear_all_names_at_once(file, lines):
+    with pytest.raises(UserError) as told:
+        build_config(HERE | file)
+    assert all(re.search(line, str(told.value)) for line in lines)
 
 
 @pytest.mark.parametrize("loss", MEANINGS)

@@ -158,9 +158,11 @@ REFUSED = [
         "unknown setting 'stage'; did.*; unknown setting 'lora_rank'; did you mean .*; tau: "
         "simpo has none",
     ),
+    ({"wandb_entity": "x"}, r"'wandb_entity'; no setting has a like name \(leave it out\)"),
+    ({"dpo_beta": 5}, "'dpo_beta'; did you mean 'beta'"),
     ({"group_by_length": True}, "group_by_length: True cannot be done"),
     ({"dataset_mixture": {"datasets": [{"id": "a/b"}]}}, "write dataset_mixer .*dataset_splits"),
-    ({"max_seq_length": 2048}, "max_seq_length.*supervised"),
+    ({"max_seq_length": 2048}, "max_seq_length.*write max_length"),
     ({"objective": "simpo", "loss_type": "dpo"}, "loss_type and objective"),
     ({"trainer_type": "ppo"}, "trainer_type: expected one of simpo, dpo"),
     ({"trainer_type": "simpo"}, "objective: none is named"),

@@ -19,8 +19,8 @@ SCORES = ("score_chosen", "score_rejected")
 NUMBERS = {
     "weight": "each pair's loss is multiplied by it",
     "margin": "margin_from: margin adds it to each pair's target margin",
-    SCORES[0]: "margin_from: scores adds their difference to each pair's target margin",
-    SCORES[1]: "margin_from: scores adds their difference to each pair's target margin",
+    SCORES[0]: "only margin_from: scores and listwise objectives use it",
+    SCORES[1]: "only margin_from: scores and listwise objectives use it",
 }
 """Columns of numbers that say something of a pair, and what becomes of them."""
 
@@ -97,18 +97,21 @@ def beside(prompt: str, answers: str, scores: str | None, *, sign: int = 1, talk
 
 
 def inside(prompt: str, answers: str, text: str, worth: tuple[str, ...], sign: int = 1):
-    """A list of answers that each hold their text and their score: the first of ``worth``."""
+    """A list of answers that each hold their text and their score.
+
+    It is the one of ``worth`` that most answers have, the first of several.
+    """
 
     def read(row: Row) -> tuple[Any, list[Scored]]:
-        scored = []
-        for answer in _list(row, answers):
+        listed = _list(row, answers)
+        for answer in listed:
             if not isinstance(answer, dict):
                 raise RowProblem(WRONG_TYPE, f"{answers} has something {kind(answer)}, no mapping")
-            column = next((name for name in worth if answer.get(name) is not None), None)
-            if column is not None:
-                scored.append((sign * finite(answer[column], column), answer.get(text)))
-        if not scored:
+        having = {name: [a for a in listed if a.get(name) is not None] for name in worth}
+        column = max(worth, key=lambda name: len(having[name]))
+        if not having[column]:
             raise RowProblem(MISSING, f"{answers} has no answer with {' or '.join(worth)}")
+        scored = [(sign * finite(a[column], column), a.get(text)) for a in having[column]]
         return conversation(transcript(row[prompt]), None, None)["prompt"], scored
 
     return read

@@ -104,7 +104,7 @@ def either(prompt: str, first: str, second: str, first_wins: Callable[[Row], Any
         if not wins:
             raise RowProblem(NO_PREFERENCE)
         better, worse = (first, second) if wins > 0 else (second, first)
-        return conversation(row[prompt], row[better], row[worse])
+        return conversation(transcript(row[prompt]), row[better], row[worse])
 
     return standard
 
@@ -126,19 +126,48 @@ def finite(value: Any, column: str) -> float:
 
 def arena(row: Row) -> Row:
     winner = row["winner"]
-    if winner not in ("model_a", "model_b"):
+    if winner is None or "tie" in str(winner) or "both" in str(winner):
         raise RowProblem(NO_PREFERENCE, f"winner is {winner!r}")
+    if winner not in ("model_a", "model_b"):
+        raise RowProblem(WRONG_TYPE, f"winner is {winner!r}, neither model_a nor model_b")
     sides = ("conversation_a", "conversation_b")
     better, worse = sides if winner == "model_a" else reversed(sides)
-    return {"chosen": row[better], "rejected": row[worse]}
+    return {"chosen": _judged(row, better), "rejected": _judged(row, worse)}
+
+
+def _judged(row: Row, side: str) -> Any:
+    """The conversation up to the judged turn: MT-Bench's go on after a judged first one."""
+    talk = as_messages(row[side])
+    if row.get("turn") is None or not isinstance(talk, list):
+        return talk
+    return talk[: 2 * int(number(row, "turn"))]
+
+
+def begun(row: Row) -> Row:
+    """Step-DPO's rows: both sides go on from the steps before them."""
+    steps = text(row, "initial_reason_steps")
+    standard = conversation(row["prompt"], row["chosen"], row["rejected"])
+    if steps:
+        standard["prompt"] = [*standard["prompt"], {"role": "assistant", "content": steps}]
+    return standard
 
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_TURN = "\n<extra_id_1>"
 
 
 def transcript(text: Any) -> Any:
-    """A text of ``Human:`` and ``Assistant:`` turns as messages; another value as it is."""
-    if not isinstance(text, str) or not text.lstrip().startswith(_HUMAN.strip()):
+    """A text of several turns as messages; another value as it is.
+
+    The turns begin with ``Human:`` and ``Assistant:``, or as in HelpSteer2, whose first one has no
+    mark.
+    """
+    if not isinstance(text, str):
+        return text
+    if f"{_TURN}Assistant\n" in text:
+        turns = (turn.partition("\n") for turn in f"User\n{text}".split(_TURN))
+        return [{"role": role.lower(), "content": said.strip()} for role, _, said in turns]
+    if not text.lstrip().startswith(_HUMAN.strip()):
         return text
     messages = []
     for turn in f"\n\n{text.strip()}".split(_HUMAN)[1:]:
@@ -162,7 +191,7 @@ def best_and_worst(rows: list[Mapping[str, Any]]) -> list[Row]:
         scored = sorted(filter(_is_scored, group), key=_helpful)
         if scored and _helpful(scored[0]) != _helpful(scored[-1]):
             sides = {"chosen": scored[-1]["response"], "rejected": scored[0]["response"]}
-            pairs.append({"prompt": [{"role": "user", "content": prompt}], **sides})
+            pairs.append(conversation(transcript(prompt), **sides))
     return pairs
 
 

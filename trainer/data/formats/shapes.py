@@ -16,6 +16,7 @@ from .converters import (
     Row,
     arena,
     asked,
+    begun,
     conversation,
     either,
     grouped,
@@ -71,8 +72,9 @@ class Shape:
         return [self._complete(pair, row) for pair in pairs]
 
     def _complete(self, standard: Row, row: Row) -> Row:
-        before = _system(row) + ([] if "history" in self.needs else _history(row.get("history")))
-        if any(column in row for column in BEFORE if column not in self.needs):
+        asks = "history" in self.needs  # where it is the question
+        before = _system(row) + ([] if asks else _history(row.get("history")))
+        if any(column in row for column in (SYSTEM if asks else BEFORE)):
             standard = _after(before, standard)
         beside = (*ARGUMENTS, *IMAGE_COLUMNS)
         return standard | {name: row[name] for name in beside if name in row}
@@ -127,6 +129,7 @@ def _led(before: list[Row], messages: list[Row]) -> list[Row]:
 GROUPED = ("prompt", "response", "helpfulness")
 SINGLE = ("prompt", "completion", "label")
 SHAPES = (
+    Shape("Step-DPO", ("prompt", "initial_reason_steps", "chosen", "rejected"), begun),
     Shape("", ("prompt", "chosen", "rejected"), same),
     *(
         Shape("ShareGPT", (column, "chosen", "rejected"), talk(column))
@@ -230,7 +233,7 @@ SHAPES = (
         ("question", "response_j", "response_k"),
         asked("question", "response_j", "response_k"),
     ),
-    Shape("arena", ("conversation_a", "conversation_b", "winner"), arena),
+    Shape("arena", ("conversation_a", "conversation_b", "winner"), arena, ("turn",)),
     Shape("", ("chosen", "rejected"), same),
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ from .columns import TOKEN_COLUMNS as TOKEN_COLUMNS
 from .columns import UNSCORED_COLUMNS as UNSCORED_COLUMNS
 from .columns import check_kind as check_kind
 from .columns import check_reference as check_reference
+from .columns import check_scores as check_scores
 from .columns import features as features
 from .columns import is_single as is_single
 from .columns import is_tokenized as is_tokenized

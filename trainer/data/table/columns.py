@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from ...errors import UserError
 from ...files import digest
-from ..formats.answers import DESIRABLE, NUMBER_COLUMNS
+from ..formats.answers import DESIRABLE, NUMBER_COLUMNS, SCORES
 from ..formats.shapes import SINGLE, shape_of
 from ..images.processor import IMAGE_KEY, IMAGES, image_key
 from ..limits import FLAGS, OK, Tokens
@@ -82,6 +82,30 @@ def check_reference(tables: list[Any], names: str) -> None:
         raise UserError(
             f"{names}: some have reference_chosen_logps and reference_rejected_logps and "
             "some not; leave the columns out, or have them in all"
+        )
+
+
+def check_scores(margin_from: str, pairs: Any, said: Collection[str], name: str) -> None:
+    """Raise ``UserError`` where margins are to come from scores, and pairs have none.
+
+    Args:
+        margin_from: as in the settings of data.
+        pairs: the table of tokens, or a data set that holds some.
+        said: columns that say something.
+        name: what messages call the data sets.
+    """
+    if margin_from != "scores":
+        return
+    if not set(SCORES) <= set(said):
+        raise UserError(
+            f"margin_from: the rows of {name} have no columns {' and '.join(SCORES)}; "
+            "give them, rows with several answers and scores, or leave margin_from out"
+        )
+    lacking = int(np.isnan(sum(np.array(pairs[each][:], np.float64) for each in SCORES)).sum())
+    if lacking:
+        raise UserError(
+            f"margin_from: {lacking:,} of {len(pairs):,} pairs of {name} lack {SCORES[0]} or "
+            f"{SCORES[1]}; give every pair both, or leave margin_from out"
         )
 
 

@@ -163,7 +163,7 @@ HANDBOOK = (
     _same("attn_implementation", "flash_attention_2 needs flash-attn (extra flash-attn)"),
     _same("chat_template", "the template, a file's path, or the name of a shipped one"),
     _same("dataset_mixer", "name -> share of its training splits; evaluation splits stay whole"),
-    _same("dataset_splits", "one with train in its name trains, the others evaluate"),
+    _same("dataset_splits", "those with train in their names, or else the first, train"),
     _only("dataset_configs", (), "write it after the name: owner/data:configuration"),
     _same("preprocessing_num_workers", "processes that tokenize"),
     _same(
@@ -172,8 +172,8 @@ HANDBOOK = (
     ),
     _dropped("truncation_side", "the published scripts set it to left; see truncation_mode"),
     _only("dataset_mixture", (), "write dataset_mixer (name: share) and dataset_splits instead"),
-    _dropped("text_column", "for plain text, which this trainer does not train on"),
-    _only("max_seq_length", (), "use TRL's SFTTrainer for supervised fine-tuning, and then this"),
+    _dropped("text_column", "for supervised fine-tuning on plain text"),
+    _only("max_seq_length", (), "write max_length, or for an SFT file use TRL's SFTTrainer"),
 )
 
 SIMPO = (

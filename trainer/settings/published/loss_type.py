@@ -56,6 +56,12 @@ def check_loss_type(settings: Settings, script: str | None) -> None:
         )
     if "simpo" in losses:
         _check_simpo(settings)
+    weights = [name for name in ("gamma_beta_ratio", "alpha") if settings.get(name) is not None]
+    if "orpo" in losses and settings.get("beta") is not None and not weights:
+        raise UserError(
+            "loss_type: orpo beside beta is TRL's ORPOConfig; write alpha in place of beta (in "
+            "gamma-PO beta is without effect, and gamma_beta_ratio the weight)"
+        )
 
 
 def _check_simpo(settings: Settings) -> None:

@@ -16,12 +16,58 @@ from .loss_type import IN_DPO, MEANINGS, trl_mixture
 Kind = TypeVar("Kind")
 
 
+ELSEWHERE = {
+    "base_model": "model_name_or_path",
+    "pretrain": "model_name_or_path",
+    "ref_pretrain": "ref_model_name_or_path",
+    "tokenizer_name": "tokenizer_name_or_path",
+    "stage": "objective",
+    "rl": "objective",
+    "pref_loss": "objective",
+    "pref_ftx": "sft_weight",
+    "nll_loss_coef": "sft_weight",
+    "finetuning_type": "use_peft",
+    "adapter": "use_peft",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "prompt_key": "columns",
+    "chosen_key": "columns",
+    "rejected_key": "columns",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_len": "max_length",
+    "val_size": "eval_dataset",
+    "val_set_size": "eval_dataset",
+    "max_samples": "max_train_samples",
+    "micro_batch_size": "per_device_train_batch_size",
+    "micro_train_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "max_epochs": "num_train_epochs",
+    "optimizer": "optim",
+    "flash_attention": "attn_implementation",
+    "flash_attn": "attn_implementation",
+    "sample_packing": "packing",
+    "packing_samples": "packing",
+    "train_batch_size": "gradient_accumulation_steps",
+    "save_path": "output_dir",
+}
+"""Names in files of LLaMA-Factory, axolotl, OpenRLHF and open-instruct that resemble none here."""
+
+
 def unknown_key(key: str, objective: str, known: Iterable[str]) -> str:
     """The error's words on a key of a YAML file that neither a run nor its objective has."""
     owners = _owners(key)
     if owners:
         return f"{key}: {objective} has none; it belongs to {', '.join(owners)}"
-    return f"unknown setting {key!r}; did you mean {_nearest(key, known)!r}?"
+    return _unknown(key, known)
+
+
+def check_names(settings: Settings, known: Iterable[str]) -> None:
+    """Raise ``UserError`` for the keys that neither a run nor any objective has."""
+    known = {*known, *(name for each in OBJECTIVES for name in hyperparameters_of(each))}
+    lines = [_unknown(key, known) for key in settings if key not in known]
+    if lines:
+        raise UserError("; ".join(lines))
 
 
 def unknown_argument(key: str, given: Settings, known: Iterable[str]) -> str:
@@ -47,7 +93,7 @@ def unknown_argument(key: str, given: Settings, known: Iterable[str]) -> str:
         )
     entry = TABLE.get(key)
     if entry is None or entry.translate is None:
-        return f"unknown setting {key!r}; did you mean {_nearest(key, known)!r}?"
+        return _unknown(key, known)
     try:
         new = entry.translate(value, given)
     except UserError as error:
@@ -89,8 +135,12 @@ def _owners(key: str) -> list[str]:
     return [name for name in OBJECTIVES if key in hyperparameters_of(name)]
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)[0]
+def _unknown(key: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, known := sorted(known), n=1, cutoff=0.7)
+    nearest += [name for name in known if key.endswith(f"_{name}")]  # pref_beta, rl_beta
+    meant = ELSEWHERE.get(key) or next(iter(nearest), None)
+    advice = f"did you mean {meant!r}?" if meant else "no setting has a like name (leave it out)"
+    return f"unknown setting {key!r}; {advice}"
 
 
 def explaining(kind: type[Kind]) -> type[Kind]:
