@@ -211,6 +211,25 @@ def test_what_is_judged_is_kept(answered, tmp_path):
     assert result["win_rate"] == pytest.approx(37.5)
 
 
+def test_a_question_that_the_judge_refuses_is_left_out(answered, monkeypatch, capsys):
+    refused = []
+
+    def filters(body, number):
+        if json.loads(body["messages"][1]["content"])["answer_b"] == "<b>fine</b>" and not refused:
+            return TROUBLE["no text"]
+        return fair(body, number)
+
+    with chat_endpoint(filters) as (url, _):
+        with pytest.raises(UserError, match="a completion without text"):
+            answered(url)
+        monkeypatch.setattr(judging, "MOST_WITHOUT_VERDICT", 0.2)
+        result = answered(url)
+        assert "1 of 8 games have no verdict" in capsys.readouterr().out
+        assert (result["questions"], result["win_rate"]) == (3, pytest.approx(100 / 3))
+        refused.append("no more")
+        assert answered(url)["questions"] == 4
+
+
 def test_another_judge_is_refused_and_a_useless_baseline_too(answered, tmp_path):
     with chat_endpoint(fair) as (url, _):
         answered(url)
