@@ -79,6 +79,18 @@ def test_what_will_not_pass_is_told_at_once_without_the_key(status):
     assert "\x1b" not in str(refused.value)
 
 
+def test_a_model_without_temperature_is_asked_without():
+    refusal = b"Unsupported value: 'temperature' does not support 0 with this model."
+
+    def reasons(body, _):
+        return (400, refusal) if "temperature" in body else (200, A)
+
+    with chat_endpoint(reasons) as (url, seen):
+        judge = client(url)
+        assert ask(judge) == ask(judge) == 1.0
+    assert ["temperature" in body for body in seen] == [True, False, False]
+
+
 def test_timeouts_and_nobody_there():
     answered = threading.Event()
 
