@@ -367,3 +367,10 @@ def test_answers_with_unicode_line_ends_are_shown(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "samples.jsonl").write_text(line, encoding="utf-8")
     assert load_run(tmp_path).step_samples == [row]
+
+
+def test_a_run_shorter_than_its_first_log_has_its_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"global_step": 3, "log_history": []}')
+    assert summary_lines(tmp_path)[0] == "Trained 3 steps"
