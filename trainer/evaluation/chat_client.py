@@ -81,6 +81,7 @@ class ChatClient:
         if parts.username or parts.password:
             raise UserError(f"--{self.role}-url: it holds a password; put the key in {KEY} instead")
         self._opener = urllib.request.build_opener(_NoRedirect)
+        self._takes_temperature = True
 
     def ask(
         self,
@@ -90,7 +91,8 @@ class ChatClient:
     ) -> Parsed:
         """What ``parse`` makes of the completion of ``messages``; `Unusable` says: try again.
 
-        ``body`` is sent too; without it the likeliest answer is asked for.
+        ``body`` is sent too; without it the likeliest answer is asked for, where the model lets one
+        ask: some that reason take no temperature.
 
         Raises:
             NothingUsable: the last attempt got an answer that was of no use.
@@ -103,10 +105,14 @@ class ChatClient:
             if attempt:
                 time.sleep(min(wait, self.longest_wait_s))
             wait, kind = self.first_wait_s * 2**attempt, UserError
+            likeliest = {"temperature": 0} if self._takes_temperature and not body else NOTHING
             try:
-                return parse(_completion(self._post(messages, body)))
+                return parse(_completion(self._post(messages, likeliest or body)))
             except urllib.error.HTTPError as error:
                 trouble = self._status(error)
+                if error.code == 400 and likeliest and "temperature" in trouble:
+                    self._takes_temperature, wait = False, 0.0
+                    continue
                 if error.code not in PASSING:
                     raise UserError(f"{self.role} {self.url}: {trouble}") from None
                 asked = error.headers.get("Retry-After", "")
@@ -126,7 +132,7 @@ class ChatClient:
         key = os.environ.get(KEY)
         if key:
             headers["Authorization"] = f"Bearer {key.strip()}"
-        sent = {"model": self.model, "messages": messages, "temperature": 0} | dict(body)
+        sent = {"model": self.model, "messages": messages} | dict(body)
         address = self.url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps(sent).encode(), headers)
         with self._opener.open(request, timeout=self.timeout_s) as answer:

@@ -60,6 +60,7 @@ class Run:
     margins: dict[str, dict[float, Histogram]] = field(default_factory=dict)  # by kind and step
     started: str | None = None
     device: str | None = None
+    trained_steps: float = 0.0
 
     def series(self, key: str) -> list[Point]:
         """All logged values of a metric, in order of steps; the last one counts for a step."""
@@ -80,7 +81,8 @@ class Run:
 
     def last_step(self) -> float:
         steps = [number(entry.get("step")) for entry in self.history]
-        return max((s for s in steps if s is not None and math.isfinite(s)), default=0.0)
+        logged = (s for s in steps if s is not None and math.isfinite(s))
+        return max(logged, default=self.trained_steps)
 
     def seconds(self) -> float | None:
         """Wall-clock time of training, evaluations included."""
@@ -164,7 +166,8 @@ def load_run(run_dir: Path) -> Run:
     notes_file = run_dir / "run.json"
     notes = _read_json(notes_file) if notes_file.is_file() else {}
     state_file = _state_file(run_dir, notes.get("run"))
-    history = _read_json(state_file).get("log_history")
+    state = _read_json(state_file)
+    history, trained = state.get("log_history"), number(state.get("global_step"))
     if not isinstance(history, list):
         raise UserError(f"{state_file}: expected a list log_history, as transformers writes it")
     parts = ("settings", "objective", "data", "versions", "summary")
@@ -179,6 +182,7 @@ def load_run(run_dir: Path) -> Run:
         margins=read_margins(run_dir),
         started=notes.get("started"),
         device=notes.get("device"),
+        trained_steps=trained if trained is not None and math.isfinite(trained) else 0.0,
     )
 
 

@@ -92,7 +92,8 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines: an answer may hold U+2028 or U+0085, which JSON leaves as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = parse_json(line)
         except ValueError:  # a run killed while it wrote

@@ -254,8 +254,27 @@ def flops_per_token(model: PreTrainedModel) -> tuple[float, float]:
     recomputation are left out, and so is a reference model.
     """
     head = cast(Any, model.get_output_embeddings()).weight
-    tables = {id(head), id(cast(Any, model.get_input_embeddings()).weight)}
-    return sum(_flops(p) for p in model.parameters() if id(p) not in tables), _flops(head)
+    return sum(share * _flops(p) for p, share in decoder_weights(model)), _flops(head)
+
+
+def decoder_weights(model: PreTrainedModel) -> list[tuple[Parameter, float]]:
+    """Parameters between the embedding and the head, and the share of each that a token meets.
+
+    That is 1, but for experts: the router sends a token to a few of them.
+    """
+    tables = {
+        id(cast(Any, table).weight)
+        for table in (model.get_output_embeddings(), model.get_input_embeddings())
+    }
+    config: Any = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", getattr(config, "num_experts", None))
+    met = getattr(config, "num_experts_per_tok", None)
+
+    def share(parameter: Any) -> float:
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return met / experts if experts and met and len(shape) == 3 and shape[0] == experts else 1.0
+
+    return [(p, share(p)) for p in model.parameters() if id(p) not in tables]
 
 
 def _flops(parameter: Parameter) -> float:

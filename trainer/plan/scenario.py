@@ -18,7 +18,7 @@ from .batches import MicroBatch, largest
 from .engines import Engine, Precision, precision
 from .lengths import Lengths
 from .memory import Rank, RankMemory, rank_memory
-from .shapes import ModelSize, model_size
+from .shapes import ModelSize, attention_of, model_size
 from .simulation import Checkpointing, Held, Recipe, simulate
 
 
@@ -43,7 +43,7 @@ class Scenario:
 
     @property
     def attention(self) -> str:
-        return self.settings.attn_implementation or "sdpa"
+        return self.settings.attn_implementation or attention_of(self.config)
 
     @property
     def checkpointing(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from ..errors import UserError, refusals
 from ..files import read_json
 from ..model.adapters import lora_config, with_adapter
-from ..monitor.metrics import flops_per_token
+from ..monitor.metrics import decoder_weights, flops_per_token
 from ..settings.config import PreferenceConfig
 
 LLAMA_3_8B = {
@@ -82,7 +82,7 @@ class ModelSize:
     frozen: int
     quantizable: int  # of the frozen ones: linear layers' weights but the head's
     decoder_flops: float  # per token, forward and backward, without attention and recomputation
-    decoder_weights: int  # that multiply each token
+    decoder_weights: float  # that multiply each token
     hidden_size: int
     vocab_size: int
     attention_width: int  # features of all query heads together
@@ -135,9 +135,23 @@ def _of(values: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     kind = values.pop("model_type")
-    with refusals(f"model config: {kind}", ValueError, KeyError, TypeError, AttributeError):
-        config = AutoConfig.for_model(kind, **values).get_text_config()
+    with refusals(f"model config: {kind}", Exception):  # of any family's checks
+        config = AutoConfig.for_model(kind, **_numbers(values)).get_text_config()
+    if not hasattr(config, "num_attention_heads"):
+        raise UserError(
+            f"model config: give one of a model with attention; a {kind} reads one token after the "
+            "other, and its memory is known only by running it"
+        )
     return config
+
+
+def _numbers(value: Any) -> Any:
+    """With ``{"__float__": "Infinity"}`` as the number, for which transformers writes it."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _numbers(part) for key, part in value.items()}
+    return [_numbers(part) for part in value] if isinstance(value, list) else value
 
 
 def with_layers(config: Any, count: int) -> Any:
@@ -161,6 +175,14 @@ def build(config: Any, attention: str, dtype: torch.dtype) -> Any:
         )
 
 
+def attention_of(config: Any) -> str:
+    """The implementation that transformers takes where the settings name none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if kind and not kind._supports_sdpa else "sdpa"
+
+
 def adapted(model: Any, settings: PreferenceConfig) -> Any:
     """The model in the adapter that the settings ask for; itself without one."""
     lora = lora_config(settings)
@@ -176,7 +198,6 @@ def model_size(config: Any, settings: PreferenceConfig) -> ModelSize:
     sizes = {id(p): (p.numel(), p.requires_grad) for p in model.parameters()}
     linear = [m.weight for m in bare.modules() if isinstance(m, torch.nn.Linear)]
     quantizable = {id(w): w.numel() for w in linear if not w.requires_grad and w is not head}
-    tables = {id(head), id(embedding)}
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelSize(
@@ -189,7 +210,7 @@ def model_size(config: Any, settings: PreferenceConfig) -> ModelSize:
         frozen=sum(count for count, trains in sizes.values() if not trains),
         quantizable=sum(quantizable.values()),
         decoder_flops=flops_per_token(model)[0],
-        decoder_weights=sum(p.numel() for p in model.parameters() if id(p) not in tables),
+        decoder_weights=sum(share * p.numel() for p, share in decoder_weights(model)),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         attention_width=heads * width,

@@ -29,7 +29,7 @@ from ..model.head import patch_head
 from ..settings.config import PreferenceConfig
 from .batches import MicroBatch
 from .shapes import adapted, build, with_layers
-from .stand_in import attention_for, head_backward, head_forward, masks_for
+from .stand_in import attention_for, experts, head_backward, head_forward, masks_for
 
 PERIOD = 2
 """Layers after which a model repeats itself: some families alternate two kinds."""
@@ -125,8 +125,11 @@ def simulate(recipe: Recipe, batch: MicroBatch) -> Held:
 def _run(recipe: Recipe, batch: MicroBatch, layers: int) -> Held:
     config = with_layers(recipe.config, layers)
     try:
-        with FakeTensorMode(), _quiet():
-            return _forward_and_backward(recipe, batch, config)
+        with _quiet():
+            bare, model = _model(recipe, batch, config)
+            with FakeTensorMode(), experts():
+                _fill(model, bare, recipe.settings)
+                return _forward_and_backward(recipe, batch, bare, model)
     except UserError:
         raise
     except Exception as error:  # of another library's model code, for whatever reason
@@ -136,8 +139,7 @@ def _run(recipe: Recipe, batch: MicroBatch, layers: int) -> Held:
         ) from error
 
 
-def _forward_and_backward(recipe: Recipe, batch: MicroBatch, config: Any) -> Held:
-    bare, model = _model(recipe, batch, config)
+def _forward_and_backward(recipe: Recipe, batch: MicroBatch, bare: Any, model: Any) -> Held:
     if recipe.checkpointing is not None:
         _checkpoint(bare, recipe.checkpointing)
     model.train()
@@ -150,7 +152,7 @@ def _forward_and_backward(recipe: Recipe, batch: MicroBatch, config: Any) -> Hel
         shape = batch.rows, batch.length
         ids, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
         select, targets = (torch.zeros(batch.scored, dtype=torch.int64) for _ in range(2))
-        masks = masks_for(recipe.attention, batch, config, recipe.dtype, recipe.device)
+        masks = masks_for(recipe.attention, batch, bare.config, recipe.dtype, recipe.device)
         amp = torch.autocast("cpu", recipe.autocast) if recipe.autocast else nullcontext()
         with amp:
             out = model(
@@ -167,16 +169,20 @@ def _forward_and_backward(recipe: Recipe, batch: MicroBatch, config: Any) -> Hel
 
 
 def _model(recipe: Recipe, batch: MicroBatch, config: Any) -> tuple[Any, Any]:
-    """The patched model and the same in its adapter, with weights that have a shape and no data.
+    """The patched model and the same in its adapter, on the meta device.
 
-    Made on the meta device, as what libraries do to make a model needs no numbers either.
+    Made there, as what libraries do to make a model needs no numbers; without `FakeTensorMode`,
+    under which ``torch.tensor(scale)`` on that device is of neither kind.
     """
-    settings, dtype = recipe.settings, recipe.dtype
     attention = attention_for(recipe.attention, batch, recipe.device)
     with torch.device("meta"):
-        bare = build(config, attention, dtype)
-        patch_head(bare, tail=settings.head_tail, backend="torch")
-        model = adapted(bare, settings)
+        bare = build(config, attention, recipe.dtype)
+        patch_head(bare, tail=recipe.settings.head_tail, backend="torch")
+        return bare, adapted(bare, recipe.settings)
+
+
+def _fill(model: Any, bare: Any, settings: PreferenceConfig) -> None:
+    """Give the model's weights and buffers the current mode's storage: shapes and no data."""
     head = bare.get_output_embeddings()
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -199,7 +205,6 @@ def _model(recipe: Recipe, batch: MicroBatch, config: Any) -> tuple[Any, Any]:
                         new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
                     made[id(tensor)] = new
                 tensors[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
-    return bare, model
 
 
 def _checkpoint(model: Any, options: Checkpointing) -> None:

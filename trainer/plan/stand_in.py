@@ -8,6 +8,8 @@ of forward, so it is not counted here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ WORKSPACE = 256 * 2**20
 CHUNK = 1024, 2048
 """Tokens and vocabulary rows of one product of the torch head."""
 FP32 = 4
+ATTENDS, RECURS = "full_attention", "linear_attention"
+"""Masks that a layer which does both asks for, whatever the config calls the layer."""
 
 
 def attention_for(implementation: str, batch: MicroBatch, device: str) -> str:
@@ -44,20 +48,33 @@ def masks_for(
 ) -> Any:
     """Masks as a packed or padded batch has them: one per kind of layer where there are several."""
     kinds = getattr(config, "layer_types", None)
-    if not _is_dense(implementation, batch, device):
-        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool)
-        return mask if kinds is None else dict.fromkeys(kinds, mask)
-    shape = (batch.rows, 1, batch.length, batch.length)
+    dense = _is_dense(implementation, batch, device)
+    rows, length = (batch.rows, batch.length) if dense else (1, 1)
     of = dtype if implementation == "eager" else torch.bool
     if kinds is None:
-        return torch.ones(shape, dtype=of)
-    return {kind: torch.ones(shape, dtype=of) for kind in set(kinds)}
+        return torch.ones((rows, 1, length, length), dtype=of)
+    masks = {kind: torch.ones((rows, 1, length, length), dtype=of) for kind in {*kinds, ATTENDS}}
+    return masks | {RECURS: torch.ones((rows, length), dtype=torch.bool)}
 
 
 def _is_dense(implementation: str, batch: MicroBatch, device: str) -> bool:
     if implementation == "eager":
         return True
     return batch.kind == "dense" and "flash" not in implementation
+
+
+@contextmanager
+def experts() -> Iterator[None]:
+    """Products of experts by transformers' fallback: torch knows bfloat16's shapes alone."""
+    from transformers.integrations import moe
+
+    name = "_can_use_grouped_mm"
+    before = getattr(moe, name, None)
+    setattr(moe, name, lambda *_: False)
+    try:
+        yield
+    finally:
+        setattr(moe, name, before)
 
 
 class _FusedAttention(torch.autograd.Function):

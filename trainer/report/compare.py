@@ -131,7 +131,7 @@ def range_of(values: Sequence[float]) -> str:
 
 
 def results_rows(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Final values by metric, one column for each group."""
+    """Final values by metric, one column for each group; their step where runs end apart."""
     prefix = common_prefix(groups)
     keys = [(prefix + key, label) for key, label in HEADLINE_METRICS]
     keys += [("pairs_per_s", "pairs per second"), ("peak_memory_mib", "MiB at peak")]
@@ -143,6 +143,9 @@ def results_rows(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
             values = [[rate for rate in each if rate is not None] for each in rates]
         if any(value for each in values for value in each):
             rows.append((label, [range_of(each) for each in values]))
+    ends = [[run.last_step() for run in group.runs] for group in groups]
+    if rows and len({step for each in ends for step in each}) > 1:
+        rows.insert(0, ("last step", [range_of(each) for each in ends]))
     return rows
 
 

@@ -84,9 +84,11 @@ def _scored(
 
 
 def _name_of_scores(folder: Path, asked: str | None) -> str:
-    names = sorted(path.stem.removeprefix("scores-") for path in folder.glob("scores-*.jsonl"))
-    if asked in names:
+    """The scores asked for, or the only ones; empty ones, of a scorer that failed, do not count."""
+    files = {path.stem.removeprefix("scores-"): path for path in folder.glob("scores-*.jsonl")}
+    if asked in files:
         return asked
+    names = sorted(name for name in files if files[name].stat().st_size) or sorted(files)
     if len(names) != 1 or asked is not None:
         raise UserError(
             f"--scores: name one of {', '.join(names)}"

@@ -43,8 +43,6 @@ def score(
         if records.done:
             print(f"{len(records.done):,} of {len(answers):,} scores are in {records.path} already")
         said = [key for key in answers if answers[key]["output"].strip()]
-        silent = (it for it in answers.values() if not it["output"].strip())
-        records.append(_record(it, None, NO_ANSWER) for it in silent)
         for start in range(0, len(said), settings.batch_size):  # the same batches in every run
             batch = said[start : start + settings.batch_size]
             if not records.done.keys() >= set(batch):
@@ -53,6 +51,8 @@ def score(
                     _record(answers[key], *score) for key, score in zip(batch, made, strict=True)
                 )
                 _check_failures(records, len(answers), max_failures)
+        silent = (it for it in answers.values() if not it["output"].strip())
+        records.append(_record(it, None, NO_ANSWER) for it in silent)
         _check_failures(records, len(answers), max_failures)
         _report(records, folder)
         return records.done

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
+from ..files import digest
 
 MOST_IN_NAME = 60
 """Characters of one value in a folder's name."""
@@ -31,8 +32,15 @@ class Combination:
 
 
 def plain(value: str) -> str:
-    """The value with characters alone that a path and a shell take as they are."""
-    return re.sub(r"[^\w.+-]+", "-", value).strip("-")[:MOST_IN_NAME]
+    """The value with characters alone that a path and a shell take as they are.
+
+    A negative number keeps its sign, and a value that is cut ends with its digest.
+    """
+    sign = "-" if re.match(r"-[\d.]", value) else ""
+    text = sign + re.sub(r"[^\w.+-]+", "-", value).strip("-")
+    if len(text) <= MOST_IN_NAME:
+        return text
+    return f"{text[: MOST_IN_NAME - 9]}-{digest([value], 4)}"
 
 
 def pairs_of(arguments: Iterable[str]) -> list[tuple[str, str]]:

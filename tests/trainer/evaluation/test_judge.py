@@ -79,6 +79,18 @@ def test_what_will_not_pass_is_told_at_once_without_the_key(status):
     assert "\x1b" not in str(refused.value)
 
 
+def test_a_model_without_temperature_is_asked_without():
+    refusal = b"Unsupported value: 'temperature' does not support 0 with this model."
+
+    def reasons(body, _):
+        return (400, refusal) if "temperature" in body else (200, A)
+
+    with chat_endpoint(reasons) as (url, seen):
+        judge = client(url)
+        assert ask(judge) == ask(judge) == 1.0
+    assert ["temperature" in body for body in seen] == [True, False, False]
+
+
 def test_timeouts_and_nobody_there():
     answered = threading.Event()
 
@@ -209,6 +221,25 @@ def test_what_is_judged_is_kept(answered, tmp_path):
     assert len(kept & asked) == 3
     assert len(seen) - before == 3
     assert result["win_rate"] == pytest.approx(37.5)
+
+
+def test_a_question_that_the_judge_refuses_is_left_out(answered, monkeypatch, capsys):
+    refused = []
+
+    def filters(body, number):
+        if json.loads(body["messages"][1]["content"])["answer_b"] == "<b>fine</b>" and not refused:
+            return TROUBLE["no text"]
+        return fair(body, number)
+
+    with chat_endpoint(filters) as (url, _):
+        with pytest.raises(UserError, match="a completion without text"):
+            answered(url)
+        monkeypatch.setattr(judging, "MOST_WITHOUT_VERDICT", 0.2)
+        result = answered(url)
+        assert "1 of 8 games have no verdict" in capsys.readouterr().out
+        assert (result["questions"], result["win_rate"]) == (3, pytest.approx(100 / 3))
+        refused.append("no more")
+        assert answered(url)["questions"] == 4
 
 
 def test_another_judge_is_refused_and_a_useless_baseline_too(answered, tmp_path):

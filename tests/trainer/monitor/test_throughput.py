@@ -34,6 +34,14 @@ def test_frozen_weights_need_no_gradient_of_their_own():
     assert flops_per_token(adapted) == (4 * frozen + 6 * adapter, 4 * model.lm_head.weight.numel())
 
 
+def test_a_token_meets_a_few_of_the_experts():
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model: Any = tiny_model("qwen3_moe", **mixture)
+    experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
+    rest = sum(p.numel() for p in [*model.model.layers.parameters(), model.model.norm.weight])
+    assert flops_per_token(model)[0] == 6 * (rest - experts + experts / 4)
+
+
 def test_weights_in_four_bits_count_whole():
     """Two of them share a byte, and their shape stands in the quantization's state."""
     weight: Any = torch.nn.Parameter(torch.zeros(50, 1, dtype=torch.uint8), requires_grad=False)

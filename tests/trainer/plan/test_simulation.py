@@ -153,3 +153,23 @@ def test_a_model_that_cannot_run_without_data_is_an_error(monkeypatch):
     monkeypatch.setattr(simulation, "masks_for", lambda *_: torch.ones(3).item())
     with pytest.raises(UserError, match="llama: its memory is known only"):
         simulate(recipe(AutoConfig.for_model(**TINY)), BATCH)
+
+
+SMALL = {k: v for k, v in TINY.items() if k != "model_type"} | {"num_hidden_layers": 2}
+MIXTURE = SMALL | {"head_dim": 8, "num_experts_per_tok": 2}
+FAMILIES = {
+    "gemma3_text": SMALL | {"head_dim": 8},  # whose scale of embeddings is a tensor
+    "qwen3_moe": MIXTURE | {"num_experts": 4, "moe_intermediate_size": 16},
+    "gpt_oss": MIXTURE | {"num_local_experts": 4},
+    "falcon_h1": SMALL
+    | {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families_that_are_not_like_llama(family):
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    batch = micro_batch(PairLengths(*np.array([[5], [6], [3]])), PACKINGS["padded"])
+    how: Any = {"dtype": torch.float32, "autocast": torch.bfloat16, "attention": "eager"}
+    held = simulate(recipe(config, checkpointing=None, **how), batch)
+    assert held.peak > held.kept > 0

@@ -101,6 +101,15 @@ def test_the_comparison_page_and_lines(tmp_path: Path) -> None:
     lines = summary_lines(folders)
     assert lines[0] == "Held-out accuracy: lmpo 0.90, simpo 0.80"
     assert lines[2].split() == ["lmpo", "simpo"]
+    assert "last step" not in page
+
+
+def test_runs_that_end_apart_show_their_last_steps(tmp_path: Path) -> None:
+    whole, killed = run_of(tmp_path, "lmpo", 0), run_of(tmp_path, "simpo", 0)
+    make_run(killed, [evaluation(0, 0.5), training(10), evaluation(10, 0.8)])
+    lines = summary_lines([whole, killed])
+    assert lines[3].split() == ["last", "step", "20", "10"]
+    assert "<th>last step</th>" in write_report([whole, killed]).read_text(encoding="utf-8")
 
 
 def test_nothing_in_a_comparison_is_live(tmp_path: Path) -> None:

@@ -359,3 +359,18 @@ def test_empty_parts_of_the_notes_are_left_out(tmp_path: Path) -> None:
 def test_durations_read_naturally() -> None:
     said = [duration(seconds) for seconds in (0.04, 8.44, 9.96, 61.3, 150.2, 179.9, 720, 12_000)]
     assert said == ["0.0 s", "8.4 s", "10 s", "61 s", "150 s", "3 min", "12 min", "3 h 20 min"]
+
+
+def test_answers_with_unicode_line_ends_are_shown(tmp_path: Path) -> None:
+    row = {"step": 0, "prompt": "p", "answer": "one\u2028two\u0085three", "tokens": 3}
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    make_run(tmp_path)
+    (tmp_path / "samples.jsonl").write_text(line, encoding="utf-8")
+    assert load_run(tmp_path).step_samples == [row]
+
+
+def test_a_run_shorter_than_its_first_log_has_its_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"global_step": 3, "log_history": []}')
+    assert summary_lines(tmp_path)[0] == "Trained 3 steps"

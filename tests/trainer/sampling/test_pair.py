@@ -249,3 +249,8 @@ def test_a_folder_that_is_not_finished_is_refused(tmp_path, capsys):
     assert_one_line_error(command, "run the same widemargin score again; 3 answers", capsys)
     (folder / "scores-t.jsonl").write_text("")
     assert_one_line_error(command, "--scores: name one of s, t", capsys)
+
+
+def test_what_a_failed_scorer_left_is_no_choice(folder):
+    (folder / "scores-failed.jsonl").write_text("")
+    assert pair(folder)[1]["scores"] == "s"

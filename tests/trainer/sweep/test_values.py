@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.sweep.values import combinations, listed
+from widemargin.trainer.sweep.values import MOST_IN_NAME, combinations, listed
 
 
 def test_several_values_vary_and_single_ones_hold_for_all() -> None:
@@ -38,6 +38,15 @@ def test_paths_and_mappings_become_names_of_folders() -> None:
     runs, _ = combinations(["--model_name_or_path", "/models/a b,org/model", "--seed=1,2"])
     assert runs[0].name == "model_name_or_path-models-a-b_seed-1"
     assert runs[2].name == "model_name_or_path-org-model_seed-1"
+
+
+def test_signs_and_long_values_have_names_of_their_own() -> None:
+    runs, _ = combinations(["--alpha", "-0.25,0.25"])
+    assert [run.name for run in runs] == ["alpha--0.25", "alpha-0.25"]
+    long = "/a/folder/far/down/" + "x" * 60
+    names = [run.name for run in combinations([f"--dataset={long}/a,{long}/b"])[0]]
+    assert names[0] != names[1]
+    assert all(len(name) == len("dataset-") + MOST_IN_NAME for name in names)
 
 
 @pytest.mark.parametrize(
