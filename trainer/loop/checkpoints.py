@@ -30,7 +30,7 @@ from ..errors import UserError, refusals
 from ..model.digest import frozen_digest
 from ..text import steady_console
 from .nonfinite import check_weights
-from .progress import Progress
+from .progress import Progress, follow_schedule
 from .stopping import Collapsed, CollapseGuard, Preempted, Preemption, Stopped
 from .watchdog import Watchdog
 
@@ -257,10 +257,10 @@ class CheckpointedTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        follow_schedule(self.lr_scheduler)
         if self.synced is not None:
             self.synced.load(checkpoint)
-        path = Path(checkpoint) / OBJECTIVE_FILE
-        if path.is_file():
+        if (path := Path(checkpoint) / OBJECTIVE_FILE).is_file():
             self.objective.load_state_dict(load_file(path))
         elif self.objective.state_dict():
             raise UserError(

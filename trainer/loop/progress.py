@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..batching.streams import go_on_in_stream, place_in_stream
 from ..checkpoint.files import MANIFEST, read_manifest
@@ -72,3 +73,17 @@ class Progress:
         if self.before:
             self.trainer._initial_global_step = 0
         return time.time() - self.seconds
+
+
+def follow_schedule(scheduler: Any) -> None:
+    """Give the optimizer the rate of the next step in this run's schedule.
+
+    A checkpoint's optimizer has the rate of its own schedule: 0 at the end of a run that a longer
+    one goes on from, so that a step would change nothing. Only a change of the steps matters here.
+    """
+    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    if isinstance(schedule, LambdaLR):
+        rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        schedule._last_lr = [base * share(schedule.last_epoch) for base, share in rates]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate

@@ -26,6 +26,7 @@ Parts = tuple[tuple[str, float], ...]
 
 PLUS = re.compile(r"(?<![\d.][eE])\+")
 """Between parts; the one in a weight such as 1e+2 is none."""
+OWN = "One of your own needs a script that imports its file, see docs/objectives.md. "
 
 
 def build_objective(name: str | Mapping[str, float], **hyperparameters: Any) -> Objective:
@@ -98,7 +99,7 @@ def parts_of(name: str | Mapping[str, float]) -> Parts:
 def _known(name: str) -> str:
     resolved = ALIASES.get(name, name)
     if resolved not in OBJECTIVES:
-        raise unknown_name("objective", name, [*OBJECTIVES, *ALIASES])
+        raise unknown_name("objective", name, [*OBJECTIVES, *ALIASES], remedy=OWN)
     return resolved
 
 

@@ -115,14 +115,18 @@ def _expected(kind: type, choices: tuple[Any, ...] | None, bounds: dict[str, flo
 
 
 def unknown_name(
-    what: str, name: str, known: Iterable[str], owners: Mapping[str, str] | None = None
+    what: str,
+    name: str,
+    known: Iterable[str],
+    owners: Mapping[str, str] | None = None,
+    remedy: str = "",
 ) -> UserError:
     """The error for a name that is not known: the nearest known one, then all of them.
 
-    ``owners`` says of some known names what they belong to.
+    ``owners`` says of some known names what they belong to. ``remedy`` comes before the list.
     """
     known, of = list(known), owners or {}
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     listed = ", ".join(f"{each} (of {of[each]})" if of.get(each) else each for each in known)
-    return UserError(f"{what} {name!r} is not known; {hint}Known: {listed}")
+    return UserError(f"{what} {name!r} is not known; {hint}{remedy}Known: {listed}")

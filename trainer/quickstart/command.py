@@ -16,6 +16,8 @@ from .data import Pair, make_pairs, write_dataset
 from .model import write_model
 
 DEFAULT_FOLDER = Path("outputs/quickstart")
+CONFIG = "configs/train/quickstart.yaml"
+"""As `widemargin train` finds it from any folder."""
 SCORED_PROMPTS = 64
 SHOWN_PROMPTS = 3
 ANSWER_TOKENS = 32
@@ -81,7 +83,7 @@ def quickstart(folder: Path, seed: int, overrides: Sequence[str], train: Train) 
         *_comparison(scored, before, after),
         "",
         f"Report: {report}",
-        f"Next: {_command(config, settings)} --beta=4",
+        *_next(folder, settings),
     )
     return 0
 
@@ -147,11 +149,16 @@ def _comparison(pairs: Sequence[Pair], before: Sequence[str], after: Sequence[st
     return lines
 
 
-def _command(config: Path, settings: Sequence[str]) -> str:
-    """The training command that the quickstart ran, to be pasted into a shell."""
-    here = Path.cwd()
-    shown = config.relative_to(here) if config.is_relative_to(here) else config
-    return shlex.join(["widemargin", "train", str(shown), *settings])
+def _next(folder: Path, settings: Sequence[str]) -> list[str]:
+    """Commands, to be pasted into a shell, that train with another value and compare the runs."""
+    other = folder / "beta-4"
+    given = [setting for setting in settings if not setting.startswith("--output_dir")]
+    train = ["train", CONFIG, *given, "--beta=4", f"--output_dir={other}"]
+    compare = ["report", f"{folder / 'run'}", f"{other}"]
+    return [
+        f"Next: {shlex.join(['widemargin', *train])}",
+        f"      {shlex.join(['widemargin', *compare])}",
+    ]
 
 
 def _short(text: str, width: int = 72) -> str:

@@ -36,6 +36,8 @@ def run_lines(run: Run) -> list[str]:
     lines = [run_headline(run)]
     if changes:
         lines += ["", f"{'':{width}}  {first:>10}  {last:>10}"]
+    else:
+        lines.append("Set logging_steps: 1 to see losses and accuracies; this run logged no step")
     for change in changes:
         before = "" if change.before is None else figure(change.before)
         lines.append(f"{change.label:{width}}  {before:>10}  {figure(change.after):>10}")

@@ -57,7 +57,7 @@ def pair(folder: Path, out: Path, request: PairRequest, scores: str | None = Non
     report = {"scores": name, "length_unit": unit, **_report(made, pairs, dropped, len(rows))}
     path = write_json(out.with_name(f"{out.stem}.report.json"), report)
     write_jsonl(out, rows)
-    print("\n".join([*_lines(report), f"Written: {out}; every prompt left out: {path}"]))
+    print("\n".join([*_lines(report), f"Written: {out}; prompts left out, by reason: {path}"]))
 
 
 def _scored(

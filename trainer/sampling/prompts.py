@@ -20,7 +20,7 @@ from ..data.formats.messages import MISSING, as_messages, content_text
 from ..data.formats.shapes import shape_of, standard_rows
 from ..data.guard import PROMPT_LOST, occurs
 from ..data.images.columns import checked_media, show_images
-from ..data.rows import Pair, RowProblem, attempt, dressed, read_row
+from ..data.rows import DESIRABLE, Pair, RowProblem, attempt, dressed, read_row
 from ..data.template import content_forms
 from ..errors import UserError
 from ..files import digest
@@ -124,9 +124,15 @@ def _prompt(
 
 
 def _read(row: dict[str, Any]) -> Pair:
-    """The row as a pair, whose answers mean nothing."""
-    row = row if _SIDES.keys() <= row.keys() else _unanswered(row)
-    pair = read_row(standard_rows(row, Edges())[0])
+    """The row as a pair, whose answers mean nothing: beside a prompt any may be missing."""
+    answers = [row[side] for side in _SIDES if row.get(side)]
+    one = row.get("prompt") is not None and bool(answers) and answers[1:] in ([], answers[:1])
+    if one:
+        row = row | dict.fromkeys(_SIDES, answers[0])
+    elif not answers or not _SIDES.keys() <= row.keys():
+        row = _unanswered(row)
+    read = standard_rows(row, Edges())[0]
+    pair = read_row(read | {DESIRABLE: True} if one else read)
     show_images(pair, row)  # none, so no message may have a place for one
     return pair
 

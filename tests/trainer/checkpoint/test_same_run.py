@@ -111,6 +111,16 @@ def test_the_same_run_under_other_names_goes_on(run, tmp_path, caplog):
     assert "max_steps was 2, is 3" in caplog.text
 
 
+def test_a_longer_run_goes_on_with_its_own_learning_rate(tmp_path):
+    """The checkpoint of a finished run has the rate 0, with which a step would do nothing."""
+    settings = SAVING | {"logging_steps": 1, "lr_scheduler_type": "linear"}
+    dpo_trainer(tmp_path, **settings).train()
+    trainer = dpo_trainer(tmp_path, **settings | {"max_steps": 4})
+    trainer.train(resume_from_checkpoint=True)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates[2:] == pytest.approx([share * trainer.args.learning_rate for share in (0.5, 0.25)])
+
+
 def test_a_copy_of_the_start_is_a_reference_too(tmp_path):
     """Whether computed before training or with it; another start is another reference."""
     dpo_trainer(tmp_path, **SAVING).train()

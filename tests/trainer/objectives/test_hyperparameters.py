@@ -104,7 +104,11 @@ def test_every_hyperparameter_matters(name, key):
 @pytest.mark.parametrize(
     ("name", "hyperparameters", "message"),
     [
-        ("simp0", {}, "objective 'simp0' is not known; did you mean 'simpo'.*lmpo.*gm-simpo"),
+        (
+            "simp0",
+            {},
+            "objective 'simp0' is not known; did you mean 'simpo'.*import.*lmpo.*gm-simpo",
+        ),
         ("", {}, "not known"),
         ("simpo", {"betta": 1}, "hyperparameter of simpo 'betta'.*mean 'beta'.*label_smoothing"),
         ("lmpo", {"label_smoothing": 0.1}, "hyperparameter of lmpo"),

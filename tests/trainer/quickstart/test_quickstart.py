@@ -61,6 +61,9 @@ def test_it_trains_as_the_train_command_does_and_reports(
     printed = capsys.readouterr().out
     assert "Right answers to 4 held-out prompts: 0 -> 0" in printed
     assert f"Report: {tmp_path / 'run' / 'report.html'}" in printed
+    following = printed.partition("Next: ")[2].split("\n")
+    assert f"--beta=4 --output_dir={tmp_path}/beta-4" in following[0]
+    assert following[1].strip() == f"widemargin report {tmp_path}/run {tmp_path}/beta-4"
     notes = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert notes["summary"]["kept"] == 1
     assert [set(sample) for sample in notes["samples"]] == [{"prompt", "before", "after"}] * 3

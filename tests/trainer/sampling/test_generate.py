@@ -116,6 +116,18 @@ def test_plain_text_pairs_are_continued_as_plain_text_with_one_bos(model, tmp_pa
     assert text.replace(" ", "") == f"{TOKENIZER.bos_token}User:waterAssistant:".replace(" ", "")
 
 
+def test_an_answer_may_be_missing_beside_its_prompt(model, tmp_path):
+    """A file that is judged in part, or with ties: its other rows are prompts all the same."""
+    rows = [
+        {"prompt": "water", "chosen": " yes", "rejected": " no"},
+        {"prompt": "wet", "chosen": None, "rejected": " no"},
+        {"prompt": "dry", "chosen": None, "rejected": None},
+        {"prompt": "yes", "chosen": " no", "rejected": " no"},
+        {"prompt": "no", "chosen": " no", "rejected": ""},
+    ]
+    assert len(asked(model, tmp_path, rows)) == 5
+
+
 def test_a_prompt_that_repeats_is_answered_once_and_bad_rows_are_said(model, tmp_path, capsys):
     begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("yes", "no", "yes")]

@@ -96,6 +96,7 @@ IN_PYTHON = [
     ({"simpo_gamma": 1.0, "beta": 2.0}, "write gamma_beta_ratio=0.5"),
     ({"simpo_gamma": 1.0}, "give beta"),
     ({"loss_type": "sigmoid"}, "loss_type: 'sigmoid' means another loss in each library"),
+    ({"loss_type": "sigmoid", "objective": "dpo"}, "leave it out; objective='dpo' names the loss"),
     ({"loss_type": ["gm-dpo"]}, "write objective='gamma-dpo'"),
     ({"loss_type": ["hinge"]}, "write objective='dpo-hinge'"),
     ({"loss_type": "sppo"}, "write objective='sppo'"),

@@ -77,6 +77,8 @@ def unknown_argument(key: str, given: Settings, known: Iterable[str]) -> str:
         return "loss_weights: give the weights to objective, as {'dpo': 0.8, 'sft': 1.0}"
     if key == "loss_type" and isinstance(value, list) and len(value) > 1:
         return _mixture_instead(value, given.get("loss_weights"))
+    if key in ("loss_type", "trainer_type") and given.get("objective") is not None:
+        return f"{key}: leave it out; objective={given['objective']!r} names the loss"
     if key in ("loss_type", "trainer_type"):
         return f"{key}: {_objective_instead(value)}"
     owners, objective = _owners(key), _named(given)
