@@ -286,7 +286,6 @@ class CheckpointedTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """With save_total_limit: 1 transformers leaves the best alone, from which none goes on."""
-        self._progress.share_pending()
         self._name_best(Path(self._get_output_dir(trial)))
         best = self.state.best_model_checkpoint
         if self.stopping:

@@ -53,13 +53,6 @@ class Progress:
             **place_in_stream(self.trainer.train_dataset),
         }
 
-    def share_pending(self) -> None:
-        """Let every rank have the mean of the losses since the last log; a collective.
-
-        At the end of training transformers would add the first rank's alone.
-        """
-        self.trainer._tr_loss.fill_(self._pending_loss())
-
     def _pending_loss(self) -> float:
         args = self.trainer.args
         pending = self.trainer._tr_loss.detach().to(torch.float64, copy=True)
@@ -78,7 +71,11 @@ class Progress:
         self.restored = True
 
     def began_at(self) -> float:
-        """When the run would have begun without a break. From now on all of its steps count."""
+        """When the run would have begun without a break. From now on all of its steps count.
+
+        And all ranks: of the losses since the last log transformers adds the first rank's alone.
+        """
+        self.trainer._tr_loss.fill_(self._pending_loss())
         if self.before:
             self.trainer._initial_global_step = 0
         return time.time() - self.seconds
