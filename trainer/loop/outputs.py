@@ -45,8 +45,9 @@ class OutputTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """With the weights that evaluations see; schedule-free optimizers train on others."""
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
+        change_over: Any = getattr(self.optimizer, "eval", None)
+        if callable(change_over):
+            change_over()
         return super()._finalize_training(*args, **kwargs)
 
     def saves_use_cache(self, value: bool) -> None:
