@@ -24,6 +24,7 @@ from .data.first_pair import first_tokens_line, preflight_lines
 from .data.table import PairRows
 from .data.template import with_template
 from .errors import UserError
+from .loop.watchdog import missing_ranks
 from .model.loading import load_model, load_model_config, load_tokenizer, vocabulary_size
 from .monitor.console import ConsoleLines, ConsoleProgress
 from .monitor.run_record import RunRecord, changed_settings
@@ -51,7 +52,7 @@ def train(config: PreferenceConfig, script: str | None = None) -> None:
     if config.sequence_parallel_size > 1:  # before anything is loaded
         check_split(config, load_model_config(config), config.world_size)
     check_output(config)
-    with output_claimed(config):
+    with missing_ranks(config), output_claimed(config):
         _train(config, objective, script)
 
 

@@ -53,7 +53,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "model": UNTIED, "objective": "dpo", "packing": "packed", "beta": 0.5,
         "precompute_ref_log_probs": True,
     },
-    "dpo-lora": {"model": TIED, "objective": "dpo", "packing": "packed", "beta": 0.5, **LORA},
+    "dpo-lora": {
+        "model": TIED, "objective": "dpo", "packing": "packed", "beta": 0.5,
+        "merge_adapter": True, **LORA,
+    },
     "lmpo-trees": {"model": UNTIED, "objective": "lmpo", "packing": "prefix_shared", **TREES},
     "dpo-trees": {
         "model": TIED, "objective": "dpo", "packing": "packed", "beta": 0.5,

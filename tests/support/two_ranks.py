@@ -55,7 +55,7 @@ def trained_alike(
             ranks.
 
     Returns:
-        What the two printed, and the losses of the one.
+        What the two printed, and the losses of the one, that of the whole run last.
     """
     if not (folder / "model").is_dir():
         tiny_model().save_pretrained(folder / "model")
@@ -63,7 +63,8 @@ def trained_alike(
     rows.to_parquet(folder / "train.parquet")
     (folder / "config.yaml").write_text(
         "{model_name_or_path: ./model, dataset: train.parquet, beta: 0.5, optim: sgd, "
-        "lr_scheduler_type: constant, max_grad_norm: 0.0, head_tail: exact, logging_steps: 1, "
+        "lr_scheduler_type: constant, max_grad_norm: 0.0, head_tail: exact, "
+        "logging_first_step: true, logging_steps: 2, "
         f"save_strategy: 'no', use_cpu: true, disable_tqdm: true, write_report: false, {settings}}}"
     )
     monkeypatch.chdir(folder)
@@ -78,7 +79,7 @@ def trained_alike(
         (saved,) = (folder / name).glob("*model.safetensors")
         weights.append(load_file(saved))
         state = json.loads((folder / name / "trainer_state.json").read_text())
-        logs.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+        logs.append([e[k] for e in state["log_history"] for k in ("loss", "train_loss") if k in e])
     assert all((weights[0][k] - weights[1][k]).abs().max() < 2e-6 for k in weights[0])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
     return done.stdout + done.stderr, logs[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.errors import UserError
@@ -112,3 +113,30 @@ def test_what_several_evaluation_sets_cannot_be(tmp_path, settings, held_out, me
         PreferenceTrainer(
             tiny_model(), args, tiny_pairs(), eval_dataset=held_out, processing_class=TOKENIZER
         )
+
+
+class TrainsElsewhere(torch.optim.SGD):
+    """Like schedule-free optimizers: the model's weights are others in training."""
+
+    training = True
+
+    def train(self) -> None:
+        self.training = True
+
+    def eval(self) -> None:
+        self.training = False
+
+
+def test_an_optimizer_with_modes_leaves_the_weights_that_evaluations_see(tmp_path):
+    model = tiny_model()
+    optimizer = TrainsElsewhere(model.parameters(), lr=0.01)
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = PreferenceTrainer(
+        model,
+        tiny_config(tmp_path),
+        tiny_pairs(8),
+        processing_class=TOKENIZER,
+        optimizers=(optimizer, constant),
+    )
+    trainer.train()
+    assert not optimizer.training

@@ -90,6 +90,13 @@ FREE = """
 """
 """Settings that change nothing of what is learnt."""
 
+PACE = """
+    logging_strategy logging_steps logging_first_step eval_strategy eval_steps eval_delay
+    eval_on_start eval_samples per_device_eval_batch_size save_strategy save_steps token_metrics
+    stop_on_collapse include_num_input_tokens_seen
+"""
+"""Free ones that say when ranks meet: one with others would wait for the rest without an end."""
+
 KINDS = {
     name: kind
     for kind, names in {"same": SAME, "noted": NOTED, "content": CONTENT, "free": FREE}.items()
@@ -145,8 +152,9 @@ def agreed_facts(args: PreferenceConfig, objective: Objective, rows: PairRows) -
     facts = _facts_of_a_rank(args, objective, rows)
     if args.world_size == 1:
         return facts
+    paced = {name: getattr(args, name) for name in PACE.split()}
     everyone: list[Facts] = [{}] * args.world_size
-    dist.all_gather_object(everyone, plain(facts))
+    dist.all_gather_object(everyone, plain(facts | {"settings": facts["settings"] | paced}))
     for rank, theirs in enumerate(everyone):
         apart = _apart(everyone[0], theirs)
         if apart:

@@ -32,7 +32,7 @@ from ..text import steady_console
 from .nonfinite import check_weights
 from .progress import Progress, follow_schedule
 from .stopping import Collapsed, CollapseGuard, Preempted, Preemption, Stopped
-from .watchdog import Watchdog
+from .watchdog import Watchdog, missing_ranks
 
 if TYPE_CHECKING:
     from ..batching.pipeline import PairPipeline
@@ -87,7 +87,7 @@ class CheckpointedTrainer(Trainer):
                 loss or gradient is not finite.
             Stopped: SIGTERM came (`Preempted`) or the run collapsed (`Collapsed`); it was saved.
         """
-        with output_claimed(self.args):
+        with missing_ranks(self.args), output_claimed(self.args):
             start = resume_from_checkpoint
             if not isinstance(start, Start):
                 start = start_of_run(self.args, start)

@@ -43,6 +43,13 @@ class OutputTrainer(Trainer):
         check_saves_whole(self.accelerator.state)
         self.engine_notes = check_deepspeed(self.accelerator.state, self.args)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """With the weights that evaluations see; schedule-free optimizers train on others."""
+        change_over: Any = getattr(self.optimizer, "eval", None)
+        if callable(change_over):
+            change_over()
+        return super()._finalize_training(*args, **kwargs)
+
     def saves_use_cache(self, value: bool) -> None:
         """Save the model's config with this ``use_cache`` in place of the one it came with."""
         self._use_cache = value

@@ -45,18 +45,21 @@ class Progress:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint's manifest keeps; a collective with several ranks."""
-        args = self.trainer.args
-        pending = self.trainer._tr_loss.detach().to(torch.float64, copy=True)
-        if args.world_size > 1:
-            dist.all_reduce(pending, group=data_group(args))
         return {
             "loss_sum": self.trainer._total_loss_scalar,
-            "pending_loss": pending.item() / args.data_parallel_size,
+            "pending_loss": self._pending_loss(),
             "last_logged": self.trainer._globalstep_last_logged,
             "seconds": self.seconds,
             **self.trainer.observer.facts(),
             **place_in_stream(self.trainer.train_dataset),
         }
+
+    def _pending_loss(self) -> float:
+        args = self.trainer.args
+        pending = self.trainer._tr_loss.detach().to(torch.float64, copy=True)
+        if args.world_size > 1:
+            dist.all_reduce(pending, group=data_group(args))
+        return pending.item() / args.data_parallel_size
 
     def restore(self) -> None:
         """Once, after transformers has set its sums to zero and before the first step."""
@@ -69,7 +72,11 @@ class Progress:
         self.restored = True
 
     def began_at(self) -> float:
-        """When the run would have begun without a break. From now on all of its steps count."""
+        """When the run would have begun without a break. From now on all of its steps count.
+
+        And all ranks: of the losses since the last log transformers adds the first rank's alone.
+        """
+        self.trainer._tr_loss.fill_(self._pending_loss())
         if self.before:
             self.trainer._initial_global_step = 0
         return time.time() - self.seconds

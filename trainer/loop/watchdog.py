@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ..errors import UserError
 
@@ -28,6 +28,29 @@ JOIN_S = 30
 """Longest wait for the thread's last call to the store."""
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def missing_ranks(args: TrainingArguments) -> Iterator[None]:
+    """A collective that fails inside, as before training, becomes a ``UserError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if args.world_size == 1 or not _is_of_others(error):
+            raise
+        raise UserError(
+            f"rank {args.process_index}: look at the logs of the other ranks; one of them has "
+            f"ended, or does not answer. ({_first_line(error)})"
+        ) from error
+
+
+def _is_of_others(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return any(sign in text for sign in SIGNS)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).splitlines()[0][:200]
 
 
 class Watchdog(TrainerCallback):
@@ -74,12 +97,11 @@ class Watchdog(TrainerCallback):
         try:
             yield
         except RuntimeError as error:
-            text = str(error).lower()
-            if self._store is None or not any(sign in text for sign in SIGNS):
+            if self._store is None or not _is_of_others(error):
                 raise
             raise UserError(
                 f"rank {self.rank}, step {self._step}: a collective failed: {self.late()}. "
-                f"({str(error).splitlines()[0][:200]}) Raise ddp_timeout if it was only slow; "
+                f"({_first_line(error)}) Raise ddp_timeout if it was only slow; "
                 "otherwise look at that rank's log, and go on from the last checkpoint"
             ) from error
 

@@ -131,7 +131,9 @@ def _differs(trained: Any, base: Any) -> bool:
     for name, weight in bare_model(trained).named_parameters():
         read = weights.get(name.replace(".base_layer", ""))
         if weight.requires_grad or read is None or read.shape != weight.shape:
-            continue  # an adapter's, or quantized or split over ranks
+            continue  # an adapter's, or quantized or split over ranks (ZeRO-3)
+        if hasattr(weight, "full_tensor"):
+            continue  # split over ranks (FSDP2), where a comparison would be for all of them
         if weight.is_floating_point() and not equal(weight.detach().cpu().to(read.dtype), read):
             return True
     return False

@@ -87,7 +87,7 @@ def meeting(args: TrainingArguments) -> Iterator[None]:
     """Inside, this process meets the job's others, and says for whom it waits.
 
     Raises:
-        UserError: they did not come within ``ddp_timeout``.
+        UserError: they did not come within ``ddp_timeout``, or each would train by itself.
     """
     import torch.distributed as dist
     from accelerate import PartialState
@@ -120,6 +120,16 @@ def meeting(args: TrainingArguments) -> Iterator[None]:
         ) from error
     finally:
         telling.cancel()
+    check_together(args, ranks)
+
+
+def check_together(args: TrainingArguments, ranks: int) -> None:
+    """Raise ``UserError`` where accelerate sees one process alone, as it does without a GPU."""
+    if args.world_size != ranks:
+        raise UserError(
+            f"use_cpu: set it to true; there is no GPU here, and without it each of the {ranks} "
+            "processes would train by itself"
+        )
 
 
 def leave_group() -> None:

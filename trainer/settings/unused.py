@@ -22,6 +22,14 @@ _LORA = tuple(
     if each.name.startswith(("lora_", "use_rs", "use_d"))
 )
 
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+_WITHOUT_KWARGS = ("constant", "constant_with_warmup")
+_WITHOUT_ARGS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
+    "lomo", "adalomo",
+)  # fmt: skip
+"""What transformers makes without a look at the setting."""
+
 USES: tuple[tuple[tuple[str, ...], Callable[[PreferenceConfig, Objective], object], str], ...] = (
     (_LORA, lambda config, _: config.use_peft, "set use_peft: true; no adapter is made of them"),
     (
@@ -53,6 +61,21 @@ USES: tuple[tuple[tuple[str, ...], Callable[[PreferenceConfig, Objective], objec
         ("head_tail_eps",),
         lambda config, _: config.head_tail != "exact",
         "set head_tail: mean or drop",
+    ),
+    (
+        ("warmup_steps",),
+        lambda config, _: config.lr_scheduler_type not in _WITHOUT_WARMUP,
+        "set lr_scheduler_type: constant_with_warmup, or another that warms up",
+    ),
+    (
+        ("lr_scheduler_kwargs",),
+        lambda config, _: config.lr_scheduler_type not in _WITHOUT_KWARGS,
+        "set an lr_scheduler_type that takes some",
+    ),
+    (
+        ("optim_args",),
+        lambda config, _: config.optim not in _WITHOUT_ARGS,
+        "set another optim; adam_beta1, adam_beta2 and adam_epsilon are settings of their own",
     ),
 )
 """Settings, whether a run uses them, and what would make it do so."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,3 +149,19 @@ def test_columns_of_the_data_set_are_a_reference_too(tmp_path):
     trainer(-3.0).train()
     with pytest.raises(UserError, match="the reference model has other weights"):
         trainer(-4.0).train(resume_from_checkpoint=True)
+
+
+def test_ranks_that_would_meet_in_other_steps_are_refused(monkeypatch):
+    """They would wait for each other until ddp_timeout."""
+    paced = dict.fromkeys(same_run.PACE.split(), 1)
+    assert set(paced) <= set(same_run.FREE.split())
+
+    def gather(everyone: list, mine: dict) -> None:
+        everyone[:] = [mine, {"settings": mine["settings"] | {"eval_steps": 5}}]
+
+    monkeypatch.setattr(same_run, "_facts_of_a_rank", lambda *_: {"settings": {"seed": 1}})
+    monkeypatch.setattr(same_run.dist, "all_gather_object", gather)
+    args: Any = SimpleNamespace(world_size=2, **paced)
+    unread: Any = None
+    with pytest.raises(UserError, match=r"rank 0 to rank 1: eval_steps was 1, is 5$"):
+        same_run.agreed_facts(args, unread, unread)

@@ -6,8 +6,10 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch.distributed as dist
-from widemargin.trainer.loop.watchdog import Watchdog
+from widemargin.trainer.errors import UserError
+from widemargin.trainer.loop.watchdog import Watchdog, missing_ranks
 
 
 def test_its_thread_is_over_when_training_is(tmp_path, monkeypatch):
@@ -52,3 +54,15 @@ def test_a_rank_has_begun_from_the_first_moment(tmp_path):
         assert told["step"] == 1
     finally:
         dist.destroy_process_group()
+
+
+def test_a_rank_that_ends_before_training_is_said_in_one_line():
+    args: Any = SimpleNamespace(world_size=2, process_index=0)
+    gloo = "[pair.cc:553] Connection closed by peer [127.0.0.1]:35246. Check the logs\nof all"
+    with pytest.raises(UserError, match=r"^rank 0: look at the logs .*35246"), missing_ranks(args):
+        raise RuntimeError(gloo)
+    with pytest.raises(RuntimeError, match="of our own"), missing_ranks(args):
+        raise RuntimeError("of our own")
+    args.world_size = 1
+    with pytest.raises(RuntimeError, match="closed by peer"), missing_ranks(args):
+        raise RuntimeError(gloo)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.settings.launch import PLACES, check_left_over, check_place
+from widemargin.trainer.settings.launch import PLACES, check_left_over, check_place, check_together
 
 WHOLE = dict(zip(PLACES, ("2", "0", "0", "127.0.0.1", "29500"), strict=True))
 
@@ -90,3 +92,11 @@ def test_nobody_else_comes(rank, tmp_path):
     assert "UserError: start all processes, or unset WORLD_SIZE" in last
     assert f"MASTER_PORT={port}; this is RANK={rank}" in last
     assert "Waits for 2 processes (WORLD_SIZE)" in done.stderr
+
+
+def test_processes_that_would_each_train_alone_are_refused():
+    """As accelerate has it on a machine without a GPU, unless use_cpu is set."""
+    alone: Any = SimpleNamespace(world_size=1)
+    with pytest.raises(UserError, match=r"use_cpu: set it to true; .* each of the 2 processes"):
+        check_together(alone, 2)
+    check_together(alone, 1)

@@ -21,6 +21,12 @@ SAID = [
     ({"eval_samples_temperature": 0.5}, "set eval_samples above 0"),
     ({"head_tail": "exact", "head_tail_eps": 0.1}, "set head_tail: mean"),
     ({"fp16": True}, "fp16: does nothing here; to use: train on a GPU"),
+    ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "set lr_scheduler_type: constant_with"),
+    (
+        {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"min_lr": 1e-8}},
+        "lr_scheduler_kwargs: does nothing here",
+    ),
+    ({"optim": "adamw_torch", "optim_args": "beta2=0.95"}, "adam_beta2 and adam_epsilon"),
 ]
 USED = [
     {"use_dora": True, "lora_r": 8, "use_peft": True},
@@ -28,6 +34,9 @@ USED = [
     {"precompute_ref_log_probs": True, "objective": "dpo"},
     {"head_tail_eps": 0.1},
     {"lora_r": 16, "use_dora": False},
+    {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3},
+    {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-8}},
+    {"optim": "rmsprop", "optim_args": "momentum=0.9"},
 ]
 
 
