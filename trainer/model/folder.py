@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 WRITING = "tmp-model"
 MERGED = "merged"
+GENERATION = "generation_config.json"
 WEIGHTS = (
     "config.json",
-    "generation_config.json",
+    GENERATION,
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
@@ -127,6 +128,26 @@ def copy_processor(config: PreTrainedConfig, source: str, revision: str, folder:
             "none here",
             *(", ".join(PROCESSOR), folder, source or "the model"),
         )
+
+
+@contextmanager
+def with_generation_config(model: Any, folder: Path) -> Iterator[None]:
+    """Inside, ``model`` may be saved to ``folder``; its generation config is written as it is.
+
+    transformers refuses to save one with a temperature and no sampling, as many published models
+    have, once a token in it is set to the tokenizer's.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    if (folder / GENERATION).is_file():
+        own.to_json_file(folder / GENERATION)
 
 
 def _remove_model(folder: Path, kept: set[Path]) -> list[str]:

@@ -12,7 +12,7 @@ from ..errors import UserError, refusals
 from ..settings.checks import is_split
 from ..settings.model import AdapterSettings, ModelSettings
 from .adapters import bare_model, without_peft_warnings
-from .folder import MERGED, copy_processor, writing_model
+from .folder import MERGED, copy_processor, with_generation_config, writing_model
 from .loading import adapted_model, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def merge_folder(folder: Path, out: Path | None, dtype: str, trust_remote_code: 
 
 def _write(merged: Any, tokenizer: Any, revision: str, out: Path) -> None:
     with writing_model(out) as written:
-        merged.save_pretrained(written)
+        with with_generation_config(merged, written):
+            merged.save_pretrained(written)
         tokenizer.save_pretrained(written)
         copy_processor(merged.config, merged.name_or_path, revision, written)
 
