@@ -11,9 +11,11 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.checkpoint.hub import staged_upload
 from widemargin.trainer.model.adapters import name_base
 from widemargin.trainer.model.folder import (
     GENERATION,
+    code_files,
     copy_processor,
     model_files,
     writing_model,
@@ -113,6 +115,20 @@ def test_the_config_keeps_use_cache(tmp_path, use_cache):
     trainer.train()
     trainer.save_model()
     assert json.loads((tmp_path / "config.json").read_text()).get("use_cache") is use_cache
+
+
+def test_the_code_of_a_model_and_no_other_script(tmp_path):
+    written(tmp_path, "train.py", "modeling_own.py", "layers.py", "tokenizing.py")
+    (tmp_path / "modeling_own.py").write_text("from .layers import Layer\n")
+    model = {"AutoConfig": "owner/base--config.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": model}))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenizing.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    names = [path.name for path in code_files(tmp_path)]
+    assert names == ["layers.py", "modeling_own.py", "tokenizing.py"]
+    staged_upload(tmp_path / "upload", tmp_path)
+    uploaded = {path.name for path in (tmp_path / "upload").iterdir()}
+    assert uploaded == {*names, "config.json", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("adapter", [False, True])
