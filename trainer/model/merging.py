@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, refusals
 from ..settings.checks import is_split
 from ..settings.model import AdapterSettings, ModelSettings
-from .adapters import bare_model, without_peft_warnings
+from .adapters import bare_model, put_adapter
 from .folder import MERGED, copy_processor, with_generation_config, writing_model
 from .loading import adapted_model, load_model, load_tokenizer
 
@@ -74,14 +74,11 @@ def _write_merged(
     settings: ModelSettings, adapter: Path, out: Path, base: Any, copied: Any
 ) -> None:
     """Merge ``adapter`` into ``base``; without one, a copy of the model that has it already."""
-    from peft import PeftModel
-
     with refusals(f"adapter {adapter}: cannot be merged", OSError, ValueError, RuntimeError):
         if base is None:
             adapted: Any = copy.deepcopy(copied)
         else:
-            with without_peft_warnings():
-                adapted = PeftModel.from_pretrained(base, str(adapter))
+            adapted = put_adapter(base, str(adapter), "main")
         merged = adapted.merge_and_unload(safe_merge=True)
         tokenizer = load_tokenizer(settings, str(adapter))
         _write(merged, tokenizer, settings.model_revision, out)
