@@ -87,7 +87,10 @@ def with_adapter(model: PreTrainedModel, peft_config: Any, *, warns: bool = True
         )
     injected = any(isinstance(part, BaseTunerLayer) for part in model.modules())
     if injected or hasattr(model, "get_base_model"):
-        raise UserError("peft_config: the model has an adapter already; give one or the other")
+        raise UserError(
+            "peft_config: the model has an adapter already; leave peft_config and use_peft out to "
+            "go on with it"
+        )
     head: Any = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = getattr(embedding, "weight", None) is head.weight

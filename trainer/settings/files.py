@@ -17,7 +17,6 @@ from ..errors import UserError
 from .checks import check_metric
 from .coercion import LONGEST_NUMBER, as_number, coerced, takes_text
 from .config import PreferenceConfig, objective_keys
-from .model import check_adapted
 from .published.keys import TABLE
 from .published.loss_type import check_loss_type
 from .published.scripts import (
@@ -210,7 +209,6 @@ def build_config(
         if value is not None or type(None) in typing.get_args(fields[key])
     }
     config = PreferenceConfig(**values, objective_args=arguments)
-    check_adapted(config, config.use_peft)
     check_metric(config.metric_for_best_model)
     return config
 
