@@ -242,6 +242,9 @@ def test_bad_arguments(place, capsys):
     config = str(place / "config.yaml")
     assert_one_line_error(["train", config, "beta=2"], "beta=2", capsys)
     assert_one_line_error(["train", config, "--beta"], "--beta", capsys)
+    assert_one_line_error(["train", config, "\u2014beta=2"], "\u2014beta", capsys)
+    unset = "--ref_model_name_or_path=: give a value, or --ref_model_name_or_path=null"
+    assert_one_line_error(["train", config, "--ref_model_name_or_path="], unset, capsys)
     assert_one_line_error(["report", str(place), "--nonsense=1"], "nonsense", capsys)
     assert_one_line_error(["report", str(place / "model")], "model", capsys)
 
