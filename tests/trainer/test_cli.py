@@ -144,6 +144,7 @@ BAD = [
     ),
     pytest.param({"dataset_splits": ["test"]}, "train split", id="no train split"),
     pytest.param({"output_dir": "/dev/null/run"}, "/dev/null", id="output under a file"),
+    pytest.param({"output_dir": ""}, "output_dir: it is empty", id="no output"),
     pytest.param({"head_backend": "triton"}, "CUDA", id="triton on a CPU"),
     pytest.param({"dtype": "float8"}, "dtype", id="bad dtype"),
     pytest.param({"resume_from_checkpoint": "nowhere"}, "nowhere", id="missing checkpoint"),
