@@ -25,7 +25,13 @@ from .data.table import PairRows
 from .data.template import with_template
 from .errors import UserError
 from .loop.watchdog import missing_ranks
-from .model.loading import load_model, load_model_config, load_tokenizer, vocabulary_size
+from .model.loading import (
+    adapted_model,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    vocabulary_size,
+)
 from .monitor.console import ConsoleLines, ConsoleProgress
 from .monitor.run_record import RunRecord, changed_settings
 from .objectives import Objective
@@ -36,6 +42,7 @@ from .report.write import summary_lines, write_report
 from .settings.checks import check_evaluation, check_output, uses_deepspeed
 from .settings.config import PreferenceConfig
 from .settings.launch import has_launcher
+from .settings.model import check_adapted
 from .settings.published.scripts import is_mistral, published_steps
 from .settings.unused import unused_notes
 from .text import colours
@@ -52,6 +59,7 @@ def train(config: PreferenceConfig, script: str | None = None) -> None:
     if config.sequence_parallel_size > 1:  # before anything is loaded
         check_split(config, load_model_config(config), config.world_size)
     check_output(config)
+    check_adapter(config)
     with missing_ranks(config), output_claimed(config):
         _train(config, objective, script)
 
@@ -180,6 +188,7 @@ def _preflight(config: PreferenceConfig, script: str | None) -> None:
     objective = config.build_objective()
     unused = unused_notes(config, objective)
     check_output(config)
+    check_adapter(config)
     checkpoint = choose_checkpoint(  # by the sizes of its files; training hashes them
         config.resume_from_checkpoint, config.output_dir, hashes=False
     )
@@ -243,6 +252,18 @@ def _plan_lines(
     planner = planner_for(config, lengths, packing.layout, objective)
     fitted = fit_micro_batches(config, objective, planner)
     return [str(packing), *summarise(fitted, config.sequence_parallel_size).lines()]
+
+
+def check_adapter(config: PreferenceConfig) -> None:
+    """Raise ``UserError`` where settings of adapters do not fit the model that is named."""
+    name = config.model_name_or_path
+    goes_on = name is not None and adapted_model(config, name) is not None
+    if goes_on and config.use_peft:
+        raise UserError(
+            f"use_peft: leave it out, since {name} has an adapter already, which goes on learning; "
+            "for a new adapter on top, make a model of that one with widemargin merge"
+        )
+    check_adapted(config, config.use_peft or goes_on)
 
 
 def check_training_data(data: PairData) -> None:

@@ -144,6 +144,7 @@ BAD = [
     ),
     pytest.param({"dataset_splits": ["test"]}, "train split", id="no train split"),
     pytest.param({"output_dir": "/dev/null/run"}, "/dev/null", id="output under a file"),
+    pytest.param({"output_dir": ""}, "output_dir: it is empty", id="no output"),
     pytest.param({"head_backend": "triton"}, "CUDA", id="triton on a CPU"),
     pytest.param({"dtype": "float8"}, "dtype", id="bad dtype"),
     pytest.param({"resume_from_checkpoint": "nowhere"}, "nowhere", id="missing checkpoint"),
@@ -242,6 +243,9 @@ def test_bad_arguments(place, capsys):
     config = str(place / "config.yaml")
     assert_one_line_error(["train", config, "beta=2"], "beta=2", capsys)
     assert_one_line_error(["train", config, "--beta"], "--beta", capsys)
+    assert_one_line_error(["train", config, "\u2014beta=2"], "\u2014beta", capsys)
+    unset = "--ref_model_name_or_path=: give a value, or --ref_model_name_or_path=null"
+    assert_one_line_error(["train", config, "--ref_model_name_or_path="], unset, capsys)
     assert_one_line_error(["report", str(place), "--nonsense=1"], "nonsense", capsys)
     assert_one_line_error(["report", str(place / "model")], "model", capsys)
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..errors import refusals
-from ..model.folder import MERGED, model_files
+from ..model.folder import MERGED, code_files, model_files
 from ..monitor.margins import MARGINS_FILE, SAMPLES_FILE
 from ..text import is_place, unplaced
 from .files import UPLOAD
@@ -111,9 +111,9 @@ def upload(
 
 def staged_upload(staging: Path, folder: Path, model: Path | None = None) -> None:
     """Fill a folder to upload in place of ``folder``, with the files of ``model`` if given."""
-    sources = [(path, model or folder) for path in model_files(model or folder)]
-    if model is None:
-        sources += [(path, folder) for path in model_files(folder / MERGED)]
+    holders = [model] if model else [folder, folder / MERGED]
+    files = [path for each in holders for path in (*model_files(each), *code_files(each))]
+    sources = [(path, model or folder) for path in files]
     sources += [(folder / name, folder) for name in (*SHARED, *RECORDS)]
     for path, root in sources:
         target = staging / path.relative_to(root)

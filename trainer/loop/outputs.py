@@ -11,7 +11,7 @@ from transformers import Trainer
 from ..checkpoint.card import write_model_card
 from ..checkpoint.hub import hub_refusals, push_checkpoint, upload
 from ..model.adapters import bare_model, name_base
-from ..model.folder import MERGED, copy_processor, writing_model
+from ..model.folder import MERGED, copy_processor, with_generation_config, writing_model
 from ..model.merging import export_merged
 from ..monitor.run_record import describe_run
 from .arguments import check_deepspeed, check_saves_whole
@@ -77,7 +77,8 @@ class OutputTrainer(Trainer):
         self._restore_use_cache()
         folder = Path(output_dir or args.output_dir)
         with writing_model(folder, keep_merged=self._merged == folder / MERGED) as written:
-            super()._save(str(written), state_dict)
+            with with_generation_config(self._lm, written):
+                super()._save(str(written), state_dict)
             config, source = self._lm.config, self._lm.name_or_path
             revision = args.model_revision if source == args.model_name_or_path else "main"
             if (written / "adapter_config.json").is_file():

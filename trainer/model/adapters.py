@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SAME_AT_FIRST = (True, "gaussian", "eva")
 """Ways to initialise LoRA that leave the base unchanged and let the adapter add nothing."""
 
@@ -86,7 +87,10 @@ def with_adapter(model: PreTrainedModel, peft_config: Any, *, warns: bool = True
         )
     injected = any(isinstance(part, BaseTunerLayer) for part in model.modules())
     if injected or hasattr(model, "get_base_model"):
-        raise UserError("peft_config: the model has an adapter already; give one or the other")
+        raise UserError(
+            "peft_config: the model has an adapter already; leave peft_config and use_peft out to "
+            "go on with it"
+        )
     head: Any = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = getattr(embedding, "weight", None) is head.weight
@@ -197,6 +201,38 @@ def without_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
+
+
+def put_adapter(model: PreTrainedModel, name: str, revision: str, *, learns: bool = False) -> Any:
+    """``model`` in the adapter ``name``, a folder or hub name.
+
+    An adapter of a model whose vocabulary was resized has the new embedding; the model gets its
+    size first.
+    """
+    from peft import PeftModel
+
+    rows = _rows_of_embedding(model, name, revision)
+    if rows not in (None, model.get_input_embeddings().num_embeddings):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with without_peft_warnings():
+        return PeftModel.from_pretrained(model, name, is_trainable=learns, revision=revision)
+
+
+def _rows_of_embedding(model: PreTrainedModel, name: str, revision: str) -> int | None:
+    """Of the embedding saved with an adapter; None if there is none."""
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    weights = cached_file(
+        name, ADAPTER_WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if weights is None:  # pickled ones, of an old peft
+        return None
+    embedding = model.get_input_embeddings()
+    places = [place for place, module in model.named_modules() if module is embedding]
+    with safe_open(weights, "pt") as file:
+        keys = {f"base_model.model.{place}.weight" for place in places} & set(file.keys())
+        return file.get_slice(keys.pop()).get_shape()[0] if keys else None
 
 
 def bare_model(model: Any) -> PreTrainedModel:

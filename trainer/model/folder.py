@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import refusals
+from ..files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 WRITING = "tmp-model"
 MERGED = "merged"
+GENERATION = "generation_config.json"
 WEIGHTS = (
     "config.json",
-    "generation_config.json",
+    GENERATION,
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
@@ -41,6 +43,11 @@ TOKENIZER = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "spm.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "tekken.json",
     "chat_template.*",
     "additional_chat_templates/*.jinja",
 )
@@ -92,6 +99,24 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern))
 
 
+def code_files(folder: Path) -> list[Path]:
+    """The Python files that a model or tokenizer in ``folder`` is made of, if its code came along.
+
+    Those that its config names and those that they import, and no other script in the folder.
+    """
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    found: set[Path] = set()
+    for config in (folder / name for name in ("config.json", "tokenizer_config.json")):
+        named = read_json(config).get("auto_map", {}) if config.is_file() else {}
+        listed = [each for value in named.values() for each in _listed(value)]
+        for module in {each.rpartition(".")[0] for each in listed if each and "--" not in each}:
+            path = folder / f"{module}.py"
+            if path.is_file():
+                found |= {path, *map(Path, get_relative_import_files(path))}
+    return sorted(found)
+
+
 def readable_as_others(folder: Path) -> None:
     """Give weights the mode of an ordinary new file; safetensors leaves them to their owner."""
     probe = folder / ".mode"
@@ -127,6 +152,30 @@ def copy_processor(config: PreTrainedConfig, source: str, revision: str, folder:
             "none here",
             *(", ".join(PROCESSOR), folder, source or "the model"),
         )
+
+
+@contextmanager
+def with_generation_config(model: Any, folder: Path) -> Iterator[None]:
+    """Inside, ``model`` may be saved to ``folder``; its generation config is written as it is.
+
+    transformers refuses to save one with a temperature and no sampling, as many published models
+    have, once a token in it is set to the tokenizer's.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    if (folder / GENERATION).is_file():
+        own.to_json_file(folder / GENERATION)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _remove_model(folder: Path, kept: set[Path]) -> list[str]:

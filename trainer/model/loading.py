@@ -11,7 +11,7 @@ from ..data.template import own_tokenizer
 from ..errors import UserError, refusals
 from ..files import read_json
 from ..settings.model import ModelSettings
-from .adapters import bare_model, quantization_config, refuse_both
+from .adapters import bare_model, put_adapter, quantization_config, refuse_both
 from .folder import is_model
 from .head import Scoring, patch_head
 from .tensor_parallel import refuse_sharded
@@ -92,16 +92,10 @@ def load_model(
     name = name or _model_name(settings)
     base = adapted_model(settings, name)
     if base is not None:
-        from peft import PeftModel
-
         model = load_model(base, quantization=quantization)
+        where = str(Path(name).expanduser()) if _looks_local(name) else name
         with refusals(f"adapter {name}: cannot be loaded", Exception):
-            return PeftModel.from_pretrained(
-                model,
-                str(Path(name).expanduser()) if _looks_local(name) else name,
-                is_trainable=True,
-                revision=_revision(settings, name),
-            )  # pyright: ignore[reportReturnType]
+            return put_adapter(model, where, _revision(settings, name), learns=True)
     config = _load(AutoConfig, name, settings, "model")
     _check_size(config, name)
     computes = "bfloat16" if getattr(settings, "bf16", False) else settings.dtype
@@ -206,6 +200,11 @@ def adapted_model(settings: ModelSettings, name: str) -> ModelSettings | None:
         raise UserError(
             f"adapter {name}: write base_model_name_or_path into its adapter_config.json, the "
             "folder or hub name of the model that it was trained on"
+        )
+    if _looks_local(base) and not Path(base).expanduser().is_dir():
+        raise UserError(
+            f"adapter {name}: its base model is no longer at {base}; write where it is now as "
+            "base_model_name_or_path into adapter_config.json"
         )
     adapted = copy.copy(settings)
     adapted.model_name_or_path = base

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, refusals
 from ..settings.checks import is_split
 from ..settings.model import AdapterSettings, ModelSettings
-from .adapters import bare_model, without_peft_warnings
-from .folder import MERGED, copy_processor, writing_model
+from .adapters import bare_model, put_adapter
+from .folder import MERGED, copy_processor, with_generation_config, writing_model
 from .loading import adapted_model, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -74,14 +74,11 @@ def _write_merged(
     settings: ModelSettings, adapter: Path, out: Path, base: Any, copied: Any
 ) -> None:
     """Merge ``adapter`` into ``base``; without one, a copy of the model that has it already."""
-    from peft import PeftModel
-
     with refusals(f"adapter {adapter}: cannot be merged", OSError, ValueError, RuntimeError):
         if base is None:
             adapted: Any = copy.deepcopy(copied)
         else:
-            with without_peft_warnings():
-                adapted = PeftModel.from_pretrained(base, str(adapter))
+            adapted = put_adapter(base, str(adapter), "main")
         merged = adapted.merge_and_unload(safe_merge=True)
         tokenizer = load_tokenizer(settings, str(adapter))
         _write(merged, tokenizer, settings.model_revision, out)
@@ -118,7 +115,8 @@ def merge_folder(folder: Path, out: Path | None, dtype: str, trust_remote_code: 
 
 def _write(merged: Any, tokenizer: Any, revision: str, out: Path) -> None:
     with writing_model(out) as written:
-        merged.save_pretrained(written)
+        with with_generation_config(merged, written):
+            merged.save_pretrained(written)
         tokenizer.save_pretrained(written)
         copy_processor(merged.config, merged.name_or_path, revision, written)
 

@@ -209,6 +209,8 @@ def _check_flash_attention() -> None:
 
 def check_output(args: TrainingArguments) -> None:
     """Raise ``UserError`` where ``output_dir`` is not a folder that can be made and written."""
+    if not str(args.output_dir).strip():
+        raise UserError("output_dir: it is empty; name a folder")
     folder = os.path.abspath(str(args.output_dir))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)

@@ -17,7 +17,6 @@ from ..errors import UserError
 from .checks import check_metric
 from .coercion import LONGEST_NUMBER, as_number, coerced, takes_text
 from .config import PreferenceConfig, objective_keys
-from .model import check_adapted
 from .published.keys import TABLE
 from .published.loss_type import check_loss_type
 from .published.scripts import (
@@ -114,6 +113,8 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         problem = re.sub(r"'[^']{2,}'", "…", error.problem or "it cannot be read")
+        if r"'\t'" in (error.problem or ""):
+            problem = "write spaces in place of the tab"
         mark = error.problem_mark
         where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
         raise ValueError(problem + where) from None
@@ -171,11 +172,13 @@ def parse_overrides(arguments: Iterable[str], kind: type[Any] = PreferenceConfig
     settings, hints = {}, _hints(kind)
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")
-        shown = re.match(r"-*\w*", argument)  # what follows may be a secret
+        shown = re.match(r"[-\u2010-\u2015\u2212]*\w*", argument)  # what follows may be a secret
         name = shown[0] if shown else ""
         if not argument.startswith("--") or not equals or not re.fullmatch(r"[\w.-]+", key):
             more = "" if name == argument else "…"
             raise UserError(f"argument {name}{more}: expected --key=value, such as --beta=2.5")
+        if not value.strip():  # a variable of the shell that is not set
+            raise UserError(f"argument {name}=: give a value, or --{key}=null for the default")
         key_here = key.replace("-", "_")
         try:
             if takes_text(key_here, hints.get(key_here)) and not _QUOTED_OR_NULL.fullmatch(value):
@@ -210,7 +213,6 @@ def build_config(
         if value is not None or type(None) in typing.get_args(fields[key])
     }
     config = PreferenceConfig(**values, objective_args=arguments)
-    check_adapted(config, config.use_peft)
     check_metric(config.metric_for_best_model)
     return config
 

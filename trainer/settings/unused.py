@@ -31,7 +31,11 @@ _WITHOUT_ARGS = (
 """What transformers makes without a look at the setting."""
 
 USES: tuple[tuple[tuple[str, ...], Callable[[PreferenceConfig, Objective], object], str], ...] = (
-    (_LORA, lambda config, _: config.use_peft, "set use_peft: true; no adapter is made of them"),
+    (
+        _LORA,
+        lambda config, _: config.use_peft,
+        "set use_peft: true for a new adapter; one that goes on keeps its own",
+    ),
     (
         ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
         lambda config, _: config.load_in_4bit,

@@ -200,3 +200,13 @@ def test_bad_text_in_the_first_row_of_messages_is_named(tmp_path):
     path.write_bytes(json.dumps(pair).encode().replace(b"caf?", b"caf\xe9"))
     with pytest.raises(UserError, match=r"pairs.jsonl, line 1 \(row 0\), is not UTF-8"):
         loaded(path)
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / "cache"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    with pytest.raises(UserError, match=r"pairs.jsonl.*set HF_HOME to a folder"):
+        loaded(path)

@@ -115,3 +115,34 @@ def test_a_second_adapter_on_it_is_refused(folders, tmp_path):
     args = tiny_config(tmp_path / "run", use_peft=True)
     with pytest.raises(UserError, match="has an adapter already"):
         PreferenceTrainer(str(folders[1]), args, train_dataset=tiny_pairs())
+
+
+def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path):
+    """Tokens were added; the adapter's folder has the embeddings, its base has them not."""
+    base, _ = folders
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(TOKENIZER) + 2, mean_resizing=False)
+    args = tiny_config(tmp_path / "run", model_name_or_path=str(base), merge_adapter=True)
+    trainer = PreferenceTrainer(
+        model,
+        args,
+        tiny_pairs(),
+        processing_class=TOKENIZER,
+        peft_config=LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False),
+    )
+    trainer.save_model()
+    ids = torch.tensor([[5, 6, len(TOKENIZER) + 1, 7]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    again = load_model(tiny_config(tmp_path / "run"), str(tmp_path / "run"))
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=ids).logits
+        for found in (merged, again):
+            logits = found.eval()(input_ids=ids).logits
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_that_was_moved_is_said(folders):
+    base, adapter = folders
+    base.rename(base.with_name("elsewhere"))
+    with pytest.raises(UserError, match=rf"^adapter {adapter}: its base model is no longer at"):
+        load_model(tiny_config(adapter), str(adapter))

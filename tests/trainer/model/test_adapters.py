@@ -29,6 +29,7 @@ from widemargin.trainer.settings import checks
 from widemargin.trainer.settings import model as adapter
 from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import build_config
+from widemargin.trainer.train import train
 
 from tests.support.tiny_images import image_model
 from tests.support.tiny_models import (
@@ -87,6 +88,18 @@ def test_train_and_merge(place, capsys):
     assert (found - logits_of(tiny_model())).abs().max() > 1e-2
     ids = AutoTokenizer.from_pretrained(place / "run" / "merged")("yes no")["input_ids"]
     assert ids == TOKENIZER("yes no")["input_ids"]
+
+
+def test_a_saved_adapter_goes_on_by_the_command_line_and_is_merged(place, capsys):
+    start = ["train", str(place / "config.yaml"), "--max_steps=1"]
+    assert main(start) == 0
+    start += [f"--model_name_or_path={place / 'run'}", f"--output_dir={place / 'next'}"]
+    assert main(start) == 2
+    assert "error: use_peft: leave it out" in capsys.readouterr().err
+    assert main([*start, "--use_peft=false", "--merge_adapter=true", "--lora_r=16"]) == 0
+    adapted = AutoPeftModelForCausalLM.from_pretrained(place / "next")
+    merged = AutoModelForCausalLM.from_pretrained(place / "next" / "merged")
+    torch.testing.assert_close(logits_of(merged), logits_of(adapted), rtol=1e-4, atol=1e-4)
 
 
 def test_a_saved_adapter_is_merged_and_evaluated_on_its_base(place, capsys, monkeypatch):
@@ -289,7 +302,7 @@ def test_settings_out_of_range(settings, message):
 def test_what_needs_an_adapter_is_refused_without_one(monkeypatch, tmp_path, name):
     monkeypatch.setattr(adapter, "find_spec", lambda package: object())
     with pytest.raises(UserError, match=f"^{name}: .*use_peft: true"):
-        build_config({"objective": "simpo", "use_cpu": True, name: True})
+        train(build_config({"objective": "simpo", "use_cpu": True, name: True}))
     with pytest.raises(UserError, match=f"^{name}: .*peft_config"):
         tiny_trainer(tmp_path, **{name: True})
 

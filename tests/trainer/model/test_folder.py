@@ -9,10 +9,17 @@ import os
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.checkpoint.hub import staged_upload
 from widemargin.trainer.model.adapters import name_base
-from widemargin.trainer.model.folder import copy_processor, model_files, writing_model
+from widemargin.trainer.model.folder import (
+    GENERATION,
+    code_files,
+    copy_processor,
+    model_files,
+    writing_model,
+)
 
 from tests.support.tiny_models import TOKENIZER, tiny_config, tiny_model, tiny_pairs, tiny_trainer
 
@@ -108,6 +115,42 @@ def test_the_config_keeps_use_cache(tmp_path, use_cache):
     trainer.train()
     trainer.save_model()
     assert json.loads((tmp_path / "config.json").read_text()).get("use_cache") is use_cache
+
+
+def test_the_code_of_a_model_and_no_other_script(tmp_path):
+    written(tmp_path, "train.py", "modeling_own.py", "layers.py", "tokenizing.py")
+    (tmp_path / "modeling_own.py").write_text("from .layers import Layer\n")
+    model = {"AutoConfig": "owner/base--config.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": model}))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenizing.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    names = [path.name for path in code_files(tmp_path)]
+    assert names == ["layers.py", "modeling_own.py", "tokenizing.py"]
+    staged_upload(tmp_path / "upload", tmp_path)
+    uploaded = {path.name for path in (tmp_path / "upload").iterdir()}
+    assert uploaded == {*names, "config.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_sampling_settings_that_transformers_would_not_save_stay(tmp_path, adapter):
+    """A temperature without do_sample, as published models have, and a pad token set later."""
+    model = tiny_model()
+    model.generation_config = GenerationConfig(temperature=0.6, eos_token_id=[1, 3])
+    peft_config = LoraConfig(target_modules=["q_proj"]) if adapter else None
+    trainer = PreferenceTrainer(
+        model,
+        tiny_config(tmp_path, merge_adapter=adapter),
+        tiny_pairs(),
+        processing_class=TOKENIZER,
+        peft_config=peft_config,
+    )
+    model.generation_config.pad_token_id = TOKENIZER.pad_token_id
+    own = model.generation_config
+    trainer.save_model()
+    assert model.generation_config is own
+    saved = json.loads((tmp_path / ("merged" if adapter else ".") / GENERATION).read_text())
+    assert (saved["temperature"], saved["eos_token_id"]) == (0.6, [1, 3])
+    assert saved["pad_token_id"] == TOKENIZER.pad_token_id
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,12 @@ def test_bad_yaml_is_refused_at_once(tmp_path, value):
         load_config(path, [f"--beta={value}"])
 
 
+@pytest.mark.parametrize("text", ["\tbeta: 2", "beta:\t2", '{\n\t"beta": 2}'])
+def test_tabs_are_said(text):
+    with pytest.raises(ValueError, match=r"^write spaces in place of the tab \(line \d"):
+        parse_yaml(text)
+
+
 @pytest.mark.parametrize("key", ["beta", "learning_rate", "max_steps"])
 @pytest.mark.parametrize("value", ["9" * 5000, "1e999999999999", [["x" * 9000] * 999]])
 def test_huge_values_are_refused_in_few_words(key, value):

@@ -34,6 +34,18 @@ def with_config(name: str) -> tuple[str, str | None]:
     return before, config
 
 
+def cache_trouble() -> str:
+    """What keeps datasets from writing its tables, and the remedy; nothing if it can."""
+    from datasets import config
+
+    folder = cache = Path(config.HF_DATASETS_CACHE).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return ""
+    return f"set HF_HOME to a folder that can be written; its table goes to {cache}"
+
+
 def unpacked_name(file: str) -> str:
     return file.removesuffix(".gz").removesuffix(".zst")
 

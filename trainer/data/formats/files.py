@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from .damage import (
+    cache_trouble,
     nests_too_deeply,
     opened,
     refuse_columns,
@@ -173,7 +174,7 @@ def load_files(name: str, paths: list[str]) -> Dataset:
     except UserError:
         raise
     except Exception as error:  # pyarrow, json and datasets each have their own
-        where = next(filter(None, map(trouble, paths)), "") or cause(error)
+        where = next(filter(None, map(trouble, paths)), "") or cache_trouble() or cause(error)
         raise UserError(f"data set {name!r}: cannot be read: {where}") from error
 
 
