@@ -95,7 +95,8 @@ PACE = """
     eval_on_start eval_samples per_device_eval_batch_size save_strategy save_steps token_metrics
     stop_on_collapse include_num_input_tokens_seen
 """
-"""Free ones that say when ranks meet: one with others would wait for the rest without an end."""
+"""Free settings that say when ranks meet: a rank with other values would wait for the others until
+``ddp_timeout``."""
 
 KINDS = {
     name: kind

@@ -196,9 +196,10 @@ def assemble(
     _check_vocabulary(int(arrow["max_id"].to_numpy().max()), vocab_size)
     positions = _of_rows(np.concatenate(places), np.searchsorted(used, order))
     some = any(pc.list_value_length(arrow[name]).to_numpy().any() for name in UNSCORED_COLUMNS)  # pyright: ignore
-    said = [name for name in NUMBER_COLUMNS if not np.isnan(arrow[name].to_numpy()[trains]).all()]
+    numbers = {name: arrow[name].to_numpy()[trains] for name in NUMBER_COLUMNS}
+    said = [name for name, values in numbers.items() if not np.isnan(values).all()]
     if training:
-        check_scores(settings.margin_from, arrow.filter(trains), said, _names(parts))
+        check_scores(settings.margin_from, numbers, said, _names(parts))
     kept = [*TOKEN_COLUMNS, *(UNSCORED_COLUMNS if some else ()), *reference_of(table), *said]
     table = table.select_columns([*kept, *shown])
     return _arrange(table, positions[trains[positions]], settings, training, report), report

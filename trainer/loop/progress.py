@@ -72,9 +72,10 @@ class Progress:
         self.restored = True
 
     def began_at(self) -> float:
-        """When the run would have begun without a break. From now on all of its steps count.
+        """When the run would have begun without a break; called once, for transformers' report.
 
-        And all ranks: of the losses since the last log transformers adds the first rank's alone.
+        From now on all steps of the run count, and of the losses since the last log the mean over
+        ranks, of which transformers adds the first rank's alone. A collective with several ranks.
         """
         self.trainer._tr_loss.fill_(self._pending_loss())
         if self.before:
@@ -86,10 +87,12 @@ def follow_schedule(scheduler: Any) -> None:
     """Give the optimizer the rate of the next step in this run's schedule.
 
     A checkpoint's optimizer has the rate of its own schedule: 0 at the end of a run that a longer
-    one goes on from, so that a step would change nothing. Only a change of the steps matters here.
+    one goes on from, so that a step would change nothing. A run of as many steps keeps its rate.
+
+    transformers' schedules are each a `LambdaLR`; a subclass may compute its rates in another way.
     """
     schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    if isinstance(schedule, LambdaLR):
+    if type(schedule) is LambdaLR:
         rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         schedule._last_lr = [base * share(schedule.last_epoch) for base, share in rates]
         for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +27,10 @@ TOKENS = ("computed_tokens", "tokens", "padded_tokens")
 
 COUNTS = ("pairs", "items", "batches", "num_tokens", *TOKENS)
 """What is reported as a total, and not as a mean."""
+
+EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts")
+MET = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+"""Names in configs for the number of experts, and for how many of them a token meets."""
 
 
 class PreferenceMetrics:
@@ -267,8 +272,11 @@ def decoder_weights(model: PreTrainedModel) -> list[tuple[Parameter, float]]:
         for table in (model.get_output_embeddings(), model.get_input_embeddings())
     }
     config: Any = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", getattr(config, "num_experts", None))
-    met = getattr(config, "num_experts_per_tok", None)
+    experts, met = (
+        next((getattr(config, name) for name in names if hasattr(config, name)), None)
+        for names in (EXPERTS, MET)
+    )
+    met = fmean(met) if isinstance(met, list) else met  # one for each layer
 
     def share(parameter: Any) -> float:
         shape = getattr(parameter, "ds_shape", parameter.shape)

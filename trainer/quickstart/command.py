@@ -83,7 +83,7 @@ def quickstart(folder: Path, seed: int, overrides: Sequence[str], train: Train) 
         *_comparison(scored, before, after),
         "",
         f"Report: {report}",
-        *_next(folder, settings),
+        *_next(folder, [*settings, *overrides]),
     )
     return 0
 
@@ -154,7 +154,7 @@ def _next(folder: Path, settings: Sequence[str]) -> list[str]:
     other = folder / "beta-4"
     given = [setting for setting in settings if not setting.startswith("--output_dir")]
     train = ["train", CONFIG, *given, "--beta=4", f"--output_dir={other}"]
-    compare = ["report", f"{folder / 'run'}", f"{other}"]
+    compare = ["report", str(folder / "run"), str(other)]
     return [
         f"Next: {shlex.join(['widemargin', *train])}",
         f"      {shlex.join(['widemargin', *compare])}",

@@ -126,10 +126,11 @@ def _prompt(
 def _read(row: dict[str, Any]) -> Pair:
     """The row as a pair, whose answers mean nothing: beside a prompt any may be missing."""
     answers = [row[side] for side in _SIDES if row.get(side)]
-    one = row.get("prompt") is not None and bool(answers) and answers[1:] in ([], answers[:1])
+    paired = bool(answers) and _SIDES.keys() <= row.keys()
+    one = paired and row.get("prompt") is not None and answers[1:] in ([], answers[:1])
     if one:
         row = row | dict.fromkeys(_SIDES, answers[0])
-    elif not answers or not _SIDES.keys() <= row.keys():
+    elif not paired:
         row = _unanswered(row)
     read = standard_rows(row, Edges())[0]
     pair = read_row(read | {DESIRABLE: True} if one else read)

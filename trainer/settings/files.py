@@ -30,7 +30,7 @@ from .published.translation import SCRIPTS, fit_objective, merge, name_objective
 from .published.unknown import check_names, unknown_key
 
 _MOST_NESTED, _MOST_VALUES = 50, 100_000
-_QUOTED_OR_NULL = re.compile(r"""\s*(null|~|'.*'|".*")?\s*""", re.DOTALL)
+_QUOTED_OR_NULL = re.compile(r"""\s*(null|~|'.*'|".*")\s*""", re.DOTALL)
 
 NULLS = {"max_grad_norm": 0.0}
 """What null means where that is not the default: transformers 4 clipped nothing."""

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
 from widemargin.trainer import PreferenceConfig
 from widemargin.trainer.checkpoint import same_run
 from widemargin.trainer.checkpoint.same_run import KINDS, compare
 from widemargin.trainer.errors import UserError
+from widemargin.trainer.loop.progress import follow_schedule
 
 from tests.support.reference_runs import dpo_trainer
 from tests.support.tiny_models import tiny_model, tiny_pairs
@@ -120,6 +123,20 @@ def test_a_longer_run_goes_on_with_its_own_learning_rate(tmp_path):
     trainer.train(resume_from_checkpoint=True)
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     assert rates[2:] == pytest.approx([share * trainer.args.learning_rate for share in (0.5, 0.25)])
+
+
+def test_a_schedule_of_another_kind_keeps_the_rate_of_its_checkpoint():
+    """Adafactor's is a subclass of LambdaLR, whose functions say nothing of its rates."""
+
+    class Own(LambdaLR):
+        def get_lr(self) -> list[Any]:
+            return [0.25]
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    follow_schedule(Own(optimizer, lambda _: 0.0))
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    follow_schedule(LambdaLR(optimizer, lambda step: 0.5 + step))
+    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 def test_a_copy_of_the_start_is_a_reference_too(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import datasets
@@ -11,7 +12,7 @@ import pytest
 from datasets import Dataset
 from pyarrow import parquet
 from widemargin.trainer.data import DataSettings, load_pairs
-from widemargin.trainer.data.formats.damage import nests_too_deeply
+from widemargin.trainer.data.formats.damage import cache_trouble, nests_too_deeply
 from widemargin.trainer.data.formats.files import load_files
 from widemargin.trainer.data.limits import TEXT_LOST
 from widemargin.trainer.errors import UserError
@@ -210,3 +211,18 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     with pytest.raises(UserError, match=r"pairs.jsonl.*set HF_HOME to a folder"):
         loaded(path)
+
+
+def test_a_cache_in_a_home_that_is_closed_to_us_is_said(tmp_path, monkeypatch):
+    """As /root is to a container's user, where even looking for a file is refused."""
+    status = os.stat
+
+    def closed(path, *args, **kwargs):
+        if str(path).startswith(f"{tmp_path}{os.sep}"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return status(path, *args, **kwargs)
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / ".cache" / "datasets")
+    monkeypatch.setattr(os, "stat", closed)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cache_trouble().startswith("set HF_HOME to a folder")

@@ -34,9 +34,15 @@ def test_frozen_weights_need_no_gradient_of_their_own():
     assert flops_per_token(adapted) == (4 * frozen + 6 * adapter, 4 * model.lm_head.weight.numel())
 
 
-def test_a_token_meets_a_few_of_the_experts():
-    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    model: Any = tiny_model("qwen3_moe", **mixture)
+MIXTURES = {
+    "qwen3_moe": {"num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "hunyuan_v1_moe": {"moe_topk": [2, 2]},  # one for each layer
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_token_meets_a_few_of_the_experts(family):
+    model: Any = tiny_model(family, num_experts=8, **MIXTURES[family])
     experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())
     rest = sum(p.numel() for p in [*model.model.layers.parameters(), model.model.norm.weight])
     assert flops_per_token(model)[0] == 6 * (rest - experts + experts / 4)

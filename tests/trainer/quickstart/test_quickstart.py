@@ -48,7 +48,7 @@ def command_lines(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_it_trains_as_the_train_command_does_and_reports(
     tmp_path: Path, command_lines: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["quickstart", f"--folder={tmp_path}", "--seed=3", "--beta=4"]) == 0
+    assert cli.main(["quickstart", f"--folder={tmp_path}", "--seed=3", "--max_steps=9"]) == 0
     ((config, *overrides),) = command_lines
     assert config.endswith("quickstart.yaml")
     assert overrides == [
@@ -56,13 +56,13 @@ def test_it_trains_as_the_train_command_does_and_reports(
         f"--model_name_or_path={tmp_path / 'model'}",
         f"--dataset={tmp_path / 'data'}",
         f"--output_dir={tmp_path / 'run'}",
-        "--beta=4",
+        "--max_steps=9",
     ]
     printed = capsys.readouterr().out
     assert "Right answers to 4 held-out prompts: 0 -> 0" in printed
     assert f"Report: {tmp_path / 'run' / 'report.html'}" in printed
     following = printed.partition("Next: ")[2].split("\n")
-    assert f"--beta=4 --output_dir={tmp_path}/beta-4" in following[0]
+    assert f"--max_steps=9 --beta=4 --output_dir={tmp_path}/beta-4" in following[0]
     assert following[1].strip() == f"widemargin report {tmp_path}/run {tmp_path}/beta-4"
     notes = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert notes["summary"]["kept"] == 1

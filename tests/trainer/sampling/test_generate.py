@@ -148,6 +148,7 @@ TALK = [{"role": "user", "content": "water"}, {"role": "assistant", "content": "
         {"conversations": [{"from": "human", "value": "water"}, {"from": "gpt", "value": "wet"}]},
         {"messages": TALK, "rejected_response": "dry"},
         {"query": "water", "response": "wet"},
+        {"prompt": "water", "chosen": "wet"},
         {"query": "water", "responses": ["wet", "dry"], "scores": [1, 1]},
         {"conversation_a": TALK, "conversation_b": TALK, "winner": "tie"},
         {"context": TALK[:1], "response1": "a", "response2": "b", "overall_preference": 0},

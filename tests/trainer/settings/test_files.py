@@ -106,6 +106,9 @@ def test_quotes_and_null_are_read_as_yaml_also_where_text_is_expected():
         "chat_template": "a\nb",
         "hub_token": None,
     }
+    assert parse_overrides(["--run_name=''"]) == {"run_name": ""}
+    with pytest.raises(UserError, match=r"--run_name=: give a value, or --run_name=null"):
+        parse_overrides(["--run_name="])
 
 
 def test_other_settings_on_the_command_line_are_yaml():

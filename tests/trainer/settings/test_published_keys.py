@@ -158,7 +158,7 @@ REFUSED = [
         "unknown setting 'stage'; did.*; unknown setting 'lora_rank'; did you mean .*; tau: "
         "simpo has none",
     ),
-    ({"wandb_entity": "x"}, r"'wandb_entity'; no setting has a like name \(leave it out\)"),
+    ({"wandb_entity": "x"}, r"'wandb_entity'; leave it out \(no setting has a similar name\)"),
     ({"dpo_beta": 5}, "'dpo_beta'; did you mean 'beta'"),
     ({"group_by_length": True}, "group_by_length: True cannot be done"),
     ({"dataset_mixture": {"datasets": [{"id": "a/b"}]}}, "write dataset_mixer .*dataset_splits"),

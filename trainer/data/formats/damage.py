@@ -39,7 +39,7 @@ def cache_trouble() -> str:
     from datasets import config
 
     folder = cache = Path(config.HF_DATASETS_CACHE).absolute()
-    while not folder.exists():
+    while not os.path.exists(folder):  # pathlib raises inside a folder that is closed to us
         folder = folder.parent
     if folder.is_dir() and os.access(folder, os.W_OK):
         return ""

@@ -90,7 +90,7 @@ def check_scores(margin_from: str, pairs: Any, said: Collection[str], name: str)
 
     Args:
         margin_from: as in the settings of data.
-        pairs: the table of tokens, or a data set that holds some.
+        pairs: their columns by name, or a data set with them.
         said: columns that say something.
         name: what messages call the data sets.
     """
@@ -101,11 +101,11 @@ def check_scores(margin_from: str, pairs: Any, said: Collection[str], name: str)
             f"margin_from: the rows of {name} have no columns {' and '.join(SCORES)}; "
             "give them, rows with several answers and scores, or leave margin_from out"
         )
-    lacking = int(np.isnan(sum(np.array(pairs[each][:], np.float64) for each in SCORES)).sum())
-    if lacking:
+    lacking = np.isnan(sum(np.array(pairs[each][:], np.float64) for each in SCORES))
+    if lacking.any():
         raise UserError(
-            f"margin_from: {lacking:,} of {len(pairs):,} pairs of {name} lack {SCORES[0]} or "
-            f"{SCORES[1]}; give every pair both, or leave margin_from out"
+            f"margin_from: {lacking.sum():,} of {lacking.size:,} pairs of {name} lack {SCORES[0]} "
+            f"or {SCORES[1]}; give every pair both, or leave margin_from out"
         )
 
 

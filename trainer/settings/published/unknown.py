@@ -141,7 +141,7 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(key, known := sorted(known), n=1, cutoff=0.7)
     nearest += [name for name in known if key.endswith(f"_{name}")]  # pref_beta, rl_beta
     meant = ELSEWHERE.get(key) or next(iter(nearest), None)
-    advice = f"did you mean {meant!r}?" if meant else "no setting has a like name (leave it out)"
+    advice = f"did you mean {meant!r}?" if meant else "leave it out (no setting has a similar name)"
     return f"unknown setting {key!r}; {advice}"
 
 
