@@ -50,7 +50,8 @@ READ_AT_IMPORT = (
 """Beginnings of variables that a library or the interpreter may have read before a fork."""
 
 READ_LATER = (
-    "CUDA_VISIBLE_DEVICES", "HF_DATASETS_CACHE", "PYTHONPATH", "TORCHELASTIC_", "TORCH_NCCL_",
+    "CUDA_VISIBLE_DEVICES", "HF_DATASETS_CACHE", "PYTHONPATH", "TOKENIZERS_PARALLELISM",
+    "TORCHELASTIC_", "TORCH_NCCL_",
 )  # fmt: skip
 """Those among them that are read later, or that `become` applies."""
 
