@@ -38,7 +38,9 @@ if [ -d ../shared/data ]; then
     "$python" -m bench.training --batch 8 --steps 61 --max-length 2048 --write-lengths .whl/lengths.json
 fi
 # Hidden states of the real model (`make real-model`), 58 MiB: with them `--cute` does not fit 64 MiB.
-if [ -d build/SmolLM2-135M-Instruct ] && [ -d ../shared/data ] && [ "${1:-}" != --cute ]; then
+if [ "${1:-}" = --cute ] || [ ! -d build/SmolLM2-135M-Instruct ] || [ ! -d ../shared/data ]; then
+    echo "no states of a real model in .whl: they need make real-model, ../shared/data, and no --cute" >&2
+else
     "$python" -m bench.head.active --model build/SmolLM2-135M-Instruct \
         --pairs ../shared/data/judged_pairs_train.jsonl.gz --write-states .whl/SmolLM2-135M-Instruct.pt
 fi

@@ -46,9 +46,9 @@ def exp2(x):
 def softcap_parts(z, softcap):
     """``c * tanh(z / c)`` and its derivative, both exact to rounding where tanh saturates."""
     small = exp2(tl.abs(z) * (-2 * LOG2E / softcap))
-    half = 1.0 / (1 + small)
-    capped = softcap * (1 - small) * half
-    return tl.where(z < 0, -capped, capped), 4 * small * half * half
+    inverse = 1.0 / (1 + small)
+    capped = softcap * (1 - small) * inverse
+    return tl.where(z < 0, -capped, capped), 4 * small * inverse * inverse
 
 
 @triton.jit
@@ -154,6 +154,7 @@ def store_statistics(
     mask_b = offs_b < B
     places = offs_b.to(tl.int64)[None, :] * N + offs_n[:, None]
     mask = mask_n[:, None] & mask_b[None, :]
+    # In the base of `inside`, so that the rounding of top * step cancels.
     tl.store(partial_lse_ptr + places, (top * step + tl.log2(sums)) * (1 / LOG2E), mask=mask)
     share = 1.0 / sums
     if TOPS:
