@@ -48,7 +48,7 @@ ELSEWHERE = {
     "flash_attn": "attn_implementation",
     "sample_packing": "packing",
     "packing_samples": "packing",
-    "train_batch_size": "gradient_accumulation_steps",
+    "train_batch_size": "per_device_train_batch_size * gradient_accumulation_steps * GPUs",
     "save_path": "output_dir",
 }
 """Names in files of LLaMA-Factory, axolotl, OpenRLHF and open-instruct that resemble none here."""
