@@ -102,7 +102,7 @@ def test_variables_that_are_read_later_are_taken_over(tmp_path):
 
 
 def test_a_fork_serves_a_worker_that_has_run_the_command_line():
-    """`widemargin` sets it for its own process, and so a test that calls ``main`` for its worker."""
+    """`main` sets the variable in its own process, and so for a test that calls it."""
     code = "import os, sys; print('torch' in sys.modules, os.environ['TOKENIZERS_PARALLELISM'])"
     done = run("-c", code, variables={"TOKENIZERS_PARALLELISM": "true"})
     assert done.stdout == "True true\n", done.stderr
