@@ -115,6 +115,17 @@ def _store_targets(
 
 
 @triton.jit
+def _store_profile(
+    spread, usable, row, offs_v, offs_b, profile_ptr, counts_ptr, V, B, COLUMNS: tl.constexpr
+):
+    """Sums over tokens of gradients ``spread`` [ROWS, BLOCKS, WIDTH], and counts of usable ones."""
+    columns = tl.reshape(tl.sum(spread, axis=0), [COLUMNS])
+    tl.store(profile_ptr + row.to(tl.int64) * V + offs_v, columns, mask=offs_v < V)
+    counts = tl.sum(usable.to(tl.float32), axis=0)
+    tl.store(counts_ptr + row * B + offs_b, counts, mask=offs_b < B)
+
+
+@triton.jit
 def store_statistics(
     z, tile, group, every, targets_ptr,
     partial_lse_ptr, tops_ptr, target_logits_ptr, profile_ptr, counts_ptr,
@@ -171,11 +182,10 @@ def store_statistics(
                 tanh = blocked / softcap
                 spread *= 1 - tanh * tanh
                 spread = tl.where(usable[:, :, None], spread, 0.0)
-            columns = tl.reshape(tl.sum(spread, axis=0), [COLUMNS])
             row = tile // every
-            tl.store(profile_ptr + row.to(tl.int64) * V + offs_v, columns, mask=mask_v)
-            counts = tl.sum(usable.to(tl.float32), axis=0)
-            tl.store(counts_ptr + row * B + offs_b, counts, mask=mask_b)
+            _store_profile(
+                spread, usable, row, offs_v, offs_b, profile_ptr, counts_ptr, V, B, COLUMNS
+            )
 
 
 @triton.jit
