@@ -107,10 +107,11 @@ prose: $(DOCS) ## Print the 20 hardest sentences of README, docs and docstrings
 matrix: ## Install the wheel and the sdist in clean environments of Python 3.10 to 3.13
 	PIP_ARGS="$(PIP_ARGS)" bash tests/packaging/matrix.sh $(PYTHONS)
 
-lint: $(DEV) ## ruff check, ruff format --check, import-linter, pyright
+lint: $(DEV) ## ruff check, ruff format --check, import-linter, the house's limits, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=$(VENV)/links $(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python -m pytest tests/packaging/test_house.py
 	$(BIN)/pyright
 
 format: $(DEV) ## Format and apply safe fixes
