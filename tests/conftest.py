@@ -1,9 +1,10 @@
-"""What holds for every test.
+"""What holds for every test: none uses the network.
 
 A worker of a parallel run has one thread, and a cache of its own. Where there is no CUDA device,
 tests marked `gpu` are skipped and Triton kernels interpreted.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -22,6 +23,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Prepared data of this session alone, gone when it ends. datasets reads this when imported.
 _CACHE = tempfile.TemporaryDirectory(prefix="widemargin-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+
+# A name that no folder has would be looked for on the hub, again and again where there is none.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Triton reads this when it is imported, which torch and transformers put off: so before any test
 # module. Compile tests run in processes of their own, without it.
@@ -45,6 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage: spare it the modules, which are most of all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
