@@ -16,10 +16,10 @@ Sums = tuple[float, float]  # the same under a reference model, summed
 def random_pairs(rng: np.random.Generator, count: int, longest: int = 12) -> list[Pair]:
     """Pairs of different lengths, with probabilities large enough for LMPO's margin to vary."""
 
-    def tokens() -> list[float]:
-        return (-0.3 * np.abs(rng.standard_normal(rng.integers(1, longest + 1)))).tolist()
-
-    return [(tokens(), tokens()) for _ in range(count)]
+    ends = np.cumsum(rng.integers(1, longest + 1, 2 * count))
+    tokens = -0.3 * np.abs(rng.standard_normal(ends[-1]))
+    sequences = [part.tolist() for part in np.split(tokens, ends[:-1])]
+    return list(zip(sequences[::2], sequences[1::2], strict=True))
 
 
 def pack(pairs: Sequence[Pair], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,11 @@ def rounded(pairs: Sequence[Pair], dtype: torch.dtype) -> list[Pair]:
     """The pairs as they are after a conversion to ``dtype``."""
 
     def convert(tokens: list[float]) -> list[float]:
-        return torch.tensor(tokens, dtype=dtype).double().tolist()
+        return np.array(tokens, dtype=np.float32).tolist()
 
+    if dtype == torch.float64:
+        return list(pairs)
+    assert dtype == torch.float32
     return [(convert(chosen), convert(rejected)) for chosen, rejected in pairs]
 
 
