@@ -44,7 +44,8 @@ did. Every setting of the table below then has the scripts' default, which a run
 name; a value in the file or on the command line wins. A model gets the Mistral template if its \
 hub name, or the last part of its local folder, contains mistral. A run continues from the last \
 checkpoint in `output_dir`, counts its steps as the scripts did (pairs that fill no step are left \
-out), evaluates at the end if `do_eval` says so, and writes `train_results.json`, `eval_results.json` and `all_results.json`.
+out), evaluates at the end if `do_eval` says so, and writes `train_results.json`, \
+`eval_results.json` and `all_results.json`.
 
 `python -m tests.published` runs the loss code and the tokenization of checkouts that you name \
 beside those here, and prints how far apart they are.
