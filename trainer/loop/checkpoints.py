@@ -98,10 +98,10 @@ class CheckpointedTrainer(Trainer):
             self._progress = Progress(self, folder)
             result = self._train_from(checkpoint, *args, **kwargs)
             if folder is not None and folder.name == f"checkpoint-{result.global_step}":
+                longer = "max_steps" if self.args.max_steps > 0 else "num_train_epochs"
                 logger.warning(
-                    "%s is the end of its run, so nothing was left to train; raise max_steps to go "
-                    "on, or set resume_from_checkpoint: false to start again",
-                    folder,
+                    f"{folder} is the end of its run, so nothing was left to train; raise {longer} "
+                    "to go on, or set resume_from_checkpoint: false to start again"
                 )
             return result
 
