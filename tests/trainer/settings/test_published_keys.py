@@ -168,7 +168,7 @@ REFUSED = [
     ({"max_seq_length": 2048}, "max_seq_length.*write max_length"),
     ({"objective": "simpo", "loss_type": "dpo"}, "loss_type and objective"),
     ({"trainer_type": "ppo"}, "trainer_type: expected one of simpo, dpo"),
-    ({"trainer_type": "simpo"}, "objective: none is named"),
+    ({"trainer_type": "simpo"}, r"objective: none is named; .*run_simpo.*; otherwise add.*lmpo"),
     ({"trainer_type": "simpo", "loss_type": "dpo"}, "set trainer_type: dpo"),
     ({"trainer_type": "dpo", "loss_type": "gm-simpo"}, "set trainer_type: simpo"),
     ({"trainer_type": "dpo", "loss_type": "hinge"}, "write objective: hinge"),
