@@ -92,7 +92,7 @@ torture: $(DEV) ## Kill and resume six kinds of runs, 12 times each, and try 50,
 families: $(DEV) ## Try a tiny model of every causal family of transformers, and write docs/families.md
 	$(BIN)/python -m tests.robustness.families --page docs/families.md $(if $(OUT),--out $(OUT)/families.json)
 
-study: real-model ## Carry out the studies of docs/studies.md, about four hours on two idle cores
+study: real-model ## Carry out the studies of docs/studies.md, about ten hours on two cores
 	$(BIN)/python -m bench.studies
 
 docs: $(DOCS) ## Build the site of docs/ into build/site; a broken link is an error

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GENERATED = ("migration.md", "results.md", "families.md")
+GENERATED = ("migration.md", "results.md", "families.md", "settings.md")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"<!-- table:.*?<!-- /table -->", re.DOTALL)
 

@@ -33,8 +33,9 @@ objective) and all of transformers.TrainingArguments. Any setting can be overrid
   widemargin train configs/train/quickstart.yaml --beta=2.5 --learning_rate=1e-6
 
 --resume_from_checkpoint=auto continues from the newest complete checkpoint in output_dir, if there
-is one. configs/train has the published settings with comments. --preflight shows the settings in
-effect. --profile writes a trace of a few steps, trace.json.gz, for chrome://tracing.
+is one. configs/train has the published settings with comments. --preflight shows the settings that
+differ from their defaults. --profile writes a trace of a few steps, trace.json.gz, for
+chrome://tracing.
 """
 
 

@@ -37,6 +37,14 @@ bench` measures the same on your machine in under ten minutes, and `make bench-r
 within an hour. `bench/README.md` explains the method and each key of a row. A line's load is the
 machine's when a run began: above a few tenths of a core, CPU times say little.
 """
+NOTES = {
+    "training": (
+        "*pairs/s* counts each step's fastest time, which other programs disturbed least; "
+        "*step ms* is the median of all times. *× TRL* compares pairs/s. *tokens a step* are those "
+        "that the decoder computes, padding included.",
+    )
+}
+"""What the columns of a section's tables mean, by its kind."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def page(files: list[File], link: str) -> str:
     )
     for kind, title, text in sections:
         if sources := [file for file in files if file.kind == kind]:
-            parts.append(f"## {title}")
+            parts += [f"## {title}", *NOTES.get(kind, ())]
             parts += [f"{text(file)}\n\n{_source(file, link)}" for file in sources]
     return "\n\n".join(parts) + "\n"
 
@@ -170,11 +178,11 @@ def _head(file: File) -> str:
 
 
 def _training(file: File) -> str:
-    gaps = {}
+    gaps: dict[str, float] = {}
     for row in file.rows:
-        if row.get("largest_loss_gap") is not None:
-            prompts = "long" if row["long_prompts"] else "short"
-            gaps[f"{row['objective']}, {prompts} prompts"] = row["largest_loss_gap"]
+        if (gap := row.get("largest_loss_gap")) is not None:
+            case = f"{row['objective']}, {'long' if row['long_prompts'] else 'short'} prompts"
+            gaps[case] = max(gap, gaps.get(case, 0))
     said = "; ".join(f"{case}: {gap:.0e}" for case, gap in gaps.items())
     text = f"\n\nLargest relative difference between the trainers' losses of a step: {said}."
     return training.table(file.rows) + (text if gaps else "") + _quiet(file.rows)

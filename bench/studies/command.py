@@ -2,7 +2,7 @@
 
 Each run is a process, whose record is a line in the study's file when it ends: what is there is not
 done again, so a study that was stopped goes on with the run it was at. Tables and pictures are made
-of what there is, at the end or by `--report`. All studies take about four hours on two idle cores.
+of what there is, at the end or by `--report`. All studies take about ten hours on two cores.
 """
 
 import argparse

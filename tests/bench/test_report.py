@@ -31,6 +31,13 @@ def test_the_committed_page_is_what_its_json_makes() -> None:
     assert written == made, "run `python -m bench.report`"
 
 
+def test_the_largest_difference_of_losses_is_that_of_every_case() -> None:
+    rows = json.loads((RESULTS / "training_real_cpu.json").read_text(encoding="utf-8"))["rows"]
+    largest = max(row["largest_loss_gap"] for row in rows if row["objective"] == "dpo")
+    written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"dpo, short prompts: {largest:.0e}" in written
+
+
 def test_the_page_s_pictures_and_files_are_there() -> None:
     for file in page.read_files(RESULTS):
         assert all((RESULTS / name).is_file() for name in file.pictures()), "bench.report"

@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 from widemargin.kernels.linear_logprob.routing import thresholds
 from widemargin.trainer.cli import _parser
 from widemargin.trainer.objectives import OBJECTIVES, hyperparameters_of
+from widemargin.trainer.settings.config import PreferenceConfig
 from widemargin.trainer.settings.files import parse_overrides
+from widemargin.trainer.settings.model import AdapterSettings
 from widemargin.trainer.settings.published.keys import TABLE
 from widemargin.trainer.sweep.values import pairs_of
 
+from docs.settings_table import comments, render
 from tests.support.doc_pages import (
     MAKERS,
     NOT_THERE,
@@ -59,6 +63,19 @@ def test_objectives_page_has_every_hyperparameter_and_default(name):
     for key, field in hyperparameters_of(name).items():
         assert field.default is not dataclasses.MISSING
         assert said.get(key) == str(field.default), key
+
+
+def test_settings_page_has_every_setting_of_this_project():
+    page = (DOCS / "settings.md").read_text(encoding="utf-8")
+    assert page == render(), "run python -m docs.settings_table > docs/settings.md"
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = [f.name for f in dataclasses.fields(PreferenceConfig) if f.name not in theirs]
+    assert [name for name in ours if f"| `{name}` |" not in page] == []
+
+
+def test_comments_of_several_lines_are_read():
+    assert comments(AdapterSettings)["lora_target_modules"].startswith("Names of the modules to")
+    assert comments(AdapterSettings)["lora_target_modules"].endswith("stay as they are.")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -22,7 +22,7 @@ from widemargin.trainer.settings.config import PreferenceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-GENERATED = ("migration.md", "results.md")
+GENERATED = ("migration.md", "results.md", "settings.md")
 """Pages made by a program, and full of other projects' keys."""
 MAKERS = {"results.md": "bench/report/pages.py", "studies.md": "bench/studies/report.py"}
 """What writes pages that are not there before the first results are."""

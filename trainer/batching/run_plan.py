@@ -155,7 +155,7 @@ class PlanSummary:
     step_balance: float  # the largest rank's tokens over the mean, averaged over steps
     micro_batch_balance: float  # the same over micro-batches
     largest_tokens: int  # of a rank in a micro-batch
-    largest_pairs: int
+    largest_pairs: int  # or prompts, or answers
     pairs: int
     trees: int
     cut_trees: int  # how often a prompt runs again, as its tree was cut
@@ -184,7 +184,7 @@ class PlanSummary:
             )
         second += (
             f"largest micro-batch of a {one} {self.largest_tokens:,} tokens, at most "
-            f"{self.largest_pairs} pairs"
+            f"{self.largest_pairs} {self.noun}s"
         )
         return [first, f"  {second}", *self._of_trees()]
 

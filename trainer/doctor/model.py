@@ -46,7 +46,9 @@ def model_findings(name: str | None, device: str) -> Findings:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     packing = choose_packing("auto", empty.config, attention=attention, device=device, dtype=dtype)
     status = WARN if packing.layout == "padded" else OK
-    compared = "" if packing.layout == "padded" else "; compared with padded rows before training"
+    compared = (
+        "" if packing.layout == "padded" else "; compared with single sequences before training"
+    )
     yield Finding(status, "packing", f"{packing.layout} ({packing.reason}){compared}")
     if name is not None:
         yield from _template(name)

@@ -30,7 +30,7 @@ from ..errors import UserError, refusals
 from ..model.digest import frozen_digest
 from ..text import steady_console
 from .nonfinite import check_weights
-from .progress import Progress, follow_schedule
+from .progress import EpochEnd, Progress, follow_schedule
 from .stopping import Collapsed, CollapseGuard, Preempted, Preemption, Stopped
 from .watchdog import Watchdog, missing_ranks
 
@@ -68,10 +68,9 @@ class CheckpointedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.preemption = Preemption(self)
-        self.add_callback(self.preemption)
-        self.collapse = CollapseGuard()
-        self.add_callback(self.collapse)
+        self.preemption, self.collapse = Preemption(self), CollapseGuard()
+        for each in (self.preemption, self.collapse, EpochEnd(self)):
+            self.add_callback(each)
 
     def train(
         self, resume_from_checkpoint: str | bool | Start | None = None, *args: Any, **kwargs: Any
@@ -99,10 +98,10 @@ class CheckpointedTrainer(Trainer):
             self._progress = Progress(self, folder)
             result = self._train_from(checkpoint, *args, **kwargs)
             if folder is not None and folder.name == f"checkpoint-{result.global_step}":
+                longer = "max_steps" if self.args.max_steps > 0 else "num_train_epochs"
                 logger.warning(
-                    "%s is the end of its run, so nothing was left to train; raise max_steps to go "
-                    "on, or set resume_from_checkpoint: false to start again",
-                    folder,
+                    f"{folder} is the end of its run, so nothing was left to train; raise {longer} "
+                    "to go on, or set resume_from_checkpoint: false to start again"
                 )
             return result
 

@@ -135,7 +135,8 @@ class OutputTrainer(Trainer):
         write_model_card(self, self.objective, record, **given)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        with hub_refusals("push_to_hub: the repository cannot be made; or set push_to_hub: false"):
+        advice = "log in with hf auth login, or set it to false; the repository cannot be made"
+        with hub_refusals(f"push_to_hub: {advice}"):
             super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(

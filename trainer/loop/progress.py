@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
 
 from ..batching.streams import go_on_in_stream, place_in_stream
 from ..checkpoint.files import MANIFEST, read_manifest
@@ -81,6 +82,33 @@ class Progress:
         if self.before:
             self.trainer._initial_global_step = 0
         return time.time() - self.seconds
+
+
+class EpochEnd(TrainerCallback):
+    """Logs and evaluates at an epoch's last step before the checkpoint of that step is saved.
+
+    transformers does so after it: a run that goes on from there would lack both in its report.
+
+    Args:
+        trainer: whose training it is. One that stops saves at once, as before.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._done_at = -1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ends = control.should_training_stop or float(state.epoch).is_integer()
+        if ends and control.should_save and not self.trainer.stopping:
+            self._done_at = state.global_step
+            control.should_log |= args.logging_strategy == "epoch"
+            control.should_evaluate |= args.eval_strategy == "epoch" and (
+                args.eval_delay <= state.epoch
+            )
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._done_at == state.global_step:
+            control.should_log = control.should_evaluate = False
 
 
 def follow_schedule(scheduler: Any) -> None:

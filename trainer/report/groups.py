@@ -17,8 +17,10 @@ NOT_COMPARED = {
     *SEEDS,
     *("output_dir", "run_name", "logging_dir", "report_to", "resume_from_checkpoint"),
     *("push_to_hub", "hub_model_id", "write_report", "disable_tqdm", "profile"),
+    *("logging_steps", "logging_strategy", "logging_first_step"),
+    *("save_steps", "save_strategy", "save_total_limit"),
 }
-"""Settings that do not tell runs apart: seeds, and where a run writes."""
+"""Settings that do not tell runs apart: seeds, and where and how often a run writes."""
 
 COLOURS = 8
 LABEL_LENGTH = 40

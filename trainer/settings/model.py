@@ -141,7 +141,9 @@ class ReferenceSettings:
     #: Let the reference follow the model (TR-DPO): every ``ref_model_sync_steps`` steps its weights
     #: become ``ref_model_mixup_alpha`` times the model's, plus the rest of its own.
     sync_ref_model: bool = False
+    #: Steps from one such change to the next.
     ref_model_sync_steps: int = 512
+    #: The model's share in it, above 0 and at most 1.
     ref_model_mixup_alpha: float = 0.6
 
     def check_reference(self) -> None:

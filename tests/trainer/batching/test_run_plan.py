@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,4 +144,7 @@ def test_the_summary_by_hand():
     assert "busiest of 2 ranks 1.000" in text
     text = "\n".join(summarise(planner, sharing=4).lines())
     assert "busiest of 2 groups of 4 ranks 1.000" in text
-    assert "largest micro-batch of a group of 4 ranks 14 tokens" in text
+    assert "largest micro-batch of a group of 4 ranks 14 tokens, at most 2 pairs" in text
+    text = "\n".join(replace(summary, noun="answer").lines())
+    assert "4 answers a step" in text
+    assert "at most 2 answers" in text

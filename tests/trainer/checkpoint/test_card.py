@@ -212,5 +212,5 @@ def test_a_hub_that_is_away_is_said_before_training(run_config, tmp_path, monkey
     assert main(["train", str(run_config), "--push_to_hub=true"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1
-    assert "push_to_hub: the repository cannot be made" in errors[0]
+    assert "push_to_hub: log in with hf auth login, or set it to false; the repo" in errors[0]
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -328,6 +328,7 @@ def test_a_finished_run_says_so_when_it_is_resumed(copied, caplog):
     trainer = tiny_trainer(copied, **SAVING)
     trainer.train(resume_from_checkpoint=True)
     assert f"{copied / 'checkpoint-4'} is the end of its run, so nothing was left" in caplog.text
+    assert "raise max_steps to go on" in caplog.text
     caplog.clear()
     tiny_trainer(copied, **SAVING).train(resume_from_checkpoint=str(copied / "checkpoint-2"))
     assert "the end of its run" not in caplog.text

@@ -57,6 +57,12 @@ def test_labels_are_what_differs(tmp_path: Path) -> None:
     assert labels == ["learning_rate 0.001", "learning_rate 0.0001"]
 
 
+def test_how_often_a_run_writes_tells_none_apart(tmp_path: Path) -> None:
+    often = run_of(tmp_path, "lmpo", 0, logging_steps=1, save_strategy="no")
+    seldom = run_of(tmp_path, "lmpo", 1, logging_steps=5, save_steps=100)
+    assert [len(group.runs) for group in group_runs(load_runs([often, seldom]))] == [2]
+
+
 def test_runs_without_notes_stay_apart(tmp_path: Path) -> None:
     groups = group_runs(load_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b")]))
     assert [group.label for group in groups] == ["a", "b"]

@@ -130,7 +130,9 @@ def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) ->
     objective = _objective(loss_type, trainer_type, sigmoid)
     if objective is None:
         raise UserError(
-            f"objective: none is named; add objective: with one of {', '.join(OBJECTIVES)}"
+            "objective: none is named; for a published file of SimPO, LMPO or gamma-PO start -m "
+            "widemargin.trainer.run_simpo, run_lmpo or run_xpo in place of widemargin train; "
+            f"otherwise add objective: with one of {', '.join(OBJECTIVES)}"
         )
     settings["objective"] = objective
     if loss_type == "alphapo" and settings.get("cpo_alpha") is not None:

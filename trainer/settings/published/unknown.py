@@ -50,8 +50,35 @@ ELSEWHERE = {
     "packing_samples": "packing",
     "train_batch_size": "per_device_train_batch_size * gradient_accumulation_steps * GPUs",
     "save_path": "output_dir",
+    "save_dir": "output_dir",
+    "model": "model_name_or_path",
+    "ref_model": "ref_model_name_or_path",
+    "reference_model": "ref_model_name_or_path",
+    "tokenizer": "tokenizer_name_or_path",
+    "train_dataset": "dataset",
+    "train_file": "dataset",
+    "data_path": "dataset",
+    "dataset_path": "dataset",
+    "loss": "objective",
+    "method": "objective",
+    "lr": "learning_rate",
+    "scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "use_lora": "use_peft",
+    "qlora": "load_in_4bit",
+    "mixed_precision": "bf16",
+    "resume": "resume_from_checkpoint",
+    "wandb": "report_to",
+    "logger": "report_to",
 }
-"""Names in files of LLaMA-Factory, axolotl, OpenRLHF and open-instruct that resemble none here."""
+"""Names in files of LLaMA-Factory, axolotl, OpenRLHF and open-instruct that resemble none here.
+
+And first guesses, which a likeness of letters alone would answer with another setting.
+"""
 
 
 def unknown_key(key: str, objective: str, known: Iterable[str]) -> str:
