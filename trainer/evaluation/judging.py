@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, expect_whole
 from ..text import printable
 from .chat_client import OPENAI, ChatClient, NothingUsable, Unusable, text_of
 from .questions import Question
 from .results import Record, Records, table, write_json
-from .settings import count
 
 INSTRUCTIONS = """\
 Two assistants, A and B, answered the same request. Decide whose answer serves the person who asked
@@ -49,7 +48,7 @@ class JudgeRequest:
 
     def check(self, read_baseline: Callable[[str], dict[str, str]]) -> None:
         """Raise ``UserError`` before any work is done."""
-        count("--judge-parallel", self.parallel)
+        expect_whole("--judge-parallel", self.parallel, 1)
         if self.baseline is not None:
             read_baseline(self.baseline)
         elif self.model is not None:

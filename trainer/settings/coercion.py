@@ -38,6 +38,18 @@ TYPES = {
 """Types that are checked, in a user's words."""
 
 
+def coerced_values(given: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
+    """Each value as its field's type.
+
+    A null stands for the default where the type has no null, as in published files.
+    """
+    return {
+        key: coerced(key, value, hints[key])
+        for key, value in given.items()
+        if value is not None or type(None) in typing.get_args(hints[key])
+    }
+
+
 def coerced(key: str, value: Any, hint: Any) -> Any:
     """``value`` as the field's type: 1e-6 as a number, whole numbers for floats, one for a list."""
     kinds = _kinds_of(key, hint)

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, expect
 from .checks import check_metric
-from .coercion import LONGEST_NUMBER, as_number, coerced, takes_text
+from .coercion import LONGEST_NUMBER, as_number, coerced_values, takes_text
 from .config import PreferenceConfig, objective_keys
 from .published.keys import TABLE
 from .published.loss_type import check_loss_type
@@ -206,13 +206,7 @@ def build_config(
         raise
     arguments = _pop_hyperparameters(settings)
     settings |= {k: null for k, null in NULLS.items() if k in settings and settings[k] is None}
-    # A null stands for the default where the type has no null, as in published files.
-    values = {
-        key: coerced(key, value, fields[key])
-        for key, value in settings.items()
-        if value is not None or type(None) in typing.get_args(fields[key])
-    }
-    config = PreferenceConfig(**values, objective_args=arguments)
+    config = PreferenceConfig(**coerced_values(settings, fields), objective_args=arguments)
     check_metric(config.metric_for_best_model)
     return config
 
@@ -238,8 +232,7 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
     """
     hyperparameters = objective_keys(str(settings["objective"]))
     arguments = settings.pop("objective_args", None) or {}
-    if not isinstance(arguments, dict):
-        raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
+    expect("objective_args", arguments, isinstance(arguments, dict), "a mapping")
     arguments = {name: as_number(value) for name, value in arguments.items()}
     fields, unknown = _hints(PreferenceConfig), []
     for key in list(settings):
