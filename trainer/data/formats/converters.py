@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 from .messages import WRONG_TYPE, RowProblem, as_messages, kind
@@ -177,25 +179,15 @@ def grouped(row: Row, *_: str) -> Row:
 
 def best_and_worst(rows: list[Mapping[str, Any]]) -> list[Row]:
     """HelpSteer's rows, one an answer, as pairs: of each prompt the most and the least helpful."""
-    answers: dict[str, list[Mapping[str, Any]]] = {}
+    answers: dict[str, list[tuple[float, Any]]] = {}
     for row in rows:
-        answers.setdefault(str(row["prompt"]), []).append(row)
+        with suppress(RowProblem):  # an answer without a score
+            score = number(row, "helpfulness")
+            answers.setdefault(str(row["prompt"]), []).append((score, row["response"]))
     pairs = []
-    for prompt, group in answers.items():
-        scored = sorted(filter(_is_scored, group), key=_helpful)
-        if scored and _helpful(scored[0]) != _helpful(scored[-1]):
-            sides = {"chosen": scored[-1]["response"], "rejected": scored[0]["response"]}
-            pairs.append(conversation(transcript(prompt), **sides))
+    for prompt, scored in answers.items():
+        scored.sort(key=itemgetter(0))
+        (least, rejected), (most, chosen) = scored[0], scored[-1]
+        if least != most:
+            pairs.append(conversation(transcript(prompt), chosen, rejected))
     return pairs
-
-
-def _is_scored(row: Mapping[str, Any]) -> bool:
-    try:
-        number(row, "helpfulness")
-        return True
-    except RowProblem:
-        return False
-
-
-def _helpful(row: Mapping[str, Any]) -> float:
-    return number(row, "helpfulness")
