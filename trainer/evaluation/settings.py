@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..data import DataSettings
 from ..errors import UserError, expect, expect_number, expect_one_of, expect_whole, is_whole
 from ..objectives import canonical_name, hyperparameters_of, spec_of
-from ..settings.coercion import coerced, coerced_values
+from ..settings.coercion import coerced, coerced_values, hints_of
 from ..settings.config import PreferenceConfig
 from ..settings.files import parse_overrides, read_yaml
 from ..settings.names import DTYPES, PACKINGS
@@ -42,7 +41,8 @@ class LoadSettings:
     #: Tokenize as tokenizer.json says, as in training.
     tokenizer_as_saved: bool = False
 
-    def check_load(self) -> None:
+    def check_all(self) -> None:
+        """Raise ``UserError`` for the first value out of range."""
         if self.dtype is not None:
             expect_one_of("dtype", self.dtype, DTYPES)
 
@@ -60,8 +60,8 @@ class PairSettings(LoadSettings, DataSettings):
     max_tokens_per_batch: int = 16384
 
     def check_all(self) -> None:
+        super().check_all()
         self.check()
-        self.check_load()
         expect_whole("max_tokens_per_batch", self.max_tokens_per_batch, 1)
         expect_one_of("packing", self.packing, PACKINGS)
         if self.beta is not None:
@@ -94,7 +94,7 @@ class DecodingSettings(LoadSettings):
     engine: str = "auto"
 
     def check_all(self) -> None:
-        self.check_load()
+        super().check_all()
         for option, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("seed", 0)):
             expect_whole(option, getattr(self, option), least)
         expect_number("temperature", self.temperature, "a number from 0 on", least=0)
@@ -130,7 +130,7 @@ class HarnessSettings(LoadSettings):
     apply_chat_template: bool | None = None
 
     def check_all(self) -> None:
-        self.check_load()
+        super().check_all()
         if self.batch_size != "auto":
             expect_whole("batch_size", self.batch_size, 1)
         shots = self.num_fewshot
@@ -138,21 +138,13 @@ class HarnessSettings(LoadSettings):
         expect("num_fewshot", shots, fits, "a number from 0 on, or null")
 
 
-class _Checked(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def check_all(self) -> None: ...
-
-
-Settings = TypeVar("Settings", bound=_Checked)
+Settings = TypeVar("Settings", bound=LoadSettings)
 
 
 def build(kind: type[Settings], given: dict[str, Any]) -> Settings:
     """Checked settings from plain values; an unknown key is an error naming the nearest."""
-    hints = typing.get_type_hints(kind)
-    known = {field.name: hints[field.name] for field in fields(kind)}
-    _check_known(given, known)
-    settings = kind(**coerced_values(given, known))
+    _check_known(given, hints_of(kind))
+    settings = kind(**coerced_values(given, kind))
     settings.check_all()
     return settings
 

@@ -53,7 +53,7 @@ class ScoreSettings(LoadSettings):
     judge_url: str | None = None
 
     def check_all(self) -> None:
-        self.check_load()
+        super().check_all()
         expect_whole("batch_size", self.batch_size, 1)
 
 
