@@ -89,9 +89,9 @@ def judge(
     if len(pairs) < len(questions):
         print(f"{len(pairs):,} of {len(questions):,} questions have a baseline answer")
     games = {
-        f"{question.id}:{place}": _game(question.prompt, answer, baseline_answer, place)
-        for question, answer, baseline_answer in pairs
-        for place in ("A", "B")
+        f"{question.id}:{place}": [question.prompt, *answers, place]
+        for question, ours, theirs in pairs
+        for place, answers in (("A", (ours, theirs)), ("B", (theirs, ours)))
     }
     content = json.dumps(games, sort_keys=True).encode("utf-8", "replace")
     identity = {
@@ -110,14 +110,11 @@ def judge(
     return result
 
 
-def _game(prompt: str, answer: str, baseline_answer: str, place: str) -> list[str]:
-    """Request, answer A, answer B, and which of the two is the model's."""
-    answers = (answer, baseline_answer) if place == "A" else (baseline_answer, answer)
-    return [prompt, *answers, place]
-
-
 def _play(request: JudgeRequest, games: dict[str, list[str]], records: Records) -> None:
     """Judge what is not judged.
+
+    Args:
+        games: of each the request, answer A, answer B, and which of these is the model's.
 
     Raises:
         NothingUsable: the judge gave no verdict in more than `MOST_WITHOUT_VERDICT` of the games.

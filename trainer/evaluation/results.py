@@ -133,7 +133,8 @@ class Records:
         """Add finished records, all in one write, and wait until they are on disk."""
         with self._lock, refusals(f"{self.path}: cannot be written", OSError):
             new = [record for record in records if record["id"] not in self.done]
-            self._file.write("".join(map(_sealed, new)).encode())
+            lines = (json.dumps(record | {SEAL: _seal(record)}) for record in new)
+            self._file.write("".join(f"{line}\n" for line in lines).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
             self.done |= {record["id"]: record for record in new}
@@ -222,10 +223,6 @@ def _parsed(path: Path, lines: bytes) -> dict[str, Record]:
                 "it is damaged"
             ) from error
     return records
-
-
-def _sealed(record: Record) -> str:
-    return json.dumps(record | {SEAL: _seal(record)}) + "\n"
 
 
 def _seal(record: Record) -> str:
