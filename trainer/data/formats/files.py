@@ -7,10 +7,13 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ...files import replacing
 from .damage import (
     cache_trouble,
     nests_too_deeply,
@@ -241,16 +244,12 @@ def _without_zstd(path: str) -> str:
         return path
     state = os.stat(path)
     key = Hasher.hash([os.path.abspath(path), state.st_size, state.st_mtime_ns])
-    folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin", f"unpacked-{key}")
-    os.makedirs(folder, exist_ok=True)
-    copy = os.path.join(folder, os.path.basename(path).removesuffix(".zst"))
-    if not os.path.isfile(copy):
-        aside = f"{copy}.{os.getpid()}"
-        with opened(path) as packed, open(aside, "wb") as file:
-            while block := packed.read(1 << 20):
-                file.write(block)
-        os.replace(aside, copy)
-    return copy
+    folder = Path(config.HF_DATASETS_CACHE, "widemargin", f"unpacked-{key}")
+    copy = folder / os.path.basename(path).removesuffix(".zst")
+    if not copy.is_file():
+        with replacing(copy) as aside, opened(path) as packed, open(aside, "wb") as file:
+            shutil.copyfileobj(packed, file)
+    return str(copy)
 
 
 def _load_saved(name: str, path: str) -> Any:
