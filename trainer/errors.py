@@ -39,19 +39,37 @@ def is_number(value: Any) -> bool:
     return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023
 
 
+def expect(name: str, value: object, fits: bool, expected: str) -> None:
+    """Raise ``UserError`` unless ``value`` fits; ``expected`` says in words which values do."""
+    if not fits:
+        raise UserError(f"{name}: expected {expected}, got {value!r}")
+
+
 def expect_whole(name: str, value: object, least: int) -> None:
     """Raise ``UserError`` unless ``value`` is a whole number from ``least`` on."""
-    if not is_whole(value, least):
-        raise UserError(f"{name}: expected a whole number from {least} on, got {value!r}")
+    expect(name, value, is_whole(value, least), f"a whole number from {least} on")
+
+
+def expect_number(
+    name: str,
+    value: Any,
+    expected: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise ``UserError`` unless ``value`` is a finite number within these limits."""
+    fits = is_number(value) and least <= value <= most and above < value < below
+    expect(name, value, fits, expected)
 
 
 def expect_bool(name: str, value: object) -> None:
     """Raise ``UserError`` unless ``value`` is true or false."""
-    if not isinstance(value, bool):
-        raise UserError(f"{name}: expected true or false, got {value!r}")
+    expect(name, value, isinstance(value, bool), "true or false")
 
 
 def expect_one_of(name: str, value: object, known: Sequence[str]) -> None:
     """Raise ``UserError`` unless ``value`` is one of the ``known`` names."""
-    if value not in known:
-        raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    expect(name, value, value in known, f"one of {', '.join(known)}")

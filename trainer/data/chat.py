@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .rows import Messages, Pair, RowProblem
+from .rows import Messages, Pair, RowProblem, attempt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,32 +62,14 @@ def render(
             "a Jinja template or its path, or start from a model that has one"
         )
     try:
-        return list(_apply(tokenizer, conversations, generation, arguments))
-    except Exception:
-        return [_render_one(tokenizer, each, generation, arguments) for each in conversations]
-
-
-def _render_one(
-    tokenizer: PreTrainedTokenizerBase,
-    conversation: Messages,
-    generation: bool,
-    arguments: Mapping[str, Any],
-) -> str | RowProblem:
-    try:
-        return _apply(tokenizer, [conversation], generation, arguments)[0]
+        texts: Any = tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=generation, **arguments
+        )
+        return texts
     except Exception as error:  # a template can raise anything on a row it was not written for
-        return RowProblem(TEMPLATE_REFUSED, f"{type(error).__name__}: {error}")
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[Messages],
-    generation: bool,
-    arguments: Mapping[str, Any],
-) -> Any:
-    return tokenizer.apply_chat_template(
-        conversations, tokenize=False, add_generation_prompt=generation, **arguments
-    )
+        if len(conversations) == 1:
+            return [RowProblem(TEMPLATE_REFUSED, f"{type(error).__name__}: {error}")]
+    return [render(tokenizer, [each], generation, arguments)[0] for each in conversations]
 
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase, generation: bool) -> str | None:
@@ -175,14 +157,25 @@ def render_pairs(
     prompts = render(tokenizer, [pair.prompt for pair in pairs], True, given)
     chosen = render(tokenizer, [pair.prompt + pair.chosen for pair in pairs], False, given)
     rejected = render(tokenizer, [pair.prompt + pair.rejected for pair in pairs], False, given)
-    rendered: list[Rendered | RowProblem] = []
-    for pair, prompt, *sides in zip(pairs, prompts, chosen, rejected, strict=True):
-        texts = [_begun(tokenizer, pair) if pair.begun else prompt, *sides]
-        if isinstance(texts[0], str) and isinstance(texts[1], str) and _loses_system(pair, texts):
-            texts = _with_folded_system(tokenizer, pair, texts[0])
-        refused = next((text for text in texts if isinstance(text, RowProblem)), None)
-        rendered.append(refused or (str(texts[0]), str(texts[1]), str(texts[2])))
-    return rendered
+    texts = zip(pairs, prompts, chosen, rejected, strict=True)
+    return [attempt(_joint, tokenizer, *each) for each in texts]
+
+
+def _joint(
+    tokenizer: PreTrainedTokenizerBase, pair: Pair, prompt: str | RowProblem, *sides: Any
+) -> Rendered:
+    texts = accepted(_begun(tokenizer, pair) if pair.begun else prompt, *sides)
+    if not _loses_system(pair, texts):
+        return texts
+    return accepted(*_with_folded_system(tokenizer, pair, texts[0]))
+
+
+def accepted(prompt: str | RowProblem, chosen: Any, rejected: Any) -> Rendered:
+    """The texts; raises the first that the template has refused."""
+    for text in (prompt, chosen, rejected):
+        if isinstance(text, RowProblem):
+            raise text
+    return str(prompt), chosen, rejected
 
 
 def shared_arguments(pairs: list[Pair]) -> Mapping[str, Any]:
@@ -193,19 +186,16 @@ def shared_arguments(pairs: list[Pair]) -> Mapping[str, Any]:
 def _begun(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> str | RowProblem:
     """The prompt with the answer it has begun, left open."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [*pair.prompt, pair.begun or {}],
-                tokenize=False,
-                continue_final_message=True,
-                **pair.arguments,
-            )
+        talk = [*pair.prompt, pair.begun or {}]
+        text: Any = tokenizer.apply_chat_template(
+            talk, tokenize=False, continue_final_message=True, **pair.arguments
         )
+        return text
     except Exception as error:  # also where the template changes the answer's text
         return RowProblem(TEMPLATE_REFUSED, f"a begun answer: {type(error).__name__}: {error}")
 
 
-def _loses_system(pair: Pair, texts: list[Any]) -> bool:
+def _loses_system(pair: Pair, texts: Rendered) -> bool:
     """Whether the template writes the system text in the prompt, but not before an answer."""
     system = pair.prompt[0].get("content") if pair.prompt[0]["role"] == "system" else None
     text = system.strip() if isinstance(system, str) else ""
@@ -230,9 +220,9 @@ def _with_folded_system(tokenizer: PreTrainedTokenizerBase, pair: Pair, prompt: 
             pair.prompt = messages
             sides = [messages + pair.chosen, messages + pair.rejected]
             return [prompt, *render(tokenizer, sides, False, pair.arguments)]
-    return [
-        RowProblem(SYSTEM_LOST, "put it into the first user message, or give another chat_template")
-    ]
+    raise RowProblem(
+        SYSTEM_LOST, "put it into the first user message, or give another chat_template"
+    )
 
 
 def generation_mask(

@@ -33,7 +33,7 @@ from .chat import (
 from .encoder import TripleEncoder, single_bos, unknown_id
 from .formats.answers import DESIRABLE, NUMBER_COLUMNS, SCORES, Edges
 from .formats.shapes import standard_rows
-from .guard import ANSWER_LOST, guarded
+from .guard import ANSWER_LOST, check_text
 from .images.columns import show_images
 from .limits import (
     BOS_DOUBLED,
@@ -66,7 +66,7 @@ from .rows import (
 from .separate import last_turns, render_separately, split_separate
 from .table import TOKEN_COLUMNS, UNSCORED_COLUMNS, token_columns
 from .template import content_forms
-from .turns import Ends, Side, TurnScorer, find_ends
+from .turns import Ends, TurnScorer, find_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,11 +119,9 @@ class PairTokenizer:
             origins += [place if indices is None else indices[place]] * len(made)
             pairs += made
         rendered = [
-            guarded(pair, texts, self.template)
+            texts if isinstance(texts, RowProblem) else attempt(self._checked, pair, texts)
             for pair, texts in zip(pairs, self._render(pairs), strict=True)
         ]
-        if self.images is not None:
-            rendered = [*map(self.images.expanded, rendered, pairs)]
         ids = iter(self.encode([texts for texts in rendered if not isinstance(texts, RowProblem)]))
         made = (
             texts
@@ -171,6 +169,10 @@ class PairTokenizer:
                 sides = (pair.prompt + side for side in (pair.chosen, pair.rejected))
                 rendered.append((pair.prompt, *sides))
         return rendered
+
+    def _checked(self, pair: Pair, texts: Rendered) -> Rendered:
+        check_text(pair, texts, self.template)
+        return texts if self.images is None else self.images.expanded(texts, pair.images)
 
     def _finish(
         self, pair: Pair, texts: Rendered, ids: tuple[list[int], list[int], list[int]]
@@ -221,8 +223,8 @@ class PairTokenizer:
             flags.add(MISMATCH)
             detail = f"the last {len(prompt) - shared} of {len(prompt)} prompt tokens are not kept"
         sides = [
-            self._side(pair, messages, texts[0], text, ids, shared)
-            for messages, text, ids in zip(
+            self.turns.side(pair, answer, texts[0], text, ids, shared)
+            for answer, text, ids in zip(
                 (pair.chosen, pair.rejected), texts[1:], (chosen, rejected), strict=True
             )
         ]
@@ -233,16 +235,6 @@ class PairTokenizer:
         sides = (first.ids, second.ids)
         tokens = Tokens(prompt[:shared], *sides, flags, detail, unscored, pair.numbers, pair.images)
         return fit(tokens, self.limits, self.bos_id)
-
-    def _side(
-        self, pair: Pair, answer: Any, prompt: str, text: str, ids: list[int], start: int
-    ) -> Side:
-        if not pair.conversation:
-            return self.turns.plain(prompt, text, ids, start)
-        messages = pair.prompt + answer
-        return self.turns.conversation(
-            messages, len(pair.prompt), prompt, text, ids, start, pair.arguments
-        )
 
 
 def _repeats_prompt(pair: Pair) -> bool:

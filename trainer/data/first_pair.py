@@ -64,7 +64,9 @@ def preflight_lines(
         out = set(unscored[part])
         kept = [i not in out for i in range(len(ids[part]))]
         part_lines = _part_lines(part, ids[part], offset, kept, tokenizer)
-        lines += [_coloured(line, scored) if colours else line for line, scored in part_lines]
+        for line, scored in part_lines:
+            colour = _GREEN if scored else _DIM
+            lines.append(f"{colour}{line}{_PLAIN}" if colours else line)
     return lines
 
 
@@ -129,10 +131,6 @@ def _share(tokens: int, unscored: int) -> str:
     if unscored == tokens:
         return "read, not scored"
     return f"{tokens - unscored} of them scored" if unscored else "scored"
-
-
-def _coloured(line: str, scored: bool) -> str:
-    return f"{_GREEN if scored else _DIM}{line}{_PLAIN}"
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:

@@ -27,16 +27,16 @@ PROMPT_SCORED = "prompt moved into the answer by the chat template"
 _WORDS = re.compile(r"\w+|[^\w\s]")
 
 
-def guarded(pair: Pair | RowProblem, texts: Rendered | RowProblem, template: str) -> Any:
-    """``texts``, or the ``RowProblem`` they are; ``pair.lost`` says what is missing in them.
+def check_text(pair: Pair, texts: Rendered, template: str) -> None:
+    """Raise ``RowProblem`` for a pair that cannot train; ``pair.lost`` says what else is missing.
 
     Args:
         pair: the row as it was read.
         texts: the row as it was rendered.
         template: the chat template's source, or "".
     """
-    if isinstance(pair, RowProblem) or isinstance(texts, RowProblem) or not pair.conversation:
-        return texts
+    if not pair.conversation:
+        return
     prompt, *sides = texts
     shared = prompt[: min(common_prefix(prompt, side) for side in sides)]
     lost = []
@@ -44,22 +44,21 @@ def guarded(pair: Pair | RowProblem, texts: Rendered | RowProblem, template: str
         missing = [text for text in texts_of(message) if not occurs(text, shared)]
         moved = [t for t in missing if any(occurs(t, side[len(shared) :]) for side in sides)]
         if moved:
-            return RowProblem(PROMPT_SCORED, _named(message, moved[0]))
+            raise RowProblem(PROMPT_SCORED, _named(message, moved[0]))
         lost += [(message, text) for text in missing]
     asked = pair.prompt[-1]
     if any(message is asked for message, _ in lost) and not _ends_in(asked, shared):
-        return RowProblem(PROMPT_LOST, _named(*lost[-1]))
+        raise RowProblem(PROMPT_LOST, _named(*lost[-1]))
     start = _last_end(pair.prompt, shared)
     for answer, side in ((pair.chosen, sides[0]), (pair.rejected, sides[1])):
         gone = list(_missing(answer, side[start:]))
         if gone and not any(_ends_in(message, side[start:]) for message in answer):
-            return RowProblem(ANSWER_LOST, _named(*gone[0]))
+            raise RowProblem(ANSWER_LOST, _named(*gone[0]))
         lost += gone
     names = [_named(*each) for each in lost]
     names += _unused_arguments(pair.arguments, shared, template)
     more = f", and {len(names) - 1} more" if names[1:] else ""
     pair.lost = f"left out: {names[0]}{more}" if names else ""
-    return texts
 
 
 def _missing(messages: Messages, rendered: str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from .formats.answers import DESIRABLE
@@ -79,12 +79,7 @@ class Limits:
 
     @classmethod
     def of(cls, settings: DataSettings) -> Limits:
-        return cls(
-            settings.max_length,
-            settings.max_prompt_length,
-            settings.max_completion_length,
-            settings.truncation_mode,
-        )
+        return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)})
 
     def cut(self, tokens: Tokens, bos_id: int | None) -> tuple[list[int], int | None]:
         """The prompt within its limit (BOS stays), and the room it leaves for a completion."""

@@ -20,9 +20,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .chat import Rendered, render, shared_arguments, without_bos
+from .chat import Rendered, accepted, render, shared_arguments, without_bos
 from .limits import MISMATCH, SEVERAL_TURNS, Tokens
-from .rows import Pair, RowProblem, common_prefix
+from .rows import Pair, RowProblem, attempt, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,23 +46,15 @@ def render_separately(
         render(tokenizer, [getattr(pair, part) for pair in pairs], False, given)
         for part, given in (("prompt", arguments), ("chosen", alone), ("rejected", alone))
     )
-    texts: list[Rendered | RowProblem] = []
-    for prompt, *sides in zip(prompts, chosen, rejected, strict=True):
-        if isinstance(prompt, RowProblem):
-            texts.append(prompt)
-            continue
-        refused = next((side for side in sides if isinstance(side, RowProblem)), None)
-        if refused is not None:
-            texts.append(
-                RowProblem(
-                    refused.reason,
-                    f"an answer alone, as chat_rendering: separate has it: {refused.detail}",
-                )
-            )
-            continue
-        first, second = (prompt + without_bos(tokenizer, str(side)) for side in sides)
-        texts.append((prompt, first, second))
-    return texts
+    for problem in (side for side in (*chosen, *rejected) if isinstance(side, RowProblem)):
+        problem.detail = f"an answer alone, as chat_rendering: separate has it: {problem.detail}"
+
+    def joined(*texts: Any) -> Rendered:
+        prompt, *sides = accepted(*texts)
+        first, second = (prompt + without_bos(tokenizer, side) for side in sides)
+        return prompt, first, second
+
+    return [attempt(joined, *texts) for texts in zip(prompts, chosen, rejected, strict=True)]
 
 
 def split_separate(

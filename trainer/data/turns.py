@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from .chat import NOTHING, PROBE, generation_mask, only_id, render
+from .chat import PROBE, generation_mask, only_id, render
 from .encoder import encode, single_bos
 from .limits import AFTER_END, NO_TURNS, NOT_SCORED
-from .rows import EMPTY_COMPLETION, Messages, RowProblem, common_prefix
+from .rows import EMPTY_COMPLETION, Messages, Pair, RowProblem, common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -119,11 +119,19 @@ class TurnScorer:
         self.eos_id = only_id(tokenizer.eos_token_id)
         self.added = frozenset(tokenizer.added_tokens_decoder)
 
-    def plain(self, prompt: str, text: str, ids: list[int], start: int) -> Side:
-        """An answer of plain text, closed with EOS unless an end stands there already.
+    def side(
+        self, pair: Pair, answer: Any, prompt: str, text: str, ids: list[int], start: int
+    ) -> Side:
+        """The ``answer`` of a pair, which begins at ``start``.
 
-        ``ids`` are those of ``text``, which begins with ``prompt``; the answer begins at ``start``.
+        ``ids`` are those of ``text``, which begins with ``prompt``.
         """
+        if not pair.conversation:
+            return self._plain(prompt, text, ids, start)
+        return self._conversation(pair, answer, prompt, text, ids, start)
+
+    def _plain(self, prompt: str, text: str, ids: list[int], start: int) -> Side:
+        """An answer of plain text, closed with EOS unless an end stands there already."""
         closing = {self.eos_id, self.ends.answer} - {None}
         side, kept = ids[start:], len(ids) - start
         while kept and not self._says(side[kept - 1 : kept], special=True):
@@ -139,20 +147,10 @@ class TurnScorer:
         flags = {NO_TURNS} if self.score in ("last_turn", "all_assistant") else set()
         return self._side(ids[:start] + side, keep, start, side[-1] in closing, flags)
 
-    def conversation(
-        self,
-        messages: Messages,
-        first: int,
-        prompt: str,
-        text: str,
-        ids: list[int],
-        start: int,
-        given: Mapping[str, Any] = NOTHING,
+    def _conversation(
+        self, pair: Pair, answer: Messages, prompt: str, text: str, ids: list[int], start: int
     ) -> Side:
-        """The answer of ``messages`` from ``first`` on, in ``ids`` from ``start`` on.
-
-        ``given`` is what the template is given beside the messages.
-        """
+        messages, first, given = pair.prompt + answer, len(pair.prompt), pair.arguments
         answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
         told = bool(answers) and answers[0] > first  # what tools said goes before the first answer
         begin = self._begin(messages, answers[0], ids, given) if told else start

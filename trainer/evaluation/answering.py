@@ -60,13 +60,8 @@ def answer(
 
     with Records(folder, "answers", settled) as records:
         if len(records.done) < len(questions):
-            prompts = dict(
-                zip(
-                    (question.id for question in questions),
-                    render(questions, settings, tokenizer),
-                    strict=True,
-                )
-            )
+            ids = [question.id for question in questions]
+            prompts = dict(zip(ids, render(questions, settings, tokenizer), strict=True))
             answerer(settings, model, engine, tokenizer).write([prompts], records, record)
         return [records.done[question.id] for question in questions]
 

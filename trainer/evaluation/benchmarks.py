@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, expect_whole
 from ..monitor.run_record import versions
 from ..text import printable
 from . import judging, tools
@@ -25,7 +25,7 @@ from .questions import (
     is_first_layout,
 )
 from .results import Record, name, output_folder, write_json, write_jsonl
-from .settings import AnswerSettings, answer_settings, count
+from .settings import AnswerSettings, answer_settings
 
 ALPACA_QUESTIONS = "tatsu-lab/alpaca_eval:alpaca_eval.json"
 ARENA_QUESTIONS = "lmarena-ai/arena-hard-auto:data/arena-hard-v2.0/question.jsonl"
@@ -36,9 +36,7 @@ _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 def alpaca_eval(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer AlpacaEval's instructions, write ``model_outputs.json``, and have it judged."""
     settings, model, generator = _settings(options, "alpaca_eval", overrides)
-    questions = _limited(
-        alpaca_questions(options.questions or settings.questions or ALPACA_QUESTIONS), options.limit
-    )
+    questions = _questions(options, settings, alpaca_questions, ALPACA_QUESTIONS)
     judge = _judge(options, alpaca_outputs)
     folder = output_folder(model, "alpaca-eval", options.out)
     records = answer(questions, settings, model, folder)
@@ -54,9 +52,7 @@ def alpaca_eval(options: argparse.Namespace, overrides: list[str]) -> None:
 def arena_hard(options: argparse.Namespace, overrides: list[str]) -> None:
     """Answer Arena-Hard's questions, write its answer file, and have it judged."""
     settings, model, generator = _settings(options, "arena_hard", overrides)
-    questions = _limited(
-        arena_questions(options.questions or settings.questions or ARENA_QUESTIONS), options.limit
-    )
+    questions = _questions(options, settings, arena_questions, ARENA_QUESTIONS)
     judge = _judge(options, arena_outputs)
     version = arena_version(questions)
     for option, value in (("--judge-url", judge.url), ("--baseline", judge.baseline)):
@@ -199,10 +195,15 @@ def _judge(
     return request
 
 
-def _limited(questions: list[Question], limit: int | None) -> list[Question]:
-    if limit is not None:
-        count("--limit", limit)
-    return questions[:limit]
+def _questions(
+    options: argparse.Namespace,
+    settings: AnswerSettings,
+    read: Callable[[str], list[Question]],
+    usual: str,
+) -> list[Question]:
+    if options.limit is not None:
+        expect_whole("--limit", options.limit, 1)
+    return read(options.questions or settings.questions or usual)[: options.limit]
 
 
 def _report(

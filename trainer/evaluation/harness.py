@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, refusals
+from ..errors import UserError, expect_whole, refusals
 from ..monitor.run_record import versions
 from .models import dtype_of, fingerprint, read_model, read_tokenizer
 from .results import Records, output_folder, table, write_json
-from .settings import HarnessSettings, count
+from .settings import HarnessSettings
 
 CHECKED_METRICS = ("acc_norm,none", "acc,none", "exact_match,none", "exact_match,strict-match")
 
@@ -101,7 +101,7 @@ def _chosen_tasks(tasks: str, limit: int | None, include_path: Path | None) -> t
     if find_spec("lm_eval") is None:
         raise UserError("lm-eval is not installed; pip install 'widemargin[eval]'")
     if limit is not None:
-        count("--limit", limit)
+        expect_whole("--limit", limit, 1)
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"--include-path {include_path}: no such folder")
     chosen = LEADERBOARDS.get(tasks) or tuple(Task(t) for t in tasks.split(",") if t.strip())

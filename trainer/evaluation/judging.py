@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, expect_whole
 from ..text import printable
 from .chat_client import OPENAI, ChatClient, NothingUsable, Unusable, text_of
 from .questions import Question
 from .results import Record, Records, table, write_json
-from .settings import count
 
 INSTRUCTIONS = """\
 Two assistants, A and B, answered the same request. Decide whose answer serves the person who asked
@@ -49,7 +48,7 @@ class JudgeRequest:
 
     def check(self, read_baseline: Callable[[str], dict[str, str]]) -> None:
         """Raise ``UserError`` before any work is done."""
-        count("--judge-parallel", self.parallel)
+        expect_whole("--judge-parallel", self.parallel, 1)
         if self.baseline is not None:
             read_baseline(self.baseline)
         elif self.model is not None:
@@ -90,9 +89,9 @@ def judge(
     if len(pairs) < len(questions):
         print(f"{len(pairs):,} of {len(questions):,} questions have a baseline answer")
     games = {
-        f"{question.id}:{place}": _game(question.prompt, answer, baseline_answer, place)
-        for question, answer, baseline_answer in pairs
-        for place in ("A", "B")
+        f"{question.id}:{place}": [question.prompt, *answers, place]
+        for question, ours, theirs in pairs
+        for place, answers in (("A", (ours, theirs)), ("B", (theirs, ours)))
     }
     content = json.dumps(games, sort_keys=True).encode("utf-8", "replace")
     identity = {
@@ -111,14 +110,11 @@ def judge(
     return result
 
 
-def _game(prompt: str, answer: str, baseline_answer: str, place: str) -> list[str]:
-    """Request, answer A, answer B, and which of the two is the model's."""
-    answers = (answer, baseline_answer) if place == "A" else (baseline_answer, answer)
-    return [prompt, *answers, place]
-
-
 def _play(request: JudgeRequest, games: dict[str, list[str]], records: Records) -> None:
     """Judge what is not judged.
+
+    Args:
+        games: of each the request, answer A, answer B, and which of these is the model's.
 
     Raises:
         NothingUsable: the judge gave no verdict in more than `MOST_WITHOUT_VERDICT` of the games.

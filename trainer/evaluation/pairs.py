@@ -19,7 +19,7 @@ from ..data.report import DataReport
 from ..data.sources import gather
 from ..data.table import PairRows, is_single
 from ..data.template import with_template
-from ..errors import UserError
+from ..errors import UserError, expect_whole
 from ..model.head import patch_head
 from ..model.loading import load_model_config, vocabulary_size
 from ..model.trial import check_head
@@ -29,7 +29,7 @@ from ..packing.verify import settle_packing
 from .models import dtype_of, model_settings, read_model, read_tokenizer
 from .pair_metrics import PairLogps, measure, pair_margins, result_lines
 from .results import output_folder, write_json, write_jsonl
-from .settings import PairSettings, count
+from .settings import PairSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ def evaluate_pairs(
         out: folder to write to; `output_folder`'s if None.
     """
     if max_pairs is not None:
-        count("--max-pairs", max_pairs)
+        expect_whole("--max-pairs", max_pairs, 1)
         settings.max_eval_samples = max_pairs
     folder = output_folder(model, "pairs", out)
     tokenizer = read_tokenizer(settings, model)

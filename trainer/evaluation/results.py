@@ -12,8 +12,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from .. import files
 from ..errors import UserError, refusals
-from ..files import parse_json, read_json
 from ..text import printable
 
 Record = dict[str, Any]
@@ -48,10 +48,7 @@ def name(model: str) -> str:
 def write_text(path: Path, text: str) -> Path:
     """Put all of ``text`` at ``path``, or nothing."""
     with refusals(f"{path}: cannot be written", OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        files.write_text(path, text)
     return path
 
 
@@ -136,7 +133,8 @@ class Records:
         """Add finished records, all in one write, and wait until they are on disk."""
         with self._lock, refusals(f"{self.path}: cannot be written", OSError):
             new = [record for record in records if record["id"] not in self.done]
-            self._file.write("".join(map(_sealed, new)).encode())
+            lines = (json.dumps(record | {SEAL: _seal(record)}) for record in new)
+            self._file.write("".join(f"{line}\n" for line in lines).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
             self.done |= {record["id"]: record for record in new}
@@ -175,7 +173,7 @@ class Records:
     def _changed_settings(self) -> list[str]:
         """Each setting that differs from that of the records, with both values."""
         try:
-            before = read_json(self._settings_path)
+            before = files.read_json(self._settings_path)
             keys = sorted(before.keys() | self._settings.keys())
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
@@ -206,7 +204,7 @@ def read_records(folder: Path, name: str, remedy: str) -> tuple[Record, dict[str
     if not path.is_file():
         raise UserError(f"{remedy}; there is no {path}")
     with refusals(f"{path}: cannot be read", OSError, ValueError):
-        settings = read_json(folder / f"{name}.settings.json")
+        settings = files.read_json(folder / f"{name}.settings.json")
         content = path.read_bytes()
     return settings, _parsed(path, content[: content.rfind(b"\n") + 1])
 
@@ -215,7 +213,7 @@ def _parsed(path: Path, lines: bytes) -> dict[str, Record]:
     records: dict[str, Record] = {}
     for number, line in enumerate(lines.splitlines(), 1):
         try:
-            record = parse_json(line)
+            record = files.parse_json(line)
             if record.pop(SEAL) != _seal(record):
                 raise ValueError("its checksum differs")
             records.setdefault(record["id"], record)
@@ -225,10 +223,6 @@ def _parsed(path: Path, lines: bytes) -> dict[str, Record]:
                 "it is damaged"
             ) from error
     return records
-
-
-def _sealed(record: Record) -> str:
-    return json.dumps(record | {SEAL: _seal(record)}) + "\n"
 
 
 def _seal(record: Record) -> str:

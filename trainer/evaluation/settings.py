@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..data import DataSettings
-from ..errors import UserError
+from ..errors import UserError, expect, expect_number, expect_one_of, expect_whole, is_whole
 from ..objectives import canonical_name, hyperparameters_of, spec_of
-from ..settings.coercion import coerced
+from ..settings.coercion import coerced, coerced_values, hints_of
 from ..settings.config import PreferenceConfig
 from ..settings.files import parse_overrides, read_yaml
 from ..settings.names import DTYPES, PACKINGS
@@ -42,9 +41,10 @@ class LoadSettings:
     #: Tokenize as tokenizer.json says, as in training.
     tokenizer_as_saved: bool = False
 
-    def check_load(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+    def check_all(self) -> None:
+        """Raise ``UserError`` for the first value out of range."""
+        if self.dtype is not None:
+            expect_one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclass
@@ -60,13 +60,12 @@ class PairSettings(LoadSettings, DataSettings):
     max_tokens_per_batch: int = 16384
 
     def check_all(self) -> None:
+        super().check_all()
         self.check()
-        self.check_load()
-        count("max_tokens_per_batch", self.max_tokens_per_batch)
-        if self.packing not in PACKINGS:
-            raise UserError(f"packing: expected one of {', '.join(PACKINGS)}, got {self.packing!r}")
-        if self.beta is not None and not self.beta > 0:
-            raise UserError(f"beta: expected a number above 0, got {self.beta!r}")
+        expect_whole("max_tokens_per_batch", self.max_tokens_per_batch, 1)
+        expect_one_of("packing", self.packing, PACKINGS)
+        if self.beta is not None:
+            expect_number("beta", self.beta, "a number above 0", above=0)
 
 
 @dataclass
@@ -95,23 +94,15 @@ class DecodingSettings(LoadSettings):
     engine: str = "auto"
 
     def check_all(self) -> None:
-        self.check_load()
-        for option in ("max_new_tokens", "batch_size"):
-            count(option, getattr(self, option))
-        if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise UserError(f"temperature: expected a number from 0 on, got {self.temperature!r}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p: expected a share in (0, 1], got {self.top_p!r}")
-        for option in ("top_k", "seed"):
-            if getattr(self, option) < 0:
-                raise UserError(
-                    f"{option}: expected a whole number from 0 on, got {getattr(self, option)!r}"
-                )
+        super().check_all()
+        for option, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("seed", 0)):
+            expect_whole(option, getattr(self, option), least)
+        expect_number("temperature", self.temperature, "a number from 0 on", least=0)
+        expect_number("top_p", self.top_p, "a share in (0, 1]", above=0, most=1)
         stops = self.stop_token_ids or []
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in stops):
-            raise UserError(f"stop_token_ids: expected token ids such as [2], got {stops!r}")
-        if self.engine not in ENGINES:
-            raise UserError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
+        fits = all(is_whole(token, 0) for token in stops)
+        expect("stop_token_ids", stops, fits, "token ids such as [2]")
+        expect_one_of("engine", self.engine, ENGINES)
 
 
 @dataclass
@@ -139,35 +130,21 @@ class HarnessSettings(LoadSettings):
     apply_chat_template: bool | None = None
 
     def check_all(self) -> None:
-        self.check_load()
+        super().check_all()
         if self.batch_size != "auto":
-            count("batch_size", self.batch_size)
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise UserError(
-                f"num_fewshot: expected a number from 0 on, or null, got {self.num_fewshot!r}"
-            )
+            expect_whole("batch_size", self.batch_size, 1)
+        shots = self.num_fewshot
+        fits = shots is None or is_whole(shots, 0)
+        expect("num_fewshot", shots, fits, "a number from 0 on, or null")
 
 
-class _Checked(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def check_all(self) -> None: ...
-
-
-Settings = TypeVar("Settings", bound=_Checked)
+Settings = TypeVar("Settings", bound=LoadSettings)
 
 
 def build(kind: type[Settings], given: dict[str, Any]) -> Settings:
     """Checked settings from plain values; an unknown key is an error naming the nearest."""
-    hints = typing.get_type_hints(kind)
-    known = {field.name: hints[field.name] for field in fields(kind)}
-    _check_known(given, known)
-    values = {
-        key: coerced(key, value, known[key])
-        for key, value in given.items()
-        if value is not None or type(None) in typing.get_args(known[key])
-    }
-    settings = kind(**values)
+    _check_known(given, hints_of(kind))
+    settings = kind(**coerced_values(given, kind))
     settings.check_all()
     return settings
 
@@ -243,9 +220,3 @@ def _check_known(keys: Iterable[str], known: Collection[str], where: str = "") -
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise UserError(f"{where}unknown setting {key!r}; did you mean {nearest!r}?")
-
-
-def count(option: str, value: Any) -> None:
-    """Raise ``UserError`` unless ``value`` is a whole number from 1 on."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{option}: expected a whole number from 1 on, got {value!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, expect_whole
 
 COMMANDS = ("generate", "score", "pair")
 GENERATE = """\
@@ -93,15 +93,15 @@ def _add(
 
 def run_sampling(options: argparse.Namespace, overrides: list[str]) -> int:
     """Run the command that the command line names; 0, or a ``UserError``."""
-    from ..evaluation.settings import build, count
+    from ..evaluation.settings import build
     from ..settings.files import parse_overrides
 
     if options.command == "generate":
         from .generate import SampleSettings, generate
 
-        count("--n", options.n)
+        expect_whole("--n", options.n, 1)
         if options.limit is not None:
-            count("--limit", options.limit)
+            expect_whole("--limit", options.limit, 1)
         settings = build(SampleSettings, parse_overrides(overrides, SampleSettings))
         where = options.prompts, options.model, options.out
         generate(*where, settings, n=options.n, split=options.split, limit=options.limit)

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 from ..data.chat import render
 from ..data.encoder import encode
 from ..data.rows import RowProblem
-from ..errors import UserError, refusals
+from ..errors import UserError, expect_whole, refusals
 from ..evaluation.chat_client import OPENAI, ChatClient, NothingUsable, Unusable, in_order, text_of
 from ..evaluation.models import device_of, dtype_of, fingerprint, model_settings, read_tokenizer
-from ..evaluation.settings import LoadSettings, count
+from ..evaluation.settings import LoadSettings
 from ..files import digest, file_digest
 from ..model.loading import context_of
 from ..text import printable
@@ -53,8 +53,8 @@ class ScoreSettings(LoadSettings):
     judge_url: str | None = None
 
     def check_all(self) -> None:
-        self.check_load()
-        count("batch_size", self.batch_size)
+        super().check_all()
+        expect_whole("batch_size", self.batch_size, 1)
 
 
 class Scorer(Protocol):

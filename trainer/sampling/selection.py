@@ -10,7 +10,7 @@ import numpy as np
 from ..data.formats.answers import Edges
 from ..data.formats.converters import NO_PREFERENCE
 from ..data.rows import RowProblem
-from ..errors import UserError, expect_one_of, is_number
+from ..errors import UserError, expect_number, expect_one_of
 from ..evaluation.results import Record
 
 RULES = ("best-worst", "best-vs-rest", "all")
@@ -46,11 +46,10 @@ class PairRequest:
     def check(self) -> None:
         expect_one_of("--rule", self.rule, RULES)
         expect_one_of("--as", self.form, FORMS)
-        if not is_number(self.min_gap) or self.min_gap < 0:
-            raise UserError(f"--min-gap: expected a number from 0 on, got {self.min_gap!r}")
-        ratio = self.max_length_ratio
-        if ratio is not None and not (is_number(ratio) and ratio >= 1):
-            raise UserError(f"--max-length-ratio: expected a number from 1 on, got {ratio!r}")
+        expect_number("--min-gap", self.min_gap, "a number from 0 on", least=0)
+        if self.max_length_ratio is not None:
+            ratio = self.max_length_ratio
+            expect_number("--max-length-ratio", ratio, "a number from 1 on", least=1)
         if self.form == "kto" and self.rule == "all":
             raise UserError(
                 "--rule: give best-worst or best-vs-rest for --as kto; by all, an answer can be "

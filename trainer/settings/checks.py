@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import reprlib
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..errors import UserError, expect_bool, expect_whole, is_number, is_whole
+from ..errors import UserError, expect, expect_bool, expect_number, expect_whole, is_whole
 from .launch import check_left_over
 from .model import ModelSettings
 from .names import METRICS
@@ -54,20 +53,15 @@ def check_training(args: TrainingArguments) -> None:
             raise UserError(f"{name}: expected a number, got {value!r}")
     for name, least in WHOLE_NUMBERS.items():
         expect_whole(name, getattr(args, name), least)
-    for name in (*NOT_NEGATIVE, *BELOW_ONE):
-        value = getattr(args, name)
-        if not is_number(value) or not 0 <= value < (1 if name in BELOW_ONE else math.inf):
-            limit = ", below 1" if name in BELOW_ONE else ""
-            raise UserError(f"{name}: expected a number from 0 on{limit}, got {value!r}")
-    if args.max_steps != -1 and not is_whole(args.max_steps, 1):
-        raise UserError(
-            "max_steps: expected a whole number of steps from 1 on, or -1 for num_train_epochs "
-            f"instead, got {args.max_steps!r}"
-        )
-    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
-        raise UserError(
-            f"num_train_epochs: expected a number above 0, got {args.num_train_epochs!r}"
-        )
+    for name in NOT_NEGATIVE:
+        expect_number(name, getattr(args, name), "a number from 0 on", least=0)
+    for name in BELOW_ONE:
+        expect_number(name, getattr(args, name), "a number from 0 on, below 1", least=0, below=1)
+    if args.max_steps == -1:
+        expect_number("num_train_epochs", args.num_train_epochs, "a number above 0", above=0)
+    else:
+        expected = "a whole number of steps from 1 on, or -1 for num_train_epochs instead"
+        expect("max_steps", args.max_steps, is_whole(args.max_steps, 1), expected)
     for name, advice in WITHOUT_EFFECT.items():
         if name in defaults and getattr(args, name) != defaults[name].default:
             raise UserError(f"{name}: does nothing in preference training; {advice}")
@@ -151,7 +145,7 @@ def check_environment(args: TrainingArguments) -> None:
     )
     from transformers.utils.import_utils import is_liger_kernel_available
 
-    launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+    launched = _launched_with("ACCELERATE_USE_PARALLELISM_CONFIG")
     if launched or getattr(args, "parallelism_config", None) is not None:
         raise UserError(
             "parallelism_config: leave it out, here and in accelerate's configuration; for long "

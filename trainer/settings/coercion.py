@@ -9,6 +9,8 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterable
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from ..errors import UserError
@@ -36,6 +38,26 @@ TYPES = {
     dict: "a mapping",
 }
 """Types that are checked, in a user's words."""
+
+
+@cache
+def hints_of(kind: type[Any]) -> dict[str, Any]:
+    """Name -> type of every setting of ``kind`` that can be given."""
+    hints = typing.get_type_hints(kind)
+    return {each.name: hints[each.name] for each in fields(kind) if each.init}
+
+
+def coerced_values(given: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Each value as the type that the setting has in ``kind``.
+
+    A null stands for the default where the type has no null, as in published files.
+    """
+    hints = hints_of(kind)
+    return {
+        key: coerced(key, value, hints[key])
+        for key, value in given.items()
+        if value is not None or type(None) in typing.get_args(hints[key])
+    }
 
 
 def coerced(key: str, value: Any, hint: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from ...kernels.linear_logprob import TRAINING_TAIL_EPS, Backend, Tail
-from ..errors import UserError, expect_one_of, is_whole
+from ..errors import UserError, expect, expect_number, expect_one_of, is_whole
 from ..objectives import (
     OBJECTIVES,
     Objective,
@@ -209,21 +209,17 @@ class PreferenceConfig(
         super().check()
         self.check_model()
         self.check_samples()
-        known_values = (("head_tail", TAILS), ("head_backend", BACKENDS), ("packing", PACKINGS))
-        for name, known in known_values:
-            expect_one_of(name, getattr(self, name), known)
-        if not isinstance(self.head_tail_eps, float) or not 0 < self.head_tail_eps < 1:
-            raise UserError(
-                f"head_tail_eps: expected a probability in (0, 1), got {self.head_tail_eps!r}"
-            )
-        if not isinstance(self.objective_args, dict):
-            raise UserError(f"objective_args: expected a mapping, got {self.objective_args!r}")
+        expect_one_of("head_tail", self.head_tail, TAILS)
+        expect_one_of("head_backend", self.head_backend, BACKENDS)
+        expect_one_of("packing", self.packing, PACKINGS)
+        eps = self.head_tail_eps
+        expect_number("head_tail_eps", eps, "a probability in (0, 1)", above=0, below=1)
+        arguments = self.objective_args
+        expect("objective_args", arguments, isinstance(arguments, dict), "a mapping")
         self.check_reference()
         limit = self.max_tokens_per_micro_batch
-        if limit is not None and not is_whole(limit, 1):
-            raise UserError(
-                f"max_tokens_per_micro_batch: expected a number of tokens, or none, got {limit!r}"
-            )
+        fits = limit is None or is_whole(limit, 1)
+        expect("max_tokens_per_micro_batch", limit, fits, "a number of tokens, or none")
         check_training(self)
 
     def build_objective(self) -> Objective:

@@ -7,7 +7,15 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import UserError, expect_bool, expect_one_of, expect_whole, is_number, is_whole
+from ..errors import (
+    UserError,
+    expect,
+    expect_bool,
+    expect_number,
+    expect_one_of,
+    expect_whole,
+    is_whole,
+)
 
 DEFAULT_SPLITS = ["train", "test"]
 TRUNCATION_MODES = ("keep_end", "keep_start")
@@ -24,6 +32,15 @@ LISTS_NEED: dict[str, tuple[Any, ...]] = {
 }
 """What listwise objectives leave to choose of settings that make pairs."""
 SCORES = ("completion", "last_turn", "all_assistant", "answer")
+COUNTS = {
+    "max_length": "tokens",
+    "max_prompt_length": "tokens",
+    "max_completion_length": "tokens",
+    "max_train_samples": "rows",
+    "max_eval_samples": "rows",
+    "preprocessing_num_workers": "processes",
+}
+"""Whole numbers from 1 on, or None, and what they count."""
 
 
 @dataclass
@@ -134,18 +151,14 @@ class DataSettings:
         for each in fields(self):
             if isinstance(each.default, bool):
                 expect_bool(each.name, getattr(self, each.name))
-        for name in ("max_length", "max_prompt_length", "max_completion_length"):
-            _check_count(name, getattr(self, name), "tokens")
+        for name, unit in COUNTS.items():
+            count = getattr(self, name)
+            fits = count is None or is_whole(count, 1)
+            expect(name, count, fits, f"a number of {unit} from 1 on, or null")
         expect_whole("stream_shard_size", self.stream_shard_size, 1)
-        for name in ("max_train_samples", "max_eval_samples"):
-            _check_count(name, getattr(self, name), "rows")
-        _check_count("preprocessing_num_workers", self.preprocessing_num_workers, "processes")
-        for name, known in (
-            ("truncation_mode", TRUNCATION_MODES),
-            ("chat_rendering", RENDERINGS),
-            ("score", SCORES),
-        ):
-            expect_one_of(name, getattr(self, name), known)
+        expect_one_of("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        expect_one_of("chat_rendering", self.chat_rendering, RENDERINGS)
+        expect_one_of("score", self.score, SCORES)
         if self.score != "completion" and self.chat_rendering == "separate":
             raise UserError(
                 f"score: {self.score} needs chat_rendering: joint; set that (separate scores what "
@@ -155,28 +168,22 @@ class DataSettings:
         if self.group_by_prompt is not None:
             expect_bool("group_by_prompt", self.group_by_prompt)
         self._check_edges()
-        if not is_number(self.flip) or not 0 <= self.flip <= 1:
-            raise UserError(f"flip: expected a probability from 0 to 1, got {self.flip!r}")
+        expect_number("flip", self.flip, "a probability from 0 to 1", least=0, most=1)
         expect_whole("mix_seed", self.mix_seed, 0)
         self._check_mappings()
-        if not isinstance(self.dataset_splits, list) or not all(
-            isinstance(split, str) and split for split in self.dataset_splits
-        ):
-            raise UserError(
-                "dataset_splits: expected a list of split names such as [train, test], "
-                f"got {self.dataset_splits!r}"
-            )
-        if len(set(self.dataset_splits)) < len(self.dataset_splits):
+        splits = self.dataset_splits
+        named = isinstance(splits, list) and all(isinstance(it, str) and it for it in splits)
+        expect("dataset_splits", splits, named, "a list of split names such as [train, test]")
+        if len(set(splits)) < len(splits):
             raise UserError(
                 "dataset_splits: name each split once, since one either trains or evaluates; got "
-                f"{self.dataset_splits!r}"
+                f"{splits!r}"
             )
 
     def _check_edges(self) -> None:
         if self.edges is not None:
             expect_one_of("edges", self.edges, EDGES)
-        if not is_number(self.edge_gap) or self.edge_gap < 0:
-            raise UserError(f"edge_gap: expected a number of 0 or more, got {self.edge_gap!r}")
+        expect_number("edge_gap", self.edge_gap, "a number of 0 or more", least=0)
         if self.edge_gap and self.edges != "above-gap":
             given = "no edges are given" if self.edges is None else f"edges is {self.edges}"
             raise UserError(f"edge_gap: set edges: above-gap to use it; {given}")
@@ -194,21 +201,16 @@ class DataSettings:
             ) from None
 
     def _check_mappings(self) -> None:
-        if not isinstance(self.columns, dict) or not all(
-            isinstance(name, str) and isinstance(theirs, str)
-            for name, theirs in self.columns.items()
-        ):
-            raise UserError(
-                "columns: expected names here and in the data, such as {prompt: question}, "
-                f"got {self.columns!r}"
-            )
-        if not isinstance(self.chat_template_kwargs, dict):
-            raise UserError(
-                "chat_template_kwargs: expected a mapping such as {enable_thinking: false}, "
-                f"got {self.chat_template_kwargs!r}"
-            )
-        if not isinstance(self.tools, list) or not all(isinstance(t, dict) for t in self.tools):
-            raise UserError(f"tools: expected a list of functions as mappings, got {self.tools!r}")
+        columns, kwargs, tools = self.columns, self.chat_template_kwargs, self.tools
+        named = isinstance(columns, dict) and all(
+            isinstance(name, str) for name in (*columns, *columns.values())
+        )
+        expected = "names here and in the data, such as {prompt: question}"
+        expect("columns", columns, named, expected)
+        expected = "a mapping such as {enable_thinking: false}"
+        expect("chat_template_kwargs", kwargs, isinstance(kwargs, dict), expected)
+        functions = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+        expect("tools", tools, functions, "a list of functions as mappings")
 
     def settle(self, name: str, value: Any) -> None:
         """Give a setting that nobody gave what it comes to for these data."""
@@ -224,17 +226,12 @@ class DataSettings:
             )
         if self.dataset:
             return {self.dataset: 1.0}
-        if not isinstance(self.dataset_mixer, dict):
-            raise UserError(
-                "dataset_mixer: expected data sets and fractions, such as {data.jsonl: 1.0}, "
-                f"got {self.dataset_mixer!r}"
-            )
-        for name, fraction in self.dataset_mixer.items():
-            if not is_number(fraction) or not 0 <= fraction <= 1:
-                raise UserError(
-                    f"dataset_mixer: expected a fraction from 0 to 1 for {name!r}, got {fraction!r}"
-                )
-        return self.dataset_mixer
+        mixer, expected = self.dataset_mixer, "data sets and fractions, such as {data.jsonl: 1.0}"
+        expect("dataset_mixer", mixer, isinstance(mixer, dict), expected)
+        for name, fraction in mixer.items():
+            expected = f"a fraction from 0 to 1 for {name!r}"
+            expect_number("dataset_mixer", fraction, expected, least=0, most=1)
+        return mixer
 
 
 def divided(splits: list[str]) -> tuple[list[str], list[str]]:
@@ -246,8 +243,3 @@ def divided(splits: list[str]) -> tuple[list[str], list[str]]:
 
 
 _HELD_OUT = re.compile("test|val|dev|held|hold")
-
-
-def _check_count(name: str, value: object, unit: str) -> None:
-    if value is not None and not is_whole(value, 1):
-        raise UserError(f"{name}: expected a number of {unit} from 1 on, or null, got {value!r}")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
 from collections.abc import Iterable, Sequence
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, expect
 from .checks import check_metric
-from .coercion import LONGEST_NUMBER, as_number, coerced, takes_text
+from .coercion import LONGEST_NUMBER, as_number, coerced_values, hints_of, takes_text
 from .config import PreferenceConfig, objective_keys
 from .published.keys import TABLE
 from .published.loss_type import check_loss_type
@@ -169,7 +166,7 @@ def _check_size(root: yaml.Node) -> None:
 
 def parse_overrides(arguments: Iterable[str], kind: type[Any] = PreferenceConfig) -> dict[str, Any]:
     """``--key=value`` arguments: text that a setting of ``kind`` takes as it stands, else YAML."""
-    settings, hints = {}, _hints(kind)
+    settings, hints = {}, hints_of(kind)
     for argument in arguments:
         key, equals, value = argument.removeprefix("--").partition("=")
         shown = re.match(r"[-\u2010-\u2015\u2212]*\w*", argument)  # what follows may be a secret
@@ -197,7 +194,7 @@ def build_config(
 
     A line for each setting that had another name goes to ``notes``; ``script`` as in `load_config`.
     """
-    fields = _hints(PreferenceConfig)
+    fields = hints_of(PreferenceConfig)
     try:
         settings = _under_our_names(settings, script, [] if notes is None else notes)
     except UserError:  # in another library's file the names come first
@@ -206,12 +203,7 @@ def build_config(
         raise
     arguments = _pop_hyperparameters(settings)
     settings |= {k: null for k, null in NULLS.items() if k in settings and settings[k] is None}
-    # A null stands for the default where the type has no null, as in published files.
-    values = {
-        key: coerced(key, value, fields[key])
-        for key, value in settings.items()
-        if value is not None or type(None) in typing.get_args(fields[key])
-    }
+    values = coerced_values(settings, PreferenceConfig)
     config = PreferenceConfig(**values, objective_args=arguments)
     check_metric(config.metric_for_best_model)
     return config
@@ -238,10 +230,9 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
     """
     hyperparameters = objective_keys(str(settings["objective"]))
     arguments = settings.pop("objective_args", None) or {}
-    if not isinstance(arguments, dict):
-        raise UserError(f"objective_args: expected a mapping, got {arguments!r}")
+    expect("objective_args", arguments, isinstance(arguments, dict), "a mapping")
     arguments = {name: as_number(value) for name, value in arguments.items()}
-    fields, unknown = _hints(PreferenceConfig), []
+    fields, unknown = hints_of(PreferenceConfig), []
     for key in list(settings):
         if key in hyperparameters and key in arguments:
             raise UserError(f"{key}: given beside objective_args and in it; keep one")
@@ -254,10 +245,3 @@ def _pop_hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise UserError("; ".join(unknown))
     return arguments
-
-
-@cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    """Name -> type of every setting of ``kind`` that can be given."""
-    hints = typing.get_type_hints(kind)
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}

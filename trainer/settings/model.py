@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from ..errors import UserError, expect_one_of, expect_whole, is_number, is_whole
+from ..errors import UserError, expect_number, expect_one_of, expect_whole, is_whole
 from .names import DTYPES
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -51,12 +51,9 @@ class AdapterSettings:
         """Raise ``UserError`` for the first value out of range, or that would do nothing."""
         if not is_whole(self.lora_r, 1):
             raise UserError(f"lora_r: expected a rank from 1 on, got {self.lora_r!r}")
-        if not self.lora_alpha > 0:
-            raise UserError(f"lora_alpha: expected a number above 0, got {self.lora_alpha!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(
-                f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}"
-            )
+        expect_number("lora_alpha", self.lora_alpha, "a number above 0", above=0)
+        share = "a probability in [0, 1)"
+        expect_number("lora_dropout", self.lora_dropout, share, least=0, below=1)
         expect_one_of("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES)
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError("load_in_4bit and load_in_8bit are both given; keep one")
@@ -119,12 +116,9 @@ class ModelSettings(AdapterSettings):
     def check_model(self) -> None:
         """Raise ``UserError`` for the first value out of range."""
         expect_one_of("dtype", self.dtype, ("auto", *DTYPES))
-        value = self.router_aux_loss_coef
-        if value is not None and not (is_number(value) and value >= 0):
-            raise UserError(
-                f"router_aux_loss_coef: expected a number from 0 on, or null for the model's own, "
-                f"got {value!r}"
-            )
+        if self.router_aux_loss_coef is not None:
+            expected = "a number from 0 on, or null for the model's own"
+            expect_number("router_aux_loss_coef", self.router_aux_loss_coef, expected, least=0)
         self.check_adapter()
 
 
@@ -149,11 +143,8 @@ class ReferenceSettings:
     def check_reference(self) -> None:
         """Raise ``UserError`` for the first of these settings that is out of range."""
         expect_whole("ref_model_sync_steps", self.ref_model_sync_steps, 1)
-        share = self.ref_model_mixup_alpha
-        if not is_number(share) or not 0 < share <= 1:
-            raise UserError(
-                f"ref_model_mixup_alpha: expected a number above 0 and at most 1, got {share!r}"
-            )
+        share = "a number above 0 and at most 1"
+        expect_number("ref_model_mixup_alpha", self.ref_model_mixup_alpha, share, above=0, most=1)
 
 
 @dataclass
@@ -172,9 +163,8 @@ class SampleSettings:
         """Raise ``UserError`` for the first value out of range, or that would do nothing."""
         for name, least in (("eval_samples", 0), ("eval_samples_max_new_tokens", 1)):
             expect_whole(name, getattr(self, name), least)
-        value = self.eval_samples_temperature
-        if not is_number(value) or not 0 <= value < 100:
-            raise UserError(f"eval_samples_temperature: expected a number from 0 on, got {value!r}")
+        name, value = "eval_samples_temperature", self.eval_samples_temperature
+        expect_number(name, value, "a number from 0 on", least=0, below=100)
         strategy = getattr(self, "eval_strategy", "no")
         evaluates = getattr(strategy, "value", strategy) not in ("no", False, None)
         if self.eval_samples and not (evaluates or getattr(self, "eval_on_start", False)):

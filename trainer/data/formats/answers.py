@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .converters import NO_PREFERENCE, Row, conversation, finite, transcript
+from .converters import NO_PREFERENCE, Row, conversation, finite, number, transcript
 from .messages import MISSING, WRONG_TYPE, RowProblem, from_json, kind
 
 Scored = tuple[float, Any]
@@ -73,63 +73,64 @@ def rows_of(prompt: Any, answers: list[Scored], edges: Edges) -> list[Row]:
     ]
 
 
-def beside(prompt: str, answers: str, scores: str | None, *, sign: int = 1, talk: bool = True):
+def beside(
+    row: Row,
+    prompt: str,
+    answers: str,
+    scores: str | None = None,
+    *,
+    sign: int = 1,
+    talk: bool = True,
+) -> tuple[Any, list[Scored]]:
     """A list of answers, and a list of their scores (or, with sign -1, ranks) in another column.
 
     Without ``scores`` the best answer comes first. With ``talk`` a text prompt is a user message.
     """
-
-    def read(row: Row) -> tuple[Any, list[Scored]]:
-        listed = _list(row, answers)
-        if scores is None:
-            values: list[Any] = list(range(0, -len(listed), -1))
-        else:
-            values = [None if v is None else sign * finite(v, scores) for v in _list(row, scores)]
-        if len(values) != len(listed):
-            raise RowProblem(
-                WRONG_TYPE, f"{answers} has {len(listed)} answers and {scores} {len(values)}"
-            )
-        pairs = zip(values, listed, strict=True)
-        asked = conversation(transcript(row[prompt]), None, None)["prompt"] if talk else row[prompt]
-        return asked, [(float(v), answer) for v, answer in pairs if v is not None]
-
-    return read
+    listed = _list(row, answers)
+    if scores is None:
+        values: list[Any] = list(range(0, -len(listed), -1))
+    else:
+        values = [None if v is None else sign * finite(v, scores) for v in _list(row, scores)]
+    if len(values) != len(listed):
+        raise RowProblem(
+            WRONG_TYPE, f"{answers} has {len(listed)} answers and {scores} {len(values)}"
+        )
+    scored = [(float(v), a) for v, a in zip(values, listed, strict=True) if v is not None]
+    return _question(row[prompt]) if talk else row[prompt], scored
 
 
-def inside(prompt: str, answers: str, text: str, worth: tuple[str, ...], sign: int = 1):
+def inside(
+    row: Row, prompt: str, answers: str, *, text: str, worth: tuple[str, ...], sign: int = 1
+) -> tuple[Any, list[Scored]]:
     """A list of answers that each hold their text and their score.
 
     It is the one of ``worth`` that most answers have, the first of several.
     """
-
-    def read(row: Row) -> tuple[Any, list[Scored]]:
-        listed = _list(row, answers)
-        for answer in listed:
-            if not isinstance(answer, dict):
-                raise RowProblem(WRONG_TYPE, f"{answers} has something {kind(answer)}, no mapping")
-        having = {name: [a for a in listed if a.get(name) is not None] for name in worth}
-        column = max(worth, key=lambda name: len(having[name]))
-        if not having[column]:
-            raise RowProblem(MISSING, f"{answers} has no answer with {' or '.join(worth)}")
-        scored = [(sign * finite(a[column], column), a.get(text)) for a in having[column]]
-        return conversation(transcript(row[prompt]), None, None)["prompt"], scored
-
-    return read
+    listed = _list(row, answers)
+    for answer in listed:
+        if not isinstance(answer, dict):
+            raise RowProblem(WRONG_TYPE, f"{answers} has something {kind(answer)}, no mapping")
+    having = {name: [a for a in listed if a.get(name) is not None] for name in worth}
+    column = max(worth, key=lambda name: len(having[name]))
+    if not having[column]:
+        raise RowProblem(MISSING, f"{answers} has no answer with {' or '.join(worth)}")
+    scored = [(sign * finite(a[column], column), a.get(text)) for a in having[column]]
+    return _question(row[prompt]), scored
 
 
-def in_columns(prompt: str, answer: str, score: str, most: int = 32):
-    """Answers in columns A0, A1, ... with their scores; ``answer`` and ``score`` name columns."""
-
-    def read(row: Row) -> tuple[Any, list[Scored]]:
-        places = [i for i in range(most) if row.get(answer.format(i)) is not None]
-        scored = [(finite(row.get(score.format(i)), score.format(i)), i) for i in places]
-        asked = conversation(transcript(row[prompt]), None, None)["prompt"]
-        return asked, [(value, row[answer.format(i)]) for value, i in scored]
-
-    return read
+IN_COLUMNS = [(f"A{i}", f"A{i}_score") for i in range(32)]
+"""NCA's columns of answers and of their scores."""
 
 
-Reader = Callable[[Row], tuple[Any, list[Scored]]]
+def in_columns(row: Row, prompt: str, *_: str) -> tuple[Any, list[Scored]]:
+    """Answers in columns with their scores."""
+    there = [(a, score) for a, score in IN_COLUMNS if row.get(a) is not None]
+    return _question(row[prompt]), [(number(row, score), row[a]) for a, score in there]
+
+
+def _question(prompt: Any) -> Any:
+    """A prompt of text as messages; another as it is."""
+    return conversation(transcript(prompt), None, None)["prompt"]
 
 
 def _list(row: Row, column: str) -> list[Any]:

@@ -1,9 +1,14 @@
-"""How a row of each kind of data set becomes one with prompt (or none), chosen and rejected."""
+"""How a row of each kind of data set becomes one with prompt (or none), chosen and rejected.
+
+A converter is given a row and the columns that `shapes` knows its kind by, in their order there.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 from .messages import WRONG_TYPE, RowProblem, as_messages, kind
@@ -12,13 +17,13 @@ Row = dict[str, Any]
 NO_PREFERENCE = "no preference between the answers"
 
 
-def same(row: Row) -> Row:
-    return {name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}
+def same(row: Row, *columns: str) -> Row:
+    return {name: row[name] for name in columns}
 
 
-def single(row: Row) -> Row:
+def single(row: Row, prompt: str, completion: str, _: str) -> Row:
     """One answer, as both sides; `label_of` reads its label."""
-    return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"]}
+    return {"prompt": row[prompt], "chosen": row[completion], "rejected": row[completion]}
 
 
 def label_of(value: Any) -> float:
@@ -30,19 +35,15 @@ def label_of(value: Any) -> float:
     return label
 
 
-def asked(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Row], Row]:
+def asked(row: Row, column: str, chosen: str, rejected: str, *_: str) -> Row:
     """A question in ``column``, and two answers: a conversation."""
-
-    def standard(row: Row) -> Row:
-        question, sides = row[column], {"chosen": row[chosen], "rejected": row[rejected]}
-        if all(opens(as_messages(side)) for side in sides.values()):
-            return sides  # which hold the question
-        extra = text(row, "input") if column == "instruction" else ""
-        if isinstance(question, str) and extra:
-            question = f"{question}\n{extra}"
-        return conversation(question, **sides)
-
-    return standard
+    question, sides = row[column], {"chosen": row[chosen], "rejected": row[rejected]}
+    if all(opens(as_messages(side)) for side in sides.values()):
+        return sides  # which hold the question
+    extra = text(row, "input") if column == "instruction" else ""
+    if isinstance(question, str) and extra:
+        question = f"{question}\n{extra}"
+    return conversation(question, **sides)
 
 
 def text(row: Row, column: str) -> str:
@@ -63,22 +64,18 @@ def conversation(prompt: Any, chosen: Any, rejected: Any) -> Row:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def talk(column: str, chosen: str = "chosen", rejected: str = "rejected") -> Callable[[Row], Row]:
+def talk(row: Row, column: str, chosen: str, rejected: str) -> Row:
     """Messages before the answer in ``column``, unless the sides are conversations already."""
-
-    def standard(row: Row) -> Row:
-        talk = as_messages(row[column])
-        sides = {"chosen": row[chosen], "rejected": row[rejected]}
-        if any(opens(as_messages(side)) for side in sides.values()):
-            return sides
-        answer = as_messages(row[chosen])
-        if isinstance(answer, str):
-            answer = [{"role": "assistant", "content": answer}]
-        if isinstance(talk, list) and talk[-1:] == answer:
-            talk = talk[:-1]
-        return {"prompt": talk, **sides}
-
-    return standard
+    prompt = as_messages(row[column])
+    sides = {"chosen": row[chosen], "rejected": row[rejected]}
+    if any(opens(as_messages(side)) for side in sides.values()):
+        return sides
+    answer = as_messages(row[chosen])
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if isinstance(prompt, list) and prompt[-1:] == answer:
+        prompt = prompt[:-1]
+    return {"prompt": prompt, **sides}
 
 
 def opens(side: Any) -> bool:
@@ -86,27 +83,27 @@ def opens(side: Any) -> bool:
     return isinstance(first, dict) and first.get("role") in ("user", "system", "human")
 
 
-def swift_conversations(row: Row) -> Row:
-    return {"chosen": row["messages"], "rejected": row["rejected_messages"]}
+def swift_conversations(row: Row, chosen: str, rejected: str) -> Row:
+    return {"chosen": row[chosen], "rejected": row[rejected]}
 
 
-def swift(row: Row) -> Row:
-    talk = as_messages(row["messages"])
+def swift(row: Row, messages: str, rejected: str) -> Row:
+    talk = as_messages(row[messages])
     talk = talk if isinstance(talk, list) else []
-    return {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": row["rejected_response"]}
+    return {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": row[rejected]}
 
 
-def either(prompt: str, first: str, second: str, first_wins: Callable[[Row], Any]):
-    """Two answers, and ``first_wins``: above 0 for the first, below for the second, 0 for none."""
+def either(row: Row, *columns: str, first_wins: Callable[[float], float]) -> Row:
+    """A prompt, two answers and a verdict.
 
-    def standard(row: Row) -> Row:
-        wins = first_wins(row)
-        if not wins:
-            raise RowProblem(NO_PREFERENCE)
-        better, worse = (first, second) if wins > 0 else (second, first)
-        return conversation(transcript(row[prompt]), row[better], row[worse])
-
-    return standard
+    ``first_wins`` of it is above 0 for the first, below for the second, 0 for none.
+    """
+    prompt, first, second, verdict = columns
+    wins = first_wins(number(row, verdict))
+    if not wins:
+        raise RowProblem(NO_PREFERENCE)
+    better, worse = (first, second) if wins > 0 else (second, first)
+    return conversation(transcript(row[prompt]), row[better], row[worse])
 
 
 def number(row: Mapping[str, Any], column: str) -> float:
@@ -124,14 +121,13 @@ def finite(value: Any, column: str) -> float:
     return number
 
 
-def arena(row: Row) -> Row:
-    winner = row["winner"]
+def arena(row: Row, first: str, second: str, verdict: str) -> Row:
+    winner = row[verdict]
     if winner is None or "tie" in str(winner) or "both" in str(winner):
         raise RowProblem(NO_PREFERENCE, f"winner is {winner!r}")
     if winner not in ("model_a", "model_b"):
         raise RowProblem(WRONG_TYPE, f"winner is {winner!r}, neither model_a nor model_b")
-    sides = ("conversation_a", "conversation_b")
-    better, worse = sides if winner == "model_a" else reversed(sides)
+    better, worse = (first, second) if winner == "model_a" else (second, first)
     return {"chosen": _judged(row, better), "rejected": _judged(row, worse)}
 
 
@@ -143,10 +139,10 @@ def _judged(row: Row, side: str) -> Any:
     return talk[: 2 * int(number(row, "turn"))]
 
 
-def begun(row: Row) -> Row:
+def begun(row: Row, prompt: str, before: str, chosen: str, rejected: str) -> Row:
     """Step-DPO's rows: both sides go on from the steps before them."""
-    steps = text(row, "initial_reason_steps")
-    standard = conversation(row["prompt"], row["chosen"], row["rejected"])
+    steps = text(row, before)
+    standard = conversation(row[prompt], row[chosen], row[rejected])
     if steps:
         standard["prompt"] = [*standard["prompt"], {"role": "assistant", "content": steps}]
     return standard
@@ -177,31 +173,21 @@ def transcript(text: Any) -> Any:
     return messages
 
 
-def grouped(row: Row) -> Row:
+def grouped(row: Row, *_: str) -> Row:
     raise RowProblem(WRONG_TYPE, "HelpSteer's rows are paired before they are read")
 
 
 def best_and_worst(rows: list[Mapping[str, Any]]) -> list[Row]:
     """HelpSteer's rows, one an answer, as pairs: of each prompt the most and the least helpful."""
-    answers: dict[str, list[Mapping[str, Any]]] = {}
+    answers: dict[str, list[tuple[float, Any]]] = {}
     for row in rows:
-        answers.setdefault(str(row["prompt"]), []).append(row)
+        with suppress(RowProblem):  # an answer without a score
+            score = number(row, "helpfulness")
+            answers.setdefault(str(row["prompt"]), []).append((score, row["response"]))
     pairs = []
-    for prompt, group in answers.items():
-        scored = sorted(filter(_is_scored, group), key=_helpful)
-        if scored and _helpful(scored[0]) != _helpful(scored[-1]):
-            sides = {"chosen": scored[-1]["response"], "rejected": scored[0]["response"]}
-            pairs.append(conversation(transcript(prompt), **sides))
+    for prompt, scored in answers.items():
+        scored.sort(key=itemgetter(0))
+        (least, rejected), (most, chosen) = scored[0], scored[-1]
+        if least != most:
+            pairs.append(conversation(transcript(prompt), chosen, rejected))
     return pairs
-
-
-def _is_scored(row: Mapping[str, Any]) -> bool:
-    try:
-        number(row, "helpfulness")
-        return True
-    except RowProblem:
-        return False
-
-
-def _helpful(row: Mapping[str, Any]) -> float:
-    return number(row, "helpfulness")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import re
 from collections.abc import Iterator
@@ -54,7 +55,8 @@ def opened(path: str) -> Any:
     import pyarrow as pa
 
     if path.endswith(".zst"):
-        return pa.CompressedInputStream(pa.OSFile(path), "zstd")
+        stream: Any = pa.CompressedInputStream(pa.OSFile(path), "zstd")
+        return io.BufferedReader(stream)
     return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
@@ -85,20 +87,22 @@ def trouble(path: str) -> str:
     if ending not in (".jsonl", ".json", ".csv", ".tsv"):
         return ""
     name = os.path.basename(path)
-    for number, line in enumerate(_lines(path)):
-        row = f" (row {number})" if ending == ".jsonl" else ""
-        try:
-            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            return (
-                f"{name}, line {number + 1}{row}, is not UTF-8 (byte 0x{line[error.start]:02x} at "
-                f"{error.start}); convert it: iconv -f LATIN1 -t UTF-8, or whatever it was saved in"
-            )
-        if ending == ".jsonl" and text.strip():
+    with opened(path) as file:
+        for number, line in enumerate(file):
+            row = f" (row {number})" if ending == ".jsonl" else ""
+            where = f"{name}, line {number + 1}{row}"
             try:
-                parse_json(text)
-            except ValueError as error:
-                return f"{name}, line {number + 1}{row}, is not JSON: {error}"
+                text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                return (
+                    f"{where}, is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}); "
+                    "convert it: iconv -f LATIN1 -t UTF-8, or whatever it was saved in"
+                )
+            if ending == ".jsonl" and text.strip():
+                try:
+                    parse_json(text.rstrip("\n"))
+                except ValueError as error:
+                    return f"{where}, is not JSON: {error}"
     return ""
 
 
@@ -132,13 +136,3 @@ def nests_too_deeply(path: str) -> bool:
 
 def _levels(text: bytes) -> np.ndarray:
     return np.cumsum(_STEP[np.frombuffer(text, np.uint8)], dtype=np.int64)
-
-
-def _lines(path: str) -> Iterator[bytes]:
-    with opened(path) as file:
-        rest = b""
-        while block := file.read(1 << 20):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from lines
-        if rest:
-            yield rest

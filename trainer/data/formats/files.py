@@ -7,10 +7,13 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ...files import replacing
 from .damage import (
     cache_trouble,
     nests_too_deeply,
@@ -45,6 +48,8 @@ def open_source(name: str, splits: list[str], notes: list[str]) -> dict[str, Dat
     A source of one table gives it under the name ``ONE_TABLE``. Files of a folder that nothing
     reads go to ``notes``.
     """
+    from datasets import load_dataset
+
     path, config = with_config(name)
     if os.path.isfile(path):
         return {ONE_TABLE: load_files(name, [path])}
@@ -55,13 +60,15 @@ def open_source(name: str, splits: list[str], notes: list[str]) -> dict[str, Dat
             f"data set {name!r}: no such file or folder, as seen from {os.getcwd()}; "
             "correct the path, or give a hub name such as owner/data"
         )
-    return _load_dataset(
-        name,
-        path,
-        config,
-        "it is no local file or folder, and the hub did not give it; check the name (a subset is "
-        "owner/data:subset), the network, and access rights (hf auth login)",
-    )
+    try:
+        tables = load_dataset(path, config)
+    except Exception as error:  # connection, permission, builder: a dozen types, one meaning
+        raise UserError(
+            f"data set {name!r}: it is no local file or folder, and the hub did not give it; check "
+            "the name (a subset is owner/data:subset), the network, and access rights (hf auth "
+            f"login) ({cause(error)})"
+        ) from error
+    return {str(split): table for split, table in tables.items()}
 
 
 def _looks_like_path(name: str) -> bool:
@@ -132,8 +139,10 @@ def _is_saved(path: str) -> bool:
 def _split_files(folder: str, split: str) -> list[str]:
     """The data files of ``folder`` whose names end with the split's, shard number aside."""
     pattern = re.compile(rf"(.*[-_.])?{re.escape(split)}(-\d+-of-\d+)?", re.IGNORECASE)
-    stems = {file: _stem(file) for file in sorted(os.listdir(folder)) if file.endswith(_ENDINGS)}
-    return [os.path.join(folder, file) for file, stem in stems.items() if pattern.fullmatch(stem)]
+    files = [file for file in sorted(os.listdir(folder)) if file.endswith(_ENDINGS)]
+    stems = [os.path.splitext(unpacked_name(file))[0] for file in files]
+    named = zip(files, stems, strict=True)
+    return [os.path.join(folder, file) for file, stem in named if pattern.fullmatch(stem)]
 
 
 def _check_alike(name: str, split: str, paths: list[str]) -> None:
@@ -145,10 +154,6 @@ def _check_alike(name: str, split: str, paths: list[str]) -> None:
             "their splits (train.jsonl, test.jsonl), or give the files to use one by one as "
             "dataset and eval_dataset, or in dataset_mixer"
         )
-
-
-def _stem(file: str) -> str:
-    return os.path.splitext(unpacked_name(file))[0]
 
 
 def load_files(name: str, paths: list[str]) -> Dataset:
@@ -239,16 +244,12 @@ def _without_zstd(path: str) -> str:
         return path
     state = os.stat(path)
     key = Hasher.hash([os.path.abspath(path), state.st_size, state.st_mtime_ns])
-    folder = os.path.join(config.HF_DATASETS_CACHE, "widemargin", f"unpacked-{key}")
-    os.makedirs(folder, exist_ok=True)
-    copy = os.path.join(folder, os.path.basename(path).removesuffix(".zst"))
-    if not os.path.isfile(copy):
-        aside = f"{copy}.{os.getpid()}"
-        with opened(path) as packed, open(aside, "wb") as file:
-            while block := packed.read(1 << 20):
-                file.write(block)
-        os.replace(aside, copy)
-    return copy
+    folder = Path(config.HF_DATASETS_CACHE, "widemargin", f"unpacked-{key}")
+    copy = folder / os.path.basename(path).removesuffix(".zst")
+    if not copy.is_file():
+        with replacing(copy) as aside, opened(path) as packed, open(aside, "wb") as file:
+            shutil.copyfileobj(packed, file)
+    return str(copy)
 
 
 def _load_saved(name: str, path: str) -> Any:
@@ -280,15 +281,6 @@ def _inside(name: str) -> str:
     if os.path.basename(name) != name or name in ("", ".", ".."):
         raise ValueError(f"it names {name!r}, which is not a file in its folder")
     return name
-
-
-def _load_dataset(name: str, path: str, config: str | None, advice: str) -> dict[str, Dataset]:
-    from datasets import load_dataset
-
-    try:
-        return {str(split): table for split, table in load_dataset(path, config).items()}
-    except Exception as error:  # connection, permission, builder: a dozen types, one meaning
-        raise UserError(f"data set {name!r}: {advice} ({cause(error)})") from error
 
 
 def cause(error: BaseException) -> str:

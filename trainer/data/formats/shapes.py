@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
-from .answers import NUMBERS, Edges, Reader, beside, in_columns, inside, rows_of
+from .answers import IN_COLUMNS, NUMBERS, Edges, Scored, beside, in_columns, inside, rows_of
 from .converters import (
     Row,
     arena,
@@ -20,7 +21,6 @@ from .converters import (
     conversation,
     either,
     grouped,
-    number,
     opens,
     same,
     single,
@@ -46,16 +46,16 @@ class Shape:
     Args:
         name: what reports call it; "" for prompt, chosen and rejected themselves.
         needs: the columns it is known by.
-        standard: a row -> one with prompt (or none), chosen and rejected.
+        standard: a row and ``needs`` -> the row with prompt (or none), chosen and rejected.
         also: further columns that it reads where they are there.
-        answers: of rows with several answers, in place of ``standard``.
+        answers: in place of ``standard``, a row and ``needs`` -> a prompt, and answers with scores.
     """
 
     name: str
     needs: tuple[str, ...]
-    standard: Callable[[Row], Row] | None = None
+    standard: Callable[..., Row] | None = None
     also: tuple[str, ...] = ()
-    answers: Reader | None = None
+    answers: Callable[..., tuple[Any, list[Scored]]] | None = None
 
     def reads(self, columns: Collection[str]) -> list[str]:
         """Those of ``columns`` that become tokens."""
@@ -65,10 +65,10 @@ class Shape:
     def rows(self, row: Row, edges: Edges) -> list[Row]:
         """The pairs of ``row`` with prompt (or none), chosen, rejected, `ARGUMENTS` and images."""
         if self.answers is not None:
-            pairs = rows_of(*self.answers(row), edges)
+            pairs = rows_of(*self.answers(row, *self.needs), edges)
         else:
             assert self.standard is not None
-            pairs = [self.standard(row)]
+            pairs = [self.standard(row, *self.needs)]
         return [self._complete(pair, row) for pair in pairs]
 
     def _complete(self, standard: Row, row: Row) -> Row:
@@ -132,110 +132,86 @@ SHAPES = (
     Shape("Step-DPO", ("prompt", "initial_reason_steps", "chosen", "rejected"), begun),
     Shape("", ("prompt", "chosen", "rejected"), same),
     *(
-        Shape("ShareGPT", (column, "chosen", "rejected"), talk(column))
+        Shape("ShareGPT", (column, "chosen", "rejected"), talk)
         for column in ("conversations", "conversation", "messages")
     ),
     *(
-        Shape(
-            "responses to messages",
-            (column, "chosen_response", "rejected_response"),
-            talk(column, "chosen_response", "rejected_response"),
-        )
+        Shape("responses to messages", (column, "chosen_response", "rejected_response"), talk)
         for column in ("messages", "conversations")
     ),
     Shape("ms-swift", ("messages", "rejected_response"), swift),
     Shape("ms-swift", ("messages", "rejected_messages"), swift_conversations),
-    Shape("orca_dpo", ("question", "chosen", "rejected"), asked("question")),
-    Shape("Alpaca", ("instruction", "chosen", "rejected"), asked("instruction"), ("input",)),
-    Shape("orca_dpo", ("system", "input", "chosen", "rejected"), asked("input")),
+    Shape("orca_dpo", ("question", "chosen", "rejected"), asked),
+    Shape("Alpaca", ("instruction", "chosen", "rejected"), asked, also=("input",)),
+    Shape("orca_dpo", ("input", "chosen", "rejected", "system"), asked),
     Shape(
-        "UltraFeedback, binarized",
-        ("instruction", "chosen_response", "rejected_response"),
-        asked("instruction", "chosen_response", "rejected_response"),
+        "UltraFeedback, binarized", ("instruction", "chosen_response", "rejected_response"), asked
     ),
     Shape(
         "UltraFeedback",
         ("instruction", "completions"),
-        answers=inside(
-            "instruction", "completions", "response",
-            ("fine-grained_score", "overall_score", "score"),
+        answers=partial(
+            inside, text="response", worth=("fine-grained_score", "overall_score", "score")
         ),
     ),
     Shape(
         "Nectar",
         ("prompt", "answers"),
-        answers=inside("prompt", "answers", "answer", ("rank",), -1),
+        answers=partial(inside, text="answer", worth=("rank",), sign=-1),
     ),
     Shape(
         "answers with scores",
         ("prompt", "completions", "scores"),
-        answers=beside("prompt", "completions", "scores", talk=False),
+        answers=partial(beside, talk=False),
     ),
     Shape(
         "answers with ranks",
         ("prompt", "completions", "ranks"),
-        answers=beside("prompt", "completions", "ranks", sign=-1, talk=False),
+        answers=partial(beside, sign=-1, talk=False),
     ),
     Shape(
         "SimPO's answers with a reward model's scores",
         ("prompt", "all_generated_responses", "all_rm_scores"),
-        answers=beside("prompt", "all_generated_responses", "all_rm_scores"),
+        answers=beside,
     ),
-    Shape(
-        "RRHF", ("query", "responses", "scores"), answers=beside("query", "responses", "scores")
-    ),
-    Shape(
-        "distilabel",
-        ("instruction", "generations", "ratings"),
-        answers=beside("instruction", "generations", "ratings"),
-    ),
+    Shape("RRHF", ("query", "responses", "scores"), answers=beside),
+    Shape("distilabel", ("instruction", "generations", "ratings"), answers=beside),
     Shape(
         "NCA",
         ("prompt", "A0", "A1", "A0_score", "A1_score"),
-        also=tuple(name.format(i) for i in range(2, 32) for name in ("A{}", "A{}_score")),
-        answers=in_columns("prompt", "A{}", "A{}_score"),
+        also=(*chain(*IN_COLUMNS),),
+        answers=in_columns,
     ),
     *(
-        Shape("answers, the best first", (it, "responses"), answers=beside(it, "responses", None))
-        for it in ("prompt", "instruction", "query")
+        Shape("answers, the best first", (column, "responses"), answers=beside)
+        for column in ("prompt", "instruction", "query")
     ),
     Shape("single answers with labels", SINGLE, single),
     Shape(
         "HelpSteer2 with preferences",
         ("prompt", "response_1", "response_2", "preference_strength"),
-        either(
-            "prompt", "response_1", "response_2", lambda row: -number(row, "preference_strength")
-        ),
+        partial(either, first_wins=lambda strength: -strength),
     ),
     Shape(
         "HelpSteer3",
         ("context", "response1", "response2", "overall_preference"),
-        either(
-            "context", "response1", "response2", lambda row: -number(row, "overall_preference")
-        ),
+        partial(either, first_wins=lambda preference: -preference),
     ),
     Shape("HelpSteer, the most and the least helpful", GROUPED, grouped),
     Shape(
         "PKU-SafeRLHF",
         ("prompt", "response_0", "response_1", "better_response_id"),
-        either(
-            "prompt", "response_0", "response_1",
-            lambda row: 0.5 - number(row, "better_response_id"),
-        ),
+        partial(either, first_wins=lambda better: 0.5 - better),
     ),
     Shape(
         "SHP",
         ("history", "human_ref_A", "human_ref_B", "labels"),
-        either("history", "human_ref_A", "human_ref_B", lambda row: number(row, "labels") - 0.5),
+        partial(either, first_wins=lambda label: label - 0.5),
     ),
-    Shape(
-        "StackExchange",
-        ("question", "response_j", "response_k"),
-        asked("question", "response_j", "response_k"),
-    ),
-    Shape("arena", ("conversation_a", "conversation_b", "winner"), arena, ("turn",)),
+    Shape("StackExchange", ("question", "response_j", "response_k"), asked),
+    Shape("arena", ("conversation_a", "conversation_b", "winner"), arena, also=("turn",)),
     Shape("", ("chosen", "rejected"), same),
-)  # fmt: skip
+)
 
 
 @lru_cache

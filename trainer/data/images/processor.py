@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ...settings.data import DataSettings
-    from ..rows import Pair
 
 IMAGES, IMAGE_KEY = "images", "image_key"
 """Columns of the table: a prompt's encoded images, and two numbers of their content."""
@@ -90,17 +89,12 @@ class ImageProcessor:
         facts |= {"class": type(self.processor).__name__, "chat_template": ""}
         return json.dumps([facts, self.processor.image_processor.to_dict()], default=str)
 
-    def expanded(self, texts: Any, pair: Pair) -> Any:
-        """A pair's ``texts`` with the tokens of each image in the place of its mark.
-
-        ``texts`` may be a ``RowProblem``, and so may the result.
-        """
-        if isinstance(texts, RowProblem):
-            return texts
-        mark, images = self.processor.image_token, pair.images
+    def expanded(self, texts: Any, images: list[bytes]) -> Any:
+        """A pair's ``texts`` with the tokens of each image in the place of its mark."""
+        mark = self.processor.image_token
         pieces = [text.split(mark) for text in texts]
         if any(len(each) != len(images) + 1 for each in pieces):
-            return RowProblem(
+            raise RowProblem(
                 NOT_ONE_EACH,
                 f"{len(images)} images, and the chat template writes {mark} "
                 f"{len(pieces[0]) - 1} times, with answers {len(pieces[1]) - 1} and "
@@ -110,11 +104,8 @@ class ImageProcessor:
             return texts
         last = texts[0].rfind(mark) + len(mark)
         if any(text[:last] != texts[0][:last] for text in texts):
-            return RowProblem(NOT_ONE_EACH, "the chat template writes them otherwise with answers")
-        try:
-            tokens = self._tokens(images)
-        except RowProblem as problem:
-            return problem
+            raise RowProblem(NOT_ONE_EACH, "the chat template writes them otherwise with answers")
+        tokens = self._tokens(images)
         return tuple(
             "".join([each[0], *(t + piece for t, piece in zip(tokens, each[1:], strict=True))])
             for each in pieces

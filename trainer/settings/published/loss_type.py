@@ -92,8 +92,6 @@ def trl_mixture(settings: Settings, notes: list[str]) -> Settings:
             raise UserError("loss_weights: give loss_type a list of as many losses beside it")
         return settings
     del settings["loss_type"]
-    if settings.get("objective") is not None:
-        raise UserError("loss_type and objective are both given and mean the same; keep objective")
     settings["objective"] = _named(losses, [1.0] * len(losses) if weights is None else weights)
     new: dict[str, Any] = {"objective": settings["objective"]}
     if "sft" in losses and settings.get("nll") is None:

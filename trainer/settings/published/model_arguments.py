@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, expect
 
 SETTINGS = {
     "dtype": "dtype",
@@ -18,8 +18,7 @@ WITHOUT_EFFECT = ("use_cache", "low_cpu_mem_usage", "use_safetensors")
 
 def model_arguments(value: Any, _: dict[str, Any]) -> dict[str, Any]:
     """The settings that arguments of ``from_pretrained`` stand for."""
-    if not isinstance(value, dict | None):
-        raise UserError(f"model_init_kwargs: expected a mapping, got {value!r}")
+    expect("model_init_kwargs", value, isinstance(value, dict | None), "a mapping")
     new = {}
     for name, argument in (value or {}).items():
         if name not in SETTINGS and name not in WITHOUT_EFFECT and argument is not None:

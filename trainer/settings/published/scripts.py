@@ -109,8 +109,12 @@ class Departure:
     undo: str = "no switch"
 
 
-def _objective(*names: str) -> Callable[[Any, Settings], bool]:
-    return lambda config, _: any(part in names for part, _ in parts_of(config.objective))
+def _objective(*names: str, beside: str = "") -> Callable[[Any, Settings], bool]:
+    """Whether a run has one of these objectives, and the hyperparameter ``beside`` is not 0."""
+    return lambda config, given: (
+        any(part in names for part, _ in parts_of(config.objective))
+        and bool(not beside or given.get(beside))
+    )
 
 
 def _always(config: Any, given: Settings) -> bool:
@@ -178,16 +182,12 @@ DEPARTURES = (
     Departure(
         "label smoothing keeps the margin's sign, as in the paper; gamma-PO's SimPO trainer turned "
         "it: -log sigmoid(-gap - gamma) in place of -log sigmoid(gamma - gap)",
-        lambda config, given: (
-            _objective("simpo")(config, given) and bool(given.get("label_smoothing"))
-        ),
+        _objective("simpo", beside="label_smoothing"),
         "undone by label_smoothing: 0",
     ),
     Departure(
         "label smoothing counts for cpo, as in TRL; gamma-PO's trainer left it without effect",
-        lambda config, given: (
-            _objective("cpo")(config, given) and bool(given.get("label_smoothing"))
-        ),
+        _objective("cpo", beside="label_smoothing"),
         "undone by label_smoothing: 0",
     ),
     Departure(

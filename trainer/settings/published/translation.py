@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, expect_one_of
 from ...objectives import OBJECTIVES, canonical_name, hyperparameters_of, parts_of, spec_of
 from .keys import TABLE, Key, Settings, note, number, yaml_value
 from .loss_type import IN_DPO, trl_mixture, without_effect
@@ -114,16 +114,13 @@ def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) ->
     settings = dict(settings)
     if isinstance(settings.get("objective"), dict):
         settings["objective"] = canonical_name(settings["objective"])
+    if settings.get("objective") is not None and settings.get("loss_type") is not None:
+        raise UserError("loss_type and objective are both given and mean the same; keep objective")
     settings = trl_mixture(settings, notes)
     loss_type, trainer_type = settings.pop("loss_type", None), settings.pop("trainer_type", None)
-    if trainer_type not in (None, *TRAINER_TYPES):
-        expected = ", ".join(TRAINER_TYPES)
-        raise UserError(f"trainer_type: expected one of {expected}, got {trainer_type!r}")
+    if trainer_type is not None:
+        expect_one_of("trainer_type", trainer_type, TRAINER_TYPES)
     if settings.get("objective") is not None:
-        if loss_type is not None:
-            raise UserError(
-                "loss_type and objective are both given and mean the same; keep objective"
-            )
         if trainer_type is not None:
             notes.append(note("trainer_type", trainer_type, {}, "the objective is named"))
         return settings
@@ -136,8 +133,7 @@ def name_objective(settings: Settings, sigmoid: str | None, notes: list[str]) ->
         )
     settings["objective"] = objective
     if loss_type == "alphapo" and settings.get("cpo_alpha") is not None:
-        why = "TRL's alphapo sets it to 0"
-        notes.append(note("cpo_alpha", settings.pop("cpo_alpha"), {}, why))
+        _drop(settings, "cpo_alpha", "TRL's alphapo sets it to 0", notes)
     published = loss_type is not None or trainer_type is not None
     given = {"loss_type": loss_type, "trainer_type": trainer_type}
     said = ", ".join(f"{n}: {yaml_value(v)}" for n, v in given.items() if v is not None)
@@ -186,7 +182,7 @@ def _hyperparameters(
         notes.append(note("gamma_beta_ratio", ratio, {"beta": ratio}, why))
     for name in ("beta", "tau", "gamma_beta_ratio"):
         if settings.get(name) is not None and name_here(name, _parts(objective)) not in known:
-            notes.append(note(name, settings.pop(name), {}, f"{objective} does not use it"))
+            _drop(settings, name, f"{objective} does not use it", notes)
     return settings
 
 
@@ -199,27 +195,32 @@ def fit_objective(settings: Settings, notes: list[str]) -> Settings:
     if settings.get("cpo_alpha") is not None:
         new = name_here("cpo_alpha", _parts(objective))
         if new == "alpha" and settings.get("alpha") == 0:
-            notes.append(note("alpha", settings.pop("alpha"), {}, "at 0 TRL's is without effect"))
+            _drop(settings, "alpha", "at 0 TRL's is without effect", notes)
         if new == "alpha" and settings.get("alpha") is not None:
             raise UserError(
                 "alpha: in TRL's CPOConfig it is AlphaPO's; leave it out where it is 0, or write "
                 "objective: alphapo and sft_weight in place of cpo_alpha"
             )
-        _rename_cpo_alpha(settings, new, notes)
+        if _rename(settings, "cpo_alpha", new, notes) and settings.get("nll") is None:
+            settings["nll"] = "tokens"
+            notes.append("nll: tokens, as TRL averages the likelihood of cpo_alpha")
     ratio_here = name_here("gamma_beta_ratio", _parts(objective))
     if settings.get("gamma_beta_ratio") is not None and ratio_here != "gamma_beta_ratio":
-        ratio = settings.pop("gamma_beta_ratio")
-        _rename(settings, "gamma_beta_ratio", ratio, ratio_here, notes)
+        _rename(settings, "gamma_beta_ratio", ratio_here, notes)
     if "length_norm" in settings and "length_norm" not in known:
-        _drop_length_norm(settings, objective, notes)
+        means, value = objective in ALWAYS_MEANS, settings["length_norm"]
+        why = f"{objective} {'always uses means' if means else 'uses sums only'}"
+        if value not in (None, means):
+            raise UserError(f"length_norm: {why}, got {value!r}; leave it out")
+        _drop(settings, "length_norm", why, notes)
     if "label_smoothing" in settings and "label_smoothing" not in known:
-        value = settings.pop("label_smoothing")
+        value = settings["label_smoothing"]
         if number("label_smoothing", value):
             raise UserError(
                 f"label_smoothing: {objective} has none, here as in the published trainers, which "
                 f"left {value!r} without effect; leave it out"
             )
-        notes.append(note("label_smoothing", value, {}, f"{objective} has none"))
+        _drop(settings, "label_smoothing", f"{objective} has none", notes)
     return settings
 
 
@@ -227,30 +228,14 @@ def _parts(objective: str) -> list[str]:
     return [name for name, _ in parts_of(objective)]
 
 
-def _rename_cpo_alpha(settings: Settings, new: str, notes: list[str]) -> None:
-    """TRL's weight of the likelihood, which it averages over all chosen tokens."""
-    weight = settings.pop("cpo_alpha")
-    _rename(settings, "cpo_alpha", weight, new, notes)
-    if weight and settings.get("nll") is None:
-        settings["nll"] = "tokens"
-        notes.append("nll: tokens, as TRL averages the likelihood of cpo_alpha")
+def _drop(settings: Settings, name: str, why: str, notes: list[str]) -> None:
+    notes.append(note(name, settings.pop(name), {}, why))
 
 
-def _drop_length_norm(settings: Settings, objective: str, notes: list[str]) -> None:
-    value = settings.pop("length_norm")
-    if objective not in ALWAYS_MEANS:
-        why = f"{objective} uses sums only"
-        accepted = (None, False)
-    else:
-        why = f"{objective} always uses means"
-        accepted = (None, True)
-    if value not in accepted:
-        raise UserError(f"length_norm: {why}, got {value!r}; leave it out")
-    notes.append(note("length_norm", value, {}, why))
-
-
-def _rename(settings: Settings, old: str, value: Any, new: str, notes: list[str]) -> None:
+def _rename(settings: Settings, old: str, new: str, notes: list[str]) -> Any:
+    """Give ``new`` the value of ``old``; returns it."""
     if settings.get(new) is not None:
         raise UserError(f"{old} and {new} are both given and mean the same; keep {new}")
-    settings[new] = value
+    value = settings[new] = settings.pop(old)
     notes.append(note(old, value, {new: value}))
+    return value
