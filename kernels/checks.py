@@ -1,5 +1,7 @@
 """What the public functions share: checks of their arguments, and the choice of a backend.
 
+`refuse_transforms` is for operators, which have a rule for ordinary backward alone.
+
 A ``ValueError`` names the argument, what was expected and what came.
 """
 
@@ -12,6 +14,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    is_gradtrackingtensor,
+)
+from torch.autograd import forward_ad
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -44,6 +50,26 @@ def is_number(value: Any) -> bool:
     """Whether it is a finite number of Python's (or ``torch.compile``'s stand-in for one)."""
     numbers = (int, float, torch.SymInt, torch.SymFloat)
     return isinstance(value, numbers) and -math.inf < value < math.inf
+
+
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Raise for function ``name`` in torch.func's transforms that differentiate.
+
+    In forward mode torch would pass over tangents and return derivatives of zero.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: it has no derivative in forward mode (jvp); use reverse mode, or the "
+                "definition in kernels.reference"
+            )
+        if not torch.compiler.is_compiling() and is_gradtrackingtensor(tensor):
+            raise NotImplementedError(
+                f"{name}: use backward or torch.autograd.grad, not torch.func's grad, vjp "
+                "and jacrev, or the definition in kernels.reference, which takes them"
+            )
 
 
 def choose_backend(backend: str, tensor: Tensor, dtype: torch.dtype) -> str:

@@ -27,14 +27,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import Backend, choose_backend, expect
+from .checks import Backend, choose_backend, expect, refuse_transforms
 from .linear_logprob.function import (
     at_temperature,
     check_inputs,
     check_settings,
     compute_dtype,
     needs_backward,
-    refuse_transforms,
 )
 from .linear_logprob.operators import (
     OnlyOnce,
@@ -105,7 +104,7 @@ def vocab_parallel_linear_logprob(
     """
     check_inputs(hidden, weight, targets, bias)
     check_settings(logit_scale, softcap, temperature, tail, tail_eps)
-    refuse_transforms(hidden, weight, bias)
+    refuse_transforms("vocab_parallel_linear_logprob", hidden, weight, bias)
     shard = _shard(weight, group, vocab_start)
     dtype = compute_dtype(hidden)
     scales = at_temperature(temperature, logit_scale, softcap)

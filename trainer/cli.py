@@ -62,6 +62,10 @@ def _guarded(argv: Sequence[str] | None, script: str | None) -> int:
             raise
         name = printable(str(error.filename), 200)
         return _refused(error, f"{error.strerror}: {name} ({TRACEBACK}=1 shows where)")
+    except UnicodeEncodeError as error:
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        return _refused(error, str(error))
     except SystemExit as stop:
         if not getattr(stop, "quiet", True):  # Stopped, by SIGTERM or for a collapse
             print(f"\n{stop}", file=sys.stderr)
@@ -79,6 +83,9 @@ def _refused(error: Exception, line: str) -> int:
     """Say in a line what went wrong, and after the traceback where the user asks for one."""
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        line += f" (names are {encoding} here; set PYTHONUTF8=1 if yours have other letters)"
     print(f"error: {line}", file=sys.stderr)
     return 2
 

@@ -173,8 +173,11 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        self.reward_metrics.add(inputs["pair_ids"], outputs["pairs"])
+            computed = self.compute_loss(model, inputs, return_outputs=True)
+        loss, outputs = computed if isinstance(computed, tuple) else (computed, {})
+        self.observer.evaluation.add_loss(loss, self.objective.count(inputs))
+        if "pairs" in outputs:  # a subclass may compute a loss without them
+            self.reward_metrics.add(inputs["pair_ids"], outputs["pairs"])
         return loss.detach(), None, None
 
     def __init__(
@@ -222,7 +225,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
             set_seed(args.seed)  # the adapter's first weights too are the seed's, and on all ranks
             lm = with_adapter(lm, peft_config, warns=args.process_index == 0)
         if rows is not None:
-            check_learns(lm)
+            check_learns(lm, optimizers[0])
         small = trial_model(lm, args)
         data_collator = self.pipeline.choose_collator(lm, rows, data_collator, small)
         with refusals("settings", ValueError, ImportError, OSError):
@@ -262,8 +265,7 @@ class PreferenceTrainer(BatchedTrainer, CheckpointedTrainer, OutputTrainer):
 
     def _start(self, lm: Any, small: Any) -> None:
         """Check the head where it will run, prepare the reference, and watch from here on."""
-        # Losses are scaled here, over the step's pairs; the second name is transformers < 5.20's.
-        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # losses are scaled here, over the step's pairs
         args: Any = self.args
         autocast, rows = self.accelerator.autocast(), self.train_dataset
         try_model(lm, small, args, autocast, rows, self.data_collator)

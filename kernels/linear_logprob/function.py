@@ -27,12 +27,15 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
-    is_gradtrackingtensor,
-)
-from torch.autograd import forward_ad
 
-from ..checks import Backend, check_tensors, choose_backend, expect, is_number
+from ..checks import (
+    Backend,
+    check_tensors,
+    choose_backend,
+    expect,
+    is_number,
+    refuse_transforms,
+)
 from .operators import forward_op
 from .types import TAIL_EPS, TAILS, HeadStats, Tail
 
@@ -143,7 +146,7 @@ def linear_logprob(
     """
     check_inputs(hidden, weight, targets, bias)
     check_settings(logit_scale, softcap, temperature, tail, tail_eps)
-    refuse_transforms(hidden, weight, bias)
+    refuse_transforms("linear_logprob", hidden, weight, bias)
     dtype = compute_dtype(hidden)
     stats = _no_stats(hidden, dtype) if return_stats else None
     scales = at_temperature(temperature, logit_scale, softcap)
@@ -189,26 +192,6 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 def _autocast(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
-
-
-def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raise in torch.func's transforms that differentiate: `operators` has no rule for them.
-
-    In forward mode torch would pass over tangents and return derivatives of zero.
-    """
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                "linear_logprob: it has no derivative in forward mode (jvp); use reverse mode, or "
-                "linear_logprob of kernels.reference"
-            )
-        if not torch.compiler.is_compiling() and is_gradtrackingtensor(tensor):
-            raise NotImplementedError(
-                "linear_logprob: use backward or torch.autograd.grad, not torch.func's grad, vjp "
-                "and jacrev, or linear_logprob of kernels.reference, which takes them"
-            )
 
 
 def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import Backend, check_tensors, choose_backend, is_number
+from ..checks import Backend, check_tensors, choose_backend, is_number, refuse_transforms
 
 Kind = Literal["sigmoid", "hinge"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -88,6 +88,7 @@ def sequence_logps(
     if choose_backend(backend, token_logps, token_logps.dtype) == "triton":
         from .triton_operators import sequence_sums
 
+        refuse_transforms("sequence_logps", token_logps)
         return sequence_sums(token_logps, cu_seqlens), lengths
     # A copy, since backward reads the sums, and losses overwrite theirs (``sums /= lengths``).
     return _torch_sums(token_logps, cu_seqlens).clone(), lengths
@@ -124,6 +125,7 @@ def margin_loss(
     if choose_backend(backend, token_logps, token_logps.dtype) == "triton":
         from .triton_operators import margin_losses
 
+        refuse_transforms("margin_loss", token_logps)
         return margin_losses(token_logps, cu_seqlens, target_margins, *settings)
     return _torch_margin_loss(token_logps, cu_seqlens, target_margins, *settings)
 

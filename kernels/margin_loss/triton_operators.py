@@ -79,7 +79,16 @@ def _backward_of_sums(ctx, grad):
     return _sequence_sums_backward(grad, cu_seqlens, ctx.tokens, ctx.dtype), None
 
 
+def _keep_boundaries(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _second_backward_of_sums(ctx, grad):
+    return sequence_sums(grad, *ctx.saved_tensors), None, None, None
+
+
 sequence_sums.register_autograd(_backward_of_sums, setup_context=_keep_for_sums)
+_sequence_sums_backward.register_autograd(_second_backward_of_sums, setup_context=_keep_boundaries)
 
 
 @operator("margin_loss", mutates_args=())
@@ -147,8 +156,7 @@ def _(grad, slopes, cu_seqlens, tokens, dtype):
 
 def _keep_for_loss(ctx, inputs, output) -> None:
     token_logps, cu_seqlens, *_ = inputs
-    _, slopes = output
-    ctx.mark_non_differentiable(slopes)
+    _, slopes = output  # differentiable for autograd, so that a second derivative is noticed
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(slopes, cu_seqlens)
     ctx.tokens, ctx.dtype = token_logps.shape[0], token_logps.dtype
@@ -162,7 +170,14 @@ def _backward_of_loss(ctx, grad, _):
     return _loss_backward_op(grad, slopes, cu_seqlens, ctx.tokens, ctx.dtype), *none
 
 
+def _no_second_backward(ctx, grad):
+    raise NotImplementedError(
+        "margin_loss: it has no second derivative; margin_loss of kernels.reference has"
+    )
+
+
 _loss_op.register_autograd(_backward_of_loss, setup_context=_keep_for_loss)
+_loss_backward_op.register_autograd(_no_second_backward)
 
 
 def margin_losses(

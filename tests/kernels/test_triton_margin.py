@@ -172,6 +172,46 @@ def test_only_the_logps_get_a_gradient():
     assert not frozen.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
+def test_second_derivatives_are_refused(kind):
+    """A gradient that looks like a constant would make a penalty of it do nothing."""
+    tokens, cu_seqlens, margins = batch(LENGTHS["one pair"])
+    losses = margin_loss(tokens, cu_seqlens, margins, beta=1.0, kind=kind, backend="triton")
+    (first,) = torch.autograd.grad(losses.sum(), tokens, create_graph=True)
+    with pytest.raises(NotImplementedError, match="margin_loss: it has no second derivative"):
+        first.square().sum().backward()
+
+
+def test_sums_have_a_second_derivative():
+    tokens, cu_seqlens, _ = batch(LENGTHS["empty at the end"])
+
+    def penalty(op, **options):
+        squares = op(tokens, cu_seqlens, **options)[0] ** 2
+        (first,) = torch.autograd.grad(squares.sum(), tokens, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), tokens)[0]
+
+    expected = penalty(reference.sequence_logps)
+    torch.testing.assert_close(penalty(sequence_logps, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_functional_derivatives_are_refused(transform):
+    tokens, cu_seqlens, margins = batch(LENGTHS["one pair"])
+    with pytest.raises(NotImplementedError, match="margin_loss: use backward"):
+        transform(lambda x: margin_loss(x, cu_seqlens, margins, beta=1.0, backend="triton").sum())(
+            tokens
+        )
+
+
+def test_forward_mode_is_refused():
+    """It would have given derivatives of zero."""
+    tokens, cu_seqlens, _ = batch(LENGTHS["one pair"])
+    with pytest.raises(NotImplementedError, match=r"sequence_logps: .* forward mode"):
+        torch.func.jvp(
+            lambda x: sequence_logps(x, cu_seqlens, backend="triton")[0], (tokens,), (tokens,)
+        )
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 def test_compiles_to_one_graph_for_any_length(backend):

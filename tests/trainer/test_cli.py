@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -274,3 +275,22 @@ def test_help_is_quick_and_names_the_commands(capsys):
     code = "import sys, widemargin.trainer.cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_output_folder_that_is_no_text_is_refused(place, capsys):
+    """It would have ended the run at its first checkpoint."""
+    assert main(["train", str(place / "config.yaml"), "--output_dir=out\udcff"]) == 2
+    assert "error: output_dir: out\\udcff: name a folder in UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.costly
+def test_names_in_a_process_of_another_encoding(place, tmp_path):
+    """A locale that is not UTF-8, as LC_ALL=C is not where Python may not make it so."""
+    config = write_config(tmp_path / "config.yaml", place, output_dir="\u00f6ut")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "widemargin.trainer", config]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, check=False, env=os.environ | plain
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: output_dir: \\xf6ut: name a folder in UTF-8")

@@ -16,6 +16,7 @@ from ..data.report import SplitReport
 from ..data.table import FILLER_ID, PairRows, check_kind, check_scores, is_tokenized
 from ..data.table.mismatched import neighbours
 from ..errors import UserError
+from ..packing.inputs import check_collator
 from ..packing.split import refuse_split, split_packing
 from ..packing.verify import packing_for
 from .images import refuse_raw_images, run_packing, run_processor
@@ -170,6 +171,8 @@ class PairPipeline:
             collator.scores_prompts = self.objective.scores_prompts
         else:
             refuse_split(self.settings, "data_collator")
+            if rows is not None:
+                check_collator(collator, rows[0])
         self.layout = getattr(collator, "layout", "padded")
         if rows is not None:
             fit_micro_batches(self.settings, self.objective, self._planner(rows))

@@ -66,6 +66,13 @@ def settled_arguments(
         raise UserError(
             f"model: expected a causal language model or its name, got {type(model).__name__}"
         )
+    if hasattr(model, "_orig_mod"):
+        raise UserError("model: give it as it was before torch.compile; set torch_compile: true")
+    if not isinstance(model, str) and not hasattr(model, "config"):
+        raise UserError(
+            f"model: give it without the {type(model).__name__} around it; a model of transformers "
+            "or peft is expected"
+        )
     if isinstance(processing_class, str):
         raise UserError(
             "processing_class: expected a tokenizer, got its name; leave it out and set "

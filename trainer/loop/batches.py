@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from ..batching.pipeline import PairBatches
 from ..batching.streams import check_same_shard
 from ..batching.workers import sheltered
+from ..data.table import PairRows
 from ..errors import UserError
 from ..parallel.groups import data_group
 
@@ -39,6 +40,11 @@ class BatchedTrainer(Trainer):
         """As transformers', from the first shard of a stream on."""
         if self.train_dataset is None:
             raise UserError("train_dataset: give one to train on; this trainer can only evaluate")
+        if not isinstance(self.train_dataset, PairRows):
+            raise UserError(
+                "train_dataset: make a PreferenceTrainer with it; one that was put in place of the "
+                "first is neither tokenized nor checked"
+            )
         self.pipeline.rewind(self.train_dataset)
         return super().train(*args, **kwargs)
 
@@ -55,18 +61,30 @@ class BatchedTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As transformers', of another data set too, raw or tokenized."""
         of_run: Any = self.eval_dataset
-        by_name = isinstance(eval_dataset, str) and isinstance(of_run, dict)
-        if eval_dataset is None or eval_dataset is of_run or (by_name and eval_dataset in of_run):
-            return sheltered(super().get_eval_dataloader(eval_dataset))
+        is_own = eval_dataset is None or eval_dataset is of_run
+        if is_own or (isinstance(of_run, dict) and isinstance(eval_dataset, str)):
+            self.eval_dataset = self._evaluation_rows(of_run)
+            return sheltered(super().get_eval_dataloader(None if is_own else eval_dataset))
+        rows = self._later_rows(eval_dataset)
         workers_stay = self.args.dataloader_persistent_workers
-        rows = self.pipeline.later_rows(eval_dataset)
-        if self.reference is not None:
-            self.reference.precompute_later(rows, self)
         try:  # workers that stay would be found again for every other data set
             self.args.dataloader_persistent_workers = False
             return sheltered(super().get_eval_dataloader(rows))
         finally:
             self.args.dataloader_persistent_workers = workers_stay
+
+    def _evaluation_rows(self, of_run: Any) -> Any:
+        """The trainer's own, tokenized if they were assigned since it was made."""
+        if isinstance(of_run, dict):
+            return {name: self._evaluation_rows(part) for name, part in of_run.items()}
+        prepared = of_run is None or isinstance(of_run, PairRows)
+        return of_run if prepared else self._later_rows(of_run)
+
+    def _later_rows(self, dataset: Any) -> Any:
+        rows = self.pipeline.later_rows(dataset)
+        if self.reference is not None:
+            self.reference.precompute_later(rows, self)
+        return rows
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As transformers', for `predict`: of pairs raw or tokenized."""

@@ -146,6 +146,8 @@ class NonFiniteGuard(TrainerCallback):
         losses = {i: loss for batch in batches for i, loss in zip(*batch, strict=True) if i >= 0}
         bad = sorted(i for i, loss in losses.items() if not abs(loss) < float("inf"))
         step = self.trainer.state.global_step + 1
+        if not losses:  # a subclass computed a loss without those of pairs
+            return f"Step {step}: the gradient's norm is not finite"
         if bad:
             values = sorted({str(losses[i]) for i in bad})
             what = f"the loss is {' or '.join(values)} for pairs {_listed(bad)} of train_dataset"

@@ -261,9 +261,18 @@ def _runs(model: Any, length: int) -> bool:
     return True
 
 
-def check_learns(model: Any) -> None:
-    """Raise ``UserError`` for a model of which no parameter trains."""
-    if any(parameter.requires_grad for parameter in model.parameters()):
+def check_learns(model: Any, optimizer: Any = None) -> None:
+    """Raise ``UserError`` for a model of which no parameter trains, or no given optimizer's."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if optimizer is not None and learning:
+        groups = optimizer.param_groups
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in learning):
+            raise UserError(
+                "optimizers: override create_optimizer, or make the optimizer once the model has "
+                "its adapter; it holds no parameter of this model that learns"
+            )
+    if learning:
         return
     if hasattr(model, "get_base_model"):
         raise UserError(

@@ -68,14 +68,12 @@ class PreferenceMetrics:
         gaps = out.chosen_rewards - out.rejected_rewards
         per_pair = {
             "pairs": torch.ones_like(out.losses),
-            "loss": out.losses,
             "rewards/accuracies": (gaps > 0).double(),
             "rewards/margins": gaps,
             "margin/mean": out.target_margins,
             "margin/square": out.target_margins.double().square(),
         }
         self.add(**{name: torch.where(real, value, 0) for name, value in per_pair.items()})
-        self.add(items=out.count)
         logits = by_edges(segment_sums(mean_logits.detach(), cu_seqlens), edges)
         of_sides = {
             "count/": torch.ones_like(logits),
@@ -105,6 +103,10 @@ class PreferenceMetrics:
             for row in figures[1:]
         )
         self.add(entropy=entropy, mean_token_accuracy=correct.chunk(2)[0])
+
+    def add_loss(self, loss: Tensor, count: Tensor) -> None:
+        """Add one micro-batch's mean loss over ``count`` pairs or lists."""
+        self.add(loss=loss.double() * count, items=count)
 
     def add_tokens(self, decoder_tokens: Tensor) -> None:
         """Add one micro-batch's ``decoder_tokens`` [3], see `PairCollator`."""
@@ -142,8 +144,9 @@ class PreferenceMetrics:
         counts = {name: total.pop(name, 0.0) for name in COUNTS}
         answers = {side: total.pop(f"count/{side}", 0.0) for side in SIDES}
         pairs = counts["pairs"]
-        if not pairs:
-            return {}, counts
+        if not pairs:  # fillers, or a loss that a subclass computed without our own
+            items = counts["items"]
+            return ({f"{prefix}loss": total["loss"] / items} if items else {}), counts
         square = total.pop("margin/square") / pairs
         variance = square - (total["margin/mean"] / pairs) ** 2
         scored = {side: total[f"lengths/{side}"] for side in SIDES}

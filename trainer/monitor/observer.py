@@ -182,7 +182,6 @@ class Observer(TrainerCallback):
     def training_figures(self) -> dict[str, float]:
         """Means over all ranks since the last call, rates and memory; call it on all ranks."""
         means, counts = self.training.report(group=data_group(self.settings))
-        means.pop("loss", None)
         rates = self.throughput.report(counts)
         self.num_tokens += counts.get("num_tokens", 0.0)
         if self.num_tokens:  # a collator of the user's may not count

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import UserError
 from .images import IMAGE_INPUTS
 from .varlen import VARLEN_ARGUMENTS
 
@@ -21,6 +22,21 @@ PAIR_INPUTS = ("edges", "weights", "margins", "prompt_cu_seqlens", "prompts")
 MISMATCHED, FROZEN = "mismatched_", "frozen_"
 """Before the names of what a batch has of answers after other prompts than their own: of them
 alone, which the policy scores, and of all answers, which a frozen model scores."""
+
+
+NEEDED = ("input_ids", "select", "targets", "cu_seqlens", "pair_ids")
+"""What the trainer reads of every batch."""
+
+
+def check_collator(collate: Any, row: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` where a user's collator makes no batch of pairs, from one row."""
+    batch = collate([row])
+    missing = [name for name in NEEDED if not isinstance(batch, Mapping) or name not in batch]
+    if missing:
+        raise UserError(
+            "data_collator: make the batch with PairCollator and add to it; it has no "
+            f"{', '.join(missing)}"
+        )
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ def add_plan(commands: Any) -> None:
     add = parser.add_argument
     add("config", metavar="CONFIG.yaml")
     add("--gpus", type=_count, default=1, help="ranks, one on each GPU (default 1)")
-    add("--gpu-memory", type=_positive, default=80.0, help="memory of one GPU, GiB (default 80)")
+    add(
+        "--gpu-memory",
+        type=_gib,
+        default=80.0,
+        help="memory of one GPU in GiB: 80, 80GB or 81920MiB (default 80)",
+    )
     engine = parser.add_mutually_exclusive_group()
     engine.add_argument("--accelerate", type=Path, metavar="FILE", help="accelerate's config")
     engine.add_argument(
@@ -106,6 +112,17 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
+
+
+def _gib(text: str) -> float:
+    """A size as it is written: makers and tools call GiB GB, so all G are taken for GiB."""
+    number, mega = re.findall(r"(?is)\A(.*?)\s*(?:G(?:i?B)?|(M(?:i?B)?))?\Z", text)[0]
+    try:
+        return _positive(number) / (1024 if mega else 1)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected a size in GiB such as 80, 80GB or 81920MiB, got {text}"
+        ) from None
 
 
 def _means(text: str) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import UserError, expect, expect_bool, expect_number, expect_whole, is_whole
+from ..text import printable
 from .launch import check_left_over
 from .model import ModelSettings
 from .names import METRICS
@@ -205,7 +206,16 @@ def check_output(args: TrainingArguments) -> None:
     """Raise ``UserError`` where ``output_dir`` is not a folder that can be made and written."""
     if not str(args.output_dir).strip():
         raise UserError("output_dir: it is empty; name a folder")
-    folder = os.path.abspath(str(args.output_dir))
+    name = str(args.output_dir)
+    try:
+        name.encode()  # not for bytes of another encoding
+        os.fsencode(name)  # nor in a process of another
+    except UnicodeEncodeError:
+        raise UserError(
+            f"output_dir: {printable(name)}: name a folder in UTF-8, and set PYTHONUTF8=1 where "
+            "the locale is another one"
+        ) from None
+    folder = os.path.abspath(name)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from widemargin.trainer.cli import main
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.model.adapters import lora_config, with_adapter
+from widemargin.trainer.plan.command import _gib
 from widemargin.trainer.plan.estimate import read_settings
 from widemargin.trainer.settings.checks import checkpointing_options
 
@@ -57,6 +59,17 @@ def test_the_published_run_fits_on_four_gpus(tmp_path, capsys):
     inputs = estimate["largest_micro_batch"]["length"] * 4096 * 2 * 32
     assert inputs < less["kept"] < 1.5 * inputs
     assert {row["ranks"] for row in estimate["scaling"]} == {4, 8, 16, 64, 256}
+
+
+@pytest.mark.parametrize("text", ["80", "80.0", "80GB", "80 GiB", "80g", "80Gb", "81920MiB"])
+def test_memory_as_people_write_it(text):
+    assert _gib(text) == 80
+
+
+@pytest.mark.parametrize("text", ["", "GB", "80TB", "0", "-1GB", "80 Gbit", "nan"])
+def test_memory_that_is_no_size(text):
+    with pytest.raises(ArgumentTypeError, match="expected a size in GiB such as 80, 80GB or"):
+        _gib(text)
 
 
 @pytest.mark.costly
