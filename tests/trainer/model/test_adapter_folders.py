@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.cli import main
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation.models import read_model
 from widemargin.trainer.evaluation.settings import PairSettings
@@ -115,6 +116,26 @@ def test_a_second_adapter_on_it_is_refused(folders, tmp_path):
     args = tiny_config(tmp_path / "run", use_peft=True)
     with pytest.raises(UserError, match="has an adapter already"):
         PreferenceTrainer(str(folders[1]), args, train_dataset=tiny_pairs())
+
+
+@pytest.mark.parametrize("inside", ["", "merged", "checkpoint-2"])
+def test_an_adapter_does_not_replace_its_base(folders, tmp_path, capsys, inside):
+    """The base's weights were removed, and the adapter alone is no model."""
+    base = tmp_path / "run" / inside
+    shutil.copytree(folders[0], base)
+    args = tiny_config(tmp_path / "run", use_peft=True)
+    refused = rf"output_dir: name another folder.* {base}, the model that the adapter needs"
+    with pytest.raises(UserError, match=refused):
+        PreferenceTrainer(str(base), args, train_dataset=tiny_pairs())
+    (tmp_path / "run.yaml").write_text("objective: simpo\nuse_peft: true\ndataset: none.jsonl\n")
+    settings = [f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'run'}"]
+    assert main(["train", str(tmp_path / "run.yaml"), *settings]) == 2
+    assert main(["merge", str(folders[1]), f"--out={folders[0]}"]) == 2
+    errors = capsys.readouterr().err
+    assert "output_dir: name another" in errors
+    assert "--out: name another" in errors
+    assert (base / "model.safetensors").is_file()
+    assert (folders[0] / "model.safetensors").is_file()
 
 
 def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path):
