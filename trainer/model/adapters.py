@@ -230,8 +230,10 @@ def _rows_of_embedding(model: PreTrainedModel, name: str, revision: str) -> int 
         return None
     embedding = model.get_input_embeddings()
     places = [place for place, module in model.named_modules() if module is embedding]
+    inner = ("", "token_adapter.base_layer.")  # the latter with trainable_token_indices
+    names = {f"base_model.model.{place}.{part}weight" for place in places for part in inner}
     with safe_open(weights, "pt") as file:
-        keys = {f"base_model.model.{place}.weight" for place in places} & set(file.keys())
+        keys = names & set(file.keys())
         return file.get_slice(keys.pop()).get_shape()[0] if keys else None
 
 

@@ -138,7 +138,11 @@ def test_an_adapter_does_not_replace_its_base(folders, tmp_path, capsys, inside)
     assert (folders[0] / "model.safetensors").is_file()
 
 
-def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path):
+ADDED = [len(TOKENIZER), len(TOKENIZER) + 1]
+
+
+@pytest.mark.parametrize("learning", [None, ADDED], ids=["kept", "new tokens learn"])
+def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path, learning):
     """Tokens were added; the adapter's folder has the embeddings, its base has them not."""
     base, _ = folders
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -149,7 +153,12 @@ def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path):
         args,
         tiny_pairs(),
         processing_class=TOKENIZER,
-        peft_config=LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False),
+        peft_config=LoraConfig(
+            target_modules=["q_proj"],
+            r=2,
+            init_lora_weights=False,
+            trainable_token_indices=learning,
+        ),
     )
     trainer.save_model()
     ids = torch.tensor([[5, 6, len(TOKENIZER) + 1, 7]])
