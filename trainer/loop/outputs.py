@@ -92,7 +92,7 @@ class OutputTrainer(Trainer):
             revision = args.model_revision if source == args.model_name_or_path else "main"
             if (written / "adapter_config.json").is_file():
                 name_base(written, revision)
-            elif self.pipeline.images is not None and not source:
+            if self.pipeline.images is not None and not source:
                 self.pipeline.images.processor.save_pretrained(written)
             else:
                 copy_processor(config, source, revision, written)
