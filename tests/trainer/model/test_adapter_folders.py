@@ -171,6 +171,12 @@ def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path, learning):
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_without_weights_is_said(folders):
+    (folders[1] / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^adapter .*: copy its weights there too, adapter_model"):
+        load_model(tiny_config(folders[1]), str(folders[1]))
+
+
 def test_a_base_that_was_moved_is_said(folders):
     base, adapter = folders
     base.rename(base.with_name("elsewhere"))
