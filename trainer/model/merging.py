@@ -106,6 +106,8 @@ def merge_folder(folder: Path, out: Path | None, dtype: str, trust_remote_code: 
         model_name_or_path=str(folder), dtype=dtype, trust_remote_code=trust_remote_code
     )
     base = adapted_model(settings, str(folder))
+    if base is None and not folder.expanduser().is_dir():
+        raise UserError(f"{folder}: no such folder; name a run's folder or a checkpoint")
     if base is None:
         raise UserError(
             f"{folder}: expected an adapter's folder, with adapter_config.json and no full model; "
