@@ -25,6 +25,7 @@ from .data.table import PairRows
 from .data.template import with_template
 from .errors import UserError
 from .loop.watchdog import missing_ranks
+from .model.folder import check_base_stays
 from .model.loading import (
     adapted_model,
     load_model,
@@ -257,13 +258,17 @@ def _plan_lines(
 def check_adapter(config: PreferenceConfig) -> None:
     """Raise ``UserError`` where settings of adapters do not fit the model that is named."""
     name = config.model_name_or_path
-    goes_on = name is not None and adapted_model(config, name) is not None
+    base = None if name is None else adapted_model(config, name)
+    goes_on = base is not None
     if goes_on and config.use_peft:
         raise UserError(
             f"use_peft: leave it out, since {name} has an adapter already, which goes on learning; "
             "for a new adapter on top, make a model of that one with widemargin merge"
         )
     check_adapted(config, config.use_peft or goes_on)
+    if config.use_peft or base is not None:
+        model = name if base is None else base.model_name_or_path
+        check_base_stays(model, Path(config.output_dir), "output_dir")
 
 
 def check_training_data(data: PairData) -> None:

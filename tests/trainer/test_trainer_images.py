@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoProcessor
 from widemargin.trainer import PreferenceTrainer
 from widemargin.trainer.data.table.columns import tokens_digest
 from widemargin.trainer.errors import UserError
@@ -95,6 +96,18 @@ def test_lora_leaves_the_tower_alone(tmp_path):
     adapted = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert adapted
     assert not any("visual" in name for name in adapted)
+
+
+def test_an_adapters_folder_has_the_processor(tmp_path):
+    """Without it, the adapter could neither go on learning nor be evaluated on images."""
+    base = tmp_path / "base"
+    image_model("llava").save_pretrained(base)
+    image_processor("llava").save_pretrained(base)
+    args = tiny_config(tmp_path / "run", use_peft=True, **LIMITS)
+    PreferenceTrainer(str(base), args, train_dataset=image_pairs()).save_model()
+    again = tiny_config(tmp_path / "again", **LIMITS)
+    PreferenceTrainer(str(tmp_path / "run"), again, train_dataset=image_pairs()).train()
+    assert AutoProcessor.from_pretrained(tmp_path / "run").image_processor is not None
 
 
 def test_a_tower_sees_the_image_of_a_tree_once(tmp_path):

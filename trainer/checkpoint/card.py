@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..model.adapters import bare_model
 from ..monitor.history import Run, flatten
 from ..objectives import parts_of
 from ..text import duration, figure, is_place, unplaced
@@ -122,14 +123,16 @@ def write_model_card(
     standard = ["widemargin", "generated_from_trainer", "preference-optimization"]
     parts = [part for part, _ in parts_of(objective.name)]
     model: Any = trainer.model
-    adapter = hasattr(trainer.accelerator.unwrap_model(model), "peft_config")
+    model = trainer.accelerator.unwrap_model(model)
+    adapter = hasattr(model, "peft_config")
+    of_adapter = bare_model(model).name_or_path if adapter else None
     front = ModelCardData(
         language=given.get("language"),
         license=given.get("license"),
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*dict.fromkeys([*tags, *standard, *parts])],
-        base_model=_on_hub(base),
+        base_model=_on_hub(base) or _on_hub(of_adapter),  # the latter of an adapter that went on
         datasets=[name for name in map(_on_hub, _listed(data_sets)) if name] or None,
     )
     name = given.get("model_name") or Path(str(trainer.args.output_dir)).absolute().name

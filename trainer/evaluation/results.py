@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -41,8 +42,16 @@ def output_folder(model: str, benchmark: str, out: Path | None) -> Path:
 
 
 def name(model: str) -> str:
-    """The last part of a model's path or hub name."""
-    return Path(model).expanduser().resolve().name if Path(model).exists() else Path(model).name
+    """The last part of a model's path or hub name, with its run's where it is a part of a run.
+
+    Every run has a ``merged`` and a ``checkpoint-100``.
+    """
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        return folder.name
+    folder = folder.resolve()
+    of_run = re.fullmatch(r"merged|checkpoint-\d+", folder.name)
+    return f"{folder.parent.name}-{folder.name}" if of_run else folder.name
 
 
 def write_text(path: Path, text: str) -> Path:

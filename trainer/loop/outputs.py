@@ -11,7 +11,13 @@ from transformers import Trainer
 from ..checkpoint.card import write_model_card
 from ..checkpoint.hub import hub_refusals, push_checkpoint, upload
 from ..model.adapters import bare_model, name_base
-from ..model.folder import MERGED, copy_processor, with_generation_config, writing_model
+from ..model.folder import (
+    MERGED,
+    check_base_stays,
+    copy_processor,
+    with_generation_config,
+    writing_model,
+)
 from ..model.merging import export_merged
 from ..monitor.run_record import describe_run
 from .arguments import check_deepspeed, check_saves_whole
@@ -37,7 +43,10 @@ class OutputTrainer(Trainer):
     _loading: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        config = bare_model(kwargs["model"]).config
+        model = bare_model(kwargs["model"])
+        if hasattr(kwargs["model"], "peft_config"):
+            check_base_stays(model.name_or_path, Path(kwargs["args"].output_dir), "output_dir")
+        config = model.config
         self._use_cache = vars(config).get("use_cache")  # which transformers changes for training
         super().__init__(*args, **kwargs)
         check_saves_whole(self.accelerator.state)
@@ -83,7 +92,7 @@ class OutputTrainer(Trainer):
             revision = args.model_revision if source == args.model_name_or_path else "main"
             if (written / "adapter_config.json").is_file():
                 name_base(written, revision)
-            elif self.pipeline.images is not None and not source:
+            if self.pipeline.images is not None and not source:
                 self.pipeline.images.processor.save_pretrained(written)
             else:
                 copy_processor(config, source, revision, written)

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import UserError
 from ..files import read_json
 from ..settings.model import AdapterSettings
+from .folder import ADAPTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -211,6 +212,10 @@ def put_adapter(model: PreTrainedModel, name: str, revision: str, *, learns: boo
     """
     from peft import PeftModel
 
+    if Path(name).is_dir() and not any(Path(name, file).is_file() for file in ADAPTER[1:]):
+        raise UserError(
+            f"adapter {name}: copy its weights there too, {ADAPTER_WEIGHTS}; it has none of them"
+        )
     rows = _rows_of_embedding(model, name, revision)
     if rows not in (None, model.get_input_embeddings().num_embeddings):
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -230,8 +235,10 @@ def _rows_of_embedding(model: PreTrainedModel, name: str, revision: str) -> int 
         return None
     embedding = model.get_input_embeddings()
     places = [place for place, module in model.named_modules() if module is embedding]
+    inner = ("", "token_adapter.base_layer.")  # the latter with trainable_token_indices
+    names = {f"base_model.model.{place}.{part}weight" for place in places for part in inner}
     with safe_open(weights, "pt") as file:
-        keys = {f"base_model.model.{place}.weight" for place in places} & set(file.keys())
+        keys = names & set(file.keys())
         return file.get_slice(keys.pop()).get_shape()[0] if keys else None
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import refusals
+from ..errors import UserError, refusals
 from ..files import read_json
 
 if TYPE_CHECKING:
@@ -84,6 +84,22 @@ def writing_model(folder: Path, *, keep_merged: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
     if stale:
         logger.warning("Removed from %s, of an earlier model: %s", folder, ", ".join(stale))
+
+
+def check_base_stays(base: str | None, folder: Path, setting: str) -> None:
+    """Raise ``UserError`` where a model in ``folder`` would replace the one that an adapter is for.
+
+    Args:
+        base: the folder or hub name of the adapter's model.
+        setting: names ``folder``.
+    """
+    source, out = Path(base or "").expanduser().resolve(), folder.expanduser().resolve()
+    within = source.parent == out and source.name.startswith((MERGED, "checkpoint-"))
+    if base and source.is_dir() and (source == out or within):
+        raise UserError(
+            f"{setting}: name another folder than {folder}, which would replace {base}, the model "
+            "that the adapter needs"
+        )
 
 
 def is_model(folder: Path) -> bool:

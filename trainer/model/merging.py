@@ -12,7 +12,13 @@ from ..errors import UserError, refusals
 from ..settings.checks import is_split
 from ..settings.model import AdapterSettings, ModelSettings
 from .adapters import bare_model, put_adapter
-from .folder import MERGED, copy_processor, with_generation_config, writing_model
+from .folder import (
+    MERGED,
+    check_base_stays,
+    copy_processor,
+    with_generation_config,
+    writing_model,
+)
 from .loading import adapted_model, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -92,19 +98,22 @@ def merge_folder(folder: Path, out: Path | None, dtype: str, trust_remote_code: 
         dtype: of the weights; "auto" for the base's own.
 
     Raises:
-        UserError: no adapter there, files that cannot be read or written, or a merge that is not
-            finite.
+        UserError: no adapter there, files that cannot be read or written, a merge that is not
+            finite, or one in place of the base.
     """
     out = folder / MERGED if out is None else out
     settings = ModelSettings(
         model_name_or_path=str(folder), dtype=dtype, trust_remote_code=trust_remote_code
     )
     base = adapted_model(settings, str(folder))
+    if base is None and not folder.expanduser().is_dir():
+        raise UserError(f"{folder}: no such folder; name a run's folder or a checkpoint")
     if base is None:
         raise UserError(
             f"{folder}: expected an adapter's folder, with adapter_config.json and no full model; "
             "a full model's folder has nothing to merge"
         )
+    check_base_stays(base.model_name_or_path, out, "--out")
     adapted: Any = load_model(settings)
     tokenizer = load_tokenizer(settings)
     with refusals(f"adapter {folder}: cannot be merged", OSError, ValueError, RuntimeError):

@@ -9,6 +9,7 @@ gap where they were and a page can say how many there were.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ HEADLINE_METRICS = (
     ("lengths/chosen", "tokens, chosen"),
     ("lengths/rejected", "tokens, rejected"),
     ("loss", "loss"),
+)
+_OF_A_SET = re.compile(
+    rf"eval_(.+)_({'|'.join(re.escape(key) for key, _ in HEADLINE_METRICS if '/' in key)})"
 )
 
 
@@ -100,18 +104,27 @@ class Run:
         finite = [value for value in values if value is not None and math.isfinite(value)]
         return finite[-1] if finite else None
 
+    def held_out(self) -> dict[str, str]:
+        """What metrics of held-out pairs begin with, and what to say of it: where there are several
+        sets, their names."""
+        if any(self.series("eval_" + key) for key, _ in HEADLINE_METRICS):
+            return {"eval_": ""}
+        keys = dict.fromkeys(key for entry in self.history for key in entry)
+        names = [match[1] for key in keys if (match := _OF_A_SET.fullmatch(key))]
+        return {f"eval_{name}_": f", {name}" for name in names}
+
     def prefix(self) -> str:
-        """`eval_` if anything was evaluated on held-out pairs, else nothing."""
-        evaluated = any(self.series("eval_" + key) for key, _ in HEADLINE_METRICS)
-        return "eval_" if evaluated else ""
+        """The first of `held_out`; nothing if nothing was evaluated on held-out pairs."""
+        return next(iter(self.held_out()), "")
 
     def changes(self) -> list[Change]:
         """Headline metrics from first to last, of held-out pairs where those were evaluated."""
-        prefix = self.prefix()
         changes = []
         for key, label in HEADLINE_METRICS:
-            if values := self.finite(prefix + key):
-                changes.append(Change(label, values[0] if len(values) > 1 else None, values[-1]))
+            for prefix, name in (self.held_out() or {"": ""}).items():
+                if values := self.finite(prefix + key):
+                    before = values[0] if len(values) > 1 else None
+                    changes.append(Change(label + name, before, values[-1]))
         return changes
 
     def not_finite(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 from ..monitor.collapse import SAMPLED_TOKENS
 from ..monitor.history import HEADLINE_METRICS, Run
@@ -43,33 +44,35 @@ IN_TRAINING = {
 def comparison_headline(groups: Sequence[Group]) -> str:
     """Who ends where: "lmpo 0.97, simpo 0.95 held-out accuracy"."""
     runs = sum(len(group.runs) for group in groups)
-    prefix = common_prefix(groups)
+    prefix, name = next(iter(common_sets(groups).items()))
     ends = [(group, group.last(prefix + "rewards/accuracies")) for group in groups]
     if not all(values for _, values in ends):
         return f"{len(groups)} settings, {runs} runs"
     where = "Held-out" if prefix else "Training"
     means = [(group.label, sum(values) / len(values)) for group, values in ends]
     if len(groups) == 1:
-        return f"{where} accuracy {means[0][1]:.2f} over {runs} seeds"
+        return f"{where} accuracy{name} {means[0][1]:.2f} over {runs} seeds"
     means = sorted(means, key=lambda each: -each[1])
     if len(groups) > 3:
         ends = f"{means[-1][1]:.2f} to {means[0][1]:.2f}"
-        return f"{len(groups)} settings: {where.lower()} accuracy {ends}"
+        return f"{len(groups)} settings: {where.lower()} accuracy{name} {ends}"
     listed = ", ".join(f"{label} {value:.2f}" for label, value in means)
-    return f"{where} accuracy: {listed}"
+    return f"{where} accuracy{name}: {listed}"
 
 
-def common_prefix(groups: Sequence[Group]) -> str:
-    """`eval_` if every run was evaluated on held-out pairs, else nothing."""
-    return "eval_" if all(run.prefix() for group in groups for run in group.runs) else ""
+def common_sets(groups: Sequence[Group]) -> dict[str, str]:
+    """Of `Run.held_out`, what every run was evaluated on; training pairs if there is nothing."""
+    first, *others = [run.held_out() for group in groups for run in group.runs]
+    common = {key: name for key, name in first.items() if all(key in each for each in others)}
+    return common or {"": ""}
 
 
 def comparison_drawings(groups: Sequence[Group]) -> tuple[list[Drawing], list[Drawing]]:
     """Metrics over the steps of training, and margins over pairs at the end; a line a group."""
-    prefix, charts = common_prefix(groups), []
-    for key, chart in METRICS.items():
+    charts = []
+    for (key, chart), (prefix, name) in product(METRICS.items(), common_sets(groups).items()):
         lines = [group.line(prefix + key, "dotted" if prefix else "line") for group in groups]
-        note = f"{chart.note}, held-out pairs" if prefix else chart.note
+        note = f"{chart.note}, held-out pairs{name}" if prefix else chart.note
         charts.append(replace(chart, note=note, lines=lines))
     for key, chart in IN_TRAINING.items():
         charts.append(replace(chart, lines=[group.line(key) for group in groups]))
@@ -104,7 +107,7 @@ def render_comparison(groups: Sequence[Group]) -> str:
     kicker = " · ".join(p for p in (_count(groups, runs), seeds) if p)
     top = f'<p class="kicker">{text(kicker)}</p><h1>{text(title)}</h1>'
     charts, ridges = comparison_drawings(groups)
-    where = "Held-out pairs" if common_prefix(groups) else "Training pairs"
+    where = "Training pairs" if "" in common_sets(groups) else "Held-out pairs"
     body = [f"<header>{top}</header>"]
     body += section(f"{where}, at the end", [_results(groups)])
     body += section("Settings that differ", [_differences_table(groups)])
@@ -132,8 +135,11 @@ def range_of(values: Sequence[float]) -> str:
 
 def results_rows(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """Final values by metric, one column for each group; their step where runs end apart."""
-    prefix = common_prefix(groups)
-    keys = [(prefix + key, label) for key, label in HEADLINE_METRICS]
+    sets = common_sets(groups).items()
+    keys = [
+        (prefix + key, label + name)
+        for (key, label), (prefix, name) in product(HEADLINE_METRICS, sets)
+    ]
     keys += [("pairs_per_s", "pairs per second"), ("peak_memory_mib", "MiB at peak")]
     rows = []
     for key, label in keys:

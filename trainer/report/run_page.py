@@ -9,6 +9,7 @@ from ..monitor.collapse import SAMPLED_TOKENS, Watch
 from ..monitor.history import Run, number
 from ..text import duration, figure, unplaced
 from .charts import ACCURACY, MARGIN, Chart, Line, draw_chart, filled
+from .groups import COLOURS
 from .marks import Drawing
 from .page import details, drawing_card, not_finite, numbers_table, page, sample_card, section, text
 from .ridges import KINDS, draw_ridges, over_steps
@@ -20,11 +21,12 @@ def run_headline(run: Run) -> str:
     where = "Held-out" if run.prefix() else "Training"
     took = "" if (seconds := run.seconds()) is None else f" in {duration(seconds)}"
     changes = {change.label: change for change in run.changes()}
+    name = next(iter(run.held_out().values()), "")
     for label in ("accuracy", "reward margin", "loss"):
-        if change := changes.get(label):
+        if change := changes.get(label + name):
             as_text = "{:.2f}".format if label == "accuracy" else figure
             before = "" if change.before is None else f"{as_text(change.before)} → "
-            return f"{where} {label} {before}{as_text(change.after)}{took}"
+            return f"{where} {change.label} {before}{as_text(change.after)}{took}"
     return f"Trained {run.last_step():g} steps{took}"
 
 
@@ -156,19 +158,23 @@ def _how(run: Run) -> str:
 
 def _charts(run: Run) -> list[Chart]:
     """The charts that a run's logs can fill, most telling first."""
+    held_out = run.held_out()
 
     def both(key: str) -> list[Line]:
-        return [
-            Line("training", "muted", run.series(key)),
-            Line("held-out", "accent", run.series("eval_" + key), "dotted"),
-        ]
+        lines = [Line("training", "muted", run.series(key))]
+        for place, (prefix, name) in enumerate(held_out.items()):
+            colour = f"c{place % COLOURS}" if name else "accent"
+            lines.append(Line(f"held-out{name}", colour, run.series(prefix + key), "dotted"))
+        return lines
 
     def sides(key: str, suffix: str = "") -> list[Line]:
         lines = []
         for side in ("chosen", "rejected"):
             name = f"{key}/{side}{suffix}"
             lines.append(Line(side, side, run.series(name)))
-            lines.append(Line(f"{side}, held-out", side, run.series("eval_" + name), "dots"))
+            for prefix, of_set in [*held_out.items()][:1]:  # dots of several would look the same
+                label = f"{side}, held-out{of_set}"
+                lines.append(Line(label, side, run.series(prefix + name), "dots"))
         return lines
 
     def training(key: str, label: str = "training") -> list[Line]:
@@ -202,7 +208,7 @@ def _charts(run: Run) -> list[Chart]:
 
 def _log_probs(run: Run, sides: Callable[..., list[Line]]) -> Chart:
     """Means over tokens; of trainers that log none, such as TRL's, what they call ``logps``."""
-    keys = (f"{prefix}logps/chosen_mean" for prefix in ("", "eval_"))
+    keys = (f"{prefix}logps/chosen_mean" for prefix in ("", *run.held_out()))
     if any(map(run.finite, keys)):
         return Chart("Log-probabilities", _mass_note(run), sides("logps", "_mean"))
     note = "nats, mean over pairs; sums over an answer's tokens, or what the trainer compares"

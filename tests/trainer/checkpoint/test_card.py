@@ -13,6 +13,7 @@ import transformers.trainer
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig, get_peft_model
 from widemargin.trainer.checkpoint.card import PAPERS, _citation
 from widemargin.trainer.cli import main
 from widemargin.trainer.objectives import OBJECTIVES
@@ -117,6 +118,20 @@ def test_the_trainer_alone_writes_one_and_nothing_in_it_is_live(tmp_path):
     assert "\\<script\\>" in card.text
     assert "<script" not in card.text.replace("\\<script", "")
     assert "training pairs" in card.text
+
+
+def test_the_card_of_an_adapter_that_went_on_names_its_base(tmp_path):
+    """It is trained from a local folder; the hub shows an adapter under its base alone."""
+    model = tiny_model()
+    model.name_or_path = "owner/base"
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    trainer = tiny_trainer(
+        tmp_path / "run", adapted, max_steps=1, model_name_or_path=str(tmp_path / "adapter")
+    )
+    trainer.create_model_card()
+    card: Any = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.base_model == "owner/base"
+    assert "Trained from `adapter` (a local folder)" in card.text
 
 
 def test_the_card_has_the_results_of_the_model_that_was_kept(run_config, tmp_path):

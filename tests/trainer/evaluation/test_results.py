@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 from widemargin.trainer.errors import UserError
-from widemargin.trainer.evaluation.results import Records
+from widemargin.trainer.evaluation.results import Records, name
 
 KILLED = """
 import os, signal, sys
@@ -109,3 +109,13 @@ def test_threads_append_whole_lines(tmp_path):
         for thread in threads:
             thread.join()
     assert sorted(lines(tmp_path), key=int) == [str(i) for i in range(20)]
+
+
+@pytest.mark.parametrize("part", ["merged", "checkpoint-100"])
+def test_a_part_of_a_run_is_called_after_its_run(tmp_path, part):
+    """Judges' tools keep results by this name, and every run has such a folder."""
+    folder = tmp_path / "my-run" / part
+    folder.mkdir(parents=True)
+    assert name(str(folder)) == f"my-run-{part}"
+    assert name(str(folder.parent)) == "my-run"
+    assert name(f"owner/{part}") == part

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from widemargin.trainer import PreferenceTrainer
+from widemargin.trainer.cli import main
 from widemargin.trainer.errors import UserError
 from widemargin.trainer.evaluation.models import read_model
 from widemargin.trainer.evaluation.settings import PairSettings
@@ -117,7 +118,31 @@ def test_a_second_adapter_on_it_is_refused(folders, tmp_path):
         PreferenceTrainer(str(folders[1]), args, train_dataset=tiny_pairs())
 
 
-def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path):
+@pytest.mark.parametrize("inside", ["", "merged", "checkpoint-2"])
+def test_an_adapter_does_not_replace_its_base(folders, tmp_path, capsys, inside):
+    """The base's weights were removed, and the adapter alone is no model."""
+    base = tmp_path / "run" / inside
+    shutil.copytree(folders[0], base)
+    args = tiny_config(tmp_path / "run", use_peft=True)
+    refused = rf"output_dir: name another folder.* {base}, the model that the adapter needs"
+    with pytest.raises(UserError, match=refused):
+        PreferenceTrainer(str(base), args, train_dataset=tiny_pairs())
+    (tmp_path / "run.yaml").write_text("objective: simpo\nuse_peft: true\ndataset: none.jsonl\n")
+    settings = [f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'run'}"]
+    assert main(["train", str(tmp_path / "run.yaml"), *settings]) == 2
+    assert main(["merge", str(folders[1]), f"--out={folders[0]}"]) == 2
+    errors = capsys.readouterr().err
+    assert "output_dir: name another" in errors
+    assert "--out: name another" in errors
+    assert (base / "model.safetensors").is_file()
+    assert (folders[0] / "model.safetensors").is_file()
+
+
+ADDED = [len(TOKENIZER), len(TOKENIZER) + 1]
+
+
+@pytest.mark.parametrize("learning", [None, ADDED], ids=["kept", "new tokens learn"])
+def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path, learning):
     """Tokens were added; the adapter's folder has the embeddings, its base has them not."""
     base, _ = folders
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -128,7 +153,12 @@ def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path):
         args,
         tiny_pairs(),
         processing_class=TOKENIZER,
-        peft_config=LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False),
+        peft_config=LoraConfig(
+            target_modules=["q_proj"],
+            r=2,
+            init_lora_weights=False,
+            trainable_token_indices=learning,
+        ),
     )
     trainer.save_model()
     ids = torch.tensor([[5, 6, len(TOKENIZER) + 1, 7]])
@@ -139,6 +169,12 @@ def test_an_adapter_of_a_resized_vocabulary(folders, tmp_path):
         for found in (merged, again):
             logits = found.eval()(input_ids=ids).logits
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_without_weights_is_said(folders):
+    (folders[1] / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^adapter .*: copy its weights there too, adapter_model"):
+        load_model(tiny_config(folders[1]), str(folders[1]))
 
 
 def test_a_base_that_was_moved_is_said(folders):

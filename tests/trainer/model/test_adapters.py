@@ -119,6 +119,8 @@ def test_a_saved_adapter_is_merged_and_evaluated_on_its_base(place, capsys, monk
     capsys.readouterr()
     assert main(["merge", str(plain)]) == 2
     assert "expected an adapter's folder" in capsys.readouterr().err
+    assert main(["merge", str(place / "none")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
     settings = AnswerSettings(device="cpu")
     assert fingerprint(settings, str(run)) != fingerprint(settings, str(plain))
     before = fingerprint(settings, str(run))

@@ -111,6 +111,34 @@ def test_headline_falls_back_to_training_then_loss_then_steps(tmp_path: Path) ->
     assert "Trained 7 steps" in read_report(tmp_path / "c")
 
 
+def of_two_sets(folder: Path, **notes: Any) -> Path:
+    """A run with ``eval_dataset={"easy": ..., "long ones": ...}``."""
+    logs: list[Any] = [training(10), training(20)]
+    for step, accuracy in ((0, 0.5), (20, 0.9)):
+        for name, less in (("easy", 0.0), ("long ones", 0.25)):
+            values = evaluation(step, accuracy - less)
+            logs.append({key.replace("eval_", f"eval_{name}_"): values[key] for key in values})
+    return make_run(folder, logs, **notes)
+
+
+def test_several_evaluation_sets_are_held_out_pairs(tmp_path: Path) -> None:
+    """They were left out, and the numbers were those of training."""
+    lines = summary_lines(of_two_sets(tmp_path / "one"))
+    assert lines[0] == "Held-out accuracy, easy 0.50 → 0.90"
+    rows = [" ".join(line.split()) for line in lines]
+    assert "accuracy, easy 0.500 0.900" in rows
+    assert "accuracy, long ones 0.250 0.650" in rows
+    drawn = read_report(tmp_path / "one")
+    assert all(f"held-out, {name}" in drawn for name in ("easy", "long ones"))
+    runs = [tmp_path / "one", of_two_sets(tmp_path / "two", settings={"beta": 1.0})]
+    assert summary_lines(runs)[0] == "Held-out accuracy, easy: one 0.90, two 0.90"
+    assert "accuracy, long ones 0.650 0.650" in [" ".join(s.split()) for s in summary_lines(runs)]
+    page = write_report(runs, tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "held-out pairs, long ones" in page
+    mixed = [runs[0], make_run(tmp_path / "other")]
+    assert summary_lines(mixed)[0].startswith("Training accuracy:")
+
+
 def test_columns_name_the_steps_they_hold(tmp_path: Path) -> None:
     late = make_run(tmp_path, [evaluation(10, 0.6), evaluation(20, 0.7), training(40)])
     assert summary_lines(late)[2].split() == ["step", "10", "step", "20"]
