@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import TrainingArguments
 from widemargin.trainer.errors import UserError
@@ -138,6 +140,8 @@ REFUSED = [
     ({"warmup_ratio": -0.1}, "warmup_ratio: expected a share"),
     ({"warmup_ratio": "soon"}, "warmup_ratio: expected a number"),
     ({"warmup_ratio": True}, "warmup_ratio: expected a number"),
+    ({"warmup_ratio": 10**400}, "warmup_ratio: expected a number"),
+    ({"warmup_ratio": float("nan")}, "warmup_ratio: expected a number"),
     ({"gamma": 1.6}, "gamma: .* give beta"),
     ({"gamma": 1.6, "beta": 2, "gamma_beta_ratio": 0.8}, "gamma and gamma_beta_ratio are both"),
     ({"gamma": 1.6, "beta": 2, "simpo_gamma": 1.7}, "both given"),
@@ -190,6 +194,12 @@ REFUSED = [
 def test_refused(given, message):
     with pytest.raises(UserError, match=message):
         config_of(**given)
+
+
+@pytest.mark.parametrize("half", [np.float32(0.5), np.array(0.5), Decimal("0.5"), "0.5", "5e-1"])
+def test_what_python_takes_for_a_number_is_one(half):
+    assert config_of(warmup_ratio=half).warmup_steps == 0.5
+    assert config_of(gamma=half, beta=2.0).gamma_beta_ratio == 0.25
 
 
 def test_hinge_has_no_form_with_lmpos_margin():

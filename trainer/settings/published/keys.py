@@ -7,12 +7,12 @@ their own); transformers 4, whose names those files use; and TRL's DPO, CPO and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError, expect, is_number
-from ..coercion import as_number
+from ...errors import UserError, expect
 from .model_arguments import model_arguments
 
 Settings = dict[str, Any]
@@ -62,9 +62,12 @@ def number(name: str, value: Any) -> float | None:
     """``value`` as a finite number, text such as "1e-1" included; None stays None."""
     if value is None:
         return None
-    result = as_number(value)
-    expect(name, value, is_number(result), "a number")
-    return float(result)
+    try:  # numbers of numpy too
+        result = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    expect(name, value, math.isfinite(result), "a number")
+    return result
 
 
 def _dtype(value: Any, _: Settings) -> Settings:
