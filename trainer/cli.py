@@ -28,7 +28,8 @@ TRACEBACK = "WIDEMARGIN_TRACEBACK"
 
 TRAIN_HELP = """\
 Train on preference pairs with the settings of a YAML file: those of PreferenceConfig (model, data,
-objective) and all of transformers.TrainingArguments. Any setting can be overridden:
+objective) and all of transformers.TrainingArguments. Any setting can be overridden, as --name=value
+or as --name value:
 
   widemargin train configs/train/quickstart.yaml --beta=2.5 --learning_rate=1e-6
 
@@ -184,13 +185,13 @@ def _parser() -> argparse.ArgumentParser:
 def _train(
     config: str, overrides: Sequence[str], script: str | None = None, *, preflight: bool = False
 ) -> int:
-    from .settings.files import load_config
+    from .settings.files import joined, load_config
     from .settings.launch import leave_group
     from .train import preflight as run_preflight
     from .train import train
 
     atexit.register(leave_group)
-    overrides = ["--profile=true" if o == "--profile" else o for o in overrides]
+    overrides = ["--profile=true" if o == "--profile" else o for o in joined(overrides)]
     settings = load_config(config, overrides, script=script)
     if preflight:
         run_preflight(settings, script)

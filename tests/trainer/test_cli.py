@@ -85,7 +85,7 @@ def test_figures_are_shown_with_and_without_a_bar(place, tmp_path, capsys, disab
 
 def test_preflight_trains_nothing(place, capsys, tmp_path):
     config = write_config(tmp_path / "c.yaml", place)
-    assert main(["train", config, "--preflight", "--beta=3.5"]) == 0
+    assert main(["train", config, "--seed", "3", "--preflight", "--profile", "--beta", "3.5"]) == 0
     printed = capsys.readouterr().out
     for expected in ("First pair", "beta: 3.5", "12 pairs", "plan: 4 pairs a step"):
         assert expected in printed

@@ -142,10 +142,13 @@ def run_facts(
     return json.loads(json.dumps(plain(facts), sort_keys=True))
 
 
-def agreed_facts(args: PreferenceConfig, objective: Objective, rows: PairRows) -> Facts:
+def agreed_facts(
+    args: PreferenceConfig, objective: Objective, rows: PairRows, held_out: Any
+) -> Facts:
     """Facts of settings, objective and data, which are the same on every rank.
 
-    A collective with several ranks. Names of files may differ, their tokens may not.
+    A collective with several ranks. Names of files may differ, their tokens may not: those of
+    evaluation too (``held_out``: rows, a dict of them, or None), which another run may have.
 
     Raises:
         UserError: on every rank, where one was started with other settings or data.
@@ -154,8 +157,11 @@ def agreed_facts(args: PreferenceConfig, objective: Objective, rows: PairRows) -
     if args.world_size == 1:
         return facts
     paced = {name: getattr(args, name) for name in PACE.split()}
+    mine = facts | {"settings": facts["settings"] | paced}
+    parts = held_out if isinstance(held_out, dict) else {"evaluation": held_out}
+    mine["tokens of evaluation"] = {k: tokens_digest(v) for k, v in parts.items() if v is not None}
     everyone: list[Facts] = [{}] * args.world_size
-    dist.all_gather_object(everyone, plain(facts | {"settings": facts["settings"] | paced}))
+    dist.all_gather_object(everyone, plain(mine))
     for rank, theirs in enumerate(everyone):
         apart = _apart(everyone[0], theirs)
         if apart:

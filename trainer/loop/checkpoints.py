@@ -138,7 +138,7 @@ class CheckpointedTrainer(Trainer):
         """On all ranks what the first one finds; a collective with several ranks."""
         rows: Any = self.train_dataset
         args: Any = self.args
-        facts = agreed_facts(args, self.objective, rows)
+        facts = agreed_facts(args, self.objective, rows, self.eval_dataset)
         frozen = frozen_digest(self.model, self.args.process_index == 0)  # pyright: ignore[reportArgumentType]
         return on_first_rank(
             self.args, lambda: run_facts(self, facts, rows, self.pipeline.layout, frozen)

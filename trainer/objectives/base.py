@@ -21,18 +21,16 @@ from ...kernels.margin_loss.function import sequence_logps
 from ..errors import UserError
 from .lists import Answers, lists_in, lists_of
 from .settings import Hyperparameters
+from .state import State, taken_up, to_device
 from .terms import (
     ObjectiveOutput,
     ObjectiveSpec,
     Pairs,
-    State,
     Terms,
     by_edges,
     check_labels,
     chosen_nll,
-    taken_up,
     terms_of,
-    to_device,
     with_labels,
 )
 from .tokens import length_weighted, pair_weights
@@ -136,7 +134,7 @@ class Objective:
         if margins is not None and not self.spec.takes_margins:
             raise UserError(
                 f"margin: set margin_from: none, or take another objective; {self.name} has no "
-                "target margin to add the data's to"
+                "target margin to add the data's to (one of your own: takes_margins=True)"
             )
         weighs = self.token_weights or "use_weighting" * self.hyperparameters.use_weighting
         check_labels(self.name, self.takes, answers, self.exchanges_answers, weighs)
@@ -219,6 +217,7 @@ class Objective:
             group=group,
             max_pairs_per_rank=self.max_pairs_per_rank,
             training=self.training,
+            coupled=self.couples_pairs,
         )
 
     def _output(self, pairs: Pairs, terms: Terms, weights: Tensor | None) -> ObjectiveOutput:

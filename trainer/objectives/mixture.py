@@ -20,7 +20,7 @@ from ..errors import UserError
 from .base import Objective
 from .losses import ALIASES, OBJECTIVES
 from .settings import Hyperparameters, unknown_name
-from .terms import ObjectiveSpec, Pairs, State, Terms
+from .terms import ObjectiveSpec, Pairs, State, Terms, terms_of
 
 Parts = tuple[tuple[str, float], ...]
 
@@ -219,7 +219,7 @@ def _terms(parts: Parts, pairs: Pairs, hp: Any, state: State) -> Terms:
     losses: Tensor | float = 0.0
     for name, weight in parts:
         own = {key.partition(".")[2]: value for key, value in state.items() if _of(key) == name}
-        terms = OBJECTIVES[name].terms(pairs, _part(name, hp), own)
+        terms = terms_of(name, OBJECTIVES[name], pairs, _part(name, hp), own)
         losses = losses + weight * terms.losses
         states |= {f"{name}.{key}": value for key, value in (terms.state or {}).items()}
         if ranking is None or ranking[0] == "sft":

@@ -19,68 +19,7 @@ from ..errors import UserError
 from .gather import GlobalPairs, gather_pairs
 from .lists import Answers, Lists
 from .settings import Hyperparameters
-
-State = dict[str, Tensor]
-
-
-def seeded_generator(seed: int) -> Tensor:
-    """State of a CPU generator with this seed."""
-    return torch.Generator().manual_seed(seed).get_state()
-
-
-def draw_uniform(generator_state: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``size`` numbers in [0, 1), fp64, on ``device``, and the generator's next state.
-
-    Drawn on the CPU so that they are the same for every device, and copied without waiting.
-    """
-    generator = torch.Generator()
-    generator.set_state(generator_state)
-    pin = device.type == "cuda"
-    keys = torch.rand(size, generator=generator, dtype=torch.float64, pin_memory=pin)
-    return keys.to(device, non_blocking=True), generator.get_state()
-
-
-def to_device(state: State, device: torch.device) -> State:
-    """The state on ``device``, but for generators (uint8), which stay on the CPU."""
-    return {
-        key: value if value.dtype == torch.uint8 else value.to(device)
-        for key, value in state.items()
-    }
-
-
-def taken_up(name: str, current: State, saved: State) -> State:
-    """A copy of what the objective ``name`` saved, in place of its ``current`` state.
-
-    Raises:
-        UserError: it is the state of another objective, or is damaged.
-    """
-    mine = {f"{name}.{key}": value for key, value in current.items()}
-    _check_state(name, mine, saved, "take one that was saved with this objective")
-    return {
-        key: saved[f"{name}.{key}"].cpu().clone()
-        if value.dtype == torch.uint8
-        else saved[f"{name}.{key}"].clone()
-        for key, value in current.items()
-    }
-
-
-def _check_state(name: str, expected: State, given: State, remedy: str) -> None:
-    """Raise ``UserError`` unless its tensors have the names, shapes and dtypes of ``expected``."""
-    mine, other = ({key: _layout(value) for key, value in it.items()} for it in (expected, given))
-    if mine != other:
-        raise UserError(
-            f"state of objective {name!r}: {remedy}; expected {_listed(mine)}, got {_listed(other)}"
-        )
-
-
-def _layout(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-
-
-def _listed(layouts: dict[str, str]) -> str:
-    return ", ".join(f"{key} ({layout})" for key, layout in sorted(layouts.items())) or "nothing"
+from .state import State, check_state
 
 
 @dataclass(frozen=True)
@@ -96,6 +35,7 @@ class Pairs:
     group: dist.ProcessGroup | None
     max_pairs_per_rank: int | None
     training: bool
+    coupled: bool  # whether these are all pairs of the global micro-batch, with those of ``group``
     prompt_sums: Tensor | None = None  # [P], where likelihood terms count prompts; 0 for a filler
     prompt_lengths: Tensor | None = None  # [P] int
     lists: Lists | None = None  # for listwise objectives, of the answers that the pairs join
@@ -124,6 +64,11 @@ class Pairs:
 
     def gather(self, values: Tensor) -> GlobalPairs:
         """``values`` [P] or [P, C] of all ranks' pairs: one collective, so call it on all ranks."""
+        if not self.coupled:
+            raise UserError(
+                "pairs.gather: set couples_pairs=True in the objective's row; without it each rank "
+                "has its own pairs alone"
+            )
         columns = values if values.dim() == 2 else values[:, None]
         return gather_pairs(columns, self.ids, self.group, self.max_pairs_per_rank)
 
@@ -144,9 +89,16 @@ def terms_of(name: str, spec: ObjectiveSpec, pairs: Pairs, hp: Any, state: State
 
     Raises:
         UserError: it is not one number a pair, or does not depend on the policy, or the state is
-            not laid out as ``state`` is.
+            not laid out as ``state`` is; or the function changes what it is given.
     """
+    before = _versions(pairs)
     terms = spec.terms(pairs, hp, state)
+    after = _versions(pairs)
+    if changed := next((key for key in before if before[key] != after[key]), None):
+        raise UserError(
+            f"objective {name!r}: it changes pairs.{changed} in place; metrics read it too, so "
+            f"make a new tensor, such as 2 * pairs.{changed}"
+        )
     if not isinstance(terms, Terms):
         raise UserError(f"objective {name!r}: return Terms; got {type(terms).__name__}")
     shape, policy = pairs.ids.shape, pairs.sums
@@ -165,8 +117,14 @@ def terms_of(name: str, spec: ObjectiveSpec, pairs: Pairs, hp: Any, state: State
         )
     if terms.state is None:
         return terms
-    _check_state(name, state, terms.state, "return one laid out as initial_state makes it")
+    check_state(name, state, terms.state, "return one laid out as initial_state makes it")
     return replace(terms, state={key: value.detach() for key, value in terms.state.items()})
+
+
+def _versions(pairs: Pairs) -> dict[str, int]:
+    """How often each tensor of the pairs was changed in place, views of it included."""
+    tensors = {key: value for key, value in vars(pairs).items() if isinstance(value, Tensor)}
+    return {key: each._version for key, each in tensors.items() if not each.is_inference()}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a YAML file and ``--key=value`` overrides to a checked `PreferenceConfig`."""
+"""From a YAML file and overrides, ``--key=value`` or ``--key value``, to a `PreferenceConfig`."""
 
 from __future__ import annotations
 
@@ -164,16 +164,28 @@ def _check_size(root: yaml.Node) -> None:
     size(root, 0)
 
 
-def parse_overrides(arguments: Iterable[str], kind: type[Any] = PreferenceConfig) -> dict[str, Any]:
-    """``--key=value`` arguments: text that a setting of ``kind`` takes as it stands, else YAML."""
-    settings, hints = {}, hints_of(kind)
+def joined(arguments: Iterable[str]) -> list[str]:
+    """The arguments with ``--key value`` as ``--key=value``; no value starts with ``--``."""
+    result: list[str] = []
     for argument in arguments:
+        if result and re.fullmatch(r"--[\w.-]+", result[-1]) and not argument.startswith("--"):
+            result[-1] += f"={argument}"
+        else:
+            result.append(argument)
+    return result
+
+
+def parse_overrides(arguments: Iterable[str], kind: type[Any] = PreferenceConfig) -> dict[str, Any]:
+    """``--key=value`` and ``--key value``: text where a setting of ``kind`` is text, else YAML."""
+    settings, hints = {}, hints_of(kind)
+    for argument in joined(arguments):
         key, equals, value = argument.removeprefix("--").partition("=")
         shown = re.match(r"[-\u2010-\u2015\u2212]*\w*", argument)  # what follows may be a secret
         name = shown[0] if shown else ""
         if not argument.startswith("--") or not equals or not re.fullmatch(r"[\w.-]+", key):
             more = "" if name == argument else "…"
-            raise UserError(f"argument {name}{more}: expected --key=value, such as --beta=2.5")
+            hint = "such as --beta=2.5, and a list in brackets, --key=[a,b]"
+            raise UserError(f"argument {name}{more}: expected --key=value, {hint}")
         if not value.strip():  # a variable of the shell that is not set
             raise UserError(f"argument {name}=: give a value, or --{key}=null for the default")
         key_here = key.replace("-", "_")

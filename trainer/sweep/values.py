@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from ..files import digest
+from ..settings.files import joined
 
 MOST_IN_NAME = 60
 """Characters of one value in a folder's name."""
@@ -46,15 +47,14 @@ def plain(value: str) -> str:
 def pairs_of(arguments: Iterable[str]) -> list[tuple[str, str]]:
     """``--key=value`` and ``--key value`` as (key, value)."""
     pairs: list[tuple[str, str]] = []
-    rest = list(arguments)
-    while rest:
-        key, equals, value = rest.pop(0).partition("=")
-        if not re.fullmatch(r"--[\w.-]+", key) or not (equals or rest):
+    for argument in joined(arguments):
+        key, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--[\w.-]+", key) or not equals:
             raise UserError(f"argument {key}: expected --key value,value, such as --beta 2,2.5")
         name = key.removeprefix("--").replace("-", "_")
         if name in dict(pairs):
             raise UserError(f"{name}: it is given twice; give its values once, as in 2,2.5")
-        pairs.append((name, value if equals else rest.pop(0)))
+        pairs.append((name, value))
     return pairs
 
 

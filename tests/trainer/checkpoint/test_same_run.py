@@ -172,13 +172,24 @@ def test_ranks_that_would_meet_in_other_steps_are_refused(monkeypatch):
     """They would wait for each other until ddp_timeout."""
     paced = dict.fromkeys(same_run.PACE.split(), 1)
     assert set(paced) <= set(same_run.FREE.split())
+    facts: list[dict[str, Any]] = []
 
     def gather(everyone: list, mine: dict) -> None:
-        everyone[:] = [mine, {"settings": mine["settings"] | {"eval_steps": 5}}]
+        facts.append(mine)
+        everyone[:] = [facts[0], mine]
+
+    def agree(held_out: Any, **changes: int) -> None:
+        args: Any = SimpleNamespace(world_size=2, **paced | changes)
+        unread: Any = None
+        same_run.agreed_facts(args, unread, unread, held_out)
 
     monkeypatch.setattr(same_run, "_facts_of_a_rank", lambda *_: {"settings": {"seed": 1}})
+    monkeypatch.setattr(same_run, "tokens_digest", str)
     monkeypatch.setattr(same_run.dist, "all_gather_object", gather)
-    args: Any = SimpleNamespace(world_size=2, **paced)
-    unread: Any = None
+    agree("rows")
+    agree("rows")
     with pytest.raises(UserError, match=r"rank 0 to rank 1: eval_steps was 1, is 5$"):
-        same_run.agreed_facts(args, unread, unread)
+        agree("rows", eval_steps=5)
+    for held_out in ("others", None, {"a": "rows"}):
+        with pytest.raises(UserError, match=r"rank 0 to rank 1: other tokens of evaluation$"):
+            agree(held_out)

@@ -69,6 +69,46 @@ def test_what_it_returns_is_checked(monkeypatch, change, message):
         objective(*batch())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda it: replace(it, losses=it.losses.mean()), r"'own': return losses of shape \[3\]"),
+        (lambda it: replace(it, losses=it.losses.detach()), "'own': compute losses"),
+    ],
+)
+def test_what_it_returns_is_checked_in_a_mixture(monkeypatch, change, message):
+    called(monkeypatch, lambda *inputs: change(terms(*inputs)))
+    with pytest.raises(UserError, match=message):
+        build_objective({"own": 1.0, "sft": 1.0})(*batch())
+
+
+@pytest.mark.parametrize("name", ["sums", "means", "lengths"])
+def test_it_may_not_change_what_the_metrics_read(monkeypatch, name):
+    def spoiling(pairs, hp, state):
+        getattr(pairs, name).mul_(2)
+        return terms(pairs, hp, state)
+
+    objective = called(monkeypatch, spoiling)
+    message = rf"'own': it changes pairs.{name} in place; .* 2 \* pairs.{name}"
+    with pytest.raises(UserError, match=message):
+        objective(*batch())
+    with pytest.raises(UserError, match=message), torch.no_grad():
+        objective.eval()(*batch())
+    with torch.inference_mode():
+        called(monkeypatch, terms).eval()(*batch())
+
+
+def test_what_gathers_must_say_that_it_couples_pairs(monkeypatch):
+    def gathering(pairs, hp, state):
+        pairs.gather(pairs.means.chunk(2)[0]).mean()
+        return terms(pairs, hp, state)
+
+    with pytest.raises(UserError, match=r"set couples_pairs=True in the objective's row"):
+        called(monkeypatch, gathering)(*batch())
+    monkeypatch.setitem(OBJECTIVES, "own", replace(OBJECTIVES["own"], couples_pairs=True))
+    assert build_objective("own")(*batch()).loss.isfinite()
+
+
 def test_a_state_carries_no_graph_to_the_next_call(monkeypatch):
     def following(pairs, hp, state):
         found = terms(pairs, hp, state)

@@ -111,6 +111,20 @@ def test_quotes_and_null_are_read_as_yaml_also_where_text_is_expected():
         parse_overrides(["--run_name="])
 
 
+def test_a_value_may_follow_its_name():
+    given = ["--beta", "2.5", "--alpha", "-1", "--run_name", "a=b", "--seed=3"]
+    expected = {"beta": 2.5, "alpha": -1, "run_name": "a=b", "seed": 3}
+    assert parse_overrides(given) == expected
+    for flag in (["--use_cpu"], ["--use_cpu", "--seed", "3"]):
+        with pytest.raises(UserError, match=r"--use_cpu: expected --key=value, such as"):
+            parse_overrides(flag)
+    for stray in (["--report_to", "wandb", "mlflow"], ["--seed=3", "mlflow"]):
+        with pytest.raises(
+            UserError, match=r"mlflow: expected .* a list in brackets, --key=\[a,b\]"
+        ):
+            parse_overrides(stray)
+
+
 def test_other_settings_on_the_command_line_are_yaml():
     given = ["--seed=1", "--report_to=[]", "--resume_from_checkpoint=true", "--eval_strategy=no"]
     assert [*parse_overrides([*given, "--fsdp=true"]).values()] == [1, [], True, False, True]

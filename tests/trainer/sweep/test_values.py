@@ -58,6 +58,7 @@ def test_signs_and_long_values_have_names_of_their_own() -> None:
         (["--objective", "a/b,a:b"], "two runs would be called objective-a-b"),
         (["--beta=2,3", "--beta=4"], "beta: it is given twice"),
         (["--beta"], "--beta: expected"),
+        (["--beta", "--seed", "2,3"], "--beta: expected"),
         (["beta=2,3"], "beta: expected"),
         (["--beta=2,"], "beta: .* empty"),
     ],

@@ -29,7 +29,8 @@ from torch import Tensor
 from ....kernels.margin_loss.function import pair_losses
 from ..gather import GlobalPairs, padded_sum
 from ..settings import Hyperparameters, setting
-from ..terms import Pairs, State, Terms, draw_uniform, seeded_generator
+from ..state import State, draw_uniform, seeded_generator
+from ..terms import Pairs, Terms
 from .dpo import DpoHyperparameters, log_ratios
 from .simpo import SimpoHyperparameters
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ..gather import GlobalPairs, pad_to_multiple
 from ..settings import Hyperparameters, setting
-from ..terms import Pairs, State, Terms, draw_uniform, margin_terms, seeded_generator
+from ..state import State, draw_uniform, seeded_generator
+from ..terms import Pairs, Terms, margin_terms
 from .dpo import DpoHyperparameters, log_ratios, reward_terms
 from .simpo import MarginHyperparameters
 
