@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from ..data.table import PairRows
 from ..data.table.columns import numbers_digest, tokens_digest
 from ..errors import UserError
 from ..model.adapters import bare_model
@@ -24,7 +25,6 @@ from ..settings.config import defaults_of
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from ..data.table import PairRows
     from ..objectives import Objective
     from ..settings.config import PreferenceConfig
 
@@ -148,7 +148,8 @@ def agreed_facts(
     """Facts of settings, objective and data, which are the same on every rank.
 
     A collective with several ranks. Names of files may differ, their tokens may not: those of
-    evaluation too (``held_out``: rows, a dict of them, or None), which another run may have.
+    evaluation too (``held_out``: rows, a dict of them, or None), which another run may have. Raw
+    pairs, assigned since the trainer was made, are not compared.
 
     Raises:
         UserError: on every rank, where one was started with other settings or data.
@@ -159,7 +160,9 @@ def agreed_facts(
     paced = {name: getattr(args, name) for name in PACE.split()}
     mine = facts | {"settings": facts["settings"] | paced}
     parts = held_out if isinstance(held_out, dict) else {"evaluation": held_out}
-    mine["tokens of evaluation"] = {k: tokens_digest(v) for k, v in parts.items() if v is not None}
+    mine["tokens of evaluation"] = {
+        name: tokens_digest(part) for name, part in parts.items() if isinstance(part, PairRows)
+    }
     everyone: list[Facts] = [{}] * args.world_size
     dist.all_gather_object(everyone, plain(mine))
     for rank, theirs in enumerate(everyone):

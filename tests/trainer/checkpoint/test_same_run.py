@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from widemargin.trainer import PreferenceConfig
 from widemargin.trainer.checkpoint import same_run
@@ -185,6 +186,7 @@ def test_ranks_that_would_meet_in_other_steps_are_refused(monkeypatch):
 
     monkeypatch.setattr(same_run, "_facts_of_a_rank", lambda *_: {"settings": {"seed": 1}})
     monkeypatch.setattr(same_run, "tokens_digest", str)
+    monkeypatch.setattr(same_run, "PairRows", str)
     monkeypatch.setattr(same_run.dist, "all_gather_object", gather)
     agree("rows")
     agree("rows")
@@ -193,3 +195,5 @@ def test_ranks_that_would_meet_in_other_steps_are_refused(monkeypatch):
     for held_out in ("others", None, {"a": "rows"}):
         with pytest.raises(UserError, match=r"rank 0 to rank 1: other tokens of evaluation$"):
             agree(held_out)
+    facts.clear()
+    agree(Dataset.from_list([{"prompt": "raw"}]))  # assigned after the trainer was made
