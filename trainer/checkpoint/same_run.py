@@ -148,8 +148,7 @@ def agreed_facts(
     """Facts of settings, objective and data, which are the same on every rank.
 
     A collective with several ranks. Names of files may differ, their tokens may not: those of
-    evaluation too (``held_out``: rows, a dict of them, or None), which another run may have. Raw
-    pairs, assigned since the trainer was made, are not compared.
+    ``held_out`` (rows, a dict of them, or None) too, except raw pairs that were assigned later.
 
     Raises:
         UserError: on every rank, where one was started with other settings or data.
