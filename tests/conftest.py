@@ -24,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 _CACHE = tempfile.TemporaryDirectory(prefix="widemargin-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
-# A name that no folder has would be looked for on the hub, again and again where there is none.
+# A name that no folder has would be looked up on the hub: without a network, with long retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Triton reads this when it is imported, which torch and transformers put off: so before any test
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Every training collects garbage: spare it the modules, which are most of all objects."""
+    """Take what imports have made, which is most objects, out of the gc.collect() of trainings."""
     gc.collect()
     gc.freeze()
 

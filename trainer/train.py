@@ -266,7 +266,7 @@ def check_adapter(config: PreferenceConfig) -> None:
             "for a new adapter on top, make a model of that one with widemargin merge"
         )
     check_adapted(config, config.use_peft or goes_on)
-    if config.use_peft or base is not None:
+    if config.use_peft or goes_on:
         model = name if base is None else base.model_name_or_path
         check_base_stays(model, Path(config.output_dir), "output_dir")
 

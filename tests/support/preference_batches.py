@@ -47,13 +47,11 @@ def reference_sums(pairs: Sequence[Pair], dtype: torch.dtype = torch.float64) ->
 
 def rounded(pairs: Sequence[Pair], dtype: torch.dtype) -> list[Pair]:
     """The pairs as they are after a conversion to ``dtype``."""
+    precision = {torch.float64: np.float64, torch.float32: np.float32}[dtype]
 
     def convert(tokens: list[float]) -> list[float]:
-        return np.array(tokens, dtype=np.float32).tolist()
+        return np.array(tokens, precision).tolist()
 
-    if dtype == torch.float64:
-        return list(pairs)
-    assert dtype == torch.float32
     return [(convert(chosen), convert(rejected)) for chosen, rejected in pairs]
 
 

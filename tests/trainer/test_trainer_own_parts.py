@@ -115,6 +115,8 @@ def test_a_data_set_assigned_later(tmp_path):
     assert trainer.evaluate()["eval_loss"] == expected
     trainer.eval_dataset = {"other": tiny_pairs(5, seed=3)}
     assert trainer.evaluate()["eval_other_loss"] == expected
+    with pytest.raises(UserError, match="eval_dataset"):
+        trainer.get_eval_dataloader("no such set")
     trainer.train_dataset = tiny_pairs(5)
     with pytest.raises(UserError, match="train_dataset: make a PreferenceTrainer with it"):
         trainer.train()

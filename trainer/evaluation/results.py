@@ -42,9 +42,10 @@ def output_folder(model: str, benchmark: str, out: Path | None) -> Path:
 
 
 def name(model: str) -> str:
-    """The last part of a model's path or hub name, with its run's where it is a part of a run.
+    """The last part of a model's path or hub name.
 
-    Every run has a ``merged`` and a ``checkpoint-100``.
+    The folders ``merged`` and ``checkpoint-100``, which every run has, get their run's name before
+    their own.
     """
     folder = Path(model).expanduser()
     if not folder.exists():

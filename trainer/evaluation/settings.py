@@ -111,8 +111,8 @@ class AnswerSettings(DecodingSettings):
 
     #: Folder or hub name of the model; ``--model`` wins.
     model_name_or_path: str | None = None
-    #: What the model is called in the files written; None for the last part of its name, after its
-    #: run's where that is ``merged`` or a checkpoint.
+    #: What the model is called in the files written; None for the last part of its name, or
+    #: my-run-merged and my-run-checkpoint-100 for those folders of a run.
     generator: str | None = None
     #: Where the questions are, as ``--questions``, which wins; None for the benchmark's newest.
     questions: str | None = None

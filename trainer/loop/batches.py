@@ -62,7 +62,8 @@ class BatchedTrainer(Trainer):
         """As transformers', of another data set too, raw or tokenized."""
         of_run: Any = self.eval_dataset
         is_own = eval_dataset is None or eval_dataset is of_run
-        if is_own or (isinstance(of_run, dict) and isinstance(eval_dataset, str)):
+        by_name = isinstance(eval_dataset, str) and isinstance(of_run, dict)
+        if is_own or (by_name and eval_dataset in of_run):
             self.eval_dataset = self._evaluation_rows(of_run)
             return sheltered(super().get_eval_dataloader(None if is_own else eval_dataset))
         rows = self._later_rows(eval_dataset)

@@ -87,10 +87,11 @@ class Progress:
 class EpochEnd(TrainerCallback):
     """Logs and evaluates at an epoch's last step before the checkpoint of that step is saved.
 
-    transformers does so after it: a run that goes on from there would lack both in its report.
+    transformers saves first, so a run that goes on from there would lack both in its report. A run
+    that is being stopped saves first here too, since it has little time.
 
     Args:
-        trainer: whose training it is. One that stops saves at once, as before.
+        trainer: the trainer whose callback this is.
     """
 
     def __init__(self, trainer: Any) -> None:

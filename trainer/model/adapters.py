@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = ADAPTER[1]
 SAME_AT_FIRST = (True, "gaussian", "eva")
 """Ways to initialise LoRA that leave the base unchanged and let the adapter add nothing."""
 

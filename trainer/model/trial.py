@@ -262,18 +262,21 @@ def _runs(model: Any, length: int) -> bool:
 
 
 def check_learns(model: Any, optimizer: Any = None) -> None:
-    """Raise ``UserError`` for a model of which no parameter trains, or no given optimizer's."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if optimizer is not None and learning:
-        groups = optimizer.param_groups
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        if not any(id(parameter) in held for parameter in learning):
-            raise UserError(
-                "optimizers: override create_optimizer, or make the optimizer once the model has "
-                "its adapter; it holds no parameter of this model that learns"
-            )
+    """Raise ``UserError`` where nothing would learn.
+
+    Args:
+        model: at least one of its parameters must train.
+        optimizer: one that the user made, or None; it must hold such a parameter.
+    """
+    learning = {id(it) for it in model.parameters() if it.requires_grad}
     if learning:
-        return
+        groups = [] if optimizer is None else optimizer.param_groups
+        if optimizer is None or any(id(it) in learning for each in groups for it in each["params"]):
+            return
+        raise UserError(
+            "optimizers: override create_optimizer, or make the optimizer once the model has its "
+            "adapter; it holds no parameter of this model that learns"
+        )
     if hasattr(model, "get_base_model"):
         raise UserError(
             "model: load its adapter with is_trainable=True (PeftModel.from_pretrained), or call "

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,10 @@ class Run:
         return finite[-1] if finite else None
 
     def held_out(self) -> dict[str, str]:
-        """What metrics of held-out pairs begin with, and what to say of it: where there are several
-        sets, their names."""
+        """Prefix of held-out metrics -> end of their labels: "", or ", NAME" of several sets.
+
+        Empty if nothing was evaluated on held-out pairs.
+        """
         if any(self.series("eval_" + key) for key, _ in HEADLINE_METRICS):
             return {"eval_": ""}
         keys = dict.fromkeys(key for entry in self.history for key in entry)
@@ -119,12 +122,11 @@ class Run:
 
     def changes(self) -> list[Change]:
         """Headline metrics from first to last, of held-out pairs where those were evaluated."""
-        changes = []
-        for key, label in HEADLINE_METRICS:
-            for prefix, name in (self.held_out() or {"": ""}).items():
-                if values := self.finite(prefix + key):
-                    before = values[0] if len(values) > 1 else None
-                    changes.append(Change(label + name, before, values[-1]))
+        changes, sets = [], self.held_out() or {"": ""}
+        for (key, label), (prefix, name) in product(HEADLINE_METRICS, sets.items()):
+            if values := self.finite(prefix + key):
+                before = values[0] if len(values) > 1 else None
+                changes.append(Change(label + name, before, values[-1]))
         return changes
 
     def not_finite(self) -> dict[str, int]:

@@ -179,7 +179,7 @@ SHAPES = (
     Shape(
         "NCA",
         ("prompt", "A0", "A1", "A0_score", "A1_score"),
-        also=(*chain(*IN_COLUMNS),),
+        also=tuple(chain.from_iterable(IN_COLUMNS)),
         answers=in_columns,
     ),
     *(
